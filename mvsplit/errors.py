@@ -1,0 +1,25 @@
+"""The one exception a user is meant to read, and the spelling help that goes with it.
+
+This module imports nothing of the package, so that every folder may use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the caller can put right: the message names the field, the value and the remedy.
+
+    The command line prints it as one line, without a traceback, and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Says which known names are closest to `name`, for the end of an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose one of: {', '.join(known)}"
