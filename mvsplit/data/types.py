@@ -1,0 +1,71 @@
+"""What a data set hands out, and what the loader makes of it.
+
+Shapes: B batch, C channels, H height, W width, T text tokens (the longest of the batch), Dc text
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Samples of a data set in the order asked for."""
+
+    latents: Tensor  # [B, C, H, W] float32, in [-1, 1] for pictures
+    captions: list[str]  # B strings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one training step reads."""
+
+    latents: Tensor  # [B, C, H, W] float32
+    text: Tensor  # [B, T, Dc] float32, zero where there is no word
+    text_valid: Tensor | None  # [B] int64, words of each sample; None: all have T
+    indices: Tensor  # [B] int64, the samples' places in the data set
+
+
+class Dataset(Protocol):
+    """Samples by index. `fetch` is a pure function: a sample never depends on its batch-mates."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def size(self) -> int | None:
+        """Number of samples; None: unlimited, every index ≥ 0 is a sample."""
+
+    def fetch(self, indices: Sequence[int]) -> Examples: ...
+
+
+class WordDataset(Dataset, Protocol):
+    """A data set whose captions use a closed list of words."""
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]: ...
+
+    @property
+    def caption_words(self) -> int:
+        """Words of the longest caption."""
+
+
+class Embedder(Protocol):
+    """Turns captions into the network's text input; "" is the unconditional prompt."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns text [B, T, Dc] and the number of real tokens of each prompt [B] int64."""
+
+    def spec(self) -> dict[str, Any]:
+        """A JSON-able description that rebuilds the embedder."""
