@@ -1,0 +1,66 @@
+"""Residual rules behind two methods, `enter` and `merge`; they fit anybody's transformer."""
+
+from collections.abc import Callable
+
+from mvsplit.errors import UserError, nearest
+from mvsplit.residuals.base import Branch, Rule, RuleConfig
+from mvsplit.residuals.controls import HardCenter, mvsplit_attention_only
+from mvsplit.residuals.mvsplit import MVSplit
+from mvsplit.residuals.rivals import (
+    DeepNorm,
+    Keel,
+    LayerScale,
+    Plain,
+    PreNorm,
+    ReZero,
+    Sandwich,
+)
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "plain": Plain,
+    "mvsplit": MVSplit,
+    "layerscale": LayerScale,
+    "rezero": ReZero,
+    "deepnorm": DeepNorm,
+    "keel": Keel,
+    "prenorm": PreNorm,
+    "sandwich": Sandwich,
+    "mvsplit-attention-only": mvsplit_attention_only,
+    "hard-center": HardCenter,
+}
+
+
+def build_rule(config: RuleConfig | str, *, width: int, depth: int, branch: Branch) -> Rule:
+    """The rule of one branch of one block.
+
+    Args:
+        config: which rule and where its gains start, or just a name of the registry.
+        width: D.
+        depth: L, the blocks of the whole network.
+        branch: "attention" or "ffn".
+
+    Raises:
+        UserError: the name is not in the registry.
+    """
+    config = RuleConfig(name=config) if isinstance(config, str) else config
+    if config.name not in RULES:
+        raise UserError(f"rule.name={config.name!r} is unknown: {nearest(config.name, RULES)}")
+    return RULES[config.name](config, width=width, depth=depth, branch=branch)
+
+
+__all__ = [
+    "RULES",
+    "Branch",
+    "DeepNorm",
+    "HardCenter",
+    "Keel",
+    "LayerScale",
+    "MVSplit",
+    "Plain",
+    "PreNorm",
+    "ReZero",
+    "Rule",
+    "RuleConfig",
+    "Sandwich",
+    "build_rule",
+]

@@ -1,0 +1,78 @@
+"""What a residual rule is: how a branch reads the trunk, and how its output joins it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mvsplit.errors import UserError
+from mvsplit.kernels import Segments
+
+Branch = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """Which rule a network uses, and where its gains start. A rule ignores what it does not have.
+
+    Attributes:
+        name: a name of the registry.
+        beta: start of MV-Split's centered gain β. The paper uses 1 at 400 layers and
+            0.03 ≈ 1/√L at 1000.
+        alpha: start of MV-Split's mean gain α.
+        tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
+        leak: start of λ where it is not tied.
+        gamma: start of LayerScale's γ.
+        eps: ε of the rule's norms. The released code uses 1e-5.
+    """
+
+    name: str = "mvsplit"
+    beta: float = 1.0
+    alpha: float = 0.0
+    tied_leak: bool = True
+    leak: float = 0.0
+    gamma: float = 0.01
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise UserError(f"rule.eps={self.eps}: must be greater than 0, for example 1e-5")
+
+
+class Rule(nn.Module):
+    """A residual rule for one branch of one block; it knows nothing of the network around it.
+
+    A block applies it twice, once for each branch:
+
+        x = rule.merge(x, attention(rule.enter(x)), segments)
+
+    Attributes:
+        zero_writers: whether the branch's last matrix (the writer, W_O or W_2) starts at zero.
+        weight_scale: factor on the initial value, output and FFN weights (1 but for DeepNorm).
+        normalised: whether the trunk leaves `merge` with unit RMS; where it does not, the network
+            normalises it once before its head.
+    """
+
+    zero_writers: bool = False
+    weight_scale: float = 1.0
+    normalised: bool = True
+
+    def __init__(self, config: RuleConfig, *, width: int, depth: int, branch: Branch) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.depth = depth
+        self.branch = branch
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The branch's input: the trunk itself (post-norm). [B, T, D] → [B, T, D]."""
+        return x
+
+    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
+        """The next trunk from the trunk `x` and the branch output `f`, both [B, T, D]."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Sets the gains to their start values; called on construction and by initialisation."""

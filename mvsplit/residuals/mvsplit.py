@@ -1,0 +1,49 @@
+"""MV-Split: the mean and the centered part of a branch join the trunk by gains of their own.
+
+With J the average over the tokens of a segment and P = I − J (paper Eq. 3):
+
+    Z = X + β⊙PF + α⊙J(F − X)          (Eq. 7)
+    X' = RMSNorm(Z)                     (Eq. 8)
+
+What differs between tokens is scaled by β. The token mean, which a plain residual lets grow by
+every layer, becomes a leaky integrator: JZ = (1 − α)⊙JX + α⊙JF, PZ = PX + β⊙PF (Eq. 9). Backward,
+the mean of the gradient reaches the branch through α, the rest through β:
+∂L/∂F = β⊙PG + α⊙JG (Eq. 10). At α = 0 the mean-coherent writer gradient, whose growth with the
+number of tokens starts a collapse (Eq. 5), is shut off; it opens only as far as α is learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mvsplit.kernels import Segments, split_merge
+from mvsplit.residuals.base import Branch, Rule, RuleConfig
+
+
+class MVSplit(Rule):
+    """X' = RMSNorm(X + β⊙PF + α⊙J(F − X)), β and α ∈ R^D learned for each branch of each block.
+
+    Start: α = 0; β = 1 at 400 layers, 0.03 ≈ 1/√L at 1000; writers zero.
+    With `tied_leak=False` the trunk mean leaks by its own λ: Z = X + β⊙PF + α⊙JF − λ⊙JX. At
+    α = β = 1, λ = 0 that is the plain residual, so a plain model can become an MV-Split model.
+    Source: arXiv 2605.06169, Eq. 7–8.
+    """
+
+    zero_writers = True
+
+    def __init__(self, config: RuleConfig, *, width: int, depth: int, branch: Branch) -> None:
+        super().__init__(config, width=width, depth=depth, branch=branch)
+        self.beta = nn.Parameter(torch.empty(width))
+        self.alpha = nn.Parameter(torch.empty(width))
+        self.leak = None if config.tied_leak else nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.beta, self.config.beta)
+        nn.init.constant_(self.alpha, self.config.alpha)
+        if self.leak is not None:
+            nn.init.constant_(self.leak, self.config.leak)
+
+    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
+        return split_merge(x, f, self.beta, self.alpha, self.leak, segments, self.config.eps)
