@@ -1,0 +1,21 @@
+"""Rectified flow: path, target, loss and times."""
+
+from mvsplit.flow.rectified import (
+    advance,
+    flow_loss,
+    interpolate,
+    sample_times,
+    schedule,
+    shift_time,
+    velocity_target,
+)
+
+__all__ = [
+    "advance",
+    "flow_loss",
+    "interpolate",
+    "sample_times",
+    "schedule",
+    "shift_time",
+    "velocity_target",
+]
