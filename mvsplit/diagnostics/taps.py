@@ -1,0 +1,160 @@
+"""Where to listen in a network: the blocks, writers, queries and keys that a probe watches.
+
+The probe and the gradient norms know these records only, so any PyTorch model can be watched once
+something has written them down; `taps_for_dit` does so for our DiT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvsplit.errors import UserError
+from mvsplit.models import Block, DiT
+from mvsplit.residuals import Rule
+
+BranchName = Literal["attn", "ffn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterRows:
+    """Rows of a weight matrix: all of it, or the part of a packed projection that is Q or K."""
+
+    parameter: Tensor
+    start: int = 0
+    stop: int | None = None
+
+    def gradient(self) -> Tensor | None:
+        """The rows of the parameter's gradient, a view; None before a backward pass."""
+        grad = self.parameter.grad
+        return None if grad is None else grad[self.start : self.stop]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchTap:
+    """One branch of a block.
+
+    Attributes:
+        name: "attn" or "ffn", the end of the names of its fields.
+        writer: the token-wise linear map that ends the branch, W_O or W_2; its output is U.
+        trunk_at: a module whose first input is the trunk X that the branch joins; None where no
+            module sees it, and then what compares U with X is not measured.
+    """
+
+    name: BranchName
+    writer: nn.Module
+    trunk_at: nn.Module | None
+
+    def gradient(self) -> Tensor | None:
+        """The gradient of the writer's weight; None before a backward pass."""
+        return cast(Tensor, self.writer.weight).grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTap:
+    """One layer: `block` takes the trunk [B, T, D] as its first input and returns the next trunk,
+    alone or as the first of a tuple. What a layer does not have is None or left out."""
+
+    layer: int
+    block: nn.Module
+    branches: tuple[BranchTap, ...]
+    query: ParameterRows | None = None
+    key: ParameterRows | None = None
+
+
+def taps_for_dit(model: DiT) -> list[LayerTap]:
+    """The taps of every block of our DiT, in order of depth."""
+    config = model.config
+    queries = config.heads * config.head_width
+    keys = queries + config.groups * config.head_width
+    taps = []
+    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
+        packed = block.attention.qkv.weight
+        # A rule that normalises on entry hides the trunk from the FFN module.
+        post_norm = type(block.rule_ffn).enter is Rule.enter
+        ffn = BranchTap(name="ffn", writer=block.ffn.w2, trunk_at=block.ffn if post_norm else None)
+        attention = BranchTap(name="attn", writer=block.attention.proj, trunk_at=block)
+        taps.append(
+            LayerTap(
+                layer=layer,
+                block=block,
+                branches=(attention, ffn),
+                query=ParameterRows(parameter=packed, stop=queries),
+                key=ParameterRows(parameter=packed, start=queries, stop=keys),
+            )
+        )
+    return taps
+
+
+FAMILIES = ("grad_writer_attn", "grad_writer_ffn", "grad_query", "grad_key")
+
+
+def family_gradients(tap: LayerTap) -> dict[str, Tensor | None]:
+    """The gradients of W_O, W_2, W_Q and W_K of one layer, by the name of their field; families
+    that the layer does not have are left out, and None means that no backward pass reached it."""
+    gradients = {f"grad_writer_{b.name}": b.gradient() for b in tap.branches}
+    for name, rows in (("grad_query", tap.query), ("grad_key", tap.key)):
+        if rows is not None:
+            gradients[name] = rows.gradient()
+    return gradients
+
+
+def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The L2 norm of each tensor, half precision in fp32, by few kernels and without waiting."""
+    half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+    return torch._foreach_norm(tensors, 2, torch.float32 if half else None) if tensors else ()
+
+
+def deepest_quarter(taps: Sequence[LayerTap]) -> Sequence[LayerTap]:
+    """The last quarter of the layers, rounded up: where a collapse is seen first."""
+    return taps[len(taps) - -(-len(taps) // 4) :]
+
+
+def gradient_norm_tensors(taps: Sequence[LayerTap]) -> dict[str, Tensor]:
+    """`gradient_norms` as scalars on the device, for a loop that reads them with its own numbers.
+
+    Raises:
+        UserError: there is no tap, or a watched weight has no gradient.
+    """
+    if not taps:
+        raise UserError("taps=[]: there is no layer to watch; pass the taps of at least one layer")
+    collected: dict[str, list[Tensor]] = {}
+    for tap in deepest_quarter(taps):
+        for name, gradient in family_gradients(tap).items():
+            if gradient is None:
+                raise UserError(
+                    f"{name} of layer {tap.layer} has no gradient; read gradient norms after "
+                    f"backward() and before zero_grad()"
+                )
+            collected.setdefault(name, []).append(gradient)
+    per_tensor = iter(norms([g for gradients in collected.values() for g in gradients]))
+    return {
+        name: torch.linalg.vector_norm(torch.stack([next(per_tensor) for _ in gradients]))
+        for name, gradients in collected.items()
+    }
+
+
+def gradient_norms(taps: Sequence[LayerTap]) -> dict[str, float]:
+    """What is read every step: L2 norms of the gradients of W_O, W_2, W_Q and W_K over the deepest
+    quarter of the layers, with one synchronisation of the device.
+
+    Returns:
+        `grad_writer_attn, grad_writer_ffn, grad_query, grad_key`, those the model has.
+
+    Raises:
+        UserError: there is no tap, or a watched weight has no gradient.
+    """
+    scalars = gradient_norm_tensors(taps)
+    return dict(zip(scalars, read(scalars.values()), strict=True))
+
+
+def read(scalars: Iterable[Tensor]) -> list[float]:
+    """The numbers in one-dimensional or scalar tensors, one after the other, by one copy."""
+    flat = [s.detach().reshape(-1) for s in scalars]
+    if not flat:
+        return []
+    return torch.cat([s.to(flat[0].device, torch.float64) for s in flat]).tolist()
