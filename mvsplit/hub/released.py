@@ -1,0 +1,285 @@
+"""The released checkpoint's layout and ours, in both directions (paper §8).
+
+The layouts differ in names, in our packed query-key-value projection, and in the patch embedding,
+which they keep as a convolution [D, C, p, p] and we as a matrix [D, C·p·p] with the same order of
+values. Nothing is guessed: every key of a file is either used, or known to be all ones, or refused.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mvsplit.errors import UserError
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.residuals import RuleConfig
+
+Shape = tuple[int, ...]
+
+_RENAMED = (  # ours, released
+    ("patch_in.", "patch_embed.patch_proj."),
+    ("text_in.", "context_proj."),
+    ("head.", "final_proj."),
+    (".attention.", ".operator."),
+    (".rule_attention.", ".fused_mvsplit_norm1."),
+    (".rule_ffn.", ".fused_mvsplit_norm2."),
+)
+_INPUT_NORMS = ("norm_img_input.weight", "norm_text_input.weight")
+_ONES = re.compile(  # weights of norms that training may have left in the file, always one
+    r"blocks\.\d+\.(fused_mvsplit_norm[12]|operator\.qk_norm\.(query|key)_norm)\.weight"
+)
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_NAMED_AT_MOST = 20  # keys of one kind in an error message
+
+
+def load_released(
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> DiT:
+    """The DiT of a checkpoint in the released layout.
+
+    Width, depth, FFN, channels, patch, text width, key/value heads and biases come from the
+    shapes. The model owns its memory. Reading from a file maps it and copies one parameter after
+    the other, so that the peak is one model and one parameter.
+
+    Args:
+        source: a `.safetensors` file; a `.pt` file with the state dict itself or under "model" or
+            "state_dict"; or such a dict.
+        num_heads: query heads; width / 128 if None.
+        num_kv_heads: key/value heads; from the rows of `k_proj` if None.
+        dtype: of all parameters; as in the source if None.
+
+    Raises:
+        UserError: a file that cannot be read; missing, unknown or wrong-shaped keys, all of them
+            named in one message; norm weights that are not one, which this model has not.
+    """
+    tensors = _read(Path(source)) if isinstance(source, str | Path) else _unwrap(source, "source")
+    config = _infer_config(tensors, num_heads, num_kv_heads)
+    with torch.device("meta"):
+        model = DiT(config)
+    layout = released_layout(model)
+    _check(tensors, {key: shape for parts in layout.values() for key, shape in parts.items()})
+    parameters = {}
+    for name, empty in model.named_parameters():
+        packed = torch.cat([tensors[key] for key in layout[name]]).reshape(empty.shape)
+        parameters[name] = packed.to(dtype or packed.dtype)
+    model.load_state_dict(parameters, assign=True)
+    return model
+
+
+def export_released(model: DiT) -> dict[str, Tensor]:
+    """The state dict of `model` in the released layout; the inverse of `load_released`.
+
+    Tensors share the model's memory, but for q, k and v, which are copies of the packed rows.
+
+    Raises:
+        UserError: the released code has no such model: another rule, or another ε or θ.
+    """
+    _check_exportable(model.config)
+    exported = {}
+    layout = released_layout(model)
+    for name, parameter in model.named_parameters():
+        shapes = layout[name]
+        rows = parameter.detach().split([shape[0] for shape in shapes.values()])
+        for (key, shape), part in zip(shapes.items(), rows, strict=True):
+            exported[key] = part.clone() if len(shapes) > 1 else part.reshape(shape)
+    for key in _INPUT_NORMS:
+        exported[key] = torch.ones_like(model.patch_in.weight[:, 0])
+    return exported
+
+
+def released_layout(model: DiT) -> dict[str, dict[str, Shape]]:
+    """For each of our parameters, the released keys and shapes whose rows it stacks, in order."""
+    return {
+        name: _parts(name, tuple(parameter.shape), model.config)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _parts(name: str, shape: Shape, config: DiTConfig) -> dict[str, Shape]:
+    key = name
+    for ours, released in _RENAMED:
+        key = key.replace(ours, released)
+    if ".qkv." in key:
+        kv_rows = config.groups * config.head_width
+        rows = {"q_proj": config.width, "k_proj": kv_rows, "v_proj": kv_rows}
+        return {key.replace("qkv", part): (n, *shape[1:]) for part, n in rows.items()}
+    if name == "patch_in.weight":
+        return {key: (config.width, config.channels, config.patch, config.patch)}
+    return {key: shape}
+
+
+# From the tensors to the configuration
+
+
+def _infer_config(
+    tensors: Mapping[str, Tensor], num_heads: int | None, num_kv_heads: int | None
+) -> DiTConfig:
+    width, channels, patch, kv_rows, ffn_width = _sizes(tensors)
+    heads = _heads(width, num_heads)
+    context = tensors.get("context_proj.weight")
+    return DiTConfig(
+        depth=_depth(tensors),
+        width=width,
+        heads=heads,
+        kv_heads=_kv_heads(kv_rows, width, heads) if num_kv_heads is None else num_kv_heads,
+        ffn_width=ffn_width,
+        channels=channels,
+        patch=patch,
+        text_width=width if context is None else context.shape[-1],
+        attention_bias=_any_block(tensors, r"operator\.[qkv]_proj\.bias"),
+        ffn_bias=_any_block(tensors, r"ffn\.w(13|2)\.bias"),
+        rule=RuleConfig(name="mvsplit"),
+    )
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
+    """Width, channels, patch, rows of k_proj, FFN width: the sizes that three shapes hold."""
+    patch = tensors.get("patch_embed.patch_proj.weight")
+    k_proj = _usual_shape(tensors, "operator.k_proj.weight")
+    w2 = _usual_shape(tensors, "ffn.w2.weight")
+    if patch is None or k_proj is None or w2 is None:
+        names = _names(max(_depth(tensors), 1))
+        raise UserError(_faults(missing=[key for key in names if key not in tensors]))
+    if patch.ndim != 4 or len(k_proj) != 2 or len(w2) != 2:
+        raise UserError(
+            f"checkpoint: patch_embed.patch_proj.weight {list(patch.shape)}, operator.k_proj.weight"
+            f" {list(k_proj)} and ffn.w2.weight {list(w2)} must have 4, 2 and 2 axes"
+        )
+    return patch.shape[0], patch.shape[1], patch.shape[2], k_proj[0], w2[1]
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    return 1 + max((int(m[1]) for m in map(_BLOCK.match, tensors) if m), default=-1)
+
+
+def _names(depth: int) -> list[str]:
+    """The keys that every checkpoint of this depth has, whatever its sizes."""
+    with torch.device("meta"):
+        model = DiT(DiTConfig(depth=depth, width=4, heads=1, ffn_width=1, channels=1, text_width=4))
+    return [*(key for parts in released_layout(model).values() for key in parts), *_INPUT_NORMS]
+
+
+def _heads(width: int, num_heads: int | None) -> int:
+    if num_heads is not None:
+        return num_heads
+    if width % 128:
+        raise UserError(
+            f"num_heads: the default, width / 128, is not a whole number at width {width}; "
+            "give num_heads"
+        )
+    return width // 128
+
+
+def _kv_heads(rows: int, width: int, heads: int) -> int:
+    if heads < 1 or width % heads or rows % (width // heads):
+        raise UserError(
+            f"num_heads={heads}: the {width} rows of q_proj and {rows} rows of k_proj are not a "
+            "whole number of heads; give the num_heads that the model was trained with"
+        )
+    return rows * heads // width
+
+
+def _usual_shape(tensors: Mapping[str, Tensor], suffix: str) -> Shape | None:
+    """The commonest shape among the blocks, so that one wrong block is the one that is named."""
+    shapes = [tuple(t.shape) for key, t in tensors.items() if _in_block(key) == suffix]
+    return Counter(shapes).most_common(1)[0][0] if shapes else None
+
+
+def _any_block(tensors: Mapping[str, Tensor], pattern: str) -> bool:
+    return any(re.fullmatch(pattern, _in_block(key)) for key in tensors)
+
+
+def _in_block(key: str) -> str:
+    """`key` without its "blocks.N."; empty if it belongs to no block."""
+    match = _BLOCK.match(key)
+    return key[match.end() :] if match else ""
+
+
+# What is refused
+
+
+def _check(tensors: Mapping[str, Tensor], expected: dict[str, Shape]) -> None:
+    width = expected["patch_embed.patch_proj.weight"][:1]
+    expected = expected | dict.fromkeys(_INPUT_NORMS, width)
+    ones = {key for key in tensors if key in _INPUT_NORMS or _ONES.fullmatch(key)}
+    faults = _faults(
+        missing=[key for key in expected if key not in tensors],
+        unknown=[key for key in tensors if key not in expected and key not in ones],
+        wrong_shape=[
+            f"{key} {list(tensors[key].shape)} (expected {list(shape)})"
+            for key, shape in expected.items()
+            if key in tensors and tuple(tensors[key].shape) != shape
+        ],
+        not_all_ones=[key for key in tensors if key in ones and not (tensors[key] == 1).all()],
+    )
+    if faults:
+        raise UserError(faults)
+
+
+def _faults(**keys_by_kind: list[str]) -> str:
+    """One line that names every fault; empty if there is none."""
+    told = []
+    for kind, keys in keys_by_kind.items():
+        if keys:
+            more = f" and {len(keys) - _NAMED_AT_MOST} more" if len(keys) > _NAMED_AT_MOST else ""
+            told.append(f"{kind.replace('_', ' ')}: {', '.join(keys[:_NAMED_AT_MOST])}{more}")
+    return f"checkpoint is not in the released layout; {'; '.join(told)}" if told else ""
+
+
+def _check_exportable(config: DiTConfig) -> None:
+    rule = config.rule
+    fixed = {  # what the released code has built in: the value here, the value there
+        "model.rule.name": (rule.name, "mvsplit"),
+        "model.rule.tied_leak": (rule.tied_leak, True),
+        "model.rule.eps": (rule.eps, 1e-5),
+        "model.norm_eps": (config.norm_eps, 1e-5),
+        "model.qk_eps": (config.qk_eps, 1e-6),
+        "model.rope_theta": (config.rope_theta, 10_000.0),
+    }
+    for name, (value, needed) in fixed.items():
+        if value != needed:
+            raise UserError(f"{name}={value!r}: the released layout can only hold {needed!r}")
+
+
+# Files
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"checkpoint: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        mapped = zipfile.is_zipfile(path)  # files of old versions of torch cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
+    return _unwrap(content, str(path))
+
+
+def _unwrap(content: object, source: str) -> Mapping[str, Tensor]:
+    for name in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise UserError(
+            f"checkpoint: {source} holds no state dict, neither itself nor under 'model' or "
+            "'state_dict'"
+        )
+    return content
