@@ -60,7 +60,7 @@ class DiTConfig:
                 f"model.width / model.heads = {self.head_width}: rotary embedding on two axes "
                 f"needs a head width that is a multiple of 4"
             )
-        if self.heads % self.groups:
+        if self.groups < 1 or self.heads % self.groups:
             raise UserError(
                 f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; "
                 f"choose from {_divisors(self.heads)}"
@@ -81,7 +81,7 @@ class DiTConfig:
     @property
     def groups(self) -> int:
         """G, the key/value heads."""
-        return self.heads if self.kv_heads is None else max(self.kv_heads, 1)
+        return self.heads if self.kv_heads is None else self.kv_heads
 
 
 def _divisors(n: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvsplit.kernels import Segments, rms_norm, split_merge
+from mvsplit.kernels.reference import zero_padding
 from mvsplit.residuals.base import Branch, Rule, RuleConfig
 
 
@@ -124,4 +125,6 @@ class Sandwich(PreNorm):
     """
 
     def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return super().merge(x, rms_norm(f, self.config.eps), segments)
+        # The norm's backward would multiply padding by zero, which leaves its NaN as NaN.
+        f = rms_norm(zero_padding(f, segments), self.config.eps)
+        return super().merge(x, f, segments)
