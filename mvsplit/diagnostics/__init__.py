@@ -1,0 +1,23 @@
+"""The watch: metrics of a mean-mode collapse, and the probe that reads them from a running model."""
+
+from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.taps import (
+    BranchTap,
+    LayerTap,
+    ParameterRows,
+    gradient_norm_tensors,
+    gradient_norms,
+    taps_for_dit,
+)
+
+__all__ = [
+    "CHEAP_FIELDS",
+    "FIELDS",
+    "BranchTap",
+    "LayerProbe",
+    "LayerTap",
+    "ParameterRows",
+    "gradient_norm_tensors",
+    "gradient_norms",
+    "taps_for_dit",
+]

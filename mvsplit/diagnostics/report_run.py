@@ -1,0 +1,182 @@
+"""Gathers what a run folder holds into what the report shows of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from base64 import b64encode
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mvsplit.diagnostics.logs import Record, as_number, read_jsonl
+from mvsplit.diagnostics.report_layers import LayerMap, LayerMapsBuilder
+from mvsplit.diagnostics.report_series import Series, SeriesTable
+from mvsplit.errors import UserError
+
+MOST_EVENTS = 400
+MOST_PICTURES = 8
+_PICTURE_SIDE = 320  # pixels; a picture of the report is a thumbnail
+_TEXT = 400  # characters kept of one text out of a log
+_LOGS = ("metrics.jsonl", "layers.jsonl", "events.jsonl")
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    data: str  # a data: URL
+
+
+@dataclass
+class RunRecord:
+    """One run, small enough to draw."""
+
+    name: str
+    settings: dict[str, str] = field(default_factory=dict)  # dotted name → value of config.json
+    series: dict[str, Series] = field(default_factory=dict)
+    maps: dict[str, LayerMap] = field(default_factory=dict)
+    events: list[Record] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out, and why
+
+
+def read_run(folder: Path | str) -> RunRecord:
+    """Reads whatever of config, logs and samples a run folder has.
+
+    Raises:
+        UserError: no such folder, or one without a log.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"run {str(folder)!r} is no folder; name a run such as runs/NAME")
+    if not any((folder / name).is_file() for name in _LOGS):
+        raise UserError(f"run {str(folder)!r} has none of {', '.join(_LOGS)}; name a run's folder")
+    run = RunRecord(name=_text(folder.resolve().name))
+    _read_settings(run, folder / "config.json")
+    for name, read in zip(_LOGS, (_read_metrics, _read_layers, _read_events), strict=True):
+        if (folder / name).is_file():
+            read(run, folder / name)
+    _read_pictures(run, folder / "samples")
+    return run
+
+
+def _read_settings(run: RunRecord, path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        run.settings = dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError:
+        run.notes.append("config.json could not be read as JSON and is left out.")
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        parts = (_leaves(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items())
+        return list(chain.from_iterable(parts))
+    text = value if isinstance(value, str) else json.dumps(value)
+    return [(_text(prefix), _text(text))] if prefix else []
+
+
+def _read_metrics(run: RunRecord, path: Path) -> None:
+    lines, table = read_jsonl(path), SeriesTable()
+    for record in lines:
+        table.add(record)
+    run.series = table.build()
+    _note_dropped(run, path, str(lines.dropped))
+    widest = max((series.stride for series in run.series.values()), default=1)
+    if widest > 1:
+        run.notes.append(
+            f"metrics.jsonl has {table.lines:,} lines; a point of a curve stands for up to "
+            f"{widest:,} steps, with their smallest and largest value."
+        )
+
+
+def _read_layers(run: RunRecord, path: Path) -> None:
+    lines, builder = read_jsonl(path), LayerMapsBuilder()
+    for record in lines:
+        builder.add(record)
+    run.maps = builder.build()
+    _note_dropped(run, path, str(lines.dropped))
+    if builder.unfit:
+        run.notes.append(
+            f"layers.jsonl: {builder.unfit:,} arrays do not fit the layers of their line "
+            "and are left out."
+        )
+    if builder.thinned:
+        run.notes.append(f"layers.jsonl has {builder.lines:,} probes; evenly spaced ones are kept.")
+
+
+def _read_events(run: RunRecord, path: Path) -> None:
+    """Warnings and alarms from the start, so that the first of them are never crowded out."""
+    lines = read_jsonl(path, latest=False)
+    serious: list[Record] = []
+    others: list[Record] = []
+    omitted = 0
+    for record in lines:
+        kept = serious if record.get("level") in ("warning", "alarm") else others
+        if len(kept) < MOST_EVENTS // 2:
+            kept.append(_bounded(record))
+        else:
+            omitted += 1
+    run.events = sorted(serious + others, key=lambda event: event["step"])
+    _note_dropped(run, path, str(lines.dropped))
+    if omitted:
+        run.notes.append(f"events.jsonl: {omitted:,} later events are left out.")
+
+
+def _note_dropped(run: RunRecord, path: Path, dropped: str) -> None:
+    if dropped:
+        run.notes.append(f"{path.name}, lines left out: {dropped}.")
+
+
+def _bounded(value: Any, depth: int = 3) -> Any:
+    """The value with long texts cut and deep or long parts shortened; non-finite numbers become
+    their names, which JSON in a browser can hold."""
+    if isinstance(value, dict) and depth:
+        return {_text(str(k)): _bounded(v, depth - 1) for k, v in list(value.items())[:40]}
+    if isinstance(value, list) and depth:
+        return [_bounded(v, depth - 1) for v in value[:40]]
+    number = as_number(value)
+    if number is not None:
+        return value if np.isfinite(number) else str(number)
+    return value if value is None or isinstance(value, bool) else _text(str(value))
+
+
+def _text(text: str) -> str:
+    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
+
+
+def _read_pictures(run: RunRecord, folder: Path) -> None:
+    """Up to `MOST_PICTURES`, evenly over the training, the last always among them."""
+    paths = sorted(folder.glob("*.png"), key=_natural)
+    if not paths:
+        return
+    chosen = np.unique(np.linspace(0, len(paths) - 1, min(MOST_PICTURES, len(paths))).round())
+    for index in chosen.astype(int):
+        try:
+            run.pictures.append(_picture(paths[index]))
+        except (UnidentifiedImageError, OSError):
+            run.notes.append(f"samples/{_text(paths[index].name)} is no readable picture.")
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """step_9 before step_10."""
+    parts = re.findall(r"\d+|\D+", path.stem)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _picture(path: Path) -> Picture:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    scale = _PICTURE_SIDE / max(small.size)
+    if scale < 1:
+        size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
+        small = small.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return Picture(_text(path.stem), f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}")
