@@ -1,0 +1,29 @@
+"""Training: the loop, optimiser, averaged weights, checkpoints and the run folder."""
+
+from mvsplit.training.builders import build_state
+from mvsplit.training.config import DataConfig, Experiment, TrainConfig
+from mvsplit.training.load import LoadedRun, load_run
+from mvsplit.training.loop import Observer, Outcome, train
+from mvsplit.training.nonfinite import NonFiniteError
+from mvsplit.training.progress import ProgressLine
+from mvsplit.training.run_folder import RunFolder, read_experiment
+from mvsplit.training.state import TrainState
+from mvsplit.training.step import train_step
+
+__all__ = [
+    "DataConfig",
+    "Experiment",
+    "LoadedRun",
+    "NonFiniteError",
+    "Observer",
+    "Outcome",
+    "ProgressLine",
+    "RunFolder",
+    "TrainConfig",
+    "TrainState",
+    "build_state",
+    "load_run",
+    "read_experiment",
+    "train",
+    "train_step",
+]

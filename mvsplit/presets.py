@@ -1,0 +1,114 @@
+"""Named experiments, one row each."""
+
+from __future__ import annotations
+
+from mvsplit.errors import UserError, nearest
+from mvsplit.models import DiTConfig
+from mvsplit.residuals import RuleConfig
+from mvsplit.training import DataConfig, Experiment, TrainConfig
+
+_DIGITS = DataConfig(dataset="digits")
+_TINY = DiTConfig(
+    depth=4,
+    width=32,
+    heads=2,
+    ffn_width=96,
+    channels=1,
+    patch=2,
+    text_width=32,
+    rule=RuleConfig(name="mvsplit"),
+)
+
+
+def _digits_400l(rule: RuleConfig, lr: float) -> Experiment:
+    """400 layers on the real digits, small enough for two CPU cores: 16 image tokens and a word."""
+    return Experiment(
+        model=DiTConfig(
+            depth=400,
+            width=32,
+            heads=2,
+            ffn_width=96,
+            channels=1,
+            patch=2,
+            text_width=32,
+            rule=rule,
+        ),
+        data=_DIGITS,
+        train=TrainConfig(
+            steps=100,
+            batch_size=16,
+            lr=lr,
+            warmup=10,
+            ema_decay=0.95,
+            save_every=20,
+            probe_every=10,
+        ),
+    )
+
+
+def _paper(depth: int, beta: float) -> Experiment:
+    """The paper's network and recipe (§3–4), 13.6 M parameters a layer, on rendered shapes of
+    64×64 in patches of 4×4: 256 image tokens, as many as its latents of 256×256 pictures have."""
+    return Experiment(
+        model=DiTConfig(
+            depth=depth,
+            width=1024,
+            heads=8,
+            ffn_width=3072,
+            channels=3,
+            patch=4,
+            text_width=1024,
+            rule=RuleConfig(name="mvsplit", beta=beta),
+        ),
+        data=DataConfig(dataset="shapes", size=64),
+        train=TrainConfig(
+            steps=100_000, batch_size=1024, accumulate=32, warmup=1000, precision="bf16"
+        ),
+    )
+
+
+PRESETS: dict[str, Experiment] = {
+    # 40 steps in a few seconds on a laptop; the first thing to run.
+    "tiny": Experiment(
+        model=_TINY,
+        data=_DIGITS,
+        train=TrainConfig(
+            steps=40,
+            batch_size=64,
+            lr=1e-2,
+            warmup=5,
+            ema_decay=0.95,
+            save_every=20,
+            probe_every=10,
+        ),
+    ),
+    # The demo's twins: the same seed and data, one collapses, the other learns.
+    "digits-400l-plain": _digits_400l(RuleConfig(name="plain"), lr=2e-3),
+    "digits-400l-mvsplit": _digits_400l(RuleConfig(name="mvsplit", beta=0.05), lr=3e-3),
+    # Coloured shapes with captions, minutes on a GPU, hours on a CPU.
+    "shapes-12l": Experiment(
+        model=DiTConfig(
+            depth=12,
+            width=128,
+            heads=4,
+            ffn_width=384,
+            channels=3,
+            patch=4,
+            text_width=128,
+            rule=RuleConfig(name="mvsplit"),
+        ),
+        data=DataConfig(dataset="shapes", size=32),
+        train=TrainConfig(
+            steps=20_000, batch_size=64, lr=1e-3, warmup=200, ema_decay=0.999, save_every=1000
+        ),
+    ),
+    "mvsplit-400l": _paper(400, beta=1.0),
+    "mvsplit-1000l": _paper(1000, beta=0.03),
+}
+
+
+def get_preset(name: str) -> Experiment:
+    """The experiment called `name`. Raises UserError for an unknown one."""
+    if name not in PRESETS:
+        raise UserError(f"preset={name!r} is unknown: {nearest(name, PRESETS)}")
+    return PRESETS[name]

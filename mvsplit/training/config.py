@@ -1,0 +1,197 @@
+"""What an experiment is: a model, its data and how it is trained; and its form in JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mvsplit.errors import UserError, nearest
+from mvsplit.models import DiTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples a run sees.
+
+    Attributes:
+        dataset: a name of the registry of `mvsplit.data`.
+        size: pixels a side, for data sets that are rendered at a choice of sizes.
+        series: which endless series of a data set without end (its own seed).
+        embedder_seed: which frozen word embedding.
+    """
+
+    dataset: str = "digits"
+    size: int | None = None
+    series: int | None = None
+    embedder_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a network is trained (paper §4 where the defaults are its own).
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        batch_size: samples a step, whatever they are cut into.
+        accumulate: pieces that a batch is cut into to save memory; a divisor of `batch_size`.
+        lr: learning rate; None for 1e-3 / (0.2·√width), the µP rule of paper §4.
+        lr_factor: multiplies the learning rate.
+        warmup: steps of linear warm-up; constant afterwards.
+        weight_decay: on 2-D weights only, not on gains and biases.
+        betas, eps: of AdamW.
+        clip: largest global gradient norm.
+        ema_decay: of the averaged weights; 0 keeps none.
+        precision: fp32, or bf16 arithmetic on fp32 weights.
+        seed: of initial weights, order of the data, dropped captions, noise and times.
+        save_every: steps between checkpoints; the last step is always saved.
+        keep: how many checkpoints stay on the disk.
+        probe_every: steps between looks into every layer; 0 for none.
+        probe: the fields of such a look: the cheap ones, or all.
+        caption_dropout: share of captions replaced by "", for classifier-free guidance.
+        time_shift: shift of the training times; 1 leaves them uniform.
+        device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    lr: float | None = None
+    lr_factor: float = 1.0
+    warmup: int = 1000
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 1.0
+    ema_decay: float = 0.9999
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 3
+    probe_every: int = 100
+    probe: Literal["cheap", "all"] = "cheap"
+    caption_dropout: float = 0.1
+    time_shift: float = 1.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep"):
+            _require(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("warmup", "weight_decay", "seed", "probe_every"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative")
+        for name in ("lr_factor", "eps", "clip", "time_shift"):
+            _require(self, name, getattr(self, name) > 0, "must be greater than 0")
+        _require(self, "lr", self.lr is None or self.lr > 0, "must be greater than 0")
+        _require(self, "ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
+        _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
+        _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
+        _require(self, "precision", self.precision in ("fp32", "bf16"), "choose fp32 or bf16")
+        _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"train.batch_size={self.batch_size} is not divisible by "
+                f"train.accumulate={self.accumulate}; choose a divisor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All that decides what a run computes; `config.json` of a run folder holds one."""
+
+    model: DiTConfig
+    train: TrainConfig
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"train.{name}={getattr(config, name)}: {rule}")
+
+
+# A run may be continued with other values of these: they do not change what a step computes, but
+# for rounding (another device, another cut of the batch).
+CHANGEABLE = frozenset(
+    f"train.{name}"
+    for name in ("steps", "save_every", "keep", "probe_every", "probe", "accumulate", "device")
+)
+
+
+def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two experiments differ, by dotted name: (old, new)."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    names = sorted(before.keys() | after.keys())
+    pairs = {name: (before.get(name), after.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def to_json(experiment: Experiment) -> str:
+    """The experiment as indented JSON; `from_json` reads it back to an equal one."""
+    return json.dumps(dataclasses.asdict(experiment), indent=2) + "\n"
+
+
+def from_json(text: str, source: Path | str = "config.json") -> Experiment:
+    """The experiment that `text` describes.
+
+    Raises:
+        UserError: not JSON, or a field that is unknown, missing, or of the wrong type; the message
+            begins with `source`.
+    """
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{source} is not valid JSON ({error}); restore it, or start a new run folder"
+        ) from error
+    try:
+        return _read(Experiment, tree, "")
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _read(hint: Any, value: Any, name: str) -> Any:
+    """`value` of parsed JSON as what the type `hint` asks for."""
+    if dataclasses.is_dataclass(hint):
+        return _read_dataclass(hint, value, name)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # of the form X | None
+        wanted = next(a for a in arguments if a is not type(None))
+        return None if value is None else _read(wanted, value, name)
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_read(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise UserError(f"{name}={value!r} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{name or 'the file'} must hold an object with the fields of {kind}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{name}." if name else ""
+    for given in value:
+        if given not in hints:
+            raise UserError(f"{prefix}{given} is not a known field; {nearest(given, hints)}")
+    for known in dataclasses.fields(kind):
+        required = known.default is known.default_factory is dataclasses.MISSING
+        if required and known.name not in value:
+            raise UserError(f"{prefix}{known.name} is missing; add it")
+    return kind(**{key: _read(hints[key], item, prefix + key) for key, item in value.items()})

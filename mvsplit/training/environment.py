@@ -1,0 +1,59 @@
+"""What a run ran on: versions, device, revision of the code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mvsplit
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, the device and the revision, as JSON can hold them."""
+    packages = ("mvsplit", "torch", "numpy", "safetensors", "triton")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: found for name in packages if (found := _version(name))},
+        "cuda": torch.version.cuda,
+        "device": str(device),
+        "device_name": (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        ),
+        "threads": torch.get_num_threads(),
+        "revision": git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """The commit of this package's source, "+changes" if it is modified; None outside of git.
+
+    An installed copy that merely lies inside some other repository has no revision.
+    """
+    source = Path(mvsplit.__file__).parent
+    if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    changed = _git(source, "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{_git(source, 'rev-parse', 'HEAD')}{'+changes' if changed else ''}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

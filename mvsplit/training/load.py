@@ -1,0 +1,77 @@
+"""A trained run, ready to sample from."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mvsplit.data import WordEmbedder
+from mvsplit.errors import UserError
+from mvsplit.models import DiT
+from mvsplit.training.checkpoint import (
+    DamagedCheckpoint,
+    Snapshot,
+    load_latest,
+    read_checkpoint,
+)
+from mvsplit.training.config import Experiment
+from mvsplit.training.run_folder import read_experiment
+from mvsplit.training.state import copy_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run's network in evaluation mode, what encodes its prompts, and where it stood."""
+
+    model: DiT
+    embedder: WordEmbedder
+    experiment: Experiment
+    step: int
+
+
+def load_run(
+    path: Path | str, *, ema: bool = True, device: torch.device | str = "cpu"
+) -> LoadedRun:
+    """The newest whole checkpoint of a run; a damaged newer one is passed over with a warning.
+
+    Args:
+        path: a run folder, or one of its checkpoints.
+        ema: the averaged weights; False for the weights as trained.
+        device: where the network goes.
+
+    Raises:
+        UserError: there is no run or no readable checkpoint, or the run keeps no averaged weights.
+    """
+    path = Path(path)
+    one = (path / "manifest.json").exists()
+    experiment = read_experiment(path.parent.parent if one else path)
+    if ema and not experiment.train.ema_decay:
+        raise UserError(
+            f"{path} keeps no averaged weights (train.ema_decay=0); ask for the weights as trained"
+        )
+    name = "ema" if ema else "model"
+    snapshot = _read_one(path, name) if one else _read_newest(path, name)
+    model = DiT(experiment.model)
+    copy_tensors(snapshot.tensors[name], dict(model.state_dict()), f"{name}.safetensors")
+    model.requires_grad_(False).eval().to(device)
+    embedder = WordEmbedder.from_spec(snapshot.values["embedder"])
+    return LoadedRun(model=model, embedder=embedder, experiment=experiment, step=snapshot.step)
+
+
+def _read_one(path: Path, name: str) -> Snapshot:
+    try:
+        return read_checkpoint(path, [name])
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; choose another checkpoint of the run") from error
+
+
+def _read_newest(path: Path, name: str) -> Snapshot:
+    snapshot, damaged = load_latest(path / "checkpoints", [name])
+    if snapshot is None:
+        raise UserError(f"{path} has no checkpoint yet; train it until the first is saved")
+    for error in damaged:
+        warnings.warn(f"{error}; using step {snapshot.step}", stacklevel=3)
+    return snapshot

@@ -1,0 +1,175 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.training.builders import build_state
+from mvsplit.training.checkpoint import (
+    list_checkpoints,
+    load_latest,
+    save_checkpoint,
+    set_aside_after,
+)
+from mvsplit.training.config import Experiment, TrainConfig
+from mvsplit.training.nonfinite import NonFiniteError
+from mvsplit.training.run_folder import RunFolder
+from mvsplit.training.signals import StopSignal
+from mvsplit.training.state import TrainState
+from mvsplit.training.step import train_step
+
+
+class Observer:
+    """Watches a run; every method does nothing unless overridden. It may not change the state."""
+
+    def on_start(self, state: TrainState, experiment: Experiment) -> None:
+        """The run is about to take step `state.step + 1`."""
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """A step was taken; `metrics` is its line of metrics.jsonl."""
+
+    def on_probe(self, state: TrainState, layers: dict[str, Any]) -> None:
+        """Every layer was looked into; `layers` is the line of layers.jsonl."""
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Something happened; `event` is the line of events.jsonl, with a readable `message`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: its last step, and the signal that stopped it before its time, if any."""
+
+    step: int
+    signal: Signals | None
+
+
+def train(
+    experiment: Experiment, run_dir: Path | str, *, observers: Sequence[Observer] = ()
+) -> Outcome:
+    """Trains, or goes on where the run folder's newest whole checkpoint was taken.
+
+    On SIGTERM or Ctrl-C the step is finished and saved.
+
+    Raises:
+        UserError: the folder is in use or belongs to another experiment, the configuration is not
+            possible, or the disk is full.
+        NonFiniteError: the loss or the gradient was not finite; the update was not made.
+    """
+    config = experiment.train
+    with RunFolder(run_dir, experiment) as folder, StopSignal() as stop:
+        state = build_state(experiment)
+        run = _Run(folder, config, state, observers)
+        run.resume()
+        for observer in observers:
+            observer.on_start(state, experiment)
+        started = time.perf_counter()
+        while state.step < config.steps and stop.received is None:
+            with run.probe(state.step + 1) as probe:
+                metrics = run.guarded_step()
+            now = time.perf_counter()
+            run.log(metrics, now - started, probe)
+            started = now
+            if state.step % config.save_every == 0:
+                run.save()
+        run.finish(stop.received)
+    return Outcome(step=state.step, signal=stop.received)
+
+
+class _Run:
+    """What the loop does beside stepping: logs, checkpoints, messages."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        state: TrainState,
+        observers: Sequence[Observer],
+    ) -> None:
+        self.folder, self.config, self.state, self.observers = folder, config, state, observers
+
+    def resume(self) -> None:
+        """Restores the newest whole checkpoint, and says so, and what was damaged."""
+        folder, state = self.folder, self.state
+        snapshot, damaged = load_latest(folder.checkpoints)
+        if snapshot is not None:
+            state.restore(snapshot)
+            set_aside_after(folder.checkpoints, state.step)
+        for error in damaged:
+            self._tell("damaged", f"{error}; set aside, going back to step {state.step}")
+        logged = folder.metrics.path.stat().st_size > 0
+        folder.forget_after(state.step)
+        folder.write_environment(state.device)
+        if snapshot is not None:
+            changed = {name: list(pair) for name, pair in folder.changed.items()}
+            self._tell("resumed", f"resumed {folder.path} at step {state.step}", changed=changed)
+        elif logged:
+            self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
+        else:
+            self._tell("started", f"started {folder.path}")
+
+    def probe(self, step: int) -> Any:
+        """A look into every layer if one is due at `step`, else a context that gives None."""
+        every = self.config.probe_every
+        if not every or step % every:
+            return nullcontext()
+        fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
+        return LayerProbe(self.state.taps, fields=fields)
+
+    def guarded_step(self) -> dict[str, Any]:
+        """A step; if a value was not finite, that is recorded before the run stops."""
+        try:
+            return train_step(self.state, self.config)
+        except NonFiniteError as error:
+            saved = list_checkpoints(self.folder.checkpoints)
+            good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+            message = f"{error}; {good}; try a lower learning rate or another rule in a new run"
+            self._tell("nonfinite", message)
+            raise NonFiniteError(message) from error
+
+    def log(self, metrics: dict[str, Any], seconds: float, probe: LayerProbe | None) -> None:
+        """A line of metrics.jsonl, and of layers.jsonl after a probe."""
+        step, tokens = self.state.step, metrics.pop("tokens")
+        line = {"step": step, **metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        self.folder.metrics.append(line)
+        for observer in self.observers:
+            observer.on_step(self.state, line)
+        if probe is not None:
+            layers = {"step": step, **probe.arrays()}
+            self.folder.layers.append(layers)
+            for observer in self.observers:
+                observer.on_probe(self.state, layers)
+
+    def save(self) -> None:
+        path = save_checkpoint(
+            self.folder.checkpoints, self.state.snapshot(), keep=self.config.keep
+        )
+        self._tell("saved", f"saved {path}")
+
+    def finish(self, signal: Signals | None) -> None:
+        """Saves the last step, unless it is saved, and says why the run ends."""
+        step, steps = self.state.step, self.config.steps
+        if step and checkpoint_missing(self.folder, step):
+            self.save()
+        if signal is not None:
+            message = f"stopped by {signal.name} after step {step} of {steps}, saved; give the "
+            self._tell("interrupted", message + "same command again to go on", signal=signal.name)
+        else:
+            self._tell("finished", f"finished step {step} of {steps}: {self.folder.path}")
+
+    def _tell(self, name: str, message: str, **fields: Any) -> None:
+        event = self.folder.event(name, self.state.step, message, **fields)
+        for observer in self.observers:
+            observer.on_event(event)
+
+
+def checkpoint_missing(folder: RunFolder, step: int) -> bool:
+    """Whether the newest checkpoint is not the one of `step`."""
+    saved = list_checkpoints(folder.checkpoints)
+    return not saved or saved[-1].name != f"step_{step:08d}"

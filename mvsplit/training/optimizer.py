@@ -1,0 +1,148 @@
+"""AdamW on flat buffers, the learning rate, and the global gradient norm.
+
+A deep network has thousands of small tensors, and on a CPU an operation on each costs more than its
+arithmetic. So all parameters that are treated alike are views of one buffer, and so are their
+gradients: clipping, the update, the average and the zeroing are a handful of operations at any
+depth. What is saved is cut out of the buffers by parameter name and knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvsplit.training.config import TrainConfig
+
+# Every parameter starts at a multiple of 64 bytes (fp32), as a tensor of its own would.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class FlatGroup:
+    """Parameters end to end in one buffer, and their gradients in another.
+
+    Attributes:
+        decays: whether weight decay applies.
+        places: for each parameter name, its first element in the buffers and its shape.
+        values: [N] the parameters; between them a few zeros that stay zero.
+        grads: [N] their gradients.
+    """
+
+    decays: bool
+    places: dict[str, tuple[int, torch.Size]]
+    values: Tensor
+    grads: Tensor
+
+    def cut(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The parts of `buffer` [N] by parameter name, as views of the parameters' shapes."""
+        return {
+            name: buffer[start : start + shape.numel()].view(shape)
+            for name, (start, shape) in self.places.items()
+        }
+
+
+def flatten_parameters(model: nn.Module) -> list[FlatGroup]:
+    """Moves all parameters into two flat buffers, those with weight decay (2-D) and the rest.
+
+    The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
+    once the model is on its device, and zero `FlatGroup.grads` in place instead of dropping the
+    gradients of the model.
+    """
+    named = list(model.named_parameters())
+    return [
+        _flatten([(n, p) for n, p in named if (p.ndim == 2) is decays], decays)
+        for decays in (True, False)
+        if any((p.ndim == 2) is decays for _, p in named)
+    ]
+
+
+def _flatten(named: list[tuple[str, nn.Parameter]], decays: bool) -> FlatGroup:
+    places, end = {}, 0
+    for name, parameter in named:
+        places[name] = (end, parameter.shape)
+        end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+    values = named[0][1].new_zeros(end).detach()
+    group = FlatGroup(decays, places, values, torch.zeros_like(values))
+    parts, grads = group.cut(group.values), group.cut(group.grads)
+    for name, parameter in named:
+        parts[name].copy_(parameter.detach())
+        parameter.data = parts[name]
+        parameter.grad = grads[name]
+    return group
+
+
+def clip_gradients_(groups: Iterable[FlatGroup], norm: float, limit: float) -> None:
+    """Scales all gradients so that their global norm, which is `norm` now, is at most `limit`."""
+    if norm > limit:
+        for group in groups:
+            group.grads.mul_(limit / norm)
+
+
+def global_norm(groups: Iterable[FlatGroup]) -> Tensor:
+    """The L2 norm of all gradients together, a scalar on the device."""
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(group.grads) for group in groups])
+    )
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel."""
+
+    def __init__(self, groups: list[FlatGroup], config: TrainConfig) -> None:
+        self.groups = groups
+        for group in groups:
+            group.values.grad = group.grads
+        self._inner = torch.optim.AdamW(
+            [
+                {"params": [g.values], "weight_decay": config.weight_decay if g.decays else 0.0}
+                for g in groups
+            ],
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        for group in groups:
+            self._inner.state[group.values] = {
+                "step": torch.zeros((), dtype=torch.float32, device=group.values.device),
+                "exp_avg": torch.zeros_like(group.values),
+                "exp_avg_sq": torch.zeros_like(group.values),
+            }
+
+    def step(self, lr: float) -> None:
+        """One update from the gradients in the groups."""
+        for settings in self._inner.param_groups:
+            settings["lr"] = lr
+        self._inner.step()
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            group.grads.zero_()
+
+    def moments(self) -> dict[str, Tensor]:
+        """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`."""
+        return {
+            f"{moment}.{name}": part
+            for moment in ("exp_avg", "exp_avg_sq")
+            for group in self.groups
+            for name, part in group.cut(self._inner.state[group.values][moment]).items()
+        }
+
+    def set_updates(self, count: int) -> None:
+        """Says how many updates the moments have seen, for their bias correction."""
+        for group in self.groups:
+            self._inner.state[group.values]["step"].fill_(count)
+
+
+def peak_learning_rate(config: TrainConfig, width: int) -> float:
+    """1e-3 / (0.2·√D), 1.5625e-4 at D = 1024 (µP, paper §4), unless the configuration names one."""
+    rate = 1e-3 / (0.2 * math.sqrt(width)) if config.lr is None else config.lr
+    return rate * config.lr_factor
+
+
+def warmup_then_constant(peak: float, warmup: int) -> Callable[[int], float]:
+    """The learning rate of step n = 1, 2, …: peak·n/warmup until it reaches the peak."""
+    return lambda step: peak * min(1.0, step / max(warmup, 1))

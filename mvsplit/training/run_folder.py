@@ -1,0 +1,162 @@
+"""A run is a folder: configuration, environment, logs and checkpoints, for one process at a time.
+
+config.json, environment.json
+metrics.jsonl   a line a step         layers.jsonl   a line a probe
+events.jsonl    resumptions, saves, failures, why it stopped
+checkpoints/step_00001000/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from mvsplit.errors import UserError
+from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
+from mvsplit.training.environment import describe_environment
+from mvsplit.training.files import JsonLines, keep_lines, write_atomically
+
+
+class RunFolder:
+    """An experiment's folder, held by this process until it is closed.
+
+    Args:
+        path: created if it does not exist.
+        experiment: must agree with the folder's own, but for the fields that may change.
+
+    Attributes:
+        changed: fields that differ from the last time, (old, new) by dotted name.
+
+    Raises:
+        UserError: the path is no folder of ours, another process holds it, or it belongs to
+            another experiment.
+    """
+
+    def __init__(self, path: Path | str, experiment: Experiment) -> None:
+        self.path = Path(path)
+        self._stack = ExitStack()
+        with self._stack:
+            _create(self.path)
+            self._stack.enter_context(_lock(self.path))
+            self.changed = _agree(self.path, experiment)
+            self.metrics, self.layers, self.events = (
+                self._open(name) for name in ("metrics", "layers", "events")
+            )
+            self._stack = self._stack.pop_all()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def event(self, name: str, step: int, message: str, **fields: Any) -> dict[str, Any]:
+        """Appends a line to events.jsonl and returns it."""
+        line = {"event": name, "step": step, "time": time.time(), "message": message, **fields}
+        self.events.append(line)
+        return line
+
+    def write_environment(self, device: torch.device) -> None:
+        text = json.dumps(describe_environment(device), indent=2) + "\n"
+        write_atomically(self.path / "environment.json", text)
+
+    def forget_after(self, step: int) -> None:
+        """Drops from metrics and layers what lies past `step`, and lines that a kill cut off."""
+        for name in ("metrics", "layers"):
+            getattr(self, name).close()
+            keep_lines(self.path / f"{name}.jsonl", lambda line: line["step"] <= step)
+            setattr(self, name, self._open(name))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _open(self, name: str) -> JsonLines:
+        if name == "events":
+            keep_lines(self.path / "events.jsonl", lambda line: True)
+        log = JsonLines(self.path / f"{name}.jsonl")
+        self._stack.callback(log.close)
+        return log
+
+
+def read_experiment(path: Path | str) -> Experiment:
+    """The experiment of the run folder at `path`.
+
+    Raises:
+        UserError: there is no run at `path`, or its configuration cannot be read.
+    """
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise UserError(f"no run at {path}: there is no {config}; check the path")
+    return from_json(config.read_text(encoding="utf-8"), config)
+
+
+def _create(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the run folder {path}: {error.strerror}; choose another --run-dir"
+        ) from error
+    visible = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+    if visible and "config.json" not in visible:
+        raise UserError(
+            f"{path} is not a run folder: it holds {visible[0]} but no config.json; choose "
+            f"another --run-dir"
+        )
+
+
+def _lock(path: Path) -> IO[str]:
+    """The folder's lock, which the system releases when the process ends, however it ends."""
+    try:
+        file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, closed by the folder
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {path}: {error.strerror}; choose another --run-dir"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _agree(path: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+    changed: dict[str, tuple[Any, Any]] = {}
+    if (path / "config.json").exists():
+        changed = differences(read_experiment(path), experiment)
+        _refuse_changes(path, [name for name in changed if name not in CHANGEABLE], changed)
+    write_atomically(path / "config.json", to_json(experiment))
+    return changed
+
+
+def _refuse_changes(path: Path, names: Sequence[str], changed: dict[str, tuple[Any, Any]]) -> None:
+    if names:
+        listed = ", ".join(f"{n}: {changed[n][0]!r} there, {changed[n][1]!r} now" for n in names)
+        raise UserError(
+            f"{path} holds another experiment ({listed}); give the same values, or choose another "
+            f"--run-dir"
+        )

@@ -1,0 +1,110 @@
+"""Resume is a contract: one object lists everything that must come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvsplit.data import Loader
+from mvsplit.diagnostics.taps import LayerTap
+from mvsplit.errors import UserError
+from mvsplit.models import DiT
+from mvsplit.training.checkpoint import Snapshot
+from mvsplit.training.ema import EMA
+from mvsplit.training.optimizer import AdamW
+from mvsplit.training.randomness import global_states, restore_globals
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """A run between two steps. What comes back after an interruption:
+
+    | what | from |
+    |---|---|
+    | weights | `model` |
+    | averaged weights | `ema`, if the run keeps them |
+    | moments and number of updates | `optimizer` |
+    | learning rate | a function of `step` |
+    | data position | `loader` |
+    | noise and times | functions of (seed, `step`) |
+    | global random generators | Python, NumPy, PyTorch on every device |
+    | step | `step` |
+
+    `taps` and `device` are rebuilt.
+    """
+
+    model: DiT
+    optimizer: AdamW
+    schedule: Callable[[int], float]
+    ema: EMA | None
+    loader: Loader
+    taps: list[LayerTap]
+    device: torch.device
+    step: int = 0
+
+    def snapshot(self) -> Snapshot:
+        """All of the above, as views where that is possible."""
+        random_tensors, random_values = global_states()
+        tensors = {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.moments(),
+            "random": random_tensors,
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.parameters()
+        values: dict[str, Any] = {
+            "data": self.loader.state_dict(),
+            "embedder": self.loader.embedder.spec(),
+            "random": random_values,
+        }
+        return Snapshot(step=self.step, tensors=tensors, values=values)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Becomes what `snapshot` was taken of.
+
+        Raises:
+            UserError: the snapshot is of another model, of other data or another text embedder.
+        """
+        if snapshot.values["embedder"] != self.loader.embedder.spec():
+            raise UserError(
+                "embedder: the checkpoint's text embedder is not the one that data.dataset "
+                "gives now; use the version of mvsplit that wrote it, or start a new run"
+            )
+        targets = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.moments()}
+        if self.ema is not None:
+            targets["ema"] = self.ema.parameters()
+        for name, target in targets.items():
+            copy_tensors(snapshot.tensors.get(name, {}), target, f"{name}.safetensors")
+        self.optimizer.set_updates(snapshot.step)
+        self.loader.load_state_dict(snapshot.values["data"])
+        restore_globals(snapshot.tensors["random"], snapshot.values["random"])
+        self.step = snapshot.step
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str) -> None:
+    """Copies every tensor of `source` into the one of the same name in `target`.
+
+    Raises:
+        UserError: a name that only one of them has, or two shapes that differ.
+    """
+    _refuse(where, "lacks", target.keys() - source.keys())
+    _refuse(where, "has the unknown", source.keys() - target.keys())
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise UserError(
+                f"{where}: {name} has shape {list(source[name].shape)}, expected "
+                f"{list(tensor.shape)}; the checkpoint is of another model"
+            )
+        tensor.copy_(source[name])
+
+
+def _refuse(where: str, verb: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{where} {verb} {names[0]}{more}; the checkpoint is of another model")
