@@ -1,4 +1,4 @@
-"""The watch: metrics of a mean-mode collapse, and the probe that reads them from a running model."""
+"""The watch: metrics of a mean-mode collapse, and the probe that reads them as a model runs."""
 
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.diagnostics.taps import (

@@ -164,7 +164,7 @@ class LayerProbe:
             tap.block.register_forward_hook(partial(self._on_leave, tap)),
         ]
         for branch in tap.branches:
-            if branch.trunk_at is not None:
+            if branch.trunk_at is not None and self._needs_trunk(branch):
                 read_trunk = partial(self._on_trunk, branch)
                 handles.append(
                     branch.trunk_at.register_forward_pre_hook(read_trunk, with_kwargs=True)
@@ -172,6 +172,12 @@ class LayerProbe:
             on_write = partial(self._on_write, tap, branch)
             handles.append(branch.writer.register_forward_hook(on_write))
         return handles
+
+    def _needs_trunk(self, branch: BranchTap) -> bool:
+        fields = {f"{field}_{branch.name}" for field in BRANCH_FIELDS}
+        if branch.name == "attn":
+            fields.update(("retention", "leakage"))
+        return not self.fields.isdisjoint(fields)
 
     def _on_enter(self, tap: LayerTap, _: nn.Module, args: Any, kwargs: Any) -> None:
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
@@ -183,6 +189,8 @@ class LayerProbe:
         self._layer = None
         x = output[0] if isinstance(output, tuple) else output
         segments = self._segments[tap.layer]
+        if self.fields.isdisjoint(TRUNK_FIELDS):
+            return
         with _quietly(x):
             tcs = partial(metrics.token_cosine_similarity, x)
             self._put("tcs", tap, _sample_mean(tcs, x, segments, at_least=2))
@@ -226,8 +234,8 @@ class LayerProbe:
             return  # cross-attention mixes no tokens of the trunk with each other
         with _quietly(q):
             a = attention_matrix(q, k, *args, **kwargs, samples=self.samples)
-            trunks = [self._trunks[b] for b in tap.branches if b in self._trunks]
-            self._put_attention(tap, a, trunks[0][: self.samples] if trunks else None)
+            joins = [b for b in tap.branches if b.name == "attn" and b in self._trunks]
+            self._put_attention(tap, a, self._trunks[joins[0]][: self.samples] if joins else None)
 
     def _put_attention(self, tap: LayerTap, a: Tensor, x: Tensor | None) -> None:
         """a [B, H, T, T]; the trunk x [B, T, D] that its layer reads, where it is known."""

@@ -157,4 +157,4 @@ def read(scalars: Iterable[Tensor]) -> list[float]:
     flat = [s.detach().reshape(-1) for s in scalars]
     if not flat:
         return []
-    return torch.cat([s.to(flat[0].device, torch.float64) for s in flat]).tolist()
+    return torch.cat([s.to(flat[0].device) for s in flat]).tolist()
