@@ -9,7 +9,8 @@ F hidden width of the FFN. Notation: J averages over the tokens of a segment, P 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,45 +66,101 @@ def rms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 # The merge: split into mean and centered part, weigh, leak, normalise
 
 
-def segment_sums(x: Tensor, segments: Segments) -> Tensor:
-    """Sums over the tokens of each segment; padding must already be zero. [B, T, D] → [B, S, D]."""
-    return torch.stack([x[:, tokens].sum(1) for tokens in segments.slices], dim=1)
-
-
-def divide_by_counts_(sums: Tensor, segments: Segments) -> Tensor:
-    """In place, sums [B, S, D] over the real tokens of each segment; an empty segment stays 0."""
-    if segments.valid is not None:
-        return sums.div_(segments.valid.clamp(min=1).unsqueeze(-1))
-    for s, length in enumerate(segments.lengths):
-        sums[:, s] /= max(length, 1)
-    return sums
-
-
-def segment_means(x: Tensor, segments: Segments) -> Tensor:
-    """JX without its copies: means over the real tokens of each segment, zero where there are
-    none; padding must already be zero. [B, T, D] → [B, S, D]."""
-    return divide_by_counts_(segment_sums(x, segments), segments)
-
-
-def add_to_segments_(x: Tensor, per_segment: Tensor, segments: Segments) -> Tensor:
-    """In place, x[i] += per_segment[s] on every token i of segment s. [B, T, D], [B, S, D]."""
-    for s, tokens in enumerate(segments.slices):
-        x[:, tokens] += per_segment[:, s : s + 1]
-    return x
-
-
 def zero_padding(x: Tensor, segments: Segments) -> Tensor:
-    """`x` with zeros on padding, also where the padding holds NaN or infinity."""
+    """`x` [B, T, D] with zeros on padding, also where the padding holds NaN or infinity."""
     if segments.mask is None:
         return x
     return torch.where(segments.mask.unsqueeze(-1), x, 0)
 
 
+class Merged(NamedTuple):
+    """A merge and what its backward needs beside its inputs; None for what was not computed."""
+
+    y: Tensor  # [B, T, D]
+    r: Tensor | None  # [B, T, 1], inverse RMS of Z
+    mean_f: Tensor | None  # [B, S, D], F̄
+    mean_x: Tensor | None  # [B, S, D], X̄
+
+
+def merge_forward(
+    x: Tensor,
+    f: Tensor,
+    beta: Tensor,
+    alpha: Tensor,
+    leak: Tensor | None,
+    segments: Segments,
+    eps: float,
+    norm: bool = True,
+) -> Merged:
+    """Z = X + β⊙PF + α⊙JF − λ⊙JX and its norm. Inputs in full precision, zero on padding.
+
+    β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF, so the tokens are passed over once when the means are known.
+    Where β and α are one tensor and nothing leaks (`leak` None), no mean is taken at all.
+    """
+    mean_f = mean_x = r = None
+    z = torch.addcmul(x, f, beta)
+    if alpha is not beta or leak is not None:
+        members, averages = segments.matrices(x)
+        mean_f = averages @ f
+        shift = (alpha - beta) * mean_f
+        if leak is not None:
+            mean_x = averages @ x
+            shift.addcmul_(leak, mean_x, value=-1)
+        z.baddbmm_(members, shift)
+    if norm:
+        r = inverse_rms(z, eps)
+        z *= r
+    return Merged(z, r, mean_f, mean_x)
+
+
+class MergeGrads(NamedTuple):
+    """Gradients of a merge; those of gains are [D], None for what was not asked or has none."""
+
+    x: Tensor
+    f: Tensor
+    beta: Tensor | None
+    alpha: Tensor | None
+    leak: Tensor | None
+
+
+def merge_backward(
+    grad: Tensor,
+    out: Merged,
+    f: Tensor | None,
+    beta: Tensor,
+    alpha: Tensor,
+    leak: Tensor | None,
+    segments: Segments,
+) -> MergeGrads:
+    """Eq. 49–54 with λ in place of the α that multiplies the trunk mean.
+
+    `grad` [B, T, D] is zero on padding; `f` is None where no gain asks for its gradient. Where β
+    and α are one tensor, its whole gradient is returned as β's.
+    """
+    delta = grad if out.r is None else rms_norm_backward(grad, out.y, out.r)  # Eq. 50
+    grad_x, grad_f = delta, beta * delta
+    grad_beta = grad_alpha = grad_leak = None
+    if f is not None:
+        grad_beta = (delta * f).sum((0, 1))
+    if out.mean_f is not None:
+        members, averages = segments.matrices(delta)
+        delta_mean = averages @ delta  # Eq. 51
+        if leak is not None:
+            grad_x = torch.baddbmm(delta, members, leak * delta_mean, alpha=-1)  # Eq. 52
+        grad_f.baddbmm_(members, (alpha - beta) * delta_mean)  # Eq. 53
+        if grad_beta is not None:
+            delta_sum = members.mT @ delta
+            grad_alpha = (delta_sum * out.mean_f).sum((0, 1))  # Eq. 54
+            grad_beta -= grad_alpha
+            if out.mean_x is not None:
+                grad_leak = -(delta_sum * out.mean_x).sum((0, 1))
+    return MergeGrads(grad_x, grad_f, grad_beta, grad_alpha, grad_leak)
+
+
 class _SplitMerge(torch.autograd.Function):
     """Kept for backward: the output Y, F where a gain learns, r [B, T, 1] and means [B, S, D].
 
-    `leak` is None for λ = 0. Passing one tensor for two gains ties them: autograd adds their
-    gradients. Where β and α are one tensor and nothing leaks, no mean is taken at all.
+    Passing one tensor for two gains ties them: autograd adds their gradients.
     """
 
     @staticmethod
@@ -118,23 +175,11 @@ class _SplitMerge(torch.autograd.Function):
         eps: float,
         norm: bool,
     ) -> Tensor:
-        mean_f = mean_x = r = None
         x_real, f_real = zero_padding(_upcast(x), segments), zero_padding(_upcast(f), segments)
-        # β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF: one pass over the tokens once the means are known.
-        z = torch.addcmul(x_real, f_real, beta)
-        if alpha is not beta or leak is not None:
-            mean_f = segment_means(f_real, segments)
-            shift = (alpha - beta) * mean_f
-            if leak is not None:
-                mean_x = segment_means(x_real, segments)
-                shift -= leak * mean_x
-            z = zero_padding(add_to_segments_(z, shift, segments), segments)
-        if norm:
-            r = inverse_rms(z, eps)
-            z *= r
-        y = z.to(x.dtype)
+        out = merge_forward(x_real, f_real, beta, alpha, leak, segments, eps, norm)
+        y = out.y.to(x.dtype)
         learns = any(ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(y, f if learns else None, r, mean_f, mean_x, beta, alpha, leak)
+        ctx.save_for_backward(y, f if learns else None, *out[1:], beta, alpha, leak)
         ctx.segments = segments
         return y
 
@@ -142,35 +187,15 @@ class _SplitMerge(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, f, r, mean_f, mean_x, beta, alpha, leak = ctx.saved_tensors
-        segments: Segments = ctx.segments
-        grad_beta = grad_alpha = grad_leak = None
-        delta = zero_padding(_upcast(grad), segments)
-        if r is not None:
-            delta = rms_norm_backward(delta, _upcast(y), r)  # Eq. 50
-        grad_x, grad_f = delta, beta * delta
-        if mean_f is not None:
-            delta_sum = segment_sums(delta, segments)
-            delta_mean = divide_by_counts_(delta_sum.clone(), segments)  # Eq. 51
-            if leak is not None:  # Eq. 52
-                grad_x = add_to_segments_(delta.clone(), -leak * delta_mean, segments)
-                grad_x = zero_padding(grad_x, segments)
-                grad_leak = -(delta_sum * mean_x).sum((0, 1))
-            add_to_segments_(grad_f, (alpha - beta) * delta_mean, segments)  # Eq. 53
-            grad_f = zero_padding(grad_f, segments)
-            grad_alpha = (delta_sum * mean_f).sum((0, 1))  # Eq. 54
-        if ctx.needs_input_grad[2]:
-            grad_beta = (delta * zero_padding(_upcast(f), segments)).sum((0, 1))
-            if grad_alpha is not None:
-                grad_beta -= grad_alpha
-        gains = [
-            None if gain_grad is None else gain_grad.sum_to_size(gain.shape).to(gain.dtype)
-            for gain, gain_grad in (
-                (beta, grad_beta),
-                (alpha, grad_alpha),
-                (leak, grad_leak),
-            )
-        ]
-        return grad_x.to(grad.dtype), grad_f.to(grad.dtype), *gains, None, None, None
+        out = Merged(_upcast(y), r, mean_f, mean_x)
+        f = None if f is None else zero_padding(_upcast(f), ctx.segments)
+        delta = zero_padding(_upcast(grad), ctx.segments)
+        grads = merge_backward(delta, out, f, beta, alpha, leak, ctx.segments)
+        gains = (
+            None if g is None or gain is None else g.sum_to_size(gain.shape).to(gain.dtype)
+            for gain, g in zip((beta, alpha, leak), grads[2:], strict=True)
+        )
+        return grads.x.to(grad.dtype), grads.f.to(grad.dtype), *gains, None, None, None
 
 
 def split_merge(
@@ -230,15 +255,48 @@ def _as_tensor(gain: Gain, like: Tensor) -> Tensor:
 # Rotary embedding and QK-norm
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+@lru_cache(maxsize=4)
+def rotation_factors(cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """The tables [T, K/2] laid out as the heads they multiply: (cos, cos) and (sin, −sin), each
+    [T, heads, K]. All layers of a pass share them, so they are kept for the tables last seen."""
+    cos_full = torch.cat((cos, cos), dim=-1).unsqueeze(1).expand(-1, heads, -1)
+    sin_full = torch.cat((sin, -sin), dim=-1).unsqueeze(1).expand(-1, heads, -1)
+    return cos_full.contiguous(), sin_full.contiguous()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotates the halves of the last axis against each other (paper's released code):
-    (x₁, x₂) → (x₁cos + x₂sin, x₂cos − x₁sin). [..., T, H, K] with tables [T, 1, K/2]."""
-    x1, x2 = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    o1, o2 = out.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=o1).addcmul_(x2, sin)
-    torch.mul(x2, cos, out=o2).addcmul_(x1, sin, value=-1)
-    return out
+    (x₁, x₂) → (x₁cos + x₂sin, x₂cos − x₁sin). x [B, T, H, K], tables [T, K/2]."""
+    cos_full, sin_full = rotation_factors(cos, sin, x.shape[-2])
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos_full, swapped, sin_full, value=-1 if inverse else 1)
+
+
+class QKNormed(NamedTuple):
+    """Rotated and normalised queries and keys, and the untouched values, in token-major memory."""
+
+    y: Tensor  # [B, T, H + G, K]
+    r: Tensor  # [B, T, H + G, 1]
+    v: Tensor  # [B, T, G, K]
+
+
+def qk_norm_rope_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, eps: float
+) -> QKNormed:
+    split = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))  # [B, T, H + 2G, K]
+    qk, v = split.split((heads + kv_heads, kv_heads), dim=2)
+    rotated = rotate(qk, cos, sin)
+    r = inverse_rms(rotated, eps)
+    return QKNormed(rotated.mul_(r), r, v)
+
+
+def qk_norm_rope_backward(
+    grad_qk: Tensor, grad_v: Tensor, y: Tensor, r: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Gradient of the packed projection [B, T, (H + 2G)·K]; a rotation's transpose is its inverse.
+    `grad_qk` [B, T, H + G, K], `grad_v` [B, T, G, K]."""
+    delta = rotate(rms_norm_backward(grad_qk, y, r), cos, sin, inverse=True)
+    return torch.cat((delta, grad_v), dim=2).flatten(-2)
 
 
 class _QKNormRoPE(torch.autograd.Function):
@@ -246,16 +304,11 @@ class _QKNormRoPE(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        split = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))  # [B, T, H + 2G, K]
-        qk, v = split[:, :, : heads + kv_heads], split[:, :, heads + kv_heads :]
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        rotated = rotate(_upcast(qk), cos, sin)
-        r = inverse_rms(rotated, eps)
-        y = rotated.mul_(r).to(qkv.dtype)
-        ctx.save_for_backward(y, r, cos, sin)
-        ctx.heads = heads
-        y = y.transpose(1, 2)
-        return y[:, :heads], y[:, heads:], v.transpose(1, 2)
+        out = qk_norm_rope_forward(_upcast(qkv), cos, sin, heads, kv_heads, eps)
+        y = out.y.to(qkv.dtype)
+        ctx.save_for_backward(y, out.r, cos, sin)
+        q, k = y.transpose(1, 2).split((heads, kv_heads), dim=1)
+        return q, k, out.v.to(qkv.dtype).transpose(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -263,11 +316,11 @@ class _QKNormRoPE(torch.autograd.Function):
         ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> tuple[Tensor | None, ...]:
         y, r, cos, sin = ctx.saved_tensors
-        grad_y = torch.cat((grad_q, grad_k), dim=1).transpose(1, 2)
-        delta = rms_norm_backward(_upcast(grad_y), _upcast(y), r)
-        delta = rotate(delta, cos, -sin)  # the inverse of a rotation is its transpose
-        grad = torch.cat((delta.to(grad_v.dtype), grad_v.transpose(1, 2)), dim=2)
-        return grad.flatten(-2), None, None, None, None, None
+        grad_qk = torch.cat((grad_q, grad_k), dim=1).transpose(1, 2)
+        grad = qk_norm_rope_backward(
+            _upcast(grad_qk), _upcast(grad_v.transpose(1, 2)), _upcast(y), r, cos, sin
+        )
+        return grad.to(grad_q.dtype), None, None, None, None, None
 
 
 def qk_norm_rope(
@@ -290,24 +343,32 @@ def qk_norm_rope(
 # SwiGLU
 
 
+def swiglu_forward(packed: Tensor) -> Tensor:
+    gate, value = packed.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(value)
+
+
+def swiglu_backward(grad: Tensor, packed: Tensor) -> Tensor:
+    """∂/∂value = g⊙silu(gate), ∂/∂gate = g⊙value⊙silu'(gate), packed as the input. [..., 2F]"""
+    gate, value = packed.chunk(2, dim=-1)
+    out = torch.empty_like(packed)
+    grad_gate, grad_value = out.chunk(2, dim=-1)
+    torch.mul(grad, functional.silu(gate), out=grad_value)
+    torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+    return out
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor) -> Tensor:
-        gate, value = _upcast(packed).chunk(2, dim=-1)
         ctx.save_for_backward(packed)
-        return functional.silu(gate).mul_(value).to(packed.dtype)
+        return swiglu_forward(_upcast(packed)).to(packed.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (packed,) = ctx.saved_tensors
-        gate, value = _upcast(packed).chunk(2, dim=-1)
-        grad = _upcast(grad)
-        out = torch.empty_like(packed, dtype=grad.dtype)
-        grad_gate, grad_value = out.chunk(2, dim=-1)
-        torch.mul(grad, functional.silu(gate), out=grad_value)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * value, gate))
-        return out.to(packed.dtype)
+        return swiglu_backward(_upcast(grad), _upcast(packed)).to(packed.dtype)
 
 
 def swiglu(packed: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Segments:
     valid: Tensor | None = None
     slices: tuple[slice, ...] = field(init=False, repr=False)
     mask: Tensor | None = field(init=False, repr=False)
+    _matrices: dict[tuple, tuple[Tensor, Tensor]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(n < 0 for n in self.lengths):
@@ -48,6 +49,7 @@ class Segments:
         slices = tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
         object.__setattr__(self, "slices", slices)
         object.__setattr__(self, "mask", self._real_tokens())
+        object.__setattr__(self, "_matrices", {})
 
     @classmethod
     def whole(cls, x: Tensor) -> Segments:
@@ -70,6 +72,32 @@ class Segments:
             raise UserError(
                 f"Segments.valid counts {self.valid.shape[0]} samples, the input has {x.shape[0]}"
             )
+
+    def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """J as a product of two thin matrices: JX = members · (averages · X).
+
+        A small batched product is several times cheaper on a CPU than a slice and a sum for each
+        segment. Computed once for each dtype and device. A non-finite value of a real token reaches
+        every segment of its sample, as it would at the next attention.
+
+        Args:
+            like: [B, T, D], of whose batch, dtype and device the matrices are.
+
+        Returns:
+            members [B, T, S], 1 where a real token lies in a segment, and averages [B, S, T], which
+            is membersᵀ divided by the number of real tokens (an empty segment has a row of zeros).
+        """
+        key = (like.dtype, like.device)
+        if key not in self._matrices:
+            members = like.new_zeros(1, self.total, len(self.lengths))
+            for s, tokens in enumerate(self.slices):
+                members[:, tokens, s] = 1
+            if self.mask is not None:
+                members = members * self.mask.unsqueeze(-1)
+            counts = members.sum(1).clamp(min=1).unsqueeze(-1)
+            self._matrices[key] = members, members.transpose(1, 2) / counts
+        members, averages = self._matrices[key]
+        return members.expand(like.shape[0], -1, -1), averages.expand(like.shape[0], -1, -1)
 
     def _real_tokens(self) -> Tensor | None:
         if self.valid is None:
