@@ -1,0 +1,66 @@
+"""The command line: a table of commands, each in a thin file of its own.
+
+A command's module has `main(arguments) -> int`, which gives the exit status. It is imported only
+when it is asked for, so that `mvsplit --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from mvsplit import __version__
+from mvsplit.errors import UserError, nearest
+
+COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "train": ("mvsplit.cli.train", "train a preset, or go on with a run"),
+    "report": ("mvsplit.cli.report", "draw one or more runs as one HTML page"),
+    "sample": ("mvsplit.cli.sample", "draw pictures with a trained run"),
+}
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0, 2 after an error that the user can put right,
+    130 after Ctrl-C, or the command's own."""
+    warnings.showwarning = _show_warning
+    try:
+        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"mvsplit: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("mvsplit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        print(f"mvsplit {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+    return import_module(COMMANDS[name][0]).main(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        "usage: mvsplit COMMAND [OPTIONS]\n\n"
+        "Train, watch and sample diffusion transformers hundreds to a thousand layers deep.\n\n"
+        f"commands:\n{rows}\n\n"
+        "mvsplit COMMAND --help shows the options of a command."
+    )
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"mvsplit: warning: {message}", file=sys.stderr)

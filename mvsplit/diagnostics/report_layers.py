@@ -53,7 +53,8 @@ class LayerMapsBuilder:
     def build(self) -> dict[str, LayerMap]:
         probes = sorted(self._probes.values(), key=lambda probe: probe[0])
         names = dict.fromkeys(name for _, columns in probes for name in columns)
-        return {name: _layer_map(name, probes) for name in names}
+        maps = {name: _layer_map(name, probes) for name in names}
+        return {name: m for name, m in maps.items() if not np.isnan(m.values).all()}
 
     def _columns(self, record: Record) -> dict[str, _Column]:
         layers = _layer_indices(record.get("layer"))

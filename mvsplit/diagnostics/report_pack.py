@@ -23,6 +23,7 @@ NOT_FINITE = 254
 NOT_MEASURED = 255
 MAP_BUDGET = 5_500_000  # bytes of base64 for all maps of a page
 _DECADES = 9  # of a logarithmic scale; smaller values show as its lower end
+_SHARES = ("tcs", "mu_eff", "row_div", "retention")  # fields that live between 0 and 1
 _LOG_FROM = 30.0  # largest / smallest value from which a scale is logarithmic
 _POINTS = 2000  # of one scatter plot, one run
 
@@ -36,17 +37,15 @@ class Scale:
     log: bool
 
 
-def scale_of(maps: Sequence[LayerMap]) -> Scale:
-    """One scale over the finite values of all runs; logarithmic for positive values of very
-    different size."""
+def scale_of(name: str, maps: Sequence[LayerMap]) -> Scale:
+    """One scale over the finite values of all runs: from 0 to 1 at least for shares and cosines,
+    logarithmic for other positive values of very different size."""
     finite = [m.values[np.isfinite(m.values)] for m in maps]
     values = np.concatenate(finite) if finite else np.empty(0, dtype=np.float32)
-    if not len(values):
-        return Scale(0.0, 1.0, log=False)
-    low, high = float(values.min()), float(values.max())
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if name.startswith(_SHARES):
+        return Scale(min(low, 0.0), max(high, 1.0), log=False)
     positive = values[values > 0]
-    if low >= 0 and len(positive) and high > _LOG_FROM * float(np.median(positive)):
-        return Scale(max(float(positive.min()), high / 10**_DECADES), high, log=True)
     if low >= 0 and len(positive) and high > _LOG_FROM * float(np.percentile(positive, 1)):
         return Scale(max(float(positive.min()), high / 10**_DECADES), high, log=True)
     return Scale(low, high, log=False)
@@ -74,7 +73,9 @@ def pack_levels(levels: np.ndarray) -> str:
 
 def pack_array(values: np.ndarray, dtype: str) -> str:
     """Little-endian bytes in base64."""
-    return b64encode(np.asarray(values).astype(np.dtype(dtype).newbyteorder("<")).tobytes()).decode()
+    return b64encode(
+        np.asarray(values).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+    ).decode()
 
 
 def pack_runs(runs: Sequence[RunRecord], budget: int = MAP_BUDGET) -> dict[str, Any]:
@@ -84,7 +85,9 @@ def pack_runs(runs: Sequence[RunRecord], budget: int = MAP_BUDGET) -> dict[str, 
     not, and each run says so in its notes. Curves over depth are taken from all probes.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.maps))
-    scales = {name: scale_of([r.maps[name] for r in runs if name in r.maps]) for name in names}
+    scales = {
+        name: scale_of(name, [run.maps[name] for run in runs if name in run.maps]) for name in names
+    }
     maps = [dict(run.maps) for run in runs]
     packed = [_pack_maps(m, scales) for m in maps]
     every = 1

@@ -179,4 +179,6 @@ def _picture(path: Path) -> Picture:
         small = small.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
-    return Picture(_text(path.stem), f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}")
+    return Picture(
+        _text(path.stem), f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+    )
