@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the caller can put right: the message names the field, the value and the remedy.
 
-    The command line prints it as one line, without a traceback, and exits with status 2.
+    The command line prints it as one line, without a traceback, and exits with status 2. It is no
+    ValueError: tyro prints those itself, in a box of several lines.
     """
 
 

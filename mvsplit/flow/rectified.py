@@ -8,6 +8,8 @@ Shapes: x0 data and x1 noise [B, ...], t [B].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,9 +46,9 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     """t' = t·a / (1 + (a − 1)·t): a > 1 moves times towards noise, 0 and 1 stay (paper §5).
 
     Raises:
-        UserError: `shift` is not positive.
+        UserError: `shift` is not a positive number.
     """
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise UserError(f"shift={shift}: must be greater than 0; 1 leaves time as it is")
     return t * shift / (1 + (shift - 1) * t)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,8 +39,10 @@ class SamplingConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.shift > 0:
+        if not 0 < self.shift < math.inf:
             raise UserError(f"shift={self.shift}: must be greater than 0; 1 leaves time as it is")
+        if not math.isfinite(self.guidance):
+            raise UserError(f"guidance={self.guidance}: must be a number; 1 is no guidance")
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: must not be negative")
 

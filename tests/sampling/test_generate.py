@@ -117,6 +117,7 @@ def test_diverged_weights_are_named_and_not_drawn(model, embedder):
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"shift": 0.0}, "shift=0.0: must be greater than 0"),
+        ({"guidance": float("nan")}, "guidance=nan: must be a number"),
         ({"seed": -1}, "seed=-1: must not be negative"),
     ],
 )

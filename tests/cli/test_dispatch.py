@@ -1,0 +1,98 @@
+"""The entry point: which command runs, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+
+from mvsplit import cli
+from mvsplit.errors import UserError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `fake` whose behaviour a test sets."""
+    module = types.ModuleType("fake_command")
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "does nothing"))
+    return module
+
+
+def test_a_command_gets_the_rest_and_gives_the_status(command):
+    seen = []
+    command.main = lambda arguments: seen.append(list(arguments)) or 7
+    assert cli.main(["fake", "--a", "b"]) == 7
+    assert seen == [["--a", "b"]]
+
+
+def test_a_user_error_is_one_line_without_traceback(command, capsys):
+    def fail(arguments):
+        raise UserError("depth=0: must be at least 1")
+
+    command.main = fail
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr() == ("", "mvsplit: depth=0: must be at least 1\n")
+
+
+def test_any_other_error_keeps_its_traceback(command):
+    def fail(arguments):
+        raise ZeroDivisionError
+
+    command.main = fail
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+def test_ctrl_c_is_one_line(command, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    command.main = interrupt
+    assert cli.main(["fake"]) == 130
+    assert capsys.readouterr() == ("", "mvsplit: interrupted\n")
+
+
+def test_a_warning_is_one_line(command, capsys):
+    def warn(arguments):
+        warnings.warn("step 7 is damaged", stacklevel=2)
+        return 0
+
+    command.main = warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["fake"]) == 0
+    assert capsys.readouterr().err == "mvsplit: warning: step 7 is damaged\n"
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["smaple"]) == 2
+    assert capsys.readouterr().err == "mvsplit: unknown command 'smaple'; did you mean sample?\n"
+
+
+def test_help_names_every_command_without_importing_torch():
+    code = "import sys, mvsplit.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, (_, summary) in cli.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert summary in done.stdout
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "mvsplit", "nothing"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("mvsplit: unknown command 'nothing'")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: mvsplit {name}" in capsys.readouterr().out
