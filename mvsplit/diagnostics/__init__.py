@@ -1,6 +1,7 @@
 """The watch: metrics of a mean-mode collapse, and the probe that reads them as a model runs."""
 
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.structure import TapNames, find_taps
 from mvsplit.diagnostics.taps import (
     BranchTap,
     LayerTap,
@@ -17,6 +18,8 @@ __all__ = [
     "LayerProbe",
     "LayerTap",
     "ParameterRows",
+    "TapNames",
+    "find_taps",
     "gradient_norm_tensors",
     "gradient_norms",
     "taps_for_dit",

@@ -187,8 +187,8 @@ class LayerProbe:
 
     def _on_leave(self, tap: LayerTap, _: nn.Module, args: Any, output: Any) -> None:
         self._layer = None
-        x = output[0] if isinstance(output, tuple) else output
         segments = self._segments[tap.layer]
+        x = _trunk_among(output, segments.total)
         if self.fields.isdisjoint(TRUNK_FIELDS):
             return
         with _quietly(x):
@@ -203,7 +203,7 @@ class LayerProbe:
         self, tap: LayerTap, branch: BranchTap, _: nn.Module, args: Any, update: Tensor
     ) -> Tensor | None:
         segments, x = self._segments[tap.layer], self._trunks.pop(branch, None)
-        if x is not None:
+        if x is not None and update.numel() == x.numel():
             with _quietly(x):
                 u = update.reshape(x.shape)
                 for field, metric in _BRANCH_METRICS.items():
@@ -217,6 +217,8 @@ class LayerProbe:
     def _on_adjoint(self, tap: LayerTap, branch: BranchTap, y: Tensor, delta: Tensor) -> None:
         """y [..., E] went into the writer, and δ [..., D] came back to its output."""
         segments = self._segments[tap.layer]
+        if y.dim() == 3 and y.shape[1] != segments.total:
+            segments = Segments.whole(y)  # a writer that serves more tokens than the trunk's
         y = y.reshape(-1, segments.total, y.shape[-1])
         delta = delta.reshape(-1, segments.total, delta.shape[-1])
         for field, norm in _MODE_METRICS.items():
@@ -227,13 +229,13 @@ class LayerProbe:
             law = partial(_alignment_field, field, y, delta)
             self._put(f"{field}_{branch.name}", tap, _sample_mean(law, y, few, at_least=2))
 
-    def _on_attention(self, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> None:
-        """A call of attention, q [B, H, T, K], k [B, G, T, K], with its further arguments."""
-        tap = self._layer
-        if tap is None or not q.shape[2] == k.shape[2] == self._segments[tap.layer].total:
+    def _on_attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
+        """A call of attention, [B, H, T, K] and [B, G, T, K], named as PyTorch names them."""
+        tap, tokens = self._layer, query.shape[2]
+        if tap is None or not tokens == key.shape[2] == self._segments[tap.layer].total:
             return  # cross-attention mixes no tokens of the trunk with each other
-        with _quietly(q):
-            a = attention_matrix(q, k, *args, **kwargs, samples=self.samples)
+        with _quietly(query):
+            a = attention_matrix(query, key, *args, **kwargs, samples=self.samples)
             joins = [b for b in tap.branches if b.name == "attn" and b in self._trunks]
             self._put_attention(tap, a, self._trunks[joins[0]][: self.samples] if joins else None)
 
@@ -371,6 +373,14 @@ def _first_samples(segments: Segments, samples: int) -> Segments:
     if segments.valid is None:
         return segments
     return Segments(segments.lengths, segments.valid[:samples])
+
+
+def _trunk_among(output: Any, total: int) -> Tensor:
+    """The output of a block, or the last of several that has the trunk's number of tokens: blocks
+    with a text stream return (text, image), others (trunk, weights)."""
+    if isinstance(output, Tensor):
+        return output
+    return [o for o in output if isinstance(o, Tensor) and o.shape[1:2] == (total,)][-1]
 
 
 def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor:

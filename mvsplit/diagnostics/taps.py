@@ -57,7 +57,7 @@ class BranchTap:
 @dataclass(frozen=True, kw_only=True)
 class LayerTap:
     """One layer: `block` takes the trunk [B, T, D] as its first input and returns the next trunk,
-    alone or as the first of a tuple. What a layer does not have is None or left out."""
+    alone or in a tuple. What a layer does not have is None or left out."""
 
     layer: int
     block: nn.Module

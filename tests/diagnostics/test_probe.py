@@ -411,6 +411,27 @@ def test_a_model_that_is_no_dit_and_has_no_attention() -> None:
     )
 
 
+class KeywordAttention(nn.Module):
+    """Attention called by keyword, before it a cross-attention that is none of the trunk's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+        context = functional.scaled_dot_product_attention(heads, heads[:, :, :2], heads[:, :, :2])
+        out = functional.scaled_dot_product_attention(query=heads, key=heads, value=context)
+        return x + out.transpose(1, 2).flatten(-2)
+
+
+def test_self_attention_is_told_from_cross_attention() -> None:
+    block = KeywordAttention()
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    tap = LayerTap(layer=0, block=block, branches=())
+    with LayerProbe([tap], fields=["mu_eff"]) as probe:
+        block(x)
+    heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+    a = (heads @ heads.mT / 3**0.5).softmax(-1)
+    assert probe.arrays()["mu_eff"] == pytest.approx([metrics.mu_eff(a).mean().item()])
+
+
 def test_a_layer_that_lacks_a_field_says_none() -> None:
     model = dit()
     first, *others = taps_for_dit(model)

@@ -1,0 +1,157 @@
+"""Finds what to watch in a transformer that is not ours, by its structure.
+
+It reads the module tree alone: lists of blocks that hold an attention, in it the projections by the
+names that the common libraries give them (timm, diffusers, transformers), and the FFN by its shape.
+Names given by the caller come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from mvsplit.diagnostics.taps import BranchTap, LayerTap, ParameterRows, taps_for_dit
+from mvsplit.errors import UserError, nearest
+from mvsplit.models import DiT
+
+QUERIES = ("to_q", "q_proj", "query", "wq")
+KEYS = ("to_k", "k_proj", "key", "wk")
+PACKED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "query_key_value")
+ATTENTION_WRITERS = ("to_out.0", "o_proj", "proj", "out_proj", "wo", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapNames:
+    """Dotted names that override what is found: `blocks` in the model, the others in each block.
+
+    Attributes:
+        blocks: a ModuleList or Sequential of blocks, "transformer.layers".
+        writer_attn, writer_ffn: W_O and W_2, "attn.out".
+        query, key: Q and K projections that are not packed.
+    """
+
+    blocks: str | None = None
+    writer_attn: str | None = None
+    writer_ffn: str | None = None
+    query: str | None = None
+    key: str | None = None
+
+
+def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]:
+    """The taps of every block of a transformer, in the order in which the model registers them.
+
+    The trunk of a block with two streams is the first that it is given. A block whose attention
+    and FFN share one writer (Flux's single-stream blocks) reports it as the FFN's. A block without
+    attention is watched where `names.blocks` says that it is one, for what it has.
+
+    Raises:
+        UserError: no blocks were found, or a given name does not exist.
+    """
+    if isinstance(model, DiT) and names is None:
+        return taps_for_dit(model)
+    names = names or TapNames()
+    blocks = list(_named_blocks(model, names.blocks) if names.blocks else _find_blocks(model))
+    if not blocks:
+        raise UserError(
+            f"no transformer blocks were found in {type(model).__name__}; name their list, for "
+            f"example TapNames(blocks='transformer.layers')"
+        )
+    return [_tap(layer, block, names) for layer, block in enumerate(blocks)]
+
+
+def _named_blocks(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    yield from _get(model, name).children()
+
+
+def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Members of the outermost lists that all hold an attention, depth first."""
+    for child in module.children():
+        members = list(child.children())
+        is_list = isinstance(child, nn.ModuleList | nn.Sequential)
+        if is_list and members and all(_find_attention(m) for m in members):
+            yield from members
+        else:
+            yield from _find_blocks(child)
+
+
+def _get(module: nn.Module, name: str) -> nn.Module:
+    found = dict(module.named_modules()).get(name)
+    if found is None:
+        known = [n for n, _ in module.named_modules() if n]
+        raise UserError(
+            f"{type(module).__name__} has no module {name!r}; {nearest(name, known[:200])}"
+        )
+    return found
+
+
+def _first_linear(module: nn.Module, names: tuple[str, ...]) -> nn.Linear | None:
+    """The first of `names` that is a linear map under `module`."""
+    for name in names:
+        found = module
+        for part in name.split("."):
+            found = getattr(found, part, None)  # type: ignore[assignment]
+        if isinstance(found, nn.Linear):
+            return found
+    return None
+
+
+def _find_attention(block: nn.Module) -> nn.Module | None:
+    """The first module of a block that makes queries: its self-attention."""
+    return next((m for m in block.modules() if _first_linear(m, QUERIES + PACKED)), None)
+
+
+def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
+    attention = _find_attention(block)
+    query, key, width = _find_queries(attention) if attention else (None, None, None)
+    writers = {
+        "attn": _first_linear(attention, ATTENTION_WRITERS) if attention else None,
+        "ffn": _find_ffn_writer(block, width) if width else None,
+    }
+    if names.query:
+        query = _rows(_get(block, names.query))
+    if names.key:
+        key = _rows(_get(block, names.key))
+    branches = []
+    for name, override in (("attn", names.writer_attn), ("ffn", names.writer_ffn)):
+        writer = _get(block, override) if override else writers[name]
+        if writer is not None:
+            # Only the first branch is sure to join the trunk as it entered the block.
+            trunk_at = block if name == "attn" else None
+            branches.append(BranchTap(name=name, writer=writer, trunk_at=trunk_at))  # type: ignore[arg-type]
+    return LayerTap(layer=layer, block=block, branches=tuple(branches), query=query, key=key)
+
+
+def _rows(projection: nn.Module, start: int = 0, stop: int | None = None) -> ParameterRows:
+    weight = projection.get_parameter("weight")
+    return ParameterRows(parameter=weight, start=start, stop=stop)
+
+
+def _find_queries(
+    attention: nn.Module,
+) -> tuple[ParameterRows, ParameterRows | None, int]:
+    """Q and K of an attention, and the width of its input. Of a packed projection Q has as many
+    rows as the writer has inputs, K and V share the rest."""
+    packed, query = _first_linear(attention, PACKED), _first_linear(attention, QUERIES)
+    if packed is not None:
+        writer = _first_linear(attention, ATTENTION_WRITERS)
+        queries = packed.out_features // 3 if writer is None else writer.in_features
+        keys = queries + (packed.out_features - queries) // 2
+        return _rows(packed, 0, queries), _rows(packed, queries, keys), packed.in_features
+    assert query is not None  # `_find_attention` chose this module for its queries
+    key = _first_linear(attention, KEYS)
+    return _rows(query), None if key is None else _rows(key), query.in_features
+
+
+def _find_ffn_writer(block: nn.Module, width: int) -> nn.Linear | None:
+    """The last map of the first child that leads from the trunk's width and back to it; or, where
+    attention and FFN run side by side, the block's own map from more than its width to it."""
+    for child in block.children():
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        if len(linears) >= 2 and not _find_attention(child):
+            first, last = linears[0], linears[-1]
+            if first.in_features == width == last.out_features:
+                return last
+    own = [m for m in block.children() if isinstance(m, nn.Linear)]
+    return next((m for m in own if m.out_features == width < m.in_features), None)
