@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,36 @@ def test_pictures_are_never_overwritten(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"out: .*/file is taken already"):
         PictureFolder(tmp_path / "file")
+
+
+WRITER = """
+import sys, itertools, pathlib, numpy
+from PIL import Image
+from mvsplit.sampling import PictureFolder
+folder = PictureFolder(pathlib.Path(sys.argv[1]))
+noise = numpy.random.default_rng(0).integers(0, 255, (200, 200), dtype=numpy.uint8)
+for index in itertools.count():
+    folder.add(index, Image.fromarray(noise), {"index": index})
+    print(index, flush=True)
+"""
+
+
+def test_a_kill_leaves_complete_pictures_with_complete_lines(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        while int(writer.stdout.readline()) < 20:
+            pass
+        writer.kill()
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").open()]
+    assert [line["index"] for line in lines] == list(range(len(lines)))
+    pictures = sorted(tmp_path.glob("0*.png"))
+    assert len(lines) >= 21
+    # The last picture may have been in place, and its line not yet.
+    assert [path.name for path in pictures][: len(lines)] == [line["file_name"] for line in lines]
+    assert len(pictures) - len(lines) in (0, 1)
+    for index, path in enumerate(pictures):
+        assert read_record(path) == {"index": index}
+        Image.open(path).load()
 
 
 def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
