@@ -8,9 +8,11 @@ from mvsplit.kernels.dispatch import (
     split_merge,
     swiglu,
 )
+from mvsplit.kernels.reference import Gains
 from mvsplit.kernels.segments import Segments
 
 __all__ = [
+    "Gains",
     "Segments",
     "backend",
     "forced_backend",

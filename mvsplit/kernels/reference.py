@@ -9,6 +9,7 @@ F hidden width of the FFN. Notation: J averages over the tokens of a segment, P 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +21,52 @@ from torch.nn import functional
 from mvsplit.kernels.segments import Segments
 
 Gain = Tensor | float
+
+
+class Gains(NamedTuple):
+    """β, α and λ of a merge, each [D], one element or a plain number; λ None is tied to α."""
+
+    beta: Gain
+    alpha: Gain
+    leak: Gain | None = None
+
+
+class FullGains(NamedTuple):
+    """Gains as tensors in full precision. One tensor in two places ties them; λ None is zero."""
+
+    beta: Tensor
+    alpha: Tensor
+    leak: Tensor | None
+
+    def shaped(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Gradients [D] in the shapes of the gains they belong to."""
+        return [
+            None if grad is None or gain is None else grad.sum_to_size(gain.shape)
+            for gain, grad in zip(self, grads, strict=True)
+        ]
+
+
+def full_gains(gains: Gains, like: Tensor) -> FullGains:
+    """Gains as a merge of `like` uses them; gains that are the same stay one tensor."""
+    beta = _as_tensor(gains.beta, like)
+    alpha = beta if _same(gains.alpha, gains.beta) else _as_tensor(gains.alpha, like)
+    if gains.leak is None:
+        return FullGains(beta, alpha, alpha)
+    if not isinstance(gains.leak, Tensor) and gains.leak == 0:
+        return FullGains(beta, alpha, None)
+    return FullGains(beta, alpha, _as_tensor(gains.leak, like))
+
+
+def _same(a: Gain, b: Gain) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _as_tensor(gain: Gain, like: Tensor) -> Tensor:
+    if isinstance(gain, Tensor):
+        return _upcast(gain)
+    half = like.dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if half else like.dtype
+    return torch.full((), gain, dtype=dtype, device=like.device)
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -191,10 +238,7 @@ class _SplitMerge(torch.autograd.Function):
         f = None if f is None else zero_padding(_upcast(f), ctx.segments)
         delta = zero_padding(_upcast(grad), ctx.segments)
         grads = merge_backward(delta, out, f, beta, alpha, leak, ctx.segments)
-        gains = (
-            None if g is None or gain is None else g.sum_to_size(gain.shape).to(gain.dtype)
-            for gain, g in zip((beta, alpha, leak), grads[2:], strict=True)
-        )
+        gains = FullGains(beta, alpha, leak).shaped(grads[2:])
         return grads.x.to(grad.dtype), grads.f.to(grad.dtype), *gains, None, None, None
 
 
@@ -236,20 +280,11 @@ def split_merge(
     """
     segments = Segments.whole(x) if segments is None else segments
     segments.check(x)
-    same = alpha is beta or (not isinstance(alpha, Tensor) and alpha == beta)
-    beta = _as_tensor(beta, x)
-    alpha = beta if same else _as_tensor(alpha, x)
-    if leak is None:
-        leak = alpha
-    elif not isinstance(leak, Tensor):
-        leak = _as_tensor(leak, x) if leak else None
-    return _SplitMerge.apply(x, f, beta, alpha, leak, segments, eps, norm)
-
-
-def _as_tensor(gain: Gain, like: Tensor) -> Tensor:
-    if isinstance(gain, Tensor):
-        return _upcast(gain)
-    return torch.full((), gain, dtype=_upcast(like[:0]).dtype, device=like.device)
+    gains = full_gains(Gains(beta, alpha, leak), x)
+    if gains.alpha is not gains.beta or gains.leak is not None:
+        # torch.compile lets a tensor made inside an autograd Function not outlive it in a cache.
+        segments.matrices(_upcast(x[:, :0]))
+    return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
 
 
 # Rotary embedding and QK-norm

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mvsplit.kernels import Segments, qk_norm_rope, swiglu
+from mvsplit.kernels.cpu_block import BlockSettings, BlockWeights, block
 from mvsplit.models.config import DiTConfig
-from mvsplit.residuals import build_rule
+from mvsplit.residuals import PostNorm, Rule, build_rule
 
 
 class Attention(nn.Module):
@@ -57,7 +61,56 @@ class Block(nn.Module):
         self.rule_ffn = build_rule(config.rule, **size, branch="ffn")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        if self.runs_as_one_node(x, segments):
+            return self._as_one_node(x, cos, sin, segments)
         f = self.attention(self.rule_attention.enter(x), cos, sin, segments)
         x = self.rule_attention.merge(x, f, segments)
         f = self.ffn(self.rule_ffn.enter(x))
         return self.rule_ffn.merge(x, f, segments)
+
+    def runs_as_one_node(self, x: Tensor, segments: Segments) -> bool:
+        """Whether the block runs as one autograd node (`kernels/cpu_block.py`): on a CPU, without
+        padding, biases or mixed precision, while nobody watches or has replaced one of its parts.
+        Its parts run one by one otherwise, and compute the same."""
+        return (
+            x.is_cpu
+            and x.dtype in (torch.float32, torch.float64)
+            and segments.mask is None
+            and all(map(_is_a_plain_matrix, self._matrices()))
+            and all(map(_is_just_gains, (self.rule_attention, self.rule_ffn)))
+            and self.attention.heads == self.attention.kv_heads
+            and not any(map(_is_watched, self._parts()))
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
+    def _parts(self) -> tuple[nn.Module, ...]:
+        rules = (self.rule_attention, self.rule_ffn)
+        return self.attention, self.ffn, *self._matrices(), *rules
+
+    def _matrices(self) -> tuple[nn.Linear, ...]:
+        return self.attention.qkv, self.attention.proj, self.ffn.w13, self.ffn.w2
+
+    def _as_one_node(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        rules = cast(tuple[PostNorm, PostNorm], (self.rule_attention, self.rule_ffn))
+        eps = (rules[0].eps, rules[1].eps)
+        settings = BlockSettings(cos, sin, segments, self.attention.heads, self.attention.eps, eps)
+        weights = BlockWeights(*(matrix.weight for matrix in self._matrices()))
+        return block(x, weights, rules[0].gains(), rules[1].gains(), settings)
+
+
+def _is_a_plain_matrix(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.bias is None
+
+
+def _is_just_gains(rule: nn.Module) -> bool:
+    return isinstance(rule, PostNorm) and type(rule).enter is Rule.enter
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from mvsplit.errors import UserError, nearest
-from mvsplit.residuals.base import Branch, Rule, RuleConfig
+from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig
 from mvsplit.residuals.controls import HardCenter, mvsplit_attention_only
 from mvsplit.residuals.mvsplit import MVSplit
 from mvsplit.residuals.rivals import (
@@ -57,6 +57,7 @@ __all__ = [
     "LayerScale",
     "MVSplit",
     "Plain",
+    "PostNorm",
     "PreNorm",
     "ReZero",
     "Rule",

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mvsplit.errors import UserError
-from mvsplit.kernels import Segments
+from mvsplit.kernels import Gains, Segments, split_merge
 
 Branch = Literal["attention", "ffn"]
 
@@ -76,3 +76,22 @@ class Rule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Sets the gains to their start values; called on construction and by initialisation."""
+
+
+class PostNorm(Rule):
+    """X' = RMSNorm(X + β⊙PF + α⊙JF − λ⊙JX): a rule of this family is no more than its gains.
+
+    So all of them run on one op, and a comparison changes the rule and nothing else.
+    """
+
+    @property
+    def eps(self) -> float:
+        """ε of the norm."""
+        return self.config.eps
+
+    def gains(self) -> Gains:
+        """β, α and λ of the merge."""
+        raise NotImplementedError
+
+    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
+        return split_merge(x, f, *self.gains(), segments, self.eps)

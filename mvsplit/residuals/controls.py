@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from mvsplit.kernels import Segments, split_merge
-from mvsplit.residuals.base import Branch, Rule, RuleConfig
+from mvsplit.kernels import Gains
+from mvsplit.residuals.base import Branch, PostNorm, RuleConfig
 from mvsplit.residuals.mvsplit import MVSplit
 from mvsplit.residuals.rivals import Plain
 
 
-class HardCenter(Rule):
+class HardCenter(PostNorm):
     """X' = N(P(X + F)): every merge removes the token mean. β = 1, α = 0, λ = 1.
 
     Start: writers zero. Source: arXiv 2605.06169, App. J.
@@ -18,8 +16,8 @@ class HardCenter(Rule):
 
     zero_writers = True
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return split_merge(x, f, 1.0, 0.0, 1.0, segments, self.config.eps)
+    def gains(self) -> Gains:
+        return Gains(1.0, 0.0, 1.0)
 
 
 def mvsplit_attention_only(

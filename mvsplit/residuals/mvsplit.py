@@ -15,13 +15,13 @@ number of tokens starts a collapse (Eq. 5), is shut off; it opens only as far as
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mvsplit.kernels import Segments, split_merge
-from mvsplit.residuals.base import Branch, Rule, RuleConfig
+from mvsplit.kernels import Gains
+from mvsplit.residuals.base import Branch, PostNorm, RuleConfig
 
 
-class MVSplit(Rule):
+class MVSplit(PostNorm):
     """X' = RMSNorm(X + β⊙PF + α⊙J(F − X)), β and α ∈ R^D learned for each branch of each block.
 
     Start: α = 0; β = 1 at 400 layers, 0.03 ≈ 1/√L at 1000; writers zero.
@@ -45,5 +45,5 @@ class MVSplit(Rule):
         if self.leak is not None:
             nn.init.constant_(self.leak, self.config.leak)
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return split_merge(x, f, self.beta, self.alpha, self.leak, segments, self.config.eps)
+    def gains(self) -> Gains:
+        return Gains(self.beta, self.alpha, self.leak)  # a leak of None is tied to α

@@ -1,7 +1,6 @@
 """The rules that MV-Split is compared with. F is the branch, N is RMSNorm, L counts blocks.
 
-The post-norm rules are all one op: X' = N(X + β⊙PF + α⊙JF − λ⊙JX) with special gains, so that a
-comparison changes the rule and nothing else.
+The post-norm rules are one op, X' = N(X + β⊙PF + α⊙JF − λ⊙JX), with special gains (`PostNorm`).
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvsplit.kernels import Segments, rms_norm, split_merge
+from mvsplit.kernels import Gains, Segments, rms_norm, split_merge
 from mvsplit.kernels.reference import zero_padding
-from mvsplit.residuals.base import Branch, Rule, RuleConfig
+from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig
 
 
-class Plain(Rule):
+class Plain(PostNorm):
     """X' = N(X + F), the post-norm residual: β = α = 1, λ = 0.
 
     Start: writers zero. Source: Vaswani et al. (arXiv 1706.03762) with RMSNorm; the baseline of
@@ -23,11 +22,11 @@ class Plain(Rule):
 
     zero_writers = True
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return split_merge(x, f, 1.0, 1.0, 0, segments, self.config.eps)
+    def gains(self) -> Gains:
+        return Gains(1.0, 1.0, 0)
 
 
-class LayerScale(Rule):
+class LayerScale(PostNorm):
     """X' = N(X + γ⊙F), γ ∈ R^D learned: β = α = γ, λ = 0.
 
     Start: γ = `gamma` (the paper sweeps 1e-2…1e-5), all weights standard. Source: Touvron et al.
@@ -42,11 +41,11 @@ class LayerScale(Rule):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gamma, self.config.gamma)
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return split_merge(x, f, self.gamma, self.gamma, 0, segments, self.config.eps)
+    def gains(self) -> Gains:
+        return Gains(self.gamma, self.gamma, 0)
 
 
-class ReZero(Rule):
+class ReZero(PostNorm):
     """X' = N(X + a·F), one learned number a for each branch: β = α = a, λ = 0.
 
     Start: a = 0, all weights standard. Source: Bachlechner et al. (arXiv 2003.04887), here on the
@@ -61,16 +60,24 @@ class ReZero(Rule):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.gain)
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return split_merge(x, f, self.gain, self.gain, 0, segments, self.config.eps)
+    def gains(self) -> Gains:
+        return Gains(self.gain, self.gain, 0)
 
 
-def merge_weighted_trunk(x: Tensor, f: Tensor, k: float, segments: Segments, eps: float) -> Tensor:
-    """N(kX + F), computed as N(X + F/k) with ε/k²: the same value by the op all rules share."""
-    return split_merge(x, f, 1 / k, 1 / k, 0, segments, eps / k**2)
+class WeightedTrunk(PostNorm):
+    """X' = N(kX + F), computed as N(X + F/k) with ε/k²: the same, by the op all rules share."""
+
+    trunk_weight: float
+
+    @property
+    def eps(self) -> float:
+        return self.config.eps / self.trunk_weight**2
+
+    def gains(self) -> Gains:
+        return Gains(1 / self.trunk_weight, 1 / self.trunk_weight, 0)
 
 
-class DeepNorm(Rule):
+class DeepNorm(WeightedTrunk):
     """X' = N(kX + F), k = (2L)^{1/4}.
 
     Start: standard, then the value, output and FFN weights divided by (8L)^{1/4}.
@@ -82,11 +89,8 @@ class DeepNorm(Rule):
         self.trunk_weight = (2 * depth) ** 0.25
         self.weight_scale = (8 * depth) ** -0.25
 
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return merge_weighted_trunk(x, f, self.trunk_weight, segments, self.config.eps)
 
-
-class Keel(Rule):
+class Keel(WeightedTrunk):
     """X' = N(kX + F(N X)), k = 2L, the number of residual merges.
 
     Start: all weights standard. Source: arXiv 2601.19895.
@@ -98,9 +102,6 @@ class Keel(Rule):
 
     def enter(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.config.eps)
-
-    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
-        return merge_weighted_trunk(x, f, self.trunk_weight, segments, self.config.eps)
 
 
 class PreNorm(Rule):
