@@ -14,6 +14,7 @@ from mvsplit.diagnostics.report_pack import pack_runs
 from mvsplit.diagnostics.report_run import read_run
 from mvsplit.errors import UserError
 
+PAGE_BUDGET = 7_800_000  # bytes of the whole page; only many long runs come near it
 _PLACE = re.compile(r"\{\{([a-z._:-]+)\}\}")
 
 
@@ -29,7 +30,9 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     if not run_dirs:
         raise UserError("run_dirs=[] names no run; give at least one run folder")
     runs = [read_run(folder) for folder in run_dirs]
-    page = render(pack_runs(runs), title=" · ".join(run.name for run in runs))
+    frame = render({}, title="")
+    data = pack_runs(runs, budget=PAGE_BUDGET - len(frame.encode()))
+    page = render(data, title=" · ".join(run.name for run in runs))
     return _write_whole(Path(out), page)
 
 

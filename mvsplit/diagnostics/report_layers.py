@@ -83,14 +83,20 @@ class _Column:
             layers = np.arange(min(len(values), _MOST_LAYERS), dtype=np.int32)
         if len(layers) != len(values):
             return None
-        return cls(layers, np.array([_cell(value) for value in values], dtype=np.float32))
+        return cls(layers, _cells(values))
 
 
-def _cell(value: Any) -> float:
-    number = as_number(value)
-    if number is None:
-        return np.nan
-    return number if abs(number) <= np.finfo(np.float32).max else np.inf  # NaN fails the test too
+def _cells(values: Sequence[Any]) -> np.ndarray:
+    """float32 [n]: NaN for what is no number, +inf for a number that float32 cannot hold."""
+    if set(map(type, values)) == {float}:
+        numbers, measured = np.array(values), np.ones(len(values), dtype=bool)
+    else:
+        known = [as_number(value) for value in values]
+        numbers = np.array([np.nan if number is None else number for number in known])
+        measured = np.array([number is not None for number in known])
+    held = np.abs(numbers) <= np.finfo(np.float32).max  # False for NaN
+    cells = np.where(held, numbers, np.inf).astype(np.float32)
+    return np.where(measured, cells, np.float32(np.nan))
 
 
 def _layer_indices(layers: Any) -> np.ndarray | None:

@@ -6,6 +6,7 @@ linear or logarithmic, of 254 levels; differences between neighbouring probes, d
 
 from __future__ import annotations
 
+import json
 import zlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,6 @@ from mvsplit.diagnostics.report_series import Series
 LEVELS = 254  # 0 … 253
 NOT_FINITE = 254
 NOT_MEASURED = 255
-MAP_BUDGET = 5_500_000  # bytes of base64 for all maps of a page
 _DECADES = 9  # of a logarithmic scale; smaller values show as its lower end
 _SHARES = ("tcs", "mu_eff", "row_div", "retention")  # fields that live between 0 and 1
 _LOG_FROM = 30.0  # largest / smallest value from which a scale is logarithmic
@@ -78,60 +78,72 @@ def pack_array(values: np.ndarray, dtype: str) -> str:
     ).decode()
 
 
-def pack_runs(runs: Sequence[RunRecord], budget: int = MAP_BUDGET) -> dict[str, Any]:
-    """Everything the page's script reads, as one JSON-able dict.
+def pack_runs(runs: Sequence[RunRecord], budget: int) -> dict[str, Any]:
+    """Everything the page's script reads, as one JSON-able dict of at most `budget` bytes.
 
-    Where the maps weigh more than `budget` bytes, every second probe is left out until they do
-    not, and each run says so in its notes. Curves over depth are taken from all probes.
+    Where it would weigh more, the maps keep fewer probes, evenly chosen, and each run says so in
+    its notes. Curves over depth are taken from all probes.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.maps))
     scales = {
         name: scale_of(name, [run.maps[name] for run in runs if name in run.maps]) for name in names
     }
-    maps = [dict(run.maps) for run in runs]
-    packed = [_pack_maps(m, scales) for m in maps]
-    every = 1
-    while sum(len(p["data"]) for run in packed for p in run.values()) > budget:
-        every *= 2
-        maps = [{name: _every_second(m) for name, m in run.items()} for run in maps]
-        packed = [_pack_maps(m, scales) for m in maps]
-    return {
-        "scales": {name: asdict(scale) for name, scale in scales.items()},
-        "runs": [_pack_run(r, p, every) for r, p in zip(runs, packed, strict=True)],
-    }
+    packed = [_pack_run(run) for run in runs]
+    budget -= len(json.dumps(packed))
+    maps, share = _pack_within(runs, scales, budget)
+    for run, run_maps in zip(packed, maps, strict=True):
+        run["maps"] = run_maps
+        if share < 1 and run_maps:
+            run["notes"].append(
+                f"The maps show {share:.0%} of the probes, evenly chosen, to keep this page small."
+            )
+    return {"scales": {name: asdict(scale) for name, scale in scales.items()}, "runs": packed}
 
 
-def _every_second(m: LayerMap) -> LayerMap:
-    """Half of the probes, the last among them."""
-    kept = slice((len(m.steps) - 1) % 2, None, 2)
+def _pack_within(
+    runs: Sequence[RunRecord], scales: Mapping[str, Scale], budget: int
+) -> tuple[list[dict[str, Any]], float]:
+    """The packed maps of each run, and the share of the probes that they hold."""
+    share = 1.0
+    while True:
+        packed = [
+            {name: _pack_map(_thinned(m, share), scales[name]) for name, m in run.maps.items()}
+            for run in runs
+        ]
+        weight = len(json.dumps(packed))
+        most = max((len(m.steps) for run in runs for m in run.maps.values()), default=0)
+        if weight <= budget or share * most <= 2:  # two probes are the least that is still a map
+            return packed, share
+        share *= min(0.9, 0.95 * max(budget, 0) / weight)
+
+
+def _thinned(m: LayerMap, share: float) -> LayerMap:
+    """That share of the probes, the first and the last among them."""
+    probes = len(m.steps)
+    kept = np.linspace(0, probes - 1, min(probes, max(2, int(share * probes)))).round().astype(int)
     return replace(m, steps=m.steps[kept], values=m.values[:, kept])
 
 
-def _pack_maps(maps: Mapping[str, LayerMap], scales: Mapping[str, Scale]) -> dict[str, Any]:
+def _pack_map(m: LayerMap, scale: Scale) -> dict[str, Any]:
     return {
-        name: {
-            "layers": m.values.shape[0],
-            "steps": pack_array(m.steps, "f8"),
-            "data": pack_levels(quantise(m.values, scales[name])),
-        }
-        for name, m in maps.items()
+        "layers": m.values.shape[0],
+        "steps": pack_array(m.steps, "f8"),
+        "data": pack_levels(quantise(m.values, scale)),
     }
 
 
-def _pack_run(run: RunRecord, maps: dict[str, Any], every: int) -> dict[str, Any]:
-    notes = list(run.notes)
-    if every > 1 and maps:
-        notes.append(f"The maps show every {every}th probe, to keep this page small.")
+def _pack_run(run: RunRecord) -> dict[str, Any]:
+    """All but the maps."""
     curves = {name: _pack_series(series) for name, series in run.series.items()}
     return {
         "name": run.name,
         "settings": run.settings,
         "series": curves | _curves_over_depth(run),
-        "maps": maps,
         "alignment": {b: points for b in ("attn", "ffn") if (points := _alignment(run.maps, b))},
         "events": run.events,
+        "watched": run.watched,
         "pictures": [asdict(picture) for picture in run.pictures],
-        "notes": notes,
+        "notes": list(run.notes),
     }
 
 
@@ -150,29 +162,46 @@ def _pack_series(series: Series) -> dict[str, Any]:
 
 
 def _curves_over_depth(run: RunRecord) -> dict[str, Any]:
-    """Norms that belong to layers, joined over depth; a norm over several layers is the root of
-    the sum of squares. What metrics.jsonl has under its own name is left to it."""
+    """What the layers have to say together. A curve that metrics.jsonl has is left to it."""
     curves = {}
     for branch in ("attn", "ffn"):
         for mode in ("g_mean", "g_ctr"):
             name = f"{mode}_{branch}"
             if name in run.maps:
-                curves[f"depth:{name}"] = _joined(run.maps[name], first_layer=0)
+                curves[f"depth:{name}"] = _pack_curve(_norm_over_layers(run.maps[name]))
     for name in ("grad_query", "grad_key"):
         if name in run.maps and name not in run.series:
-            layers = run.maps[name].values.shape[0]
-            curves[name] = _joined(run.maps[name], first_layer=layers - max(1, layers // 4))
+            curves[name] = _pack_curve(_norm_over_layers(_deepest_quarter(run.maps[name])))
+    if "tcs" in run.maps:
+        curves["depth:tcs"] = _pack_curve(_mean_over_layers(_deepest_quarter(run.maps["tcs"])))
     return curves
 
 
-def _joined(m: LayerMap, first_layer: int) -> dict[str, Any]:
-    values = m.values[first_layer:].astype(np.float64)
+def _deepest_quarter(m: LayerMap) -> LayerMap:
+    layers = len(m.values)
+    return replace(m, values=m.values[layers - max(1, layers // 4) :])
+
+
+def _norm_over_layers(m: LayerMap) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [N] and root of the sum of squares over the measured layers [N]."""
+    values = m.values.astype(np.float64)
     norm = np.sqrt(np.nansum(values**2, axis=0))
     norm[np.isnan(values).all(axis=0)] = np.nan
-    broken = np.isinf(norm)
-    norm[broken] = np.nan
-    empty = np.full_like(norm, np.nan)
-    return _pack_series(Series(m.steps, norm, empty, empty, broken.astype(np.int64), stride=1))
+    return m.steps, norm
+
+
+def _mean_over_layers(m: LayerMap) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [N] and mean over the measured layers [N]."""
+    measured = np.count_nonzero(~np.isnan(m.values), axis=0)
+    total = np.nansum(m.values, axis=0, dtype=np.float64)
+    return m.steps, np.where(measured > 0, total / np.maximum(measured, 1), np.nan)
+
+
+def _pack_curve(curve: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    steps, values = curve
+    broken = np.isinf(values)
+    known = np.where(broken, np.nan, values)
+    return _pack_series(Series(steps, known, known, known, broken.astype(np.int64), stride=1))
 
 
 def _alignment(maps: Mapping[str, LayerMap], branch: str) -> dict[str, Any] | None:

@@ -22,7 +22,9 @@ from mvsplit.errors import UserError
 MOST_EVENTS = 400
 MOST_PICTURES = 8
 _PICTURE_SIDE = 320  # pixels; a picture of the report is a thumbnail
+_HEAVY = 40_000  # bytes from which a picture is no PNG any more
 _TEXT = 400  # characters kept of one text out of a log
+_NON_FINITE = "nonfinite"  # the event with which a training run stops at such a value
 _LOGS = ("metrics.jsonl", "layers.jsonl", "events.jsonl")
 
 
@@ -41,6 +43,7 @@ class RunRecord:
     series: dict[str, Series] = field(default_factory=dict)
     maps: dict[str, LayerMap] = field(default_factory=dict)
     events: list[Record] = field(default_factory=list)
+    watched: bool = False  # a detector wrote at least one event
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out, and why
 
@@ -118,6 +121,9 @@ def _read_events(run: RunRecord, path: Path) -> None:
     others: list[Record] = []
     omitted = 0
     for record in lines:
+        run.watched = run.watched or "verdict" in record
+        if record.get("event") == _NON_FINITE:
+            record.setdefault("level", "alarm")
         kept = serious if record.get("level") in ("warning", "alarm") else others
         if len(kept) < MOST_EVENTS // 2:
             kept.append(_bounded(record))
@@ -153,7 +159,7 @@ def _text(text: str) -> str:
 
 def _read_pictures(run: RunRecord, folder: Path) -> None:
     """Up to `MOST_PICTURES`, evenly over the training, the last always among them."""
-    paths = sorted(folder.glob("*.png"), key=_natural)
+    paths = sorted([*folder.glob("*.png"), *folder.glob("*/grid.png")], key=_natural)
     if not paths:
         return
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(MOST_PICTURES, len(paths))).round())
@@ -166,8 +172,12 @@ def _read_pictures(run: RunRecord, folder: Path) -> None:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """step_9 before step_10."""
-    parts = re.findall(r"\d+|\D+", path.stem)
+    parts = re.findall(r"\d+|\D+", _label(path))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _label(path: Path) -> str:
+    return path.parent.name if path.name == "grid.png" else path.stem
 
 
 def _picture(path: Path) -> Picture:
@@ -177,8 +187,14 @@ def _picture(path: Path) -> Picture:
     if scale < 1:
         size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
         small = small.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return Picture(
-        _text(path.stem), f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-    )
+    return Picture(_text(_label(path)), _data_url(small))
+
+
+def _data_url(image: Image.Image) -> str:
+    """PNG, or JPEG where PNG is heavy, as it is for photographs."""
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        if buffer.tell() <= _HEAVY:
+            break
+    return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}"

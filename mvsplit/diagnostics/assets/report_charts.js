@@ -25,7 +25,13 @@ const Charts = (() => {
       tickfont: { size: 11, color: css("--soft") }, exponentformat: "power", ...extra,
     };
   }
-  const logAxis = (title) => axis(title, { type: "log", dtick: null, nticks: 7 });
+  /* Ticks at powers of ten, with 2 and 5 between them where fewer than two powers would show. */
+  function logAxis(title, values) {
+    let low = Infinity, high = 0;
+    for (const v of values) if (v > 0 && Number.isFinite(v)) { low = Math.min(low, v); high = Math.max(high, v); }
+    const decades = Math.log10(high / low);
+    return axis(title, { type: "log", dtick: decades > 1.5 ? Math.max(1, Math.round(decades / 6)) : "D2" });
+  }
   function layout(extra) {
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
@@ -87,7 +93,7 @@ const Charts = (() => {
       });
       if (series.broken) {
         traces.push({
-          type: "scatter", mode: "markers", x: series.step && series.broken, y: Array(series.broken.length).fill(0.03),
+          type: "scatter", mode: "markers", x: series.broken, y: Array(series.broken.length).fill(0.03),
           yaxis: "y2", marker: { symbol: "x", size: 8, color: css("--broken") },
           name: plain(name), hovertemplate: "NaN or infinite",
         });
@@ -100,7 +106,7 @@ const Charts = (() => {
       type: "scatter", mode: "markers", yaxis: "y2", x: events.map((e) => e.step),
       y: events.map(() => 0.97 - 0.06 * place), name: plain(name), text: events.map((e) => plain(e.title)),
       hovertemplate: "%{text}",
-      marker: { symbol: "triangle-down", size: events.map((e) => (e.level === "alarm" ? 12 : 9)), color: colour(run), line: { width: 1, color: css("--card") } },
+      marker: { symbol: "triangle-down", size: events.map((e) => ({ alarm: 12, warning: 9 }[e.level] || 6)), color: colour(run), line: { width: 1, color: css("--card") } },
     }));
   }
   function alarmLines(groups) {
@@ -115,7 +121,7 @@ const Charts = (() => {
       const marked = events.filter((group) => group.events.length);
       const look = layout({
         hovermode: "x unified", shapes: alarmLines(marked),
-        xaxis: axis("step", { hoverformat: ",d" }), yaxis: log ? logAxis(yTitle) : axis(yTitle, {}),
+        xaxis: axis("step", { hoverformat: ",d" }), yaxis: log ? logAxis(yTitle, curves.flatMap(({ series }) => [...series.mean])) : axis(yTitle, {}),
         yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       });
       return draw(element, [...curveTraces(curves), ...eventTraces(marked)], look, true);
@@ -165,7 +171,7 @@ const Charts = (() => {
         type: "scatter", mode: "lines", x: values.map((_, i) => i), y: values, name: plain(name),
         line: { color: colour(run), width: 1.8 }, hovertemplate: "%{y:.4~g}",
       }));
-      const look = layout({ hovermode: "x unified", xaxis: axis("layer", {}), yaxis: log ? logAxis(yTitle) : axis(yTitle, {}) });
+      const look = layout({ hovermode: "x unified", xaxis: axis("layer", {}), yaxis: log ? logAxis(yTitle, curves.flatMap(({ values }) => values)) : axis(yTitle, {}) });
       return draw(element, traces, look, false);
     };
     drawn.set(element, redraw);
@@ -182,7 +188,9 @@ const Charts = (() => {
       const ends = groups.flatMap(({ x }) => (x.length ? [Math.min(...x), Math.max(...x)] : []));
       const line = [Math.min(...ends), Math.max(...ends)];
       traces.push({ type: "scatter", mode: "lines", x: line, y: line, line: { color: css("--soft"), width: 1.2, dash: "dash" }, hoverinfo: "skip" });
-      return draw(element, traces, layout({ hovermode: "closest", xaxis: logAxis(xTitle), yaxis: logAxis(yTitle) }), false);
+      return draw(element, traces, layout({
+        hovermode: "closest", xaxis: logAxis(xTitle, groups.flatMap(({ x }) => x)), yaxis: logAxis(yTitle, groups.flatMap(({ y }) => y)),
+      }), false);
     };
     drawn.set(element, redraw);
     return redraw();

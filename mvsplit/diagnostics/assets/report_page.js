@@ -6,7 +6,6 @@
   const captions = read("captions");
   const $ = (id) => document.getElementById(id);
   const shown = runs.map(() => true);
-  const pending = new Map(); // section → function that fills it when it comes near the screen
 
   function make(tag, { text, cls, ...attributes } = {}, ...children) {
     const element = document.createElement(tag);
@@ -35,7 +34,7 @@
   }
   function described(event) {
     const level = ["info", "warning", "alarm"].includes(event.level) ? event.level : "info";
-    const what = event.verdict ?? event.event ?? event.kind ?? event.type ?? event.action ?? level;
+    const what = event.verdict ?? event.event ?? level;
     const title = event.verdict ? `${level}: ${what}` : String(what);
     return { ...event, level, what: String(what), title: event.layer != null ? `${title}, layer ${event.layer}` : title };
   }
@@ -62,18 +61,20 @@
     return values.length && last > 0 ? [`÷ ${Packed.number(top / last)}`, "from its highest to its last value"] : null;
   }
   const FACTS = [
-    ["Steps", (r) => { const l = finite(Packed.series(r.series.loss ?? Object.values(r.series)[0])); return l.length ? [Packed.step(l.at(-1)[0])] : null; }],
+    ["Last step", (r) => { const l = finite(Packed.series(r.series.loss ?? Object.values(r.series)[0])); return l.length ? [Packed.step(l.at(-1)[0])] : null; }],
     ["Loss, first → last", (r) => { const l = finite(Packed.series(r.series.loss)); return l.length ? [`${Packed.number(l[0][1])} → ${Packed.number(l.at(-1)[1])}`] : null; }],
     ["Lowest loss", (r) => at(finite(Packed.series(r.series.loss)).reduce((a, b) => (a && a[1] <= b[1] ? a : b), null))],
     ["Highest gradient norm", (r) => at(highest(Packed.series(r.series.grad_norm)))],
     ["Highest G_mean / G_ctr, W_O", (r) => at(modeRatio(r, "attn"))],
     ["Highest G_mean / G_ctr, W_2", (r) => at(modeRatio(r, "ffn"))],
+    ["Token similarity in the deepest quarter", (r) => at(finite(Packed.series(r.series["depth:tcs"])).at(-1))],
     ["Fall of the query gradient", (r) => fall(r, "grad_query")],
   ];
   function verdict(run) {
     const events = run.events.map(described);
     const first = events.find((e) => e.level === "alarm") || events.find((e) => e.level === "warning");
-    if (!first) return { badge: "calm", label: "no alarm", text: events.length ? "Nothing worse than a note was recorded." : "No events were recorded for this run." };
+    if (!first && !run.watched) return { badge: "", label: "not watched", text: "No detector wrote to this run's log; the numbers below speak for themselves." };
+    if (!first) return { badge: "calm", label: "no alarm", text: "The detector raised neither a warning nor an alarm." };
     const where = first.layer != null ? `, layer ${first.layer}` : "";
     return { badge: first.level, label: first.what, text: `First ${first.level} at step ${Packed.step(first.step)}${where}. ${first.message ?? ""}` };
   }
@@ -208,14 +209,15 @@
     $("strips").replaceChildren(...having.map((run) => tinted(make("div", {}, make("p", { cls: "map-name" }, dot(), make("span", { text: run.name })),
       make("div", { cls: "strip" }, ...run.pictures.map((p) => make("figure", {}, make("img", { src: p.data, alt: `Sample ${p.name} of ${run.name}` }), make("figcaption", { text: p.name }))))), run.index)));
   }
-  const HEAD = new Set(["step", "level", "verdict", "event", "kind", "type", "layer", "message", "evidence", "what", "title"]);
+  const HEAD = new Set(["step", "level", "verdict", "event", "kind", "type", "layer", "message", "evidence", "time", "what", "title"]);
   function evidence(event) {
     const rest = Object.entries(event).filter(([name]) => !HEAD.has(name));
     const inside = event.evidence && typeof event.evidence === "object" ? Object.entries(event.evidence) : event.evidence != null ? [["evidence", event.evidence]] : [];
     return [...inside, ...rest].map(([name, v]) => [name, typeof v === "number" ? Packed.number(v) : typeof v === "string" ? v : JSON.stringify(v)]);
   }
+  const clock = ({ time }) => (typeof time === "number" ? { title: new Date(time * 1000).toString() } : {});
   function eventItem(event) {
-    const item = make("div", { cls: "event" }, make("span", { cls: "when", text: `step ${Packed.step(event.step)}` }), make("span", { cls: `badge ${event.level}`, text: event.title }));
+    const item = make("div", { cls: "event" }, make("span", { cls: "when", text: `step ${Packed.step(event.step)}`, ...clock(event) }), make("span", { cls: `badge ${event.level}`, text: event.title }));
     if (event.message) item.append(make("div", { text: event.message }));
     const numbers = evidence(event);
     if (numbers.length) item.append(make("dl", {}, ...numbers.flatMap(([name, text]) => [make("dt", { text: name }), make("dd", { text })])));
@@ -288,11 +290,13 @@
   $("level").onchange = () => fill("autopsy");
   $("theme").onclick = () => { document.documentElement.dataset.theme = Charts.dark() ? "light" : "dark"; retint(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", retint);
-  const near = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) { near.unobserve(target); fill(target.id); }
+  const near = new IntersectionObserver(async (entries) => {
+    const arriving = entries.filter((entry) => entry.isIntersecting).map(({ target }) => target);
+    for (const section of arriving) near.unobserve(section);
+    for (const section of arriving) {
+      await fill(section.id);
+      await new Promise((go) => setTimeout(go)); // lets the browser show it before the next
     }
   }, { rootMargin: "400px" });
   for (const id of Object.keys(SECTIONS)) near.observe($(id));
-  requestAnimationFrame(() => requestAnimationFrame(() => { document.documentElement.dataset.openedAfter = Math.round(performance.now()); }));
 })();
