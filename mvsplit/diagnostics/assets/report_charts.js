@@ -165,13 +165,15 @@ const Charts = (() => {
     return done;
   }
 
-  function profile(element, { curves, log, yTitle }) {
+  function profile(element, { curves, scale, yTitle }) {
     const redraw = () => {
       const traces = curves.map(({ run, name, values }) => ({
         type: "scatter", mode: "lines", x: values.map((_, i) => i), y: values, name: plain(name),
         line: { color: colour(run), width: 1.8 }, hovertemplate: "%{y:.4~g}",
       }));
-      const look = layout({ hovermode: "x unified", xaxis: axis("layer", {}), yaxis: log ? logAxis(yTitle, curves.flatMap(({ values }) => values)) : axis(yTitle, {}) });
+      const margin = (scale.high - scale.low) * 0.04;
+      const yaxis = scale.log ? logAxis(yTitle, curves.flatMap(({ values }) => values)) : axis(yTitle, { range: [scale.low - margin, scale.high + margin] });
+      const look = layout({ hovermode: "x unified", xaxis: axis("layer", {}), yaxis });
       return draw(element, traces, look, false);
     };
     drawn.set(element, redraw);

@@ -172,7 +172,7 @@
     $("profile-title").textContent = `Over depth at step ${Packed.step(step)}`;
     const values = curves.flatMap((c) => c.values);
     if (!values.some(Number.isFinite)) return;
-    await Charts.profile($("plot-profile"), { curves: curves.map((c) => ({ ...c, values: c.values.map((v) => (Number.isFinite(v) ? v : null)) })), log: scale.log, yTitle: about(metric).title });
+    await Charts.profile($("plot-profile"), { curves: curves.map((c) => ({ ...c, values: c.values.map((v) => (Number.isFinite(v) ? v : null)) })), scale, yTitle: about(metric).title });
   }
 
   /* Writers, law, extinction */
