@@ -107,6 +107,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
         save_file(tensors, folder / f"{name}.safetensors")
     state = {"step": snapshot.step, **snapshot.values}
     (folder / "state.json").write_text(json.dumps(state))
+    for path in folder.glob("*.safetensors"):  # which its writer makes readable by the owner only
+        shutil.copymode(folder / "state.json", path)
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "version": VERSION, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))

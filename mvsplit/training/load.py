@@ -54,9 +54,10 @@ def load_run(
         )
     name = "ema" if ema else "model"
     snapshot = _read_one(path, name) if one else _read_newest(path, name)
-    model = DiT(experiment.model)
+    with torch.device("meta"):  # no initial values, and no draw from the global generator
+        model = DiT(experiment.model)
+    model.to_empty(device=torch.device(device)).requires_grad_(False).eval()
     copy_tensors(snapshot.tensors[name], dict(model.state_dict()), f"{name}.safetensors")
-    model.requires_grad_(False).eval().to(device)
     embedder = WordEmbedder.from_spec(snapshot.values["embedder"])
     return LoadedRun(model=model, embedder=embedder, experiment=experiment, step=snapshot.step)
 

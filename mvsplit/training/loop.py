@@ -15,6 +15,7 @@ from mvsplit.training.builders import build_state
 from mvsplit.training.checkpoint import (
     list_checkpoints,
     load_latest,
+    remove_leftovers,
     save_checkpoint,
     set_aside_after,
 )
@@ -93,23 +94,25 @@ class _Run:
         observers: Sequence[Observer],
     ) -> None:
         self.folder, self.config, self.state, self.observers = folder, config, state, observers
+        self._first = state.step  # at which this process began
 
     def resume(self) -> None:
         """Restores the newest whole checkpoint, and says so, and what was damaged."""
         folder, state = self.folder, self.state
+        remove_leftovers(folder.checkpoints)
         snapshot, damaged = load_latest(folder.checkpoints)
         if snapshot is not None:
             state.restore(snapshot)
+            self._first = state.step
             set_aside_after(folder.checkpoints, state.step)
+        begun_before = (folder.path / "config.json").exists()
+        folder.begin(state.step, state.device)
         for error in damaged:
             self._tell("damaged", f"{error}; set aside, going back to step {state.step}")
-        logged = folder.metrics.path.stat().st_size > 0
-        folder.forget_after(state.step)
-        folder.write_environment(state.device)
         if snapshot is not None:
             changed = {name: list(pair) for name, pair in folder.changed.items()}
             self._tell("resumed", f"resumed {folder.path} at step {state.step}", changed=changed)
-        elif logged:
+        elif begun_before:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
             self._tell("started", f"started {folder.path}")
@@ -158,8 +161,11 @@ class _Run:
         if step and checkpoint_missing(self.folder, step):
             self.save()
         if signal is not None:
-            message = f"stopped by {signal.name} after step {step} of {steps}, saved; give the "
-            self._tell("interrupted", message + "same command again to go on", signal=signal.name)
+            done = f"after step {step} of {steps}, saved" if step else "before the first step"
+            message = f"stopped by {signal.name} {done}; give the same command again to go on"
+            self._tell("interrupted", message, signal=signal.name)
+        elif step == self._first:
+            self._tell("finished", f"nothing to do: step {step} of {steps} is taken; raise --steps")
         else:
             self._tell("finished", f"finished step {step} of {steps}: {self.folder.path}")
 

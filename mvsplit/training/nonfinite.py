@@ -36,7 +36,7 @@ def families(model: DiT, name: str, value: Tensor, rows: int) -> dict[str, Tenso
         value: a parameter, its gradient, or the module's output.
         rows: the axis of `value` along which the output features lie.
     """
-    if match := re.match(r"blocks\.\d+\.attention\.qkv\.", name):
+    if re.match(r"blocks\.\d+\.attention\.qkv\.", name):
         config = model.config
         sizes = [n * config.head_width for n in (config.heads, config.groups, config.groups)]
         return dict(zip("QKV", value.split(sizes, dim=rows), strict=True))

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -34,8 +34,12 @@ class RunFolder:
         path: created if it does not exist.
         experiment: must agree with the folder's own, but for the fields that may change.
 
+    Nothing is written but the lock until `begin`, so that an experiment that turns out to be
+    impossible leaves no trace.
+
     Attributes:
         changed: fields that differ from the last time, (old, new) by dotted name.
+        metrics, layers, events: the logs, from `begin` on.
 
     Raises:
         UserError: the path is no folder of ours, another process holds it, or it belongs to
@@ -43,37 +47,32 @@ class RunFolder:
     """
 
     def __init__(self, path: Path | str, experiment: Experiment) -> None:
-        self.path = Path(path)
-        self._stack = ExitStack()
-        with self._stack:
-            _create(self.path)
-            self._stack.enter_context(_lock(self.path))
+        self.path, self.experiment = Path(path), experiment
+        _create(self.path)
+        with ExitStack() as stack:
+            stack.enter_context(_lock(self.path))
             self.changed = _agree(self.path, experiment)
-            self.metrics, self.layers, self.events = (
-                self._open(name) for name in ("metrics", "layers", "events")
-            )
-            self._stack = self._stack.pop_all()
+            self._stack = stack.pop_all()
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def begin(self, step: int, device: torch.device) -> None:
+        """Writes what the run is and runs on, and opens the logs to go on after `step`: metrics
+        and layers lose what lies past it, every log a last line that a kill cut off."""
+        write_atomically(self.path / "config.json", to_json(self.experiment))
+        environment = json.dumps(describe_environment(device), indent=2) + "\n"
+        write_atomically(self.path / "environment.json", environment)
+        self.metrics = self._open("metrics.jsonl", lambda line: line["step"] <= step)
+        self.layers = self._open("layers.jsonl", lambda line: line["step"] <= step)
+        self.events = self._open("events.jsonl", lambda line: True)
 
     def event(self, name: str, step: int, message: str, **fields: Any) -> dict[str, Any]:
         """Appends a line to events.jsonl and returns it."""
         line = {"event": name, "step": step, "time": time.time(), "message": message, **fields}
         self.events.append(line)
         return line
-
-    def write_environment(self, device: torch.device) -> None:
-        text = json.dumps(describe_environment(device), indent=2) + "\n"
-        write_atomically(self.path / "environment.json", text)
-
-    def forget_after(self, step: int) -> None:
-        """Drops from metrics and layers what lies past `step`, and lines that a kill cut off."""
-        for name in ("metrics", "layers"):
-            getattr(self, name).close()
-            keep_lines(self.path / f"{name}.jsonl", lambda line: line["step"] <= step)
-            setattr(self, name, self._open(name))
 
     def __enter__(self) -> RunFolder:
         return self
@@ -86,10 +85,9 @@ class RunFolder:
     ) -> None:
         self._stack.close()
 
-    def _open(self, name: str) -> JsonLines:
-        if name == "events":
-            keep_lines(self.path / "events.jsonl", lambda line: True)
-        log = JsonLines(self.path / f"{name}.jsonl")
+    def _open(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> JsonLines:
+        keep_lines(self.path / name, wanted)
+        log = JsonLines(self.path / name)
         self._stack.callback(log.close)
         return log
 
@@ -149,7 +147,6 @@ def _agree(path: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
     if (path / "config.json").exists():
         changed = differences(read_experiment(path), experiment)
         _refuse_changes(path, [name for name in changed if name not in CHANGEABLE], changed)
-    write_atomically(path / "config.json", to_json(experiment))
     return changed
 
 

@@ -43,16 +43,10 @@ class Piece:
 def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -> Iterator[Piece]:
     """Cuts the batch of a step; chance is drawn for all of it first, so the cut changes nothing."""
     data = batch.latents.to(device)
-    noise = torch.randn(
-        data.shape,
-        generator=generator_for(config.seed, "noise", step, device=device),
-        device=device,
-    )
+    stream = partial(generator_for, config.seed, device=device)
+    noise = torch.randn(data.shape, generator=stream("noise", step), device=device)
     times = sample_times(
-        len(data),
-        shift=config.time_shift,
-        generator=generator_for(config.seed, "times", step, device=device),
-        device=device,
+        len(data), shift=config.time_shift, generator=stream("times", step), device=device
     )
     text = batch.text.to(device)
     valid = None if batch.text_valid is None else batch.text_valid.to(device)

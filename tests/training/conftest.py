@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvsplit.training import train
+from tests.training import runs
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums in the same order here and in other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps without interruption. Not to be written to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(runs.experiment(), run)
+    torch.set_num_threads(threads)
+    return run
