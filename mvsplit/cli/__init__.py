@@ -15,6 +15,7 @@ from mvsplit import __version__
 from mvsplit.errors import UserError, nearest
 
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
+    "demo": ("mvsplit.cli.demo", "train two 400-layer twins on digits and see one collapse"),
     "train": ("mvsplit.cli.train", "train a preset, or go on with a run"),
     "report": ("mvsplit.cli.report", "draw one or more runs as one HTML page"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run"),

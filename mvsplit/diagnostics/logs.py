@@ -20,6 +20,7 @@ from mvsplit.errors import UserError
 
 Record = dict[str, Any]
 
+_TAIL = 2**20
 _LARGEST_STEP = 2**53  # above it, neither a float nor JavaScript tells neighbouring steps apart
 
 
@@ -123,6 +124,21 @@ def read_jsonl(path: Path | str, *, latest: bool = True) -> JsonLines:
     if not path.is_file():
         raise UserError(f"log {str(path)!r} is no file; name a JSONL log of a run")
     return JsonLines(path, latest=latest)
+
+
+def last_record(path: Path | str) -> Record | None:
+    """The last whole record of a log that may still be written to; None where there is none yet.
+
+    Reads the file's last mebibyte only, so that it can be called several times a second.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().splitlines(keepends=True)
+    whole = (_parse_line(line) for line in reversed(lines) if line.endswith(b"\n"))
+    return next((record for record in whole if record is not None and _has_step(record)), None)
 
 
 def as_number(value: Any) -> float | None:

@@ -1,0 +1,210 @@
+"""`mvsplit demo`: two 400-layer networks on real digits; one collapses, its twin learns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import IO
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from mvsplit.diagnostics.logs import last_record
+from mvsplit.diagnostics.report import write_report
+from mvsplit.errors import UserError
+from mvsplit.evaluation.digits import CHANCE
+from mvsplit.evaluation.twins import Twin, examine
+from mvsplit.evaluation.twins_picture import TITLES, save_twins_picture
+from mvsplit.presets import get_preset
+from mvsplit.sampling import make_grid, save_png, to_pictures
+
+TWINS = ("plain", "mvsplit")
+_DRAWING = 40.0  # seconds kept for drawing, picture and report
+_PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Trains the twins side by side, draws digits with both, and shows why one of them died.
+
+    Attributes:
+        minutes: time for all of it; training stops early, and says so, where it would not fit.
+        steps: training steps of each twin; those of the presets if not given.
+        runs: folder of the two runs; the same folder again goes on where they stopped.
+        out: folder for demo.png and report.html.
+    """
+
+    minutes: float = 5.0
+    steps: int | None = None
+    runs: Path = Path("runs/demo")
+    out: Path = Path()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit status.
+
+    Raises:
+        UserError: a twin failed; the message is its own.
+    """
+    run(tyro.cli(Arguments, args=list(arguments), prog="mvsplit demo"))
+    return 0
+
+
+def run(args: Arguments) -> None:
+    began = time.monotonic()
+    console = Console()
+    folders = [args.runs / name for name in TWINS]
+    trainers = [Trainer(name, args) for name in TWINS]
+    try:
+        _follow(trainers, console, deadline=began + 60 * args.minutes - _DRAWING)
+    finally:
+        for trainer in trainers:
+            trainer.stop()
+    console.print("drawing a hundred digits with each …")
+    with ProcessPoolExecutor(len(folders), mp_context=get_context("spawn")) as pool:
+        twins = list(pool.map(examine, folders))
+    for twin, folder in zip(twins, folders, strict=True):
+        _save_sheet(twin, folder)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = save_twins_picture(twins, args.out / "demo.png")
+    report = write_report(folders, args.out / "report.html")
+    console.print(_summary(twins))
+    for line in _verdict(twins):
+        console.print(line)
+    console.print(f"picture {picture.resolve()}\nreport  {report.resolve()}", soft_wrap=True)
+    console.print(f"took {time.monotonic() - began:.0f} s")
+
+
+class Trainer:
+    """A twin's training, in a process of its own on one core."""
+
+    def __init__(self, name: str, args: Arguments) -> None:
+        self.name = name
+        self.preset = f"digits-400l-{name}"
+        self.folder = args.runs / name
+        self.steps = args.steps or get_preset(self.preset).train.steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "mvsplit", "train", self.preset]
+        command += ["--run-dir", str(self.folder), "--steps", str(self.steps), "--device", "cpu"]
+        self._output = self.folder.with_suffix(".log")
+        with open(self._output, "w", encoding="utf-8") as output:
+            self._process = _start(command, output)
+        self._stopped = False
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Has the twin finish its step, save and leave; returns when it has."""
+        if self.running:
+            self._stopped = True
+            self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+
+    def check(self) -> None:
+        """Raises UserError with the twin's last words if it failed."""
+        status = self._process.poll()
+        if status and not (self._stopped and status == 128 + signal.SIGTERM):
+            lines = self._output.read_text(encoding="utf-8").strip().splitlines()
+            last = lines[-1] if lines else f"exit status {status}"
+            raise UserError(f"the {self.name} twin stopped: {last.removeprefix('mvsplit: ')}")
+
+    def row(self) -> tuple[str, ...]:
+        """Name, step, loss, similarity of the deep tokens, query gradient."""
+        metrics = last_record(self.folder / "metrics.jsonl") or {}
+        layers = last_record(self.folder / "layers.jsonl") or {}
+        deep = layers.get("tcs", [])[-100:]
+        return (
+            TITLES[self.name],
+            f"{metrics.get('step', 0)}/{self.steps}",
+            f"{metrics['loss']:.3f}" if metrics else "starting",
+            f"{sum(deep) / len(deep):.3f}" if deep else "",
+            f"{metrics['grad_query']:.1e}" if metrics else "",
+        )
+
+
+def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:
+    # One thread: at this width a second one only waits for the first.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, env=environment, text=True
+    )
+
+
+def _follow(trainers: Sequence[Trainer], console: Console, deadline: float) -> None:
+    """Shows both twins until they are done, or stops them at the deadline."""
+    printed = 0.0
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while any(trainer.running for trainer in trainers):
+            time.sleep(0.5)
+            for trainer in trainers:
+                trainer.check()
+            if console.is_terminal:
+                live.update(_progress(trainers), refresh=True)
+            elif time.monotonic() - printed > _PLAIN_INTERVAL:
+                printed = time.monotonic()
+                console.print("; ".join(" ".join(trainer.row()) for trainer in trainers))
+            if time.monotonic() > deadline:
+                for trainer in trainers:
+                    trainer.stop()
+                console.print("the time is used up: training stops here (--minutes gives more)")
+        for trainer in trainers:
+            trainer.check()
+        live.update(_progress(trainers), refresh=True)
+
+
+def _progress(trainers: Sequence[Trainer]) -> Table:
+    table = Table("residual rule", "step", "loss", "deep tokens alike", "query gradient")
+    for trainer in trainers:
+        table.add_row(*trainer.row())
+    return table
+
+
+def _save_sheet(twin: Twin, folder: Path) -> None:
+    """The drawings as a file of the run, where the report finds them."""
+    samples = folder / "samples"
+    samples.mkdir(exist_ok=True)
+    step = int(twin.steps[-1])
+    record = {"run": twin.name, "step": step, "digit_accuracy": twin.accuracy}
+    sheet = make_grid(to_pictures(twin.pictures))
+    save_png(samples / f"step_{step:08d}_digits.png", sheet, record)
+
+
+def _summary(twins: Sequence[Twin]) -> Table:
+    table = Table("", *(TITLES[twin.name] for twin in twins))
+    rows = {
+        "steps": [str(twin.steps[-1]) for twin in twins],
+        "seconds a step": [f"{twin.seconds:.2f}" for twin in twins],
+        "first loss": [f"{twin.first_loss:.3f}" for twin in twins],
+        "last loss": [f"{twin.last_loss:.3f}" for twin in twins],
+        "deep token similarity": [f"{twin.deep_similarity:.3f}" for twin in twins],
+        "query gradient, deep": [f"{twin.query_gradient[-1]:.1e}" for twin in twins],
+        "digits recognised": [f"{twin.accuracy:.0%}" for twin in twins],
+        "collapsed": ["yes" if twin.collapsed else "no" for twin in twins],
+    }
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    return table
+
+
+def _verdict(twins: Sequence[Twin]) -> list[str]:
+    """What the numbers say, whichever way they came out."""
+    lines = []
+    for twin in twins:
+        fate = "has collapsed" if twin.collapsed else "has not collapsed"
+        lines.append(
+            f"{TITLES[twin.name]} {fate}: {twin.accuracy:.0%} of its digits are recognised, "
+            f"{twin.accuracy / CHANCE:.1f} times chance"
+        )
+    return [*lines, f"(of real digits {twins[0].accuracy_real:.0%} are recognised)"]
