@@ -13,6 +13,7 @@ from typing import Any
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.training.builders import build_state
 from mvsplit.training.checkpoint import (
+    checkpoint_name,
     list_checkpoints,
     load_latest,
     remove_leftovers,
@@ -178,4 +179,4 @@ class _Run:
 def checkpoint_missing(folder: RunFolder, step: int) -> bool:
     """Whether the newest checkpoint is not the one of `step`."""
     saved = list_checkpoints(folder.checkpoints)
-    return not saved or saved[-1].name != f"step_{step:08d}"
+    return not saved or saved[-1].name != checkpoint_name(step)

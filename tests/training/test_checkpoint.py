@@ -43,6 +43,16 @@ def test_newest_are_kept_in_the_order_of_steps(tmp_path: Path) -> None:
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
 
 
+def test_what_a_kill_left_behind_is_in_nobody_s_way(tmp_path: Path) -> None:
+    for name in (".step_00000002.tmp", ".step_00000001.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, snapshot(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    assert read_checkpoint(tmp_path / "step_00000002").step == 2
+
+
 def test_views_of_one_buffer_are_saved_apart(tmp_path: Path) -> None:
     buffer = torch.arange(8.0)
     parts = {"a": buffer[:3], "b": buffer[3:7].view(2, 2)}
