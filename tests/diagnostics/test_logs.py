@@ -88,7 +88,14 @@ def test_empty_files_and_empty_lines_hold_nothing(log):
 def test_after_a_rollback_the_later_line_of_a_step_wins(log):
     steps = [0, 1, 2, 3, 4, 2, 3, 4, 5]
     lines = log([json.dumps({"step": s, "line": i}) for i, s in enumerate(steps)])
-    assert [(r["step"], r["line"]) for r in lines] == [(0, 0), (1, 1), (2, 5), (3, 6), (4, 7), (5, 8)]
+    assert [(r["step"], r["line"]) for r in lines] == [
+        (0, 0),
+        (1, 1),
+        (2, 5),
+        (3, 6),
+        (4, 7),
+        (5, 8),
+    ]
     assert (lines.dropped.superseded, lines.dropped.total) == (3, 3)
 
 

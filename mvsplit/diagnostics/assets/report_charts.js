@@ -20,7 +20,7 @@ const Charts = (() => {
 
   function axis(title, extra) {
     return {
-      title: { text: title, font: { size: 12, color: css("--soft") }, standoff: 6 },
+      title: { text: plain(title), font: { size: 12, color: css("--soft") }, standoff: 6 },
       gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true,
       tickfont: { size: 11, color: css("--soft") }, exponentformat: "power", ...extra,
     };
