@@ -150,7 +150,7 @@ def test_every_section_fills(page, twins):
     verdicts = [card.text for card in page.all("#verdicts .card")]
     assert "mean-mode" in verdicts[0]
     assert "layer 16" in verdicts[0]
-    assert "not watched" in verdicts[1]  # no detector wrote to the healthy run's log
+    assert "no verdict" in verdicts[1]  # the healthy run's log holds saves only
 
 
 def test_the_timeline_draws_the_log_and_its_events(page, twins):
@@ -229,6 +229,25 @@ def test_a_run_is_hidden_and_shown_again(page, twins):
     assert {t["name"] for t in page.traces("plot-loss")} == {"mvsplit"}
     page.all("#runs .chip")[0].click()
     page.wait("return document.querySelectorAll('#maps .plot').length === 2")
+
+
+def test_a_metric_that_no_shown_run_has_is_said_to_be_missing(page, tmp_path):
+    for name, fields in (("a", ["tcs", "rho"]), ("b", ["tcs"])):
+        (tmp_path / name).mkdir()
+        lines = [{"step": s} | {field: [0.5, 1.0] for field in fields} for s in (0, 1)]
+        write_lines(tmp_path / name / "layers.jsonl", lines)
+    page.open(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html"))
+    page.go_to("depth")
+    page.pick("#metric", "rho")
+    page.wait("return document.querySelectorAll('#maps .plot').length === 1")
+    page.all("#runs .chip")[0].click()
+    page.wait("return document.querySelectorAll('#maps .plot').length === 0")
+    page.find("#theme").click()  # draws again what is drawn, and nothing else
+    assert page.find("#plot-profile").text == "Not recorded by any run on show."
+    page.pick("#metric", "tcs")
+    page.wait("return document.querySelectorAll('#maps .plot').length === 1")
+    page.wait("return document.getElementById('plot-profile').data?.[0].name === 'b'")
+    assert "Not recorded" not in page.find("#plot-profile").text
 
 
 def test_a_zoom_is_followed_by_every_picture_over_steps(page, twins):
@@ -313,3 +332,21 @@ def test_nothing_of_a_log_runs(page, tmp_path):
     assert page.js("return window.taken") is None
     assert page.js("return document.querySelectorAll('img, a').length") == 0
     assert attack in page.find("#events").text
+
+
+def test_fields_of_any_name_are_shown(page, tmp_path):
+    names = ["constructor", "__proto__", "two\nlines", "", "tcs_ffn_segment_3"]
+    text = "".join(
+        json.dumps({"step": s} | {name: [0.5, 1.0] for name in names}) + "\n" for s in (0, 1)
+    )
+    (tmp_path / "layers.jsonl").write_text(text)
+    page.open(write_report([tmp_path], tmp_path / "r.html"))
+    page.go_to("depth")
+    labels = {o.get_property("value"): o.get_property("text") for o in page.all("#metric option")}
+    assert labels == {
+        "constructor": "constructor",
+        "__proto__": "proto",
+        "two\nlines": "two lines",
+        "": "",
+        "tcs_ffn_segment_3": "Token cosine similarity, FFN, segment 3",
+    }

@@ -1,15 +1,18 @@
 "use strict";
 /* Turns what the page carries back into numbers (the other half of report_pack.py). */
 const Packed = (() => {
-  const NOT_FINITE = 254, NOT_MEASURED = 255, TOP = 253;
+  const NOT_FINITE = 254,
+    NOT_MEASURED = 255,
+    TOP = 253;
 
   function bytes(base64) {
-    const text = atob(base64), out = new Uint8Array(text.length);
+    const text = atob(base64),
+      out = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) out[i] = text.charCodeAt(i);
     return out;
   }
-  const float32 = (base64) => base64 ? new Float32Array(bytes(base64).buffer) : null;
-  const float64 = (base64) => base64 ? new Float64Array(bytes(base64).buffer) : null;
+  const float32 = (base64) => (base64 ? new Float32Array(bytes(base64).buffer) : null);
+  const float64 = (base64) => (base64 ? new Float64Array(bytes(base64).buffer) : null);
 
   async function inflate(packed) {
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -19,7 +22,8 @@ const Packed = (() => {
   /* {layers, steps, data} → {layers, steps, level(layer, probe)}; the work is done once a map. */
   async function map(packed) {
     if (packed.decoded) return packed.decoded;
-    const layers = packed.layers, steps = float64(packed.steps);
+    const layers = packed.layers,
+      steps = float64(packed.steps);
     const levels = await inflate(bytes(packed.data));
     for (let i = layers; i < levels.length; i++) levels[i] = (levels[i] + levels[i - layers]) & 255;
     const level = (layer, probe) => levels[probe * layers + layer];
@@ -31,8 +35,12 @@ const Packed = (() => {
     if (!packed) return null;
     if (!packed.decoded) {
       packed.decoded = {
-        stride: packed.stride, step: float64(packed.step), mean: float32(packed.mean),
-        low: float32(packed.low), high: float32(packed.high), broken: float64(packed.broken),
+        stride: packed.stride,
+        step: float64(packed.step),
+        mean: float32(packed.mean),
+        low: float32(packed.low),
+        high: float32(packed.high),
+        broken: float64(packed.broken),
       };
     }
     return packed.decoded;
@@ -48,10 +56,12 @@ const Packed = (() => {
   }
 
   function nearest(steps, x) {
-    let a = 0, b = steps.length - 1;
+    let a = 0,
+      b = steps.length - 1;
     while (b - a > 1) {
       const middle = (a + b) >> 1;
-      if (steps[middle] <= x) a = middle; else b = middle;
+      if (steps[middle] <= x) a = middle;
+      else b = middle;
     }
     return Math.abs(steps[b] - x) < Math.abs(steps[a] - x) ? b : a;
   }
@@ -69,5 +79,17 @@ const Packed = (() => {
   }
   const step = (v) => Math.round(v).toLocaleString("en-US").replaceAll(",", "\u2009");
 
-  return { float32, float64, map, series, value, nearest, number, step, NOT_FINITE, NOT_MEASURED, TOP };
+  return {
+    float32,
+    float64,
+    map,
+    series,
+    value,
+    nearest,
+    number,
+    step,
+    NOT_FINITE,
+    NOT_MEASURED,
+    TOP,
+  };
 })();
