@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from mvsplit.diagnostics.logs import as_number, read_jsonl
+from mvsplit.diagnostics.logs import as_number, last_record, read_jsonl
 from mvsplit.errors import UserError
 
 
@@ -154,3 +154,23 @@ def test_numbers_become_floats(value, number):
 @pytest.mark.parametrize("value", [True, None, "1", [1], {}])
 def test_nothing_else_is_a_number(value):
     assert as_number(value) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "step"),
+    [
+        (b"", None),
+        (b'{"step": 1', None),
+        (b'{"step": 1}\n{"step": 2}\n', 2),
+        (b'{"step": 1}\n{"step": 2}', 1),  # it may still be being written
+        (b'{"step": 1}\nnoise\n{"loss": 2}\n', 1),
+        (b'{"step": 1}\n' + b"x" * 3_000_000 + b'\n{"step": 7}\n', 7),
+    ],
+)
+def test_the_last_whole_record_of_a_log_in_the_making(log, content, step):
+    record = last_record(log(content).path)
+    assert (record and record["step"]) == step
+
+
+def test_a_log_that_is_not_there_yet_has_no_last_record(tmp_path):
+    assert last_record(tmp_path / "absent.jsonl") is None
