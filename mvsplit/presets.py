@@ -20,8 +20,12 @@ _TINY = DiTConfig(
 )
 
 
-def _digits_400l(rule: RuleConfig, lr: float) -> Experiment:
-    """400 layers on the real digits, small enough for two CPU cores: 16 image tokens and a word."""
+def _digits_400l(rule: RuleConfig) -> Experiment:
+    """400 layers on the real digits, small enough for two CPU cores: 16 image tokens and a word.
+
+    The paper's event in two minutes: at this learning rate the plain network is dead by step 40,
+    and MV-Split draws digits after 200. A batch of 32 learns more in the same time than one of 16.
+    """
     return Experiment(
         model=DiTConfig(
             depth=400,
@@ -35,12 +39,12 @@ def _digits_400l(rule: RuleConfig, lr: float) -> Experiment:
         ),
         data=_DIGITS,
         train=TrainConfig(
-            steps=100,
-            batch_size=16,
-            lr=lr,
+            steps=200,
+            batch_size=32,
+            lr=3e-3,
             warmup=10,
             ema_decay=0.95,
-            save_every=20,
+            save_every=50,
             probe_every=10,
         ),
     )
@@ -83,8 +87,8 @@ PRESETS: dict[str, Experiment] = {
         ),
     ),
     # The demo's twins: the same seed and data, one collapses, the other learns.
-    "digits-400l-plain": _digits_400l(RuleConfig(name="plain"), lr=2e-3),
-    "digits-400l-mvsplit": _digits_400l(RuleConfig(name="mvsplit", beta=0.05), lr=3e-3),
+    "digits-400l-plain": _digits_400l(RuleConfig(name="plain")),
+    "digits-400l-mvsplit": _digits_400l(RuleConfig(name="mvsplit", beta=0.05)),
     # Coloured shapes with captions, minutes on a GPU, hours on a CPU.
     "shapes-12l": Experiment(
         model=DiTConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +11,13 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO
 
+import torch
 import tyro
 from rich.console import Console
 from rich.live import Live
@@ -40,12 +44,14 @@ class Arguments:
     Attributes:
         minutes: time for all of it; training stops early, and says so, where it would not fit.
         steps: training steps of each twin; those of the presets if not given.
+        depth: layers of each twin; those of the presets if not given.
         runs: folder of the two runs; the same folder again goes on where they stopped.
-        out: folder for demo.png and report.html.
+        out: folder for demo.png, demo.json (its numbers) and report.html.
     """
 
     minutes: float = 5.0
     steps: int | None = None
+    depth: int | None = None
     runs: Path = Path("runs/demo")
     out: Path = Path()
 
@@ -76,6 +82,7 @@ def run(args: Arguments) -> None:
     for twin, folder in zip(twins, folders, strict=True):
         _save_sheet(twin, folder)
     args.out.mkdir(parents=True, exist_ok=True)
+    _save_numbers(twins, args.out / "demo.json")
     picture = save_twins_picture(twins, args.out / "demo.png")
     report = write_report(folders, args.out / "report.html")
     console.print(_summary(twins))
@@ -92,10 +99,13 @@ class Trainer:
         self.name = name
         self.preset = f"digits-400l-{name}"
         self.folder = args.runs / name
-        self.steps = args.steps or get_preset(self.preset).train.steps
+        experiment = get_preset(self.preset)
+        self.steps = args.steps or experiment.train.steps
+        self.depth = args.depth or experiment.model.depth
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mvsplit", "train", self.preset]
-        command += ["--run-dir", str(self.folder), "--steps", str(self.steps), "--device", "cpu"]
+        command += ["--run-dir", str(self.folder), "--steps", str(self.steps)]
+        command += ["--model.depth", str(self.depth), "--device", "cpu"]
         self._output = self.folder.with_suffix(".log")
         with open(self._output, "w", encoding="utf-8") as output:
             self._process = _start(command, output)
@@ -124,13 +134,13 @@ class Trainer:
         """Name, step, loss, similarity of the deep tokens, query gradient."""
         metrics = last_record(self.folder / "metrics.jsonl") or {}
         layers = last_record(self.folder / "layers.jsonl") or {}
-        deep = layers.get("tcs", [])[-100:]
+        deep = layers.get("tcs", [])[-max(self.depth // 4, 1) :]
         return (
             TITLES[self.name],
-            f"{metrics.get('step', 0)}/{self.steps}",
-            f"{metrics['loss']:.3f}" if metrics else "starting",
-            f"{sum(deep) / len(deep):.3f}" if deep else "",
-            f"{metrics['grad_query']:.1e}" if metrics else "",
+            f"step {metrics.get('step', 0)}/{self.steps}",
+            f"loss {metrics['loss']:.3f}" if metrics else "starting",
+            f"deep similarity {sum(deep) / len(deep):.3f}" if deep else "",
+            f"query gradient {metrics['grad_query']:.1e}" if metrics else "",
         )
 
 
@@ -144,28 +154,30 @@ def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:
 
 def _follow(trainers: Sequence[Trainer], console: Console, deadline: float) -> None:
     """Shows both twins until they are done, or stops them at the deadline."""
-    printed = 0.0
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+    printed = time.monotonic()
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    with live or nullcontext():
         while any(trainer.running for trainer in trainers):
             time.sleep(0.5)
             for trainer in trainers:
                 trainer.check()
-            if console.is_terminal:
+            if live is not None:
                 live.update(_progress(trainers), refresh=True)
             elif time.monotonic() - printed > _PLAIN_INTERVAL:
                 printed = time.monotonic()
-                console.print("; ".join(" ".join(trainer.row()) for trainer in trainers))
+                console.print(" | ".join(" ".join(trainer.row()) for trainer in trainers))
             if time.monotonic() > deadline:
                 for trainer in trainers:
                     trainer.stop()
                 console.print("the time is used up: training stops here (--minutes gives more)")
         for trainer in trainers:
             trainer.check()
-        live.update(_progress(trainers), refresh=True)
+        if live is not None:
+            live.update(_progress(trainers), refresh=True)
 
 
 def _progress(trainers: Sequence[Trainer]) -> Table:
-    table = Table("residual rule", "step", "loss", "deep tokens alike", "query gradient")
+    table = Table(show_header=False)
     for trainer in trainers:
         table.add_row(*trainer.row())
     return table
@@ -179,6 +191,16 @@ def _save_sheet(twin: Twin, folder: Path) -> None:
     record = {"run": twin.name, "step": step, "digit_accuracy": twin.accuracy}
     sheet = make_grid(to_pictures(twin.pictures))
     save_png(samples / f"step_{step:08d}_digits.png", sheet, record)
+
+
+def _save_numbers(twins: Sequence[Twin], path: Path) -> None:
+    numbers = {
+        "date": datetime.date.today().isoformat(),
+        "command": "mvsplit demo",
+        "torch": torch.__version__,
+        "twins": {twin.name: twin.numbers() for twin in twins},
+    }
+    path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def _summary(twins: Sequence[Twin]) -> Table:

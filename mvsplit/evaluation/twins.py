@@ -72,6 +72,20 @@ class Twin:
             and self.last_loss > COLLAPSED_LOSS * self.first_loss
         )
 
+    def numbers(self) -> dict[str, float | int | bool]:
+        """What the demo's table shows, for a file."""
+        return {
+            "steps": int(self.steps[-1]),
+            "seconds_per_step": round(self.seconds, 3),
+            "first_loss": round(self.first_loss, 4),
+            "last_loss": round(self.last_loss, 4),
+            "deep_token_similarity": round(self.deep_similarity, 4),
+            "deep_query_gradient": float(self.query_gradient[-1]),
+            "digit_accuracy": self.accuracy,
+            "digit_accuracy_real": round(self.accuracy_real, 4),
+            "collapsed": self.collapsed,
+        }
+
 
 def examine(run: Path, *, steps: int = 20, guidance: float = 2.0, seed: int = 0) -> Twin:
     """Draws with a finished run on the digits and reads its logs.

@@ -15,12 +15,12 @@ from mvsplit.evaluation.twins import Twin
 
 COLOURS = {"plain": "#c0392b", "mvsplit": "#1f6fb4"}
 TITLES = {"plain": "plain residual", "mvsplit": "MV-Split"}
-_ROWS = 4  # of the drawings shown, ten digits each
+_ROWS = 7  # of the drawings shown, ten digits each
 
 
 def save_twins_picture(twins: Sequence[Twin], path: Path) -> Path:
     """Draws two twins into one PNG of about 1500×900 pixels and returns `path`."""
-    figure = Figure(figsize=(12.5, 7.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12.5, 7.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 4, width_ratios=[1.15, 1, 1, 0.05])
     _draw_losses(figure.add_subplot(grid[0, 0]), twins)
@@ -72,7 +72,7 @@ def _draw_similarity(axes: Axes, twin: Twin) -> AxesImage:
 
 def _draw_digits(axes: Axes, twin: Twin) -> None:
     rows = twin.pictures[: _ROWS * 10].clamp(-1, 1).squeeze(1).numpy()
-    framed = np.pad(rows, ((0, 0), (1, 1), (1, 1)), constant_values=1.0)
+    framed = np.pad(rows, ((0, 0), (1, 0), (1, 0)), constant_values=1.0)
     side = framed.shape[-1]
     sheet = framed.reshape(_ROWS, 10, side, side).transpose(0, 2, 1, 3).reshape(_ROWS * side, -1)
     axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
