@@ -3,6 +3,7 @@
 from mvsplit.flow.rectified import (
     advance,
     flow_loss,
+    flow_losses,
     interpolate,
     sample_times,
     schedule,
@@ -13,6 +14,7 @@ from mvsplit.flow.rectified import (
 __all__ = [
     "advance",
     "flow_loss",
+    "flow_losses",
     "interpolate",
     "sample_times",
     "schedule",

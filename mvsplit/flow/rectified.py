@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mvsplit.errors import UserError
 
@@ -28,10 +27,17 @@ def velocity_target(x0: Tensor, x1: Tensor) -> Tensor:
     return x0 - x1
 
 
+def flow_losses(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    """‖v̂ − (x0 − x1)‖² of each sample, averaged over its elements (Eq. 2), in fp32 or better.
+    [B, ...] → [B]."""
+    dtype = torch.promote_types(velocity.dtype, torch.float32)
+    error = velocity.to(dtype) - velocity_target(x0.to(dtype), x1.to(dtype))
+    return error.square().flatten(1).mean(1)
+
+
 def flow_loss(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
     """E‖v̂ − (x0 − x1)‖², averaged over every element (Eq. 2), in fp32 or better. → scalar."""
-    dtype = torch.promote_types(velocity.dtype, torch.float32)
-    return functional.mse_loss(velocity.to(dtype), velocity_target(x0.to(dtype), x1.to(dtype)))
+    return flow_losses(velocity, x0, x1).mean()
 
 
 def advance(z: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:

@@ -25,7 +25,7 @@ from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.run_folder import RunFolder
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.state import TrainState
-from mvsplit.training.step import train_step
+from mvsplit.training.step import Gradients, train_step
 
 
 class Observer:
@@ -33,6 +33,10 @@ class Observer:
 
     def on_start(self, state: TrainState, experiment: Experiment) -> None:
         """The run is about to take step `state.step + 1`."""
+
+    def on_gradients(self, state: TrainState, gradients: Gradients) -> None:
+        """The gradients of step `state.step + 1` are known, finite or not; its update is not made
+        yet."""
 
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """A step was taken; `metrics` is its line of metrics.jsonl."""
@@ -129,13 +133,17 @@ class _Run:
     def guarded_step(self) -> dict[str, Any]:
         """A step; if a value was not finite, that is recorded before the run stops."""
         try:
-            return train_step(self.state, self.config)
+            return train_step(self.state, self.config, before_update=self._before_update)
         except NonFiniteError as error:
             saved = list_checkpoints(self.folder.checkpoints)
             good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
             message = f"{error}; {good}; try a lower learning rate or another rule in a new run"
             self._tell("nonfinite", message)
             raise NonFiniteError(message) from error
+
+    def _before_update(self, gradients: Gradients) -> None:
+        for observer in self.observers:
+            observer.on_gradients(self.state, gradients)
 
     def log(self, metrics: dict[str, Any], seconds: float, probe: LayerProbe | None) -> None:
         """A line of metrics.jsonl, and of layers.jsonl after a probe."""

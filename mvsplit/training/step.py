@@ -6,18 +6,20 @@ Shapes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from mvsplit.data import Batch
 from mvsplit.diagnostics.taps import gradient_norm_tensors, read
-from mvsplit.flow import flow_loss, interpolate, sample_times
+from mvsplit.flow import flow_losses, interpolate, sample_times
 from mvsplit.models import DiT
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import (
     NonFiniteError,
     first_in_activations,
@@ -62,31 +64,69 @@ def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -
         )
 
 
-def piece_loss(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
-    """The flow-matching loss of a piece (Eq. 2), a scalar in fp32. bf16 concerns the network only:
-    the path, the loss and the weights are fp32."""
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """What a step knows before its update is made.
+
+    Attributes:
+        step: the step that is being taken; `TrainState.step` is one less until the update is made.
+        position: of the loader, before the batch.
+        batch: what the step reads.
+        metrics: `loss`, `grad_norm` before clipping, `lr`, and the norms of `train_step`.
+        sample_losses: of each sample of the batch.
+        family_norms: the gradient norm of every layer by family (paper App. F); Embed and Final
+            have one entry.
+    """
+
+    step: int
+    position: int
+    batch: Batch
+    metrics: dict[str, float]
+    sample_losses: list[float]
+    family_norms: dict[str, list[float]]
+
+
+def piece_losses(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
+    """The flow-matching loss of each sample of a piece (Eq. 2), [B] in fp32. bf16 concerns the
+    network only: the path, the loss and the weights are fp32."""
     z = interpolate(piece.data, piece.noise, piece.times)
     low = config.precision == "bf16"
     with torch.autocast(z.device.type, torch.bfloat16, enabled=low):
         # The text in bf16 too, or concatenation would lift the whole trunk to fp32.
         text = piece.text.bfloat16() if low else piece.text
         velocity = model(z, text, piece.text_valid)
-    return flow_loss(velocity, piece.data, piece.noise)
+    return flow_losses(velocity, piece.data, piece.noise)
+
+
+def add_gradients(model: DiT, config: TrainConfig, parts: list[Piece]) -> Tensor:
+    """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
+    returns the loss of each sample, [B]."""
+    samples = sum(len(piece.data) for piece in parts)
+    found = []
+    for piece in parts:
+        losses = piece_losses(model, piece, config)
+        (losses.mean() / (samples / len(losses))).backward()
+        found.append(losses.detach())
+    return torch.cat(found)
 
 
 def accumulate_gradients(state: TrainState, config: TrainConfig, parts: list[Piece]) -> Tensor:
-    """Adds up the gradients of the mean loss over all pieces and returns that loss, a scalar."""
+    """The gradients of the mean loss over all pieces instead of those that were there; returns the
+    loss of each sample, [B]."""
     state.optimizer.zero_grad()
-    total = torch.zeros((), device=state.device)
-    for piece in parts:
-        loss = piece_loss(state.model, piece, config) / len(parts)
-        loss.backward()
-        total += loss.detach()
-    return total
+    return add_gradients(state.model, config, parts)
 
 
-def train_step(state: TrainState, config: TrainConfig) -> dict[str, float]:
+def train_step(
+    state: TrainState,
+    config: TrainConfig,
+    *,
+    before_update: Callable[[Gradients], None] | None = None,
+) -> dict[str, float]:
     """Takes the next step of the run.
+
+    Args:
+        before_update: is told what the step knows before the update is made, non-finite or not.
 
     Returns:
         `loss`, `grad_norm` (before clipping), `lr`, `tokens`, and the gradient norms of W_O, W_2,
@@ -95,22 +135,45 @@ def train_step(state: TrainState, config: TrainConfig) -> dict[str, float]:
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
-    step = state.step + 1
+    step, position = state.step + 1, state.loader.position
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
-    loss = accumulate_gradients(state, config, parts)
-    numbers = {"loss": loss, "grad_norm": global_norm(state.optimizer.groups)}
-    numbers |= gradient_norm_tensors(state.taps)
-    metrics = dict(zip(numbers, read(numbers.values()), strict=True))  # waits for the device, once
+    losses = accumulate_gradients(state, config, parts)
+    metrics, sample_losses, norms = _read_all(state, losses)
+    lr = state.schedule(step)
+    if before_update is not None:
+        before_update(
+            Gradients(
+                step=step,
+                position=position,
+                batch=batch,
+                metrics=metrics | {"lr": lr},
+                sample_losses=sample_losses,
+                family_norms=norms,
+            )
+        )
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise NonFiniteError(_explain(state.model, config, parts, step, metrics))
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
-    lr = state.schedule(step)
     state.optimizer.step(lr)
     if state.ema is not None:
         state.ema.update(step)
     state.step = step
     return metrics | {"lr": lr, "tokens": _tokens(state.model, batch)}
+
+
+def _read_all(
+    state: TrainState, losses: Tensor
+) -> tuple[dict[str, float], list[float], dict[str, list[float]]]:
+    """The numbers of a step, the loss of each sample and the norms of each family: waits for the
+    device, once."""
+    scalars = {"loss": losses.mean(), "grad_norm": global_norm(state.optimizer.groups)}
+    scalars |= gradient_norm_tensors(state.taps)
+    norms = family_norms(state.model, state.optimizer.groups)
+    numbers = iter(read([*scalars.values(), losses, *norms.values()]))
+    metrics = {name: next(numbers) for name in scalars}
+    sample_losses = list(islice(numbers, len(losses)))
+    return metrics, sample_losses, {f: list(islice(numbers, len(n))) for f, n in norms.items()}
 
 
 def _tokens(model: DiT, batch: Batch) -> int:
@@ -128,7 +191,9 @@ def _explain(
     if weight is not None:
         origin = f"the weights of {weight} are not finite"
     elif not math.isfinite(metrics["loss"]):
-        found = (first_in_activations(model, partial(piece_loss, model, p, config)) for p in parts)
+        found = (
+            first_in_activations(model, partial(piece_losses, model, p, config)) for p in parts
+        )
         place = next((p for p in found if p), None)
         origin = f"first in the output of {place}" if place else "every activation is finite"
     else:

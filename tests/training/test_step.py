@@ -30,7 +30,7 @@ def gradients(experiment: Experiment) -> tuple[torch.Tensor, dict[str, torch.Ten
             block.ffn.w2.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     batch = state.loader.next_batch()
     parts = list(pieces(batch, 1, experiment.train, state.device))
-    loss = accumulate_gradients(state, experiment.train, parts)
+    loss = accumulate_gradients(state, experiment.train, parts).mean()
     return loss, {name: p.grad.clone() for name, p in state.model.named_parameters()}
 
 
