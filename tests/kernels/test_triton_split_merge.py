@@ -44,7 +44,9 @@ LARGE = [
     ("free", (1024, 256), None, 1000, FP32, True),
     ("tied", (4096,), None, 128, FP16, True),
     ("tied", (70, 3), None, 8192, BF16, True),
-    ("shared", (300, 20), None, 8192, BF16, True),
+    ("tied", (33, 3), None, 8192, FP32, True),
+    ("shared", (300, 20), None, 8192, FP32, True),
+    ("tied", (288, 32), None, 1536, BF16, True),
     ("shared", (1024, 256), None, 1024, FP32, True),
 ]
 

@@ -1,4 +1,4 @@
-"""What the fused ops share: registration, launch geometry, and tasks that wait for each other.
+"""What the fused ops share: registration, launch geometry, and blocks that wait for each other.
 
 Names in kernels: `i_` index, `o_` offsets, `p_` pointer, `b_` block of values, `m_` mask.
 """
@@ -58,6 +58,17 @@ def block(width: int, limit: int = 16384) -> int:
 def rows_for(width: int, elements: int) -> int:
     """How many rows of `width` make a tile of about `elements` values; a power of two."""
     return max(1, elements // triton.next_power_of_2(width))
+
+
+def warps_for(rows: int, width: int, values: int) -> int:
+    """Warps that leave each thread about `values` values of a tile; from 4 to 16."""
+    return min(16, max(4, rows * triton.next_power_of_2(width) // (32 * values)))
+
+
+def stages_for(step_bytes: int, most: int) -> int:
+    """Steps of a loop that load at once, as far as shared memory goes (227 KiB on Hopper, and
+    more than one block should fit)."""
+    return 1 + max(1, min(most - 1, 98304 // step_bytes))
 
 
 def tiles(lengths: list[int], rows: int) -> int:
@@ -128,27 +139,27 @@ def load_gain(p_gain, value, stride, o_d, m_d):
 
 
 @triton.jit
-def schedule(ticket, batch, n_reduce, n_apply, lag):
-    """Task of a ticket: (sample, index, whether it reduces). A sample's apply tasks come `lag`
-    samples after its reduce tasks: late enough that waiting is rare, soon enough that their second
-    read is served by the L2 cache. A task waits only for earlier tickets, and those have already
-    started, so no order of execution can deadlock."""
+def schedule(task, batch, n_reduce, n_apply, lag):
+    """What the block of index `task` does: (sample, index, whether it reduces). A sample's apply
+    tasks come `lag` samples after its reduce tasks: late enough that waiting is rare, soon enough
+    that their second read is served by the L2 cache. A block waits only for blocks of lower index.
+    GPUs start blocks in the order of their index (CUB's single-pass scan rests on it too), so
+    whatever is waited for has started, and what reduces never waits: there is no deadlock."""
     pair = n_reduce + n_apply
     head = lag * n_reduce
     body = head + (batch - lag) * pair
-    i_pair = (ticket - head) // pair
-    i_in_pair = (ticket - head) % pair
+    i_pair = (task - head) // pair
+    i_in_pair = (task - head) % pair
     reduces_in_pair = i_in_pair < n_reduce
-    in_head = ticket < head
-    in_body = ticket < body
-    tail = ticket - body
+    in_head = task < head
+    in_body = task < body
     i_b = tl.where(reduces_in_pair, i_pair + lag, i_pair)
-    i_b = tl.where(in_body, i_b, batch - lag + tail // n_apply)
-    i_b = tl.where(in_head, ticket // n_reduce, i_b)
+    i_b = tl.where(in_body, i_b, batch - lag + (task - body) // n_apply)
+    i_b = tl.where(in_head, task // n_reduce, i_b)
     i = tl.where(reduces_in_pair, i_in_pair, i_in_pair - n_reduce)
-    i = tl.where(in_body, i, tail % n_apply)
-    i = tl.where(in_head, ticket % n_reduce, i)
-    return i_b, i, in_head | (in_body & reduces_in_pair)
+    i = tl.where(in_body, i, (task - body) % n_apply)
+    i = tl.where(in_head, task % n_reduce, i)
+    return i_b.to(tl.int64), i, in_head | (in_body & reduces_in_pair)
 
 
 @triton.jit
@@ -165,7 +176,24 @@ def wait_for(p_counter, target):
         pass
 
 
-def lag(device: torch.device, batch: int, tasks: int) -> int:
-    """Samples between a sample's reduce and apply tasks: about all blocks that run at once."""
-    in_flight = 3 * processors(device)
-    return min(batch, triton.cdiv(in_flight, max(tasks, 1)))
+@triton.jit
+def fold(p_partial, first, n, o_d, m_d, D: tl.constexpr, BLOCK_D: tl.constexpr, BOTH: tl.constexpr):
+    """Adds up, in order, the two partial sums [2, D] of chunks first … first + n − 1; the second
+    is zero unless BOTH."""
+    FOLD: tl.constexpr = 4 if BLOCK_D <= 1024 else 1
+    b_0 = tl.zeros([FOLD, BLOCK_D], tl.float32)
+    b_1 = tl.zeros([FOLD, BLOCK_D], tl.float32)
+    for c in range(0, n, FOLD):
+        o_c = c + tl.arange(0, FOLD)
+        m = (o_c < n)[:, None] & m_d[None, :]
+        p = p_partial + ((first + o_c) * 2 * D)[:, None] + o_d[None, :]
+        b_0 += tl.load(p, m, 0.0)
+        if BOTH:
+            b_1 += tl.load(p + D, m, 0.0)
+    return tl.sum(b_0, 0), tl.sum(b_1, 0)
+
+
+def lag(device: torch.device, batch: int, tasks: int, blocks: int) -> int:
+    """Samples between a sample's reduce and apply tasks, of which there are `tasks` for each: as
+    many as hold `blocks` for each processor, about what runs at once."""
+    return min(batch, triton.cdiv(blocks * processors(device), tasks))

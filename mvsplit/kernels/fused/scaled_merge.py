@@ -26,8 +26,10 @@ from mvsplit.kernels.fused.common import (
     real_tokens,
     register,
     rows_for,
+    stages_for,
     tiles,
     unit_stride,
+    warps_for,
 )
 from mvsplit.kernels.reference import Gain
 from mvsplit.kernels.segments import Segments
@@ -67,14 +69,14 @@ def scaled_merge_bwd_kernel(
     p_g, p_y, p_f, p_r, p_gain, p_valid, p_dx, p_df, p_partial,
     gain, s_gain, sg_b, sg_t, sf_b, sf_t, lengths, n_apply, n_tiles, total,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    LEARNS: tl.constexpr,
+    LEARNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     S: tl.constexpr = len(lengths)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_gain = load_gain(p_gain, gain, s_gain, o_d, m_d)[None, :]
     b_dgain = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for i in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
         i_b = tl.cast(i // n_apply, tl.int64)
         i_s, start, local, length = locate(i % n_apply, lengths, ROWS)
         count = real_tokens(p_valid, i_b, i_s, length, S)
@@ -136,7 +138,7 @@ def _launch_forward(
     scaled_merge_fwd_kernel[(batch * n_apply,)](
         x, f, y, r, gain, valid, value, gain_stride(gain), *_strides(x), *_strides(f),
         tuple(lengths), n_apply, total, eps,
-        D=width, BLOCK_D=block(width), ROWS=rows, NORM=norm, num_warps=8,
+        D=width, BLOCK_D=block(width), ROWS=rows, NORM=norm, num_warps=warps_for(rows, width, 32),
     )  # fmt: skip
     return y, r
 
@@ -176,17 +178,19 @@ def _launch_backward(
     learns = dgain.numel() > 0
     grad = unit_stride(grad)
     f = unit_stride(f) if f is not None and learns else None
-    rows = rows_for(width, 8192)
+    rows = rows_for(width, 2048)
     n_apply = tiles(lengths, rows)
     n_tiles = batch * n_apply
-    programs = min(n_tiles, 4 * processors(grad.device)) if learns else n_tiles
+    programs = min(n_tiles, 5 * processors(grad.device)) if learns else n_tiles
     partial = torch.empty(programs if learns else 0, width, dtype=torch.float32, device=grad.device)
     scaled_merge_bwd_kernel[(programs,)](
         grad, None if y is None else y.contiguous(), f, r, gain, valid, dx,
         df if df.numel() else None, partial,
         value, gain_stride(gain), *_strides(grad), *_strides(f),
         tuple(lengths), n_apply, n_tiles, total,
-        D=width, BLOCK_D=block(width), ROWS=rows, NORM=y is not None, LEARNS=learns, num_warps=8,
+        D=width, BLOCK_D=block(width), ROWS=rows, NORM=y is not None, LEARNS=learns,
+        STAGES=stages_for(3 * rows * block(width) * grad.element_size(), 3),
+        num_warps=warps_for(rows, width, 16),
     )  # fmt: skip
     if learns:
         scaled_merge_gain_kernel[(triton.cdiv(width, 32),)](
