@@ -180,9 +180,7 @@ class LayerProbe:
         return not self.fields.isdisjoint(fields)
 
     def _on_enter(self, tap: LayerTap, _: nn.Module, args: Any, kwargs: Any) -> None:
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
-        segments = given[0] if given else Segments.whole(_first_tensor(args, kwargs))
-        self._segments.setdefault(tap.layer, segments)
+        self._segments.setdefault(tap.layer, segments_among(args, kwargs))
         self._layer = tap
 
     def _on_leave(self, tap: LayerTap, _: nn.Module, args: Any, output: Any) -> None:
@@ -381,6 +379,12 @@ def _trunk_among(output: Any, total: int) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return [o for o in output if isinstance(o, Tensor) and o.shape[1:2] == (total,)][-1]
+
+
+def segments_among(args: Any, kwargs: Any) -> Segments:
+    """The segments that a block is given, else one over all tokens of its first tensor."""
+    given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
+    return given[0] if given else Segments.whole(_first_tensor(args, kwargs))
 
 
 def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor:
