@@ -302,7 +302,8 @@ def rotation_factors(cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotates the halves of the last axis against each other (paper's released code):
     (x₁, x₂) → (x₁cos + x₂sin, x₂cos − x₁sin). x [B, T, H, K], tables [T, K/2]."""
-    cos_full, sin_full = rotation_factors(cos, sin, x.shape[-2])
+    factors = rotation_factors.__wrapped__ if torch.compiler.is_compiling() else rotation_factors
+    cos_full, sin_full = factors(cos, sin, x.shape[-2])
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos_full, swapped, sin_full, value=-1 if inverse else 1)
 
