@@ -141,8 +141,8 @@ def test_registered_split_merge(device):
     gains = (beta, alpha, None, [0.0, 0.0, 0.0], True, valid, [4, 2])
     torch.library.opcheck(module._forward_op, (x, f, *gains, 1e-5, True))
     y, r, mean_f, mean_x = module._forward_op(x, f, *gains, 1e-5, True)
-    kept = [t.detach() for t in (y, f, r, mean_f, mean_x)]
-    torch.library.opcheck(module._backward_op, (kept[0] * 2, *kept, *gains))
+    kept = [t.detach() for t in (y, f, r, mean_f, mean_x, beta, alpha)]
+    torch.library.opcheck(module._backward_op, (kept[0] * 2, *kept, *gains[2:]))
 
 
 def test_registered_scaled_merge(device):
