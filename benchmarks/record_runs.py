@@ -4,8 +4,8 @@
 
 Each run is mvsplit.training's own step in a loop of its own, with the interventions of the run and
 a look into the layers every few steps; a file holds the lines of metrics.jsonl and layers.jsonl in
-the order in which they came, rounded to 4 digits, at most 32 layers of them. On 16 cores and one
-GPU the whole takes about 6 minutes; without a GPU its runs are left out, and the manifest says so.
+the order in which they came, rounded to 4 digits, at most 32 layers of them. It runs on the CPU, 6
+minutes on 16 cores. Runs that are in the manifest are not recorded again.
 
 The truth about a run is a rule on its end (`truth`), which looks at no verdict of the detector.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import FOLDER, Intervention, Run, corpus
+from corpus import FOLDER, Intervention, Run, corpus, read_manifest, read_records
 from torch import Tensor
 
 from mvsplit.data import Batch
@@ -44,12 +44,13 @@ PROBE_FIELDS = (
     "grad_key",
 )
 MOST_LAYERS = 32
-GPU_WORKERS = 3
 
-# The truth about the end of a run, written before the first was recorded.
+# The truth about a run. The rules for collapsed, diverged and healthy were written before the first
+# was recorded; `recovered` and the lock-in were added when the first recordings showed them.
 COLLAPSED_SIMILARITY = 0.98  # median token similarity of the deepest quarter, last three probes
 FLOOR_SHARE = 0.9  # of the loss of a network whose tokens are all alike
 DIVERGED_RATIO = 1.25  # loss of the last tenth over the lowest of any tenth
+LOCKED_IN = 1e-2  # share of the writers' gradients that still reaches Q and K
 SPIKE = 5.0  # writer gradient over the median of the 20 steps before
 
 
@@ -118,7 +119,7 @@ def rounded(value: Any) -> Any:
 def token_floor(run: Run) -> float:
     """The loss of a network that answers every image token alike, and otherwise perfectly: the
     energy of the centered part P(x0 − x1) of the target, a number of the data alone."""
-    experiment = dataclasses.replace(run, device="cpu", batch_size=256).experiment()
+    experiment = dataclasses.replace(run, batch_size=256).experiment()
     data = build_state(dataclasses.replace(experiment, model=_smallest(experiment.model))).loader
     x0 = data.next_batch().latents
     target = x0 - torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
@@ -136,17 +137,18 @@ def patches(pictures: Tensor, patch: int) -> Tensor:
 
 
 def truth(records: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
-    """What became of a run: collapsed, diverged, healthy, or unclear.
+    """What became of a run: collapsed, diverged, recovered, healthy, or unclear.
 
     collapsed: the tokens of the deepest quarter are alike and the loss is at least 0.9 of the floor
     of such a network. diverged: not so, but non-finite or 1.25 above the best tenth of the run.
-    healthy: neither, and below 0.9 of the floor. unclear: the rest, such as a run that never left
-    its start.
+    recovered: neither at its end, but three looks into it or more found the deep tokens alike.
+    healthy: none of these, and below 0.9 of the floor. unclear: the rest, such as a run that never
+    left its start.
     """
     losses = [r["loss"] for r in records if "loss" in r]
-    looks = [r["tcs"] for r in records if "tcs" in r][-3:]
-    deep = [v for tcs in looks for v in tcs[-(-3 * len(tcs) // 4) :] if v is not None]
-    similarity = statistics.median(deep) if deep else math.nan
+    similarities = [deep_similarity(r["tcs"]) for r in records if "tcs" in r]
+    similarity = statistics.median(similarities[-3:]) if similarities else math.nan
+    alike = sum(value > COLLAPSED_SIMILARITY for value in similarities)
     tenth = max(len(losses) // 10, 1)
     tenths = [statistics.fmean(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
     end = statistics.fmean(losses[-tenth:])
@@ -154,6 +156,8 @@ def truth(records: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
         label = "collapsed"
     elif not math.isfinite(end) or end > DIVERGED_RATIO * min(tenths):
         label = "diverged"
+    elif alike >= 3:
+        label = "recovered"
     else:
         label = "healthy" if end < FLOOR_SHARE * floor else "unclear"
     return {
@@ -162,7 +166,25 @@ def truth(records: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
         "loss_end": rounded(end) if math.isfinite(end) else None,
         "loss_floor": rounded(floor),
         "spike_step": spike_step(records),
+        "lock_in_step": lock_in_step(records),
     }
+
+
+def deep_similarity(tcs: Sequence[float | None]) -> float:
+    """The median over the deepest quarter, rounded up, of the layers that were recorded."""
+    deep = [v for v in tcs[len(tcs) - -(-len(tcs) // 4) :] if v is not None]
+    return statistics.median(deep) if deep else math.nan
+
+
+def lock_in_step(records: Sequence[dict[str, Any]]) -> int | None:
+    """The step from which on, to the end, Q and K receive less than `LOCKED_IN` of the writers'
+    gradients (five steps at least); None where there is no such step."""
+    steps = [r for r in records if "grad_query" in r]
+    attention = (math.hypot(r["grad_query"], r["grad_key"]) for r in steps)
+    writers = (math.hypot(r["grad_writer_attn"], r["grad_writer_ffn"]) for r in steps)
+    open_steps = [a >= LOCKED_IN * w for a, w in zip(attention, writers, strict=True)]
+    first = max((place + 1 for place, is_open in enumerate(open_steps) if is_open), default=0)
+    return steps[first]["step"] if first + 5 <= len(steps) else None
 
 
 def spike_step(records: Sequence[dict[str, Any]]) -> int | None:
@@ -190,6 +212,7 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
         "file": file.name,
         "command": f"python benchmarks/record_runs.py --only {run.name}",
         "held_out": run.held_out,
+        "environment": {"torch": torch.__version__, "python": platform.python_version()},
         "seconds": round(time.perf_counter() - began, 1),
         "run": dataclasses.asdict(run),
         "truth": truth(records, token_floor(run)),
@@ -199,27 +222,15 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
 def record_all(runs: Sequence[Run], folder: Path, workers: int, budget: float) -> dict[str, Any]:
     """Records the runs side by side; those not begun within `budget` seconds are left out."""
     end = time.monotonic() + budget
-    spawn = get_context("spawn")
-    gpu = torch.cuda.is_available()
-    runs_here = [r for r in runs if gpu or r.device == "cpu"]
-    with (
-        ProcessPoolExecutor(workers, mp_context=spawn) as cpus,
-        ProcessPoolExecutor(GPU_WORKERS, mp_context=spawn) as gpus,
-    ):
-        pools = {"cpu": cpus, "cuda": gpus}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs: dict[str, Future[Any]] = {
-            r.name: pools[r.device].submit(record_in_time, r, folder, end)
-            for r in sorted(runs_here, key=lambda r: -r.depth * r.steps)
+            r.name: pool.submit(record_in_time, r, folder, end)
+            for r in sorted(runs, key=lambda r: -r.depth * r.steps)
         }
         failed = {name: str(job.exception()) for name, job in jobs.items() if job.exception()}
         rows = {name: job.result() for name, job in jobs.items() if name not in failed}
     done = [rows[r.name] for r in runs if rows.get(r.name)]
     return {
-        "environment": {
-            "torch": torch.__version__,
-            "gpu": torch.cuda.get_device_name() if gpu else None,
-            "python": platform.python_version(),
-        },
         "left_out": [r.name for r in runs if not rows.get(r.name)],
         "failed": failed,
         "runs": done,
@@ -235,6 +246,13 @@ def record_in_time(run: Run, folder: Path, end: float) -> dict[str, Any] | None:
     return row
 
 
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the manifest in `folder`, by name; they are not recorded again."""
+    if not (folder / "manifest.json").exists():
+        return {}
+    return {row["name"]: row for row in read_manifest(folder)["runs"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
@@ -243,8 +261,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = [r for r in corpus() if options.only in r.name]
-    manifest = record_all(runs, options.out, options.workers, options.budget)
+    wanted = [r for r in corpus() if options.only in r.name]
+    there = recorded(options.out)
+    manifest = record_all(
+        [r for r in wanted if r.name not in there], options.out, options.workers, options.budget
+    )
+    rows = there | {row["name"]: row for row in manifest["runs"]}
+    manifest["runs"] = [rows[r.name] for r in corpus() if r.name in rows]
+    for row in manifest["runs"]:  # by the rules as they now are
+        floor = row["truth"]["loss_floor"]
+        row["truth"] = truth(read_records(options.out / row["file"]), floor)
     (options.out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     labels = [row["truth"]["label"] for row in manifest["runs"]]
     counts = {label: labels.count(label) for label in sorted(set(labels))}

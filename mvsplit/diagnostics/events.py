@@ -1,0 +1,65 @@
+"""What the watch says: an event with its level, verdict, place, a sentence and its evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Level = Literal["info", "warning", "alarm"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "alarm")  # by rising gravity
+
+Verdict = Literal[
+    "mean-mode",
+    "data-outlier",
+    "non-finite",
+    "attention-logits",
+    "learning-rate",
+    "divergence",
+    "stalled",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One statement about a run.
+
+    Attributes:
+        step: the step whose numbers gave it, before or as its update was made.
+        level: `info` to know, `warning` to look at, `alarm` to act on.
+        verdict: what it is.
+        layer: where it begins, None where the numbers do not tell.
+        message: one sentence for a person.
+        evidence: the numbers behind it, by name.
+    """
+
+    step: int
+    level: Level
+    verdict: Verdict
+    message: str
+    layer: int | None = None
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gravity(self) -> int:
+        """0 for info, 1 for a warning, 2 for an alarm."""
+        return LEVELS.index(self.level)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `mvsplit monitor replay --json` prints and events.jsonl holds. Non-finite evidence
+        becomes "NaN", "Infinity" or "-Infinity", which JSON has no numbers for."""
+        return {
+            "step": self.step,
+            "level": self.level,
+            "verdict": self.verdict,
+            "layer": self.layer,
+            "message": self.message,
+            "evidence": {name: _for_json(value) for name, value in self.evidence.items()},
+        }
+
+
+def _for_json(value: float) -> float | str:
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "Infinity" if value > 0 else "-Infinity"
+    return float(f"{value:.6g}")

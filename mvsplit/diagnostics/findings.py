@@ -1,0 +1,394 @@
+"""The detector's rules: what the lines so far, and the newest of them, amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mvsplit.diagnostics.baseline import Baseline
+from mvsplit.diagnostics.events import Event, Level, Verdict
+from mvsplit.diagnostics.signals import LayerSignals, StepSignals
+
+if TYPE_CHECKING:
+    from mvsplit.diagnostics.detector import Thresholds
+
+_SHORT, _MEDIUM, _LONG = 10, 20, 50  # lines of a window
+_LOOKS = 8  # looks into the layers that make up what is usual there
+_FRESH = 60  # lines for which a look speaks for the network
+_MANY = 1e9  # stands for a ratio to nothing
+
+
+class LayerHistory:
+    """What the looks into the layers have shown."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.t = thresholds
+        self.restart()
+
+    def restart(self) -> None:
+        self.latest: LayerSignals | None = None
+        self._line = 0  # of metrics, at the latest look
+        self._looks = 0
+        self._distance, self._ratio = Baseline(_LOOKS), Baseline(_LOOKS)
+
+    def settling(self, lines: int) -> bool:
+        """Whether a log without metrics is still at its start."""
+        return lines == 0 and self._looks < 4
+
+    def look(self, signals: LayerSignals, settling: bool, line: int) -> Iterator[Event]:
+        """What a line of layers says by itself."""
+        self.latest, self._line = signals, line
+        self._looks += 1
+        if signals.broken is not None:
+            layer, name = signals.broken
+            yield Event(
+                step=signals.step,
+                level="alarm",
+                verdict="non-finite",
+                layer=layer,
+                message=f"{name} of layer {layer} is not finite.",
+            )
+        if self.collapsed(settling):
+            yield self._alarm(signals)
+        elif self._is_near(signals) and self._has_past and self._worsened(signals):
+            yield self._warning(signals)
+        if not settling:
+            self._remember(signals)
+
+    def collapsed(self, settling: bool) -> bool:
+        """Whether the latest look shows the tokens alike and the mean mode in command."""
+        s, t = self.latest, self.t
+        if s is None or s.similarity is None:
+            return False
+        ratio = _MANY if s.mode_ratio is None else s.mode_ratio
+        if s.similarity > t.alike_at_start and ratio > t.mode_ratio_at_start:
+            return s.mode_ratio is not None or self._worsened(s)
+        passed = s.similarity > t.alike and ratio > t.mode_ratio
+        return passed and not settling and self._worsened(s)
+
+    def near(self, line: int) -> bool:
+        """Whether a recent look showed a network close to a collapse, and closer than usual."""
+        s = self.latest
+        recent = s is not None and line - self._line <= _FRESH
+        return recent and s is not None and self._is_near(s) and self._worsened(s)
+
+    def refutes(self, line: int) -> bool:
+        """Whether a recent look shows that the mean mode is not in command."""
+        s = self.latest
+        if s is None or line - self._line > _FRESH:
+            return False
+        mild = s.mode_ratio is not None and s.mode_ratio < self.t.near_mode_ratio / 2
+        return mild or (s.similarity is not None and s.similarity < self.t.near_alike)
+
+    def evidence(self) -> dict[str, float]:
+        """The numbers of the latest look."""
+        s = self.latest
+        named = {} if s is None else {"tcs_deep": s.similarity, "mode_ratio": s.mode_ratio}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def front(self) -> int | None:
+        return None if self.latest is None else self.latest.front
+
+    def _is_near(self, s: LayerSignals) -> bool:
+        if s.similarity is None or s.similarity <= self.t.near_alike:
+            return False
+        return s.mode_ratio is None or s.mode_ratio > self.t.near_mode_ratio
+
+    @property
+    def _has_past(self) -> bool:
+        return len(self._distance) >= 2
+
+    def _worsened(self, s: LayerSignals) -> bool:
+        """A trained network may have similar tokens by nature; what counts is the change. Without
+        a calm past there is nothing to compare with."""
+        if not self._has_past or s.similarity is None:
+            return True
+        closer = self._distance.median / max(1 - s.similarity, 1e-9)
+        return closer > self.t.worse or self._ratio.times(s.mode_ratio or 0.0) > self.t.worse
+
+    def _remember(self, s: LayerSignals) -> None:
+        if self._has_past and self._is_near(s) and self._worsened(s):
+            return  # what is not calm is no standard of calm
+        if s.similarity is not None:
+            self._distance.add(1 - s.similarity)
+        if s.mode_ratio is not None:
+            self._ratio.add(s.mode_ratio)
+
+    def _alarm(self, s: LayerSignals) -> Event:
+        where = "of the deep layers" if s.front is None else f"from layer {s.front} down"
+        modes = ""
+        if s.mode_ratio is not None:
+            modes = f"; the writer gradients' mean part is {s.mode_ratio:.3g} times the centered"
+        return Event(
+            step=s.step,
+            level="alarm",
+            verdict="mean-mode",
+            layer=s.front,
+            message=(
+                f"Mean-mode collapse: the tokens {where} have become alike (cosine similarity "
+                f"{s.similarity:.3f}){modes}."
+            ),
+            evidence=self.evidence(),
+        )
+
+    def _warning(self, s: LayerSignals) -> Event:
+        return Event(
+            step=s.step,
+            level="warning",
+            verdict="mean-mode",
+            layer=s.front,
+            message=(
+                f"The tokens of the deep layers are growing alike (cosine similarity "
+                f"{s.similarity:.2f}); a mean-mode collapse may follow."
+            ),
+            evidence=self.evidence(),
+        )
+
+
+class StepHistory:
+    """What the lines of metrics have shown."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.t = thresholds
+        self.first_loss: float | None = None  # of the whole run: where a collapsed one goes back to
+        self._rich = False  # whether the log ever held more than loss and gradient norm
+        self.restart()
+
+    def restart(self) -> None:
+        """After a rollback the run settles anew, and keeps where it began."""
+        self.lines = 0
+        self.stirred = False
+        self._loss, self._grad, self._writer = (Baseline(_MEDIUM) for _ in range(3))
+        self._recent, self._long = Baseline(_SHORT), Baseline(_LONG)
+        self._share, self._logit = Baseline(_LONG), Baseline(_LONG)
+        self._share_most = 0.0
+        self._best, self._noise = _MANY, 0.0
+        self._early: float | None = None  # the loss once settled, for what does not move
+        self._elevated = 0
+        self._worst_spike = 1.0
+        self._lr: float | None = None
+        self._jump, self._jump_line = 1.0, -_FRESH
+        self._dead = 0
+
+    @property
+    def settling(self) -> bool:
+        return 0 < self.lines <= self.t.settle
+
+    def look(self, s: StepSignals, layers: LayerHistory) -> Iterator[Event]:
+        """What a line of metrics says, with the looks into the layers behind it."""
+        self.lines += 1
+        self._rich |= s.attention_share is not None
+        self.stirred = bool(s.broken)
+        if s.broken:
+            yield self._non_finite(s)
+        yield from self._learning_rate(s)
+        yield from self._starvation(s, layers)
+        if not self.settling:
+            yield from self._spike(s, layers)
+            yield from self._logits(s)
+        yield from self._loss_level(s, layers)
+        self._remember(s)
+
+    # The rules
+
+    def _non_finite(self, s: StepSignals) -> Event:
+        names = " and ".join(s.broken)
+        return self._event(s, "alarm", "non-finite", f"Not finite: {names}.", s.broken)
+
+    def _learning_rate(self, s: StepSignals) -> Iterator[Event]:
+        before, self._lr = self._lr, s.lr if s.lr is not None else self._lr
+        if s.lr is None or not before or s.lr <= self.t.lr_jump * before:
+            return
+        self._jump, self._jump_line = s.lr / before, self.lines
+        if not self.settling:
+            found = {"lr": s.lr, "lr_before": before, "rise": self._jump}
+            message = f"The learning rate rose {self._jump:.3g} times, to {s.lr:.3g}, in one step."
+            yield self._event(s, "warning", "learning-rate", message, found)
+
+    def _starvation(self, s: StepSignals, layers: LayerHistory) -> Iterator[Event]:
+        """Q and K receive no gradient once all values are equal (Lemma 1); the writers still do."""
+        share = s.attention_share
+        if share is None:
+            return
+        usual = self._share.median if len(self._share) >= _SHORT else self._share_most
+        fall = usual / max(share, usual / _MANY) if usual else 1.0
+        self.stirred |= fall > self.t.starved**0.5 and not self.settling
+        if self.settling:
+            dead = share < self.t.starved_at_start and fall > _SHORT
+        else:
+            dead = fall > self.t.starved
+        # From its first line on dead, and not on the rise as after a start from zero writers.
+        never = self.lines > _SHORT and self._share_most < self.t.starved_at_start / 10
+        self._dead = self._dead + 1 if dead or (never and fall >= 1) else 0
+        if self._dead and not layers.refutes(self.lines):
+            level: Level = "alarm" if self._dead > (1 if self.settling else 0) else "warning"
+            yield self._event(
+                s,
+                level,
+                "mean-mode",
+                f"Mean-mode collapse: the gradients of queries and keys have died away to "
+                f"{share:.1e} of the writers' ({usual:.1e} was usual), as they do once all tokens "
+                f"are alike.",
+                {"attention_share": share, "usual_share": usual} | layers.evidence(),
+                layers.front,
+            )
+
+    def _spike(self, s: StepSignals, layers: LayerHistory) -> Iterator[Event]:
+        grad = max(
+            self._grad.times(s.grad_norm) if s.grad_norm is not None else 1.0,
+            self._writer.times(s.writer) if s.writer is not None else 1.0,
+        )
+        rise, sigmas = self._loss_rise(s)
+        self.stirred |= grad > self.t.spike_grad / 2 or sigmas > self.t.spike_sigmas / 2
+        if self._elevated < self.t.bare_lines:  # the spike that began it, not one of its noise
+            self._worst_spike = max(self._worst_spike, grad)
+        in_loss = rise > self.t.spike_loss and sigmas > self.t.spike_sigmas
+        if grad <= self.t.spike_grad and not in_loss:
+            return
+        found = {"grad_rise": grad, "loss_rise": rise, **layers.evidence()}
+        if layers.near(self.lines) and grad > self.t.spike_grad:
+            message = (
+                f"Mean-mode collapse begins: the gradients are {grad:.3g} times the usual while "
+                f"the tokens of the deep layers are alike."
+            )
+            yield self._event(s, "alarm", "mean-mode", message, found, layers.front)
+        elif in_loss and self.lines - self._jump_line <= self.t.lr_memory:
+            message = (
+                f"The loss is {rise:.3g} times the usual, {self.lines - self._jump_line} lines "
+                f"after the learning rate rose {self._jump:.3g} times."
+            )
+            yield self._event(s, "warning", "learning-rate", message, found | {"rise": self._jump})
+        elif in_loss:
+            message = (
+                f"One step stands out: loss {rise:.3g} times the usual, gradient {grad:.3g} times. "
+                f"Its batch is the first suspect."
+            )
+            yield self._event(s, "warning", "data-outlier", message, found)
+        elif grad > 2 * self.t.spike_grad:
+            message = f"The gradient is {grad:.3g} times the usual for one step; the loss is not."
+            yield self._event(s, "info", "data-outlier", message, found)
+
+    def _loss_rise(self, s: StepSignals) -> tuple[float, float]:
+        if s.loss is None or not self._loss.full:
+            return 1.0, 0.0
+        usual, sigma = self._loss.median, self._loss.sigma
+        spread = max(sigma, 1e-3 * abs(usual), 1e-12)
+        return self._loss.times(s.loss), (s.loss - usual) / spread
+
+    def _logits(self, s: StepSignals) -> Iterator[Event]:
+        if s.logit is None or s.logit <= self.t.logit:
+            return
+        rise = self._logit.times(s.logit)
+        if rise > self.t.logit_rise:
+            level: Level = "alarm" if rise > self.t.logit_rise**2 else "warning"
+            message = (
+                f"The largest attention logit is {s.logit:.3g}, {rise:.3g} times the usual: the "
+                f"softmax is close to a hard choice."
+            )
+            found = {"logit": s.logit, "rise": rise}
+            yield self._event(s, level, "attention-logits", message, found)
+
+    def _loss_level(self, s: StepSignals, layers: LayerHistory) -> Iterator[Event]:
+        """A loss that rose and does not come back, or that never moved."""
+        if s.loss is None or not self._recent.full or self.settling:
+            return
+        now = self._recent.median
+        high = now > self.t.elevated * self._best and now - self._best > 4 * self._noise
+        self._elevated = self._elevated + 1 if high else 0
+        if not high:
+            self._worst_spike = 1.0
+        stays = self._elevated >= self.t.elevated_lines and now > 0.97 * self._loss.median
+        if stays or self._back_at_start(layers, now):
+            yield self._risen(s, layers, now)
+        elif self._has_not_moved(now):
+            message = (
+                f"The loss has not moved in {self.lines} lines: {now:.4g}, after "
+                f"{self._early:.4g} in the beginning."
+            )
+            found = {"loss": now, "loss_early": self._early or 0.0}
+            yield self._event(s, "warning", "stalled", message, found)
+
+    def _has_not_moved(self, now: float) -> bool:
+        if self._early is None or self.lines < self.t.stalled_lines or self.first_loss is None:
+            return False
+        still = self._long.median > self.t.stalled * self._early and self._best > 0.9 * self._early
+        return still and now > self.t.back_to_start * self.first_loss
+
+    def _risen(self, s: StepSignals, layers: LayerHistory, now: float) -> Event:
+        found = {"loss": now, "loss_best": self._best, "grad_rise": self._worst_spike}
+        found |= layers.evidence()
+        verdict: Verdict = "divergence"
+        if layers.collapsed(settling=False) or self._back_at_start(layers, now):
+            verdict = "mean-mode"
+            why = (
+                f"it is back at about its first value after the gradient rose "
+                f"{self._worst_spike:.3g} times, as in a mean-mode collapse"
+            )
+        elif self._is_bare(layers):
+            why = "the log holds too little to say whether it is a mean-mode collapse"
+        else:
+            why = "nothing shows a mean-mode collapse"
+        jump = self.lines - self._jump_line
+        cause = f", since the learning rate rose {self._jump:.3g} times" if jump < 3 * _LONG else ""
+        message = (
+            f"The loss has risen from {self._best:.4g} to {now:.4g}{cause} and does not come "
+            f"back; {why}."
+        )
+        return self._event(s, "alarm", verdict, message, found, layers.front)
+
+    def _is_bare(self, layers: LayerHistory) -> bool:
+        """Whether the log holds nothing of queries and keys, nor of the layers."""
+        return not self._rich and layers.latest is None
+
+    def _back_at_start(self, layers: LayerHistory, now: float) -> bool:
+        """What a mean-mode collapse looks like in the loss and the gradient norm alone."""
+        if self.first_loss is None or self._elevated < self.t.bare_lines:
+            return False
+        back = now > self.t.back_to_start * self.first_loss
+        return self._is_bare(layers) and back and self._worst_spike > self.t.bare_spike
+
+    # What is usual
+
+    def _remember(self, s: StepSignals) -> None:
+        for baseline, value in (
+            (self._grad, s.grad_norm),
+            (self._writer, s.writer),
+            (self._logit, s.logit),
+        ):
+            if value is not None:
+                baseline.add(value)
+        if s.attention_share is not None:
+            self._share_most = max(self._share_most, s.attention_share)
+            if not self._dead:  # a dead layer is no standard
+                self._share.add(s.attention_share)
+        if s.loss is not None:
+            self._remember_loss(s.loss)
+
+    def _remember_loss(self, loss: float) -> None:
+        if self.first_loss is None:
+            self.first_loss = loss
+        for baseline in (self._loss, self._recent, self._long):
+            baseline.add(loss)
+        if self._recent.full and self._recent.median < self._best and not self.settling:
+            self._best, self._noise = self._recent.median, self._recent.sigma
+        if self._early is None and self._long.full:
+            self._early = self._long.median
+
+    def _event(
+        self,
+        s: StepSignals,
+        level: Level,
+        verdict: Verdict,
+        message: str,
+        evidence: dict[str, float],
+        layer: int | None = None,
+    ) -> Event:
+        return Event(
+            step=s.step,
+            level=level,
+            verdict=verdict,
+            layer=layer,
+            message=message,
+            evidence=evidence,
+        )
