@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class Dropped:
     stepless: int = 0  # no `step`, or one that is no whole number ≥ 0
     superseded: int = 0  # a later line holds the same step
 
+    def __add__(self, other: Dropped) -> Dropped:
+        return Dropped(*map(add, vars(self).values(), vars(other).values()))
+
     @property
     def total(self) -> int:
         return self.truncated + self.malformed + self.stepless + self.superseded
@@ -51,14 +55,19 @@ class Dropped:
 class JsonLines:
     """The records of one log. Each iteration reads the file anew, a line at a time.
 
+    Args:
+        path, latest: as of `read_jsonl`.
+        start, end: the bytes to read, at the borders of lines; None: to the end of the file.
+
     Attributes:
         path: the file.
         dropped: what the latest iteration left out; complete once it has ended.
     """
 
-    def __init__(self, path: Path, *, latest: bool) -> None:
+    def __init__(self, path: Path, *, latest: bool, start: int = 0, end: int | None = None) -> None:
         self.path = path
         self.latest = latest
+        self.start, self.end = start, end
         self.dropped = Dropped()
 
     def __iter__(self) -> Iterator[Record]:
@@ -89,8 +98,13 @@ class JsonLines:
 
     def _parse(self) -> Iterator[Record]:
         with self.path.open("rb") as file:
+            file.seek(self.start)
+            position = self.start
             for line in file:
-                record = _parse_line(line)
+                position += len(line)
+                if self.end is not None and position > self.end:
+                    return
+                record = parse_line(line)
                 if record is None:
                     self._count_unreadable(line)
                 elif not _has_step(record):
@@ -137,7 +151,7 @@ def last_record(path: Path | str) -> Record | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
         lines = file.read().splitlines(keepends=True)
-    whole = (_parse_line(line) for line in reversed(lines) if line.endswith(b"\n"))
+    whole = (parse_line(line) for line in reversed(lines) if line.endswith(b"\n"))
     return next((record for record in whole if record is not None and _has_step(record)), None)
 
 
@@ -151,7 +165,8 @@ def as_number(value: Any) -> float | None:
         return float("inf") if value > 0 else float("-inf")
 
 
-def _parse_line(line: bytes) -> Record | None:
+def parse_line(line: bytes) -> Record | None:
+    """The JSON object that a line holds, None where it holds none."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):  # no UTF-8, no JSON, or nested without end

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from mvsplit.diagnostics.report_pack import pack_runs
 from mvsplit.diagnostics.report_run import read_run
@@ -36,9 +37,12 @@ def write_report(run_dirs: Sequence[Path | str], out: Path | str) -> Path:
     return _write_whole(Path(out), page)
 
 
-def render(data: dict[str, object], title: str) -> str:
-    """The template with its style, scripts and data put in."""
+def render(data: dict[str, Any], title: str, *, live: bool = False) -> str:
+    """The template with its style, scripts and data put in. A live page asks the server that it
+    came from for news; any other asks nobody for anything."""
     parts = {
+        "connect": "'self'" if live else "'none'",
+        "live": _asset("report_live.js") if live else "",
         "title": escape(title),
         "data": _script_safe(json.dumps(data, allow_nan=False, separators=(",", ":"))),
         "captions": _script_safe(_asset("captions.json")),

@@ -51,6 +51,12 @@ def scale_of(name: str, maps: Sequence[LayerMap]) -> Scale:
     return Scale(low, high, log=False)
 
 
+def scales_over(runs: Sequence[RunRecord]) -> dict[str, Scale]:
+    """A scale for every field that has a map in any of the runs."""
+    names = dict.fromkeys(name for run in runs for name in run.maps)
+    return {n: scale_of(n, [run.maps[n] for run in runs if n in run.maps]) for n in names}
+
+
 def quantise(values: np.ndarray, scale: Scale) -> np.ndarray:
     """float32 [L, N] → uint8 levels [L, N]; NaN is `NOT_MEASURED`, infinity `NOT_FINITE`."""
     low, high = scale.low, scale.high
@@ -84,11 +90,8 @@ def pack_runs(runs: Sequence[RunRecord], budget: int) -> dict[str, Any]:
     Where it would weigh more, the maps keep fewer probes, evenly chosen, and each run says so in
     its notes. Curves over depth are taken from all probes.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run.maps))
-    scales = {
-        name: scale_of(name, [run.maps[name] for run in runs if name in run.maps]) for name in names
-    }
-    packed = [_pack_run(run) for run in runs]
+    scales = scales_over(runs)
+    packed = [pack_run(run) for run in runs]
     budget -= len(json.dumps(packed))
     maps, share = _pack_within(runs, scales, budget)
     for run, run_maps in zip(packed, maps, strict=True):
@@ -107,7 +110,7 @@ def _pack_within(
     share = 1.0
     while True:
         packed = [
-            {name: _pack_map(_thinned(m, share), scales[name]) for name, m in run.maps.items()}
+            {name: pack_map(_thinned(m, share), scales[name]) for name, m in run.maps.items()}
             for run in runs
         ]
         weight = len(json.dumps(packed))
@@ -124,7 +127,8 @@ def _thinned(m: LayerMap, share: float) -> LayerMap:
     return replace(m, steps=m.steps[kept], values=m.values[:, kept])
 
 
-def _pack_map(m: LayerMap, scale: Scale) -> dict[str, Any]:
+def pack_map(m: LayerMap, scale: Scale) -> dict[str, Any]:
+    """One map, in levels of `scale`."""
     return {
         "layers": m.values.shape[0],
         "steps": pack_array(m.steps, "f8"),
@@ -132,8 +136,8 @@ def _pack_map(m: LayerMap, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _pack_run(run: RunRecord) -> dict[str, Any]:
-    """All but the maps."""
+def pack_run(run: RunRecord) -> dict[str, Any]:
+    """All of a run but its maps."""
     curves = {name: _pack_series(series) for name, series in run.series.items()}
     return {
         "name": run.name,

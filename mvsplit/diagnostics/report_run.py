@@ -6,6 +6,7 @@ import io
 import json
 import re
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mvsplit.diagnostics.logs import Record, as_number, read_jsonl
+from mvsplit.diagnostics.logs import Dropped, Record, as_number, read_jsonl
 from mvsplit.diagnostics.report_layers import LayerMap, LayerMapsBuilder
 from mvsplit.diagnostics.report_series import Series, SeriesTable
 from mvsplit.errors import UserError
@@ -25,6 +26,7 @@ _PICTURE_SIDE = 320  # pixels; a picture of the report is a thumbnail
 _HEAVY = 40_000  # bytes from which a picture is no PNG any more
 _TEXT = 400  # characters kept of one text out of a log
 _NON_FINITE = "nonfinite"  # the event with which a training run stops at such a value
+_ENDS = ("finished", "interrupted", "stopped", _NON_FINITE)
 _LOGS = ("metrics.jsonl", "layers.jsonl", "events.jsonl")
 
 
@@ -59,16 +61,22 @@ def read_run(folder: Path | str) -> RunRecord:
         raise UserError(f"run {str(folder)!r} is no folder; name a run such as runs/NAME")
     if not any((folder / name).is_file() for name in _LOGS):
         raise UserError(f"run {str(folder)!r} has none of {', '.join(_LOGS)}; name a run's folder")
-    run = RunRecord(name=_text(folder.resolve().name))
-    _read_settings(run, folder / "config.json")
+    run = RunRecord(name=name_of(folder))
+    put_settings(run, folder / "config.json")
     for name, read in zip(_LOGS, (_read_metrics, _read_layers, _read_events), strict=True):
         if (folder / name).is_file():
             read(run, folder / name)
-    _read_pictures(run, folder / "samples")
+    put_pictures(run, find_pictures(folder))
     return run
 
 
-def _read_settings(run: RunRecord, path: Path) -> None:
+def name_of(folder: Path) -> str:
+    """What a run is called: the name of its folder."""
+    return _text(folder.resolve().name)
+
+
+def put_settings(run: RunRecord, path: Path) -> None:
+    """Gives the run the settings of its config.json, if it has one."""
     if not path.is_file():
         return
     try:
@@ -89,8 +97,13 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
     lines, table = read_jsonl(path), SeriesTable()
     for record in lines:
         table.add(record)
+    put_metrics(run, table, lines.dropped)
+
+
+def put_metrics(run: RunRecord, table: SeriesTable, dropped: Dropped) -> None:
+    """Gives the run its curves, and says in its notes what they leave out."""
     run.series = table.build()
-    _note_dropped(run, path, str(lines.dropped))
+    _note_dropped(run, "metrics.jsonl", dropped)
     widest = max((series.stride for series in run.series.values()), default=1)
     if widest > 1:
         run.notes.append(
@@ -103,8 +116,15 @@ def _read_layers(run: RunRecord, path: Path) -> None:
     lines, builder = read_jsonl(path), LayerMapsBuilder()
     for record in lines:
         builder.add(record)
-    run.maps = builder.build()
-    _note_dropped(run, path, str(lines.dropped))
+    put_layers(run, builder.build(), builder, lines.dropped)
+
+
+def put_layers(
+    run: RunRecord, maps: dict[str, LayerMap], builder: LayerMapsBuilder, dropped: Dropped
+) -> None:
+    """Gives the run the maps that `builder` built, and says in its notes what they leave out."""
+    run.maps = maps
+    _note_dropped(run, "layers.jsonl", dropped)
     if builder.unfit:
         run.notes.append(
             f"layers.jsonl: {builder.unfit:,} arrays do not fit the layers of their line "
@@ -114,30 +134,52 @@ def _read_layers(run: RunRecord, path: Path) -> None:
         run.notes.append(f"layers.jsonl has {builder.lines:,} probes; evenly spaced ones are kept.")
 
 
-def _read_events(run: RunRecord, path: Path) -> None:
-    """Warnings and alarms from the start, so that the first of them are never crowded out."""
-    lines = read_jsonl(path, latest=False)
-    serious: list[Record] = []
-    others: list[Record] = []
-    omitted = 0
-    for record in lines:
-        run.watched = run.watched or "verdict" in record
+class EventsBuilder:
+    """Keeps warnings and alarms from the start, so that the first of them are never crowded out,
+    and other events apart."""
+
+    def __init__(self) -> None:
+        self._serious: list[Record] = []
+        self._others: list[Record] = []
+        self.watched = False  # a detector wrote at least one event
+        self.ended = False  # the run said so, and was not resumed since
+        self.omitted = 0
+
+    def add(self, record: Record) -> None:
+        if record.get("event") in (*_ENDS, "resumed"):
+            self.ended = record["event"] in _ENDS
+        self.watched = self.watched or "verdict" in record
         if record.get("event") == _NON_FINITE:
             record.setdefault("level", "alarm")
-        kept = serious if record.get("level") in ("warning", "alarm") else others
+        serious = record.get("level") in ("warning", "alarm")
+        kept = self._serious if serious else self._others
         if len(kept) < MOST_EVENTS // 2:
             kept.append(_bounded(record))
         else:
-            omitted += 1
-    run.events = sorted(serious + others, key=lambda event: event["step"])
-    _note_dropped(run, path, str(lines.dropped))
-    if omitted:
-        run.notes.append(f"events.jsonl: {omitted:,} later events are left out.")
+            self.omitted += 1
+
+    def build(self) -> list[Record]:
+        return sorted(self._serious + self._others, key=lambda event: event["step"])
 
 
-def _note_dropped(run: RunRecord, path: Path, dropped: str) -> None:
-    if dropped:
-        run.notes.append(f"{path.name}, lines left out: {dropped}.")
+def _read_events(run: RunRecord, path: Path) -> None:
+    lines, builder = read_jsonl(path, latest=False), EventsBuilder()
+    for record in lines:
+        builder.add(record)
+    put_events(run, builder, lines.dropped)
+
+
+def put_events(run: RunRecord, builder: EventsBuilder, dropped: Dropped) -> None:
+    """Gives the run its events, and says in its notes what is left out of them."""
+    run.events, run.watched = builder.build(), builder.watched
+    _note_dropped(run, "events.jsonl", dropped)
+    if builder.omitted:
+        run.notes.append(f"events.jsonl: {builder.omitted:,} later events are left out.")
+
+
+def _note_dropped(run: RunRecord, log: str, dropped: Dropped) -> None:
+    if dropped.total:
+        run.notes.append(f"{log}, lines left out: {dropped}.")
 
 
 def _bounded(value: Any, depth: int = 3) -> Any:
@@ -157,17 +199,24 @@ def _text(text: str) -> str:
     return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 
-def _read_pictures(run: RunRecord, folder: Path) -> None:
-    """Up to `MOST_PICTURES`, evenly over the training, the last always among them."""
-    paths = sorted([*folder.glob("*.png"), *folder.glob("*/grid.png")], key=_natural)
+def find_pictures(folder: Path) -> list[Path]:
+    """Up to `MOST_PICTURES` of the folder's samples, evenly over the training, the last always
+    among them."""
+    samples = folder / "samples"
+    paths = sorted([*samples.glob("*.png"), *samples.glob("*/grid.png")], key=_natural)
     if not paths:
-        return
+        return []
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(MOST_PICTURES, len(paths))).round())
-    for index in chosen.astype(int):
+    return [paths[index] for index in chosen.astype(int)]
+
+
+def put_pictures(run: RunRecord, paths: Sequence[Path]) -> None:
+    """Gives the run these pictures, as thumbnails."""
+    for path in paths:
         try:
-            run.pictures.append(_picture(paths[index]))
+            run.pictures.append(_picture(path))
         except (UnidentifiedImageError, OSError):
-            run.notes.append(f"samples/{_text(paths[index].name)} is no readable picture.")
+            run.notes.append(f"samples/{_text(path.name)} is no readable picture.")
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -103,6 +103,8 @@ const Charts = (() => {
       if (zoom) look.xaxis.range = [...zoom];
       look.xaxis.autorange = !look.xaxis.range;
     }
+    // What the reader zoomed into stays when the same numbers are drawn again with new ones.
+    look.yaxis.uirevision = `${look.yaxis.title.text} ${look.yaxis.type}`;
     const config = {
       displayModeBar: false,
       responsive: true,
@@ -290,9 +292,10 @@ const Charts = (() => {
       });
       return draw(element, traces, look, true);
     };
+    const first = !drawn.has(element);
     drawn.set(element, redraw);
     const done = redraw();
-    for (const what of ["plotly_hover", "plotly_click"]) {
+    for (const what of first ? ["plotly_hover", "plotly_click"] : []) {
       element.on(what, (event) => onPoint(event.points[0].x, event.points[0].y));
     }
     return done;

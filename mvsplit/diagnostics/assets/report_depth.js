@@ -2,7 +2,7 @@
 /* Depth × step maps, the value under the pointer, and the profile over depth. */
 const Depth = (() => {
   const { $, make, dot, tinted, visible, about, scales } = Report;
-  let profileStep = null;
+  let pointedStep = null; // null: the last probe
   function fillScale(scale) {
     const at = [0, 0.25, 0.5, 0.75, 1].map((p) =>
       Packed.number(Packed.value(p * Packed.TOP, scale)),
@@ -32,7 +32,7 @@ const Depth = (() => {
     fillScale(scales[metric]);
     await drawMaps(metric);
     await showStep(
-      profileStep ?? Math.max(...maps.map(({ decoded }) => decoded.steps.at(-1))),
+      pointedStep ?? Math.max(...maps.map(({ decoded }) => decoded.steps.at(-1))),
       null,
     );
   }
@@ -53,34 +53,31 @@ const Depth = (() => {
     if (steps.length === 1) return [steps[0] - 0.5, steps[0] + 0.5];
     return [1.5 * steps[0] - 0.5 * steps[1], 1.5 * steps.at(-1) - 0.5 * steps.at(-2)];
   }
-  async function drawMaps(metric) {
+  function mapPlace(run) {
+    const plot = make("div", { cls: "plot", role: "img" });
+    const name = make("p", { cls: "map-name" }, dot(), make("span", { text: run.name }));
+    return tinted(make("div", {}, name, plot), run.index);
+  }
+  /* The places of the runs on show: those on the page where they are the same, so that a page that
+     is told of a new probe does not jump. */
+  function mapPlaces() {
+    const places = [...$("maps").children];
+    const same = places.map((place) => place.dataset.run).join();
+    if (same === maps.map(({ run }) => run.index).join()) return places;
     forgetMaps();
+    $("maps").replaceChildren(...maps.map(({ run }) => mapPlace(run)));
+    return [...$("maps").children];
+  }
+  async function drawMaps(metric) {
     const edges = maps.flatMap(({ decoded }) => outerEdges(decoded.steps));
     const range = [Math.min(...edges), Math.max(...edges)];
     const layers = Math.max(...maps.map(({ decoded }) => decoded.layers));
-    const places = maps.map(({ run }) =>
-      tinted(
-        make(
-          "div",
-          {},
-          make("p", { cls: "map-name" }, dot(), make("span", { text: run.name })),
-          make("div", {
-            cls: "plot",
-            role: "img",
-            "aria-label": `${about(metric).title} of ${run.name}, layer against step`,
-          }),
-        ),
-        run.index,
-      ),
-    );
-    $("maps").replaceChildren(...places);
-    for (const [i, { decoded }] of maps.entries()) {
-      await Charts.heatmap(places[i].querySelector(".plot"), {
-        decoded,
-        range,
-        layers,
-        onPoint: showSoon,
-      });
+    const places = mapPlaces();
+    for (const [i, { run, decoded }] of maps.entries()) {
+      const plot = places[i].querySelector(".plot");
+      const label = `${about(metric).title} of ${run.name}, layer against step`;
+      plot.setAttribute("aria-label", label);
+      await Charts.heatmap(plot, { decoded, range, layers, onPoint: showSoon });
     }
   }
   let wanted = null;
@@ -89,12 +86,12 @@ const Depth = (() => {
       requestAnimationFrame(() => {
         const [s, l] = wanted;
         wanted = null;
+        pointedStep = s;
         showStep(s, l);
       });
     wanted = [step, layer];
   }
   async function showStep(step, layer) {
-    profileStep = step;
     const metric = $("metric").value,
       scale = scales[metric];
     const curves = maps.map(({ run, decoded }) => {

@@ -3,7 +3,8 @@
 const Packed = (() => {
   const NOT_FINITE = 254,
     NOT_MEASURED = 255,
-    TOP = 253;
+    TOP = 253,
+    NOTHING = { steps: new Float64Array(0), levels: new Uint8Array(0) };
 
   function bytes(base64) {
     const text = atob(base64),
@@ -19,15 +20,30 @@ const Packed = (() => {
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  /* {layers, steps, data} → {layers, steps, level(layer, probe)}; the work is done once a map. */
-  async function map(packed) {
-    if (packed.decoded) return packed.decoded;
-    const layers = packed.layers,
-      steps = float64(packed.steps);
-    const levels = await inflate(bytes(packed.data));
+  function joined(Kind, a, b) {
+    const both = new Kind(a.length + b.length);
+    both.set(a);
+    both.set(b, a.length);
+    return both;
+  }
+  async function part({ from = 0, steps, data }, layers, before) {
+    const levels = await inflate(bytes(data));
     for (let i = layers; i < levels.length; i++) levels[i] = (levels[i] + levels[i - layers]) & 255;
+    return {
+      steps: joined(Float64Array, before.steps.subarray(0, from), float64(steps)),
+      levels: joined(Uint8Array, before.levels.subarray(0, from * layers), levels),
+    };
+  }
+
+  /* {layers, steps, data, later} → {layers, steps, level(layer, probe)}. `later` are probes that
+     came since, each with the number `from` that they begin with. The work is done once a part. */
+  async function map(packed) {
+    const layers = packed.layers;
+    let known = packed.decoded ?? (await part(packed, layers, NOTHING));
+    while (packed.later?.length) known = await part(packed.later.shift(), layers, known);
+    const { steps, levels } = known;
     const level = (layer, probe) => levels[probe * layers + layer];
-    packed.decoded = { layers, steps, level, broken: levels.includes(NOT_FINITE) };
+    packed.decoded = { layers, steps, levels, level, broken: levels.includes(NOT_FINITE) };
     return packed.decoded;
   }
 

@@ -1,11 +1,12 @@
 "use strict";
 /* Curves and scatter plots, and when each section is filled. */
-(() => {
+const Page = (() => {
   const { $, make, dot, tinted, visible, curvesOf, eventsOf, about, runs, scales, shown } = Report;
   /* Timeline */
-  const fieldNames = [...new Set(runs.flatMap((run) => Object.keys(run.series)))].filter(
-    (n) => n !== "loss" && !n.startsWith("depth:"),
-  );
+  const fieldNames = () =>
+    [...new Set(runs.flatMap((run) => Object.keys(run.series)))]
+      .filter((n) => n !== "loss" && !n.startsWith("depth:"))
+      .sort((a, b) => (b === "grad_norm") - (a === "grad_norm"));
   function spreads(curves) {
     const values = curves
       .flatMap(({ series }) => [...series.mean])
@@ -113,6 +114,17 @@
     autopsy: Logbook.fillAutopsy,
     settings: Logbook.fillSettings,
   };
+  const SHOWS = {
+    glance: ["series", "events", "watched"],
+    timeline: ["series", "events"],
+    depth: ["maps"],
+    modes: ["series", "events"],
+    law: ["alignment"],
+    extinction: ["series", "events"],
+    samples: ["pictures"],
+    autopsy: ["events"],
+    settings: ["settings", "notes"],
+  };
   const filled = new Set();
   let queue = Promise.resolve(); // one after the other: a slow one must not draw over a later one
   function enqueue(work) {
@@ -129,6 +141,37 @@
     enqueue(async () => {
       for (const id of filled) await SECTIONS[id]();
     });
+
+  /* News of a live server: what is on the page and changed is drawn again; a section in which the
+     reader marks text waits for the next time. */
+  const stale = new Set();
+  const marked = (id) => !getSelection().isCollapsed && $(id).contains(getSelection().anchorNode);
+  function renew(news) {
+    const changed = Report.merge(news);
+    for (const [id, parts] of Object.entries(SHOWS))
+      if (filled.has(id) && parts.some((part) => changed.has(part))) stale.add(id);
+    return enqueue(async () => {
+      fillSelects();
+      for (const id of [...stale].filter((id) => !marked(id))) {
+        stale.delete(id);
+        const restore = places(id);
+        await SECTIONS[id]();
+        restore();
+      }
+    });
+  }
+  /* What the reader unfolded and scrolled to in a section, put back by the returned function. */
+  function places(id) {
+    const movable = () => [...$(id).querySelectorAll("details, .event-list, .scroll, .strip")];
+    const before = movable().map((e) => [e.open, e.scrollTop, e.scrollLeft]);
+    return () =>
+      movable().forEach((element, i) => {
+        if (i >= before.length) return;
+        if (before[i][0] !== undefined) element.open = before[i][0];
+        element.scrollTop = before[i][1];
+        element.scrollLeft = before[i][2];
+      });
+  }
 
   function fillChips() {
     $("runs").replaceChildren(
@@ -158,10 +201,19 @@
     );
   }
   function fillSelect(id, names) {
-    $(id).replaceChildren(
+    const select = $(id),
+      chosen = select.value,
+      offered = [...select.options].map(({ value }) => value);
+    select.disabled = !names.length;
+    if (offered.length === names.length && offered.every((name, i) => name === names[i])) return;
+    select.replaceChildren(
       ...names.map((name) => make("option", { value: name, text: about(name).title })),
     );
-    $(id).disabled = !names.length;
+    if (names.includes(chosen)) select.value = chosen;
+  }
+  function fillSelects() {
+    fillSelect("field", fieldNames());
+    fillSelect("metric", Object.keys(scales));
   }
   async function retint() {
     for (const element of document.querySelectorAll("[data-run]"))
@@ -170,11 +222,7 @@
   }
 
   fillChips();
-  fillSelect(
-    "field",
-    [...fieldNames].sort((a, b) => (b === "grad_norm") - (a === "grad_norm")),
-  );
-  fillSelect("metric", Object.keys(scales));
+  fillSelects();
   $("loss-log").onchange = $("field").onchange = () => fill("timeline");
   $("metric").onchange = () => fill("depth");
   $("level").onchange = () => fill("autopsy");
@@ -195,4 +243,6 @@
     { rootMargin: "400px" },
   );
   for (const id of Object.keys(SECTIONS)) near.observe($(id));
+
+  return { renew };
 })();

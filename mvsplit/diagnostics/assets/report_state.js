@@ -3,7 +3,7 @@
    a log goes in as text, never as HTML. */
 const Report = (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const { runs, scales } = read("data");
+  const { runs, scales, token } = read("data");
   const captions = read("captions");
   const $ = (id) => document.getElementById(id);
   const shown = runs.map(() => true);
@@ -33,6 +33,24 @@ const Report = (() => {
     });
   const eventsOf = () =>
     visible().map((run) => ({ run: run.index, name: run.name, events: run.events.map(described) }));
+
+  /* Takes in what a live server has to tell; the names of the parts that changed. */
+  function merge(news) {
+    for (const name of Object.keys(scales)) delete scales[name];
+    Object.assign(scales, news.scales);
+    const changed = new Set();
+    for (const [i, { maps, ...parts }] of news.runs.entries()) {
+      Object.assign(runs[i], parts);
+      for (const name of Object.keys(parts)) changed.add(name);
+      for (const [name, map] of Object.entries(maps)) {
+        changed.add("maps");
+        if (map === null) delete runs[i].maps[name];
+        else if ("from" in map) (runs[i].maps[name].later ??= []).push(map);
+        else runs[i].maps[name] = map;
+      }
+    }
+    return changed;
+  }
 
   /* Names: tcs, g_mean_attn, tcs_segment_1, … → what captions.json says of the stem. */
   function about(field) {
@@ -69,5 +87,7 @@ const Report = (() => {
     eventsOf,
     about,
     described,
+    merge,
+    token,
   };
 })();
