@@ -239,9 +239,11 @@ def test_a_run_is_awaited_followed_and_seen_to_end(driver, tmp_path):
     status = "return document.querySelector('.live').textContent"
     with watched_page(driver, run) as page:
         assert page.js(status) == "waiting for the run to begin"
+        assert "not begun" in page.find("#verdicts").text
         run.mkdir()
         (run / "metrics.jsonl").write_text('{"step": 0, "lo')
         page.wait(f"{status} === 'live'")
+        page.wait("return !document.getElementById('verdicts').textContent.includes('not begun')")
         with (run / "metrics.jsonl").open("a") as file:
             file.write('ss": 0.5}\n')
         page.wait("return document.getElementById('plot-loss').data?.[0].y[0] === 0.5")

@@ -64,6 +64,8 @@ const Glance = (() => {
     ["Fall of the query gradient", (r) => fall(r, "grad_query")],
   ];
   function verdict(run) {
+    if (run.status === "waiting")
+      return { badge: "", label: "not begun", text: "There is no log yet; it is waited for." };
     const events = run.events.map(described);
     const first =
       events.find((e) => e.level === "alarm") || events.find((e) => e.level === "warning");

@@ -115,7 +115,7 @@ const Page = (() => {
     settings: Logbook.fillSettings,
   };
   const SHOWS = {
-    glance: ["series", "events", "watched"],
+    glance: ["series", "events", "watched", "status"],
     timeline: ["series", "events"],
     depth: ["maps"],
     modes: ["series", "events"],
