@@ -17,6 +17,7 @@ from mvsplit.errors import UserError, nearest
 COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "demo": ("mvsplit.cli.demo", "train two 400-layer twins on digits and see one collapse"),
     "train": ("mvsplit.cli.train", "train a preset, or go on with a run"),
+    "monitor": ("mvsplit.cli.monitor", "say what goes wrong in a run, live or from its logs"),
     "report": ("mvsplit.cli.report", "draw one or more runs as one HTML page"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run"),
 }

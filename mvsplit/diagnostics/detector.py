@@ -9,13 +9,13 @@ writer gradients, and the Q/K gradients dying away (Lemma 1).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mvsplit.diagnostics import findings
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.logs import Record
+from mvsplit.diagnostics.order import Order
 from mvsplit.diagnostics.signals import LayerSignals, StepSignals
 
 
@@ -95,7 +95,7 @@ class Detector:
         self.stirred = False
         self._steps = findings.StepHistory(self.thresholds)
         self._layers = findings.LayerHistory(self.thresholds)
-        self._order = _Order()
+        self._order = Order()
         self._said: dict[str, tuple[int, int]] = {}  # verdict → (gravity, line at which last held)
         self._alarmed: set[str] = set()
         self._lines = 0
@@ -104,9 +104,10 @@ class Detector:
         """What the line says that was not said before. A line that comes late is passed over; one
         that goes back in time is a rollback, after which the run settles anew."""
         scalars, layers = StepSignals.of(record), LayerSignals.of(record)
-        kind = "layers" if scalars is None else "steps"
-        place = self._order.place(kind, record["step"])
-        if place == "late" or (scalars is None and layers is None):
+        if scalars is None and layers is None:
+            return []
+        place = self._order.place(record)
+        if place == "late":
             return []
         if place == "back":
             self._settle_anew()
@@ -141,34 +142,3 @@ class Detector:
             self._lines,
         )
         return over or graver
-
-
-class _Order:
-    """Tells lines that follow from those that come late and from a rollback."""
-
-    _REACH = 64  # steps that are remembered one by one
-
-    def __init__(self) -> None:
-        self._newest: dict[str, int] = {}
-        self._seen: dict[str, deque[int]] = {}
-
-    def place(self, kind: str, step: int) -> str:
-        """ "next"; "late" for a step that was missing; "back" where a step comes again."""
-        newest = self._newest.get(kind)
-        seen = self._seen.setdefault(kind, deque(maxlen=self._REACH))
-        if newest is not None and step < newest and step not in seen and step > min(seen):
-            seen.append(step)
-            return "late"
-        self._newest[kind] = step
-        if newest is None or step > newest:
-            seen.append(step)
-            return "next"
-        seen.clear()
-        seen.append(step)
-        # One rollback shows in the lines of both kinds: the first to come back speaks for both.
-        for other in self._newest:
-            if other != kind and self._newest[other] > step:
-                self._newest.pop(other)
-                self._seen.pop(other)
-                break
-        return "back"

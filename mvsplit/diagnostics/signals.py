@@ -13,7 +13,8 @@ from mvsplit.diagnostics.logs import Record, as_number
 WRITERS = ("grad_writer_attn", "grad_writer_ffn")
 QUERY_KEY = ("grad_query", "grad_key")
 LOGITS = ("attention_logit_max", "attn_logit_max", "max_attention_logit", "max_logit")
-SCALARS = ("loss", "grad_norm", *WRITERS, *QUERY_KEY, *LOGITS)
+_SCALARS = ("loss", "grad_norm", *WRITERS, *QUERY_KEY, *LOGITS)
+SCALARS = frozenset(_SCALARS)
 LAYERED = (
     "tcs",
     "rho",
@@ -47,7 +48,7 @@ class StepSignals:
         """The signals of a line, None if it has no field of this kind."""
         numbers: dict[str, float] = {}
         broken: dict[str, float] = {}
-        for name in SCALARS:
+        for name in _SCALARS:
             value = as_number(record.get(name))
             if value is not None:
                 (numbers if math.isfinite(value) else broken)[name] = value

@@ -1,0 +1,64 @@
+"""`mvsplit monitor replay FILE… [--json]`: what the detector says of a log, ours or any other.
+
+A file is JSONL with a `step` in each line, as metrics.jsonl and layers.jsonl are; a run folder
+stands for both of its own. Several are read as the logs of one run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.replay import open_logs, replay
+from mvsplit.errors import UserError
+
+_COLOURS = {"info": "dim", "warning": "yellow", "alarm": "bold red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    files: tyro.conf.Positional[tuple[Path, ...]]  # logs of one run, or its folder
+    json: bool = False  # print {"events": […]} and nothing else
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the events of the logs, as a table or as JSON, and returns 0.
+
+    Raises:
+        UserError: no file is named, or one does not exist.
+    """
+    options = tyro.cli(
+        _Options, args=list(arguments), prog="mvsplit monitor replay", description=__doc__
+    )
+    if not options.files:
+        raise UserError("files: name at least one log, for example runs/tiny/metrics.jsonl")
+    logs = open_logs(options.files)
+    events = list(replay(logs))
+    if options.json:
+        print(json.dumps({"events": [event.as_dict() for event in events]}, allow_nan=False))
+    else:
+        _print_table(events)
+    for log in logs:
+        if log.dropped.total:
+            print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)
+    return 0
+
+
+def _print_table(events: Sequence[Event]) -> None:
+    if not events:
+        print("Nothing to report.")
+        return
+    table = Table("step", "level", "verdict", "layer", "what", box=None, pad_edge=False)
+    for event in events:
+        layer = "" if event.layer is None else str(event.layer)
+        level = f"[{_COLOURS[event.level]}]{event.level}[/]"
+        table.add_row(f"{event.step:,}", level, event.verdict, layer, event.message)
+    Console(highlight=False).print(table)
