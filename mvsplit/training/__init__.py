@@ -3,8 +3,9 @@
 from mvsplit.training.builders import build_state
 from mvsplit.training.config import DataConfig, Experiment, TrainConfig
 from mvsplit.training.load import LoadedRun, load_run
-from mvsplit.training.loop import Observer, Outcome, train
+from mvsplit.training.loop import Outcome, train
 from mvsplit.training.nonfinite import NonFiniteError
+from mvsplit.training.observer import Observer
 from mvsplit.training.progress import ProgressLine
 from mvsplit.training.run_folder import RunFolder, read_experiment
 from mvsplit.training.state import TrainState

@@ -53,6 +53,7 @@ class TrainConfig:
         keep: how many checkpoints stay on the disk.
         probe_every: steps between looks into every layer; 0 for none.
         probe: the fields of such a look: the cheap ones, or all.
+        record_steps: steps that the flight recorder keeps in memory.
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         time_shift: shift of the training times; 1 leaves them uniform.
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
@@ -75,12 +76,13 @@ class TrainConfig:
     keep: int = 3
     probe_every: int = 100
     probe: Literal["cheap", "all"] = "cheap"
+    record_steps: int = 32
     caption_dropout: float = 0.1
     time_shift: float = 1.0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every", "keep"):
+        for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("warmup", "weight_decay", "seed", "probe_every"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
@@ -117,7 +119,10 @@ def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:
 # for rounding (another device, another cut of the batch).
 CHANGEABLE = frozenset(
     f"train.{name}"
-    for name in ("steps", "save_every", "keep", "probe_every", "probe", "accumulate", "device")
+    for name in (
+        *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
+        *("accumulate", "device"),
+    )
 )
 
 

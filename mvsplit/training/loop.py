@@ -21,31 +21,13 @@ from mvsplit.training.checkpoint import (
     set_aside_after,
 )
 from mvsplit.training.config import Experiment, TrainConfig
+from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
+from mvsplit.training.observer import Observer
 from mvsplit.training.run_folder import RunFolder
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import Gradients, train_step
-
-
-class Observer:
-    """Watches a run; every method does nothing unless overridden. It may not change the state."""
-
-    def on_start(self, state: TrainState, experiment: Experiment) -> None:
-        """The run is about to take step `state.step + 1`."""
-
-    def on_gradients(self, state: TrainState, gradients: Gradients) -> None:
-        """The gradients of step `state.step + 1` are known, finite or not; its update is not made
-        yet."""
-
-    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """A step was taken; `metrics` is its line of metrics.jsonl."""
-
-    def on_probe(self, state: TrainState, layers: dict[str, Any]) -> None:
-        """Every layer was looked into; `layers` is the line of layers.jsonl."""
-
-    def on_event(self, event: dict[str, Any]) -> None:
-        """Something happened; `event` is the line of events.jsonl, with a readable `message`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +55,7 @@ def train(
         state = build_state(experiment)
         run = _Run(folder, config, state, observers)
         run.resume()
-        for observer in observers:
+        for observer in run.observers:
             observer.on_start(state, experiment)
         started = time.perf_counter()
         while state.step < config.steps and stop.received is None:
@@ -98,7 +80,9 @@ class _Run:
         state: TrainState,
         observers: Sequence[Observer],
     ) -> None:
-        self.folder, self.config, self.state, self.observers = folder, config, state, observers
+        self.folder, self.config, self.state = folder, config, state
+        recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
+        self.observers = (*observers, recorder)
         self._first = state.step  # at which this process began
 
     def resume(self) -> None:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from mvsplit.training.config import Experiment
-from mvsplit.training.loop import Observer
+from mvsplit.training.observer import Observer
 from mvsplit.training.state import TrainState
 
 # Without a terminal: a line at least every so many seconds, and at the last step.

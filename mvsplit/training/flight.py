@@ -1,0 +1,292 @@
+"""The flight recorder: the last steps of a run, written whole when something goes wrong.
+
+    flights/step_00000031/
+        flight.json          the recorded steps, the last of them the one that gave the alarm
+        config.json          the experiment, with the rule that the network has by now
+        batch.safetensors    what the last step read
+        state/step_00000030/ a checkpoint to start from
+
+A step needs its batch, its noise and times, which follow from (seed, step), and the weights before
+it. An alarm that is raised before the update finds just these weights in memory: they are written,
+exact and without the moments, a quarter of a checkpoint. After the update they are gone, and the
+newest checkpoint before the step is linked instead, which takes no space; the steps between are
+replayed. So nothing is copied while all is well: copies of the state every few steps would cost the
+memory of several networks to save some minutes once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mvsplit.data import Batch
+from mvsplit.diagnostics.attribution import calm_norm
+from mvsplit.errors import UserError
+from mvsplit.training.checkpoint import (
+    Snapshot,
+    checkpoint_name,
+    list_checkpoints,
+    remove_leftovers,
+    save_checkpoint,
+    step_of,
+)
+from mvsplit.training.config import Experiment, from_json, to_json
+from mvsplit.training.files import fsync, read_lines
+from mvsplit.training.observer import Observer
+from mvsplit.training.randomness import derive_seed
+from mvsplit.training.run_folder import read_experiment
+from mvsplit.training.state import TrainState
+from mvsplit.training.step import Gradients
+
+FORMAT = "mvsplit-flight"
+VERSION = 1
+HISTORY = 32  # steps before it that a step of a run without a flight is compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A step to be explained, and what is known of the steps before it.
+
+    Attributes:
+        path: where it was read from.
+        experiment: what was run.
+        step: the step to explain.
+        reason: why it was recorded.
+        records: a mapping for each recorded step, the last one of `step`: at least `step`, `loss`
+            and `grad_norm`.
+        world: processes that shared a batch; each had a run of successive rows.
+        batch: what the step read; None where the loader has to be asked.
+        checkpoints: states to start from, by rising step, all before `step`.
+    """
+
+    path: Path
+    experiment: Experiment
+    step: int
+    reason: str
+    records: list[dict[str, Any]]
+    world: int
+    batch: Batch | None
+    checkpoints: list[Path]
+
+
+class FlightRecorder(Observer):
+    """Keeps the last steps in memory and writes them on an alarm or a non-finite stop.
+
+    An alarm is an event with `level` "alarm". The first counts: no other flight is written for the
+    next `steps` steps, nor once the run has `limit` of them.
+
+    Args:
+        run: the run's folder.
+        steps: how many steps are kept.
+        tell: is told the name and the message of what happened.
+        limit: how many flights a run may have.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        steps: int = 32,
+        tell: Callable[[str, str], None] = lambda name, message: None,
+        limit: int = 3,
+    ) -> None:
+        self.run, self.steps, self.limit = run, steps, limit
+        self._tell = tell
+        self._records: deque[dict[str, Any]] = deque(maxlen=steps)
+        self._batch: Batch | None = None
+        self._state: TrainState | None = None
+        self._experiment: Experiment | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the flights are."""
+        return self.run / "flights"
+
+    def on_start(self, state: TrainState, experiment: Experiment) -> None:
+        self._state, self._experiment = state, experiment
+        remove_leftovers(self.folder)
+
+    def on_gradients(self, state: TrainState, gradients: Gradients) -> None:
+        assert self._experiment is not None
+        self._records.append(record_of(gradients, self._experiment))
+        self._batch = gradients.batch
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        serious = event.get("level") == "alarm" or event.get("event") == "nonfinite"
+        if serious and self._records and self._wanted(self._records[-1]["step"]):
+            self.write(event["message"])
+
+    def write(self, reason: str) -> Path | None:
+        """Writes what is in memory now; a reader sees all of it or nothing.
+
+        Returns:
+            The flight's folder; None if it could not be written, which `tell` is told.
+
+        Raises:
+            UserError: no step was recorded yet.
+        """
+        if not self._records:
+            raise UserError("the flight recorder has seen no step yet; take a step first")
+        step = self._records[-1]["step"]
+        final = self.folder / checkpoint_name(step)
+        temporary = self.folder / f".{final.name}.tmp"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            self._write(temporary, step, reason)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            fsync(self.folder)
+        except (OSError, SafetensorError, UserError) as error:
+            # The run matters more than its record: it goes on, and says what is missing.
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._tell("flight", f"cannot write the flight of step {step}: {error}")
+            return None
+        self._tell("flight", f"recorded step {step}; mvsplit explain {final} says what caused it")
+        return final
+
+    def _wanted(self, step: int) -> bool:
+        flights = [step_of(path) for path in list_checkpoints(self.folder)]
+        return len(flights) < self.limit and all(abs(step - f) >= self.steps for f in flights)
+
+    def _write(self, folder: Path, step: int, reason: str) -> None:
+        assert self._state is not None
+        assert self._experiment is not None
+        assert self._batch is not None
+        _write_batch(folder / "batch.safetensors", self._batch)
+        model = self._state.model
+        experiment = dataclasses.replace(self._experiment, model=model.config)
+        (folder / "config.json").write_text(to_json(experiment), encoding="utf-8")
+        (folder / "state").mkdir()
+        if self._state.step < step:  # the update is not made yet
+            weights = Snapshot(
+                step=self._state.step, tensors={"model": dict(model.state_dict())}, values={}
+            )
+            save_checkpoint(folder / "state", weights, keep=1)
+        else:
+            _link_newest(_before(self.run / "checkpoints", step), folder / "state")
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        flight = {"format": FORMAT, "version": VERSION, "step": step, "reason": reason}
+        flight |= {"world": world, "records": list(self._records)}
+        (folder / "flight.json").write_text(json.dumps(flight), encoding="utf-8")
+        for path in (*folder.iterdir(), folder):
+            fsync(path)
+
+
+def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
+    """What is kept of a step, as JSON can hold it."""
+    config, norm = experiment.train, gradients.metrics["grad_norm"]
+    return {
+        "step": gradients.step,
+        **gradients.metrics,
+        "clip_factor": min(1.0, config.clip / norm) if norm > 0 else 1.0,
+        "position": gradients.position,
+        "seeds": {n: derive_seed(config.seed, n, gradients.step) for n in ("noise", "times")},
+        "indices": gradients.batch.indices.tolist(),
+        "sample_losses": gradients.sample_losses,
+        "family_norms": gradients.family_norms,
+    }
+
+
+def _write_batch(path: Path, batch: Batch) -> None:
+    tensors = {"latents": batch.latents, "text": batch.text, "indices": batch.indices}
+    if batch.text_valid is not None:
+        tensors["text_valid"] = batch.text_valid
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _before(folder: Path, step: int) -> list[Path]:
+    """The checkpoints in `folder` from which `step` can be reached."""
+    return [path for path in list_checkpoints(folder) if step_of(path) < step]
+
+
+def _link_newest(checkpoints: list[Path], folder: Path) -> None:
+    if checkpoints:
+        shutil.copytree(checkpoints[-1], folder / checkpoints[-1].name, copy_function=os.link)
+
+
+def read_flight(path: Path | str) -> Flight:
+    """The flight at `path`.
+
+    Raises:
+        UserError: there is none, or its files cannot be read.
+    """
+    path = Path(path)
+    try:
+        flight = json.loads((path / "flight.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "batch.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is not a whole flight ({error}); choose another") from error
+    if flight.get("format") != FORMAT or flight.get("version") != VERSION:
+        raise UserError(
+            f"{path}: this program reads {FORMAT} {VERSION}, not {flight.get('format')} "
+            f"{flight.get('version')}; use the version of mvsplit that wrote it"
+        )
+    config = path / "config.json"
+    return Flight(
+        path=path,
+        experiment=from_json(config.read_text(encoding="utf-8"), config),
+        step=flight["step"],
+        reason=flight["reason"],
+        records=flight["records"],
+        world=flight["world"],
+        batch=Batch(text_valid=tensors.pop("text_valid", None), **tensors),
+        checkpoints=_before(path / "state", flight["step"]),
+    )
+
+
+def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
+    """A step of a run that needs no recorded flight: it is replayed from the newest checkpoint
+    before it, or from the start.
+
+    Args:
+        path: the run's folder.
+        step: which one; None for the one whose gradient norm stands out most.
+
+    Raises:
+        UserError: there is no run, or it has not taken the step.
+    """
+    path = Path(path)
+    experiment = read_experiment(path)
+    lines = {line["step"]: line for line in read_lines(path / "metrics.jsonl")}
+    if not lines:
+        raise UserError(f"{path} has taken no step yet; train it first")
+    step = _most_unusual(list(lines.values())) if step is None else step
+    if step not in lines:
+        raise UserError(f"step={step}: {path} has the steps {min(lines)} to {max(lines)}")
+    return Flight(
+        path=path,
+        experiment=experiment,
+        step=step,
+        reason="chosen by its gradient norm",
+        records=[line for n, line in sorted(lines.items()) if step - HISTORY <= n <= step],
+        world=1,
+        batch=None,
+        checkpoints=_before(path / "checkpoints", step),
+    )
+
+
+def _most_unusual(lines: list[dict[str, Any]]) -> int:
+    """The step whose gradient norm is the largest multiple of the median of those before it."""
+    norms = [line["grad_norm"] for line in lines]
+
+    def unusual(i: int) -> float:
+        if not math.isfinite(norms[i]):
+            return math.inf
+        calm = calm_norm(norms[max(0, i - HISTORY) : i])
+        return norms[i] / calm if calm else 0.0
+
+    return lines[max(range(len(lines)), key=unusual)]["step"]

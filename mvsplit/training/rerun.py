@@ -1,0 +1,434 @@
+"""A step of a run once more: as it was, and under what might have caused its gradient spike.
+
+Nothing is updated: every trial has the weights that the step had, and only its gradients differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvsplit.diagnostics.attribution import (
+    CENTERED,
+    REMOVED,
+    Conclusion,
+    ModeSplit,
+    Sample,
+    Trial,
+    calm_norm,
+    conclude,
+    removed_share,
+)
+from mvsplit.diagnostics.counterfactual import CenteredAdjoints
+from mvsplit.diagnostics.probe import CHEAP_FIELDS, LayerProbe
+from mvsplit.diagnostics.taps import BranchName, read
+from mvsplit.errors import UserError
+from mvsplit.training.builders import build_state
+from mvsplit.training.checkpoint import DamagedCheckpoint, read_checkpoint
+from mvsplit.training.config import TrainConfig
+from mvsplit.training.flight import Flight
+from mvsplit.training.gradient_families import family_norms
+from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
+from mvsplit.training.optimizer import global_norm
+from mvsplit.training.state import TrainState, copy_tensors
+from mvsplit.training.step import Piece, add_gradients, piece_losses, pieces, train_step
+
+MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, where a step ran on another machine
+
+_BRANCHES: dict[str, tuple[BranchName, ...]] = {
+    "centered-attn": ("attn",),
+    "centered-ffn": ("ffn",),
+    "centered-both": ("attn", "ffn"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The numbers of one pass over some samples of the step."""
+
+    loss: float
+    grad_norm: float
+    sample_losses: list[float]
+    family_norms: dict[str, list[float]]
+
+    def family(self, name: str) -> float:
+        """The norm of a family over all layers."""
+        return math.hypot(*self.family_norms[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """Whether the step as it was gives what was recorded.
+
+    Attributes:
+        recorded, again: `loss`, `grad_norm`, and where they were recorded the families' norms.
+        exact: bit for bit.
+        close: within the tolerance for the run's precision.
+    """
+
+    recorded: dict[str, float]
+    again: dict[str, float]
+    exact: bool
+    close: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What the paper's App. F looks at on a spike.
+
+    Attributes:
+        rank_losses: the loss of each process's share of the batch.
+        worst_samples: the samples with the largest loss.
+        output_gradient_rms: of ∂L/∂v over the batch, v the network's output.
+        not_finite: the first place among weights, activations and gradients that is not finite.
+        family_norms: of every layer, by family.
+        calm_family_norms: the medians of the recorded steps before, empty where none was recorded.
+        mode_split: `tcs`, `g_mean_*` and `g_ctr_*` of every layer, of the piece of the batch where
+            the mean-coherent gradients are largest.
+    """
+
+    rank_losses: list[float]
+    worst_samples: list[Sample]
+    output_gradient_rms: float
+    not_finite: dict[str, str | None]
+    family_norms: dict[str, list[float]]
+    calm_family_norms: dict[str, list[float]]
+    mode_split: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All that is known of a step, and what its spike is put down to."""
+
+    source: str
+    step: int
+    reason: str
+    rule: str
+    depth: int
+    precision: str
+    state_step: int
+    calm: float | None
+    reproduction: Reproduction
+    trials: list[Trial]
+    removed: dict[str, float | None]
+    dropped: list[Sample]
+    trace: Trace
+    conclusion: Conclusion
+
+
+def explain(
+    flight: Flight, *, device: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> Explanation:
+    """Runs the step again in every way that this module knows.
+
+    Args:
+        flight: the step.
+        device: where; None for where the run was.
+        say: is told what is being done.
+
+    Raises:
+        UserError: there is no state to start from, or the run cannot be rebuilt here.
+    """
+    state, start = state_before(flight, device, say)
+    again = Rerun(flight, state)
+    say("running the step as it was")
+    whole = again.run(again.rows)
+    not_finite = again.not_finite()
+    reproduction = _compare(flight, whole)
+    calm = calm_norm([r["grad_norm"] for r in flight.records if r["step"] < flight.step])
+    trials = [again.trial("as-it-was", "as it was", whole)]
+    say("dropping samples")
+    dropped, without = again.without_samples(whole, calm)
+    if without is not None:
+        label = "without sample " + ", ".join(str(s.index) for s in dropped)
+        trials.append(again.trial("without-samples", label, without))
+    say("changing precision and backward")
+    trials += again.other_trials()
+    trace = again.trace(whole, not_finite)
+    conclusion = conclude(
+        trials,
+        calm=calm,
+        reproduced=reproduction.close,
+        dropped=dropped,
+        split=_largest_mean(trace.mode_split),
+    )
+    observed = trials[0].grad_norm
+    return Explanation(
+        source=str(flight.path),
+        step=flight.step,
+        reason=flight.reason,
+        rule=flight.experiment.model.rule.name,
+        depth=flight.experiment.model.depth,
+        precision=flight.experiment.train.precision,
+        state_step=start,
+        calm=calm,
+        reproduction=reproduction,
+        trials=trials,
+        removed={t.name: removed_share(observed, t.grad_norm, calm) for t in trials[1:]},
+        dropped=dropped,
+        trace=trace,
+        conclusion=conclusion,
+    )
+
+
+def state_before(
+    flight: Flight, device: str | None, say: Callable[[str], None] = lambda line: None
+) -> tuple[TrainState, int]:
+    """The run as it was before the step, and the step of the state that it was reached from.
+
+    Raises:
+        UserError: a checkpoint is damaged, or the run cannot be rebuilt here.
+    """
+    train = flight.experiment.train
+    train = train if device is None else dataclasses.replace(train, device=device)
+    state = build_state(dataclasses.replace(flight.experiment, train=train))
+    if flight.checkpoints:
+        _restore(state, flight)
+    start = state.step
+    if start < flight.step - 1:
+        say(f"replaying the steps {start + 1} to {flight.step - 1}")
+    while state.step < flight.step - 1:
+        train_step(state, train)
+    return state, start
+
+
+def _restore(state: TrainState, flight: Flight) -> None:
+    try:
+        snapshot = read_checkpoint(flight.checkpoints[-1])
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; remove it, and an older one is used") from error
+    if "optimizer" in snapshot.tensors:
+        state.restore(snapshot)
+        return
+    # Weights alone are enough where no step lies between, and the flight holds the batch.
+    weights = dict(state.model.state_dict())
+    copy_tensors(snapshot.tensors["model"], weights, "model.safetensors")
+    state.step = snapshot.step
+
+
+class Rerun:
+    """A step that can be run again on any of its samples."""
+
+    def __init__(self, flight: Flight, state: TrainState) -> None:
+        self.flight, self.state, self.config = flight, state, flight.experiment.train
+        self.batch = state.loader.next_batch() if flight.batch is None else flight.batch
+        one = dataclasses.replace(self.config, accumulate=1)
+        (self._whole,) = pieces(self.batch, flight.step, one, state.device)
+        self.rows = list(range(len(self.batch.latents)))
+
+    def run(
+        self,
+        rows: list[int],
+        config: TrainConfig | None = None,
+        within: AbstractContextManager[Any] | None = None,
+    ) -> Gradient:
+        """The gradient of the mean loss over the samples in `rows`."""
+        state = self.state
+        state.optimizer.zero_grad()
+        with within or nullcontext():
+            losses = add_gradients(state.model, config or self.config, list(self._parts(rows)))
+        norms = family_norms(state.model, state.optimizer.groups)
+        scalars = [losses.mean(), global_norm(state.optimizer.groups)]
+        loss, norm, *rest = read([*scalars, losses, *norms.values()])
+        families, at = {}, len(losses)
+        for name, values in norms.items():
+            families[name] = rest[at : at + len(values)]
+            at += len(values)
+        return Gradient(
+            loss=loss, grad_norm=norm, sample_losses=rest[: len(losses)], family_norms=families
+        )
+
+    def _parts(self, rows: list[int]) -> Iterator[Piece]:
+        """The samples in pieces of the size that the run had."""
+        size = len(self.rows) // self.config.accumulate
+        for start in range(0, len(rows), size):
+            chosen = torch.tensor(rows[start : start + size], device=self.state.device)
+            whole = self._whole
+            yield Piece(
+                data=whole.data[chosen],
+                noise=whole.noise[chosen],
+                times=whole.times[chosen],
+                text=whole.text[chosen],
+                text_valid=None if whole.text_valid is None else whole.text_valid[chosen],
+            )
+
+    def trial(self, name: str, label: str, gradient: Gradient) -> Trial:
+        return Trial(
+            name=name,
+            label=label,
+            loss=gradient.loss,
+            grad_norm=gradient.grad_norm,
+            writer_attn=gradient.family("Attn_WO"),
+            writer_ffn=gradient.family("FFN_W2"),
+        )
+
+    def other_trials(self) -> Iterator[Trial]:
+        """In fp32, and with MV-Split's backward at α = 0 on one branch and on both."""
+        if self.config.precision != "fp32":
+            fp32 = dataclasses.replace(self.config, precision="fp32")
+            yield self.trial("fp32", "in fp32", self.run(self.rows, fp32))
+        for name, branches in _BRANCHES.items():
+            within = CenteredAdjoints(self.state.taps, branches)
+            label = f"MV-Split on {CENTERED[name]}"
+            yield self.trial(name, label, self.run(self.rows, within=within))
+
+    def without_samples(
+        self, whole: Gradient, calm: float | None
+    ) -> tuple[list[Sample], Gradient | None]:
+        """Drops the sample with the largest gradient, then one more, until the spike is gone.
+
+        Returns:
+            The samples and the step without them; with the first one only where none of it helps.
+            ([], None) for a batch of one.
+        """
+        found: list[tuple[list[Sample], Gradient]] = []
+        dropped: list[Sample] = []
+        rows = list(self.rows)
+        for _ in range(min(MOST_SAMPLES, len(self.rows) - 1)):
+            row = self._largest(rows)
+            rows.remove(row)
+            dropped = [*dropped, self._sample(row, whole)]
+            found.append((dropped, self.run(rows)))
+            share = removed_share(whole.grad_norm, found[-1][1].grad_norm, calm)
+            if share is None:
+                break
+            if share >= REMOVED:
+                return found[-1]
+        return found[0] if found else ([], None)
+
+    def _largest(self, rows: list[int]) -> int:
+        """The sample with the largest gradient by halving: of n samples, 2n are run."""
+        while len(rows) > 1:
+            halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+            rows = max(halves, key=self._contribution)
+        return rows[0]
+
+    def _contribution(self, rows: list[int]) -> float:
+        """The norm of what the samples add to the sum of all gradients."""
+        norm = self.run(rows).grad_norm
+        return len(rows) * norm if math.isfinite(norm) else math.inf
+
+    def _sample(self, row: int, whole: Gradient) -> Sample:
+        index = int(self.batch.indices[row])
+        return Sample(row=row, index=index, loss=whole.sample_losses[row])
+
+    # The trace of App. F
+
+    def not_finite(self) -> dict[str, str | None]:
+        """Where the first value that is not finite lies; asks the gradients of the last run."""
+        model = self.state.model
+        gradients = first_in_gradients(model)
+        parts = self._parts(self.rows)
+        runs = (lambda part=part: piece_losses(model, part, self.config) for part in parts)
+        activations = (first_in_activations(model, run) for run in runs)
+        return {
+            "weights": first_in_weights(model),
+            "activations": next((place for place in activations if place), None),
+            "gradients": gradients,
+        }
+
+    def trace(self, whole: Gradient, not_finite: dict[str, str | None]) -> Trace:
+        """What the paper's App. F looks at, of the step as it was."""
+        split, rms = self._watched()
+        share = len(self.rows) // self.flight.world
+        ranks = [whole.sample_losses[i : i + share] for i in range(0, len(self.rows), share)]
+        worst = sorted(self.rows, key=lambda row: -_size(whole.sample_losses[row]))
+        return Trace(
+            rank_losses=[sum(losses) / len(losses) for losses in ranks],
+            worst_samples=[self._sample(row, whole) for row in worst[:3]],
+            output_gradient_rms=rms,
+            not_finite=not_finite,
+            family_norms=whole.family_norms,
+            calm_family_norms=_calm_families(self.flight),
+            mode_split=split,
+        )
+
+    def _watched(self) -> tuple[dict[str, list[float | None]], float]:
+        """The mode split of the piece where it is largest, and the RMS of ∂L/∂v."""
+        squares: list[Tensor] = []
+        numbers = 0
+
+        def look(_: Any, args: Any, velocity: Tensor) -> None:
+            nonlocal numbers
+            numbers += velocity.numel()
+            velocity.register_hook(lambda grad: squares.append(grad.float().square().sum()))
+
+        splits = []
+        parts = list(self._parts(self.rows))
+        self.state.optimizer.zero_grad()
+        handle = self.state.model.register_forward_hook(look)
+        for part in parts:
+            with LayerProbe(self.state.taps, fields=CHEAP_FIELDS) as probe:
+                loss = piece_losses(self.state.model, part, self.config).mean()
+                (loss / len(parts)).backward()
+            splits.append(probe.arrays())
+        handle.remove()
+        largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in _writers(s)))
+        return largest, math.sqrt(sum(read(squares)) / numbers)
+
+
+def _size(value: float | None) -> float:
+    """For sorting: what is not finite is largest."""
+    return 0.0 if value is None else value if math.isfinite(value) else math.inf
+
+
+def _compare(flight: Flight, whole: Gradient) -> Reproduction:
+    record = next(r for r in reversed(flight.records) if r["step"] == flight.step)
+    recorded = {"loss": record["loss"], "grad_norm": record["grad_norm"]}
+    again = {"loss": whole.loss, "grad_norm": whole.grad_norm}
+    for family, norms in record.get("family_norms", {}).items():
+        for layer, norm in enumerate(norms):
+            recorded[f"{family}.{layer}"] = norm
+            again[f"{family}.{layer}"] = whole.family_norms[family][layer]
+    tolerance = TOLERANCE[flight.experiment.train.precision]
+    pairs = [(recorded[name], again[name]) for name in recorded]
+    scale = record["grad_norm"]  # the norm of a layer is compared on the scale of all of them
+    return Reproduction(
+        recorded=recorded,
+        again=again,
+        exact=all(_same(a, b) for a, b in pairs),
+        close=all(_same(a, b) or abs(a - b) <= tolerance * max(abs(a), scale) for a, b in pairs),
+    )
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def _calm_families(flight: Flight) -> dict[str, list[float]]:
+    before = [r["family_norms"] for r in flight.records[:-1] if "family_norms" in r]
+    if not before:
+        return {}
+    return {
+        family: [median(column) for column in zip(*(r[family] for r in before), strict=True)]
+        for family in before[-1]
+    }
+
+
+def _writers(
+    split: dict[str, list[float | None]],
+) -> Iterator[tuple[str, int, float | None, float | None]]:
+    """Writer, layer, G_mean and G_ctr of each."""
+    for writer, branch in (("W_O", "attn"), ("W_2", "ffn")):
+        pairs = zip(split[f"g_mean_{branch}"], split[f"g_ctr_{branch}"], strict=True)
+        for layer, (mean, centered) in enumerate(pairs):
+            yield writer, layer, mean, centered
+
+
+def _largest_mean(split: dict[str, list[float | None]]) -> ModeSplit | None:
+    """The writer with the largest finite G_mean."""
+    found = [
+        ModeSplit(writer=w, layer=l, g_mean=m, g_ctr=c)
+        for w, l, m, c in _writers(split)
+        if m is not None and c is not None and math.isfinite(m) and math.isfinite(c)
+    ]
+    return max(found, key=lambda s: s.g_mean) if found else None
