@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from mvsplit.data import WordEmbedder
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
+from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
@@ -54,8 +55,9 @@ def load_run(
         )
     name = "ema" if ema else "model"
     snapshot = _read_one(path, name) if one else _read_newest(path, name)
+    rule = RuleConfig(**snapshot.values["rule"])  # which a policy may have changed since the start
     with torch.device("meta"):  # no initial values, and no draw from the global generator
-        model = DiT(experiment.model)
+        model = DiT(replace(experiment.model, rule=rule))
     model.to_empty(device=torch.device(device)).requires_grad_(False).eval()
     copy_tensors(snapshot.tensors[name], dict(model.state_dict()), f"{name}.safetensors")
     embedder = WordEmbedder.from_spec(snapshot.values["embedder"])

@@ -9,8 +9,9 @@ depth. What is saved is cut out of the buffers by parameter name and knows nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +22,30 @@ from mvsplit.training.config import TrainConfig
 _ALIGNMENT = 16
 
 
+Kind = Literal["decayed", "rest", "joined"]
+
+
 @dataclass(frozen=True, eq=False)
 class FlatGroup:
     """Parameters end to end in one buffer, and their gradients in another.
 
     Attributes:
-        decays: whether weight decay applies.
+        kind: decayed (2-D, under weight decay), rest, or joined (those of the rest that came to the
+            model later).
         places: for each parameter name, its first element in the buffers and its shape.
         values: [N] the parameters; between them a few zeros that stay zero.
         grads: [N] their gradients.
     """
 
-    decays: bool
+    kind: Kind
     places: dict[str, tuple[int, torch.Size]]
     values: Tensor
     grads: Tensor
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+        return self.kind == "decayed"
 
     def cut(self, buffer: Tensor) -> dict[str, Tensor]:
         """The parts of `buffer` [N] by parameter name, as views of the parameters' shapes."""
@@ -45,28 +55,28 @@ class FlatGroup:
         }
 
 
-def flatten_parameters(model: nn.Module) -> list[FlatGroup]:
-    """Moves all parameters into two flat buffers, those with weight decay (2-D) and the rest.
+def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[FlatGroup]:
+    """Moves all parameters into flat buffers: those with weight decay (2-D), the rest, and those of
+    the rest that are named in `joined`, which came to the model later.
 
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
-    once the model is on its device, and zero `FlatGroup.grads` in place instead of dropping the
-    gradients of the model.
+    once the model is on its device, and again when parameters have come or gone. Zero
+    `FlatGroup.grads` in place instead of dropping the gradients of the model.
     """
-    named = list(model.named_parameters())
-    return [
-        _flatten([(n, p) for n, p in named if (p.ndim == 2) is decays], decays)
-        for decays in (True, False)
-        if any((p.ndim == 2) is decays for _, p in named)
-    ]
+    kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {"decayed": [], "rest": [], "joined": []}
+    for name, parameter in model.named_parameters():
+        kind: Kind = "decayed" if parameter.ndim == 2 else "joined" if name in joined else "rest"
+        kinds[kind].append((name, parameter))
+    return [_flatten(named, kind) for kind, named in kinds.items() if named]
 
 
-def _flatten(named: list[tuple[str, nn.Parameter]], decays: bool) -> FlatGroup:
+def _flatten(named: list[tuple[str, nn.Parameter]], kind: Kind) -> FlatGroup:
     places, end = {}, 0
     for name, parameter in named:
         places[name] = (end, parameter.shape)
         end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
     values = named[0][1].new_zeros(end).detach()
-    group = FlatGroup(decays, places, values, torch.zeros_like(values))
+    group = FlatGroup(kind, places, values, torch.zeros_like(values))
     parts, grads = group.cut(group.values), group.cut(group.grads)
     for name, parameter in named:
         parts[name].copy_(parameter.detach())
@@ -94,6 +104,7 @@ class AdamW:
 
     def __init__(self, groups: list[FlatGroup], config: TrainConfig) -> None:
         self.groups = groups
+        self._config = config
         for group in groups:
             group.values.grad = group.grads
         self._inner = torch.optim.AdamW(
@@ -131,10 +142,24 @@ class AdamW:
             for name, part in group.cut(self._inner.state[group.values][moment]).items()
         }
 
-    def set_updates(self, count: int) -> None:
-        """Says how many updates the moments have seen, for their bias correction."""
+    def updates(self) -> dict[str, int]:
+        """By group, how many updates the moments have seen, which their bias correction needs."""
+        return {g.kind: int(self._inner.state[g.values]["step"]) for g in self.groups}
+
+    def set_updates(self, counts: Mapping[str, int]) -> None:
+        """The inverse of `updates`."""
         for group in self.groups:
-            self._inner.state[group.values]["step"].fill_(count)
+            self._inner.state[group.values]["step"].fill_(counts[group.kind])
+
+    def forget(self) -> None:
+        """Begins with fresh moments."""
+        for moment in self.moments().values():
+            moment.zero_()
+        self.set_updates(dict.fromkeys(self.updates(), 0))
+
+    def regrouped(self, groups: list[FlatGroup]) -> AdamW:
+        """The same optimiser with fresh moments for other groups."""
+        return AdamW(groups, self._config)
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:

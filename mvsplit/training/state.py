@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from mvsplit.data import Loader
 from mvsplit.diagnostics.taps import LayerTap
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
+from mvsplit.models.surgery import gain_names, set_rule
+from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.ema import EMA
-from mvsplit.training.optimizer import AdamW
+from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
 
 
@@ -25,7 +28,7 @@ class TrainState:
 
     | what | from |
     |---|---|
-    | weights | `model` |
+    | weights, and the rule if a policy changed it | `model` |
     | averaged weights | `ema`, if the run keeps them |
     | moments and number of updates | `optimizer` |
     | learning rate | a function of `step` |
@@ -57,6 +60,8 @@ class TrainState:
         if self.ema is not None:
             tensors["ema"] = self.ema.parameters()
         values: dict[str, Any] = {
+            "rule": dataclasses.asdict(self.model.config.rule),
+            "updates": self.optimizer.updates(),
             "data": self.loader.state_dict(),
             "embedder": self.loader.embedder.spec(),
             "random": random_values,
@@ -74,15 +79,33 @@ class TrainState:
                 "embedder: the checkpoint's text embedder is not the one that data.dataset "
                 "gives now; use the version of mvsplit that wrote it, or start a new run"
             )
+        self._take_rule(snapshot)
         targets = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.moments()}
         if self.ema is not None:
             targets["ema"] = self.ema.parameters()
         for name, target in targets.items():
             copy_tensors(snapshot.tensors.get(name, {}), target, f"{name}.safetensors")
-        self.optimizer.set_updates(snapshot.step)
+        self.optimizer.set_updates(snapshot.values["updates"])
         self.loader.load_state_dict(snapshot.values["data"])
         restore_globals(snapshot.tensors["random"], snapshot.values["random"])
         self.step = snapshot.step
+
+    def regroup(self, joined: Collection[str]) -> None:
+        """Lays out anew what is laid out by the parameters of the model, after some came or went:
+        the optimiser, with those named in `joined` in a group of their own and with fresh moments,
+        and the averages, which begin as the parameters are."""
+        groups = flatten_parameters(self.model, joined)
+        self.optimizer = self.optimizer.regrouped(groups)
+        if self.ema is not None:
+            self.ema = EMA(groups, self.ema.decay)
+
+    def _take_rule(self, snapshot: Snapshot) -> None:
+        """Gives the model the rule that it had when the snapshot was taken."""
+        rule = RuleConfig(**snapshot.values["rule"])
+        joined = "joined" in snapshot.values["updates"]
+        if rule != self.model.config.rule or joined != ("joined" in self.optimizer.updates()):
+            set_rule(self.model, rule)
+            self.regroup(gain_names(self.model) if joined else ())
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def test_moments_saved_by_name_continue_the_run() -> None:
     resumed = AdamW(flatten_parameters(second), CONFIG)
     for name, moment in resumed.moments().items():
         moment.copy_(optimizer.moments()[name])
-    resumed.set_updates(3)
+    resumed.set_updates(optimizer.updates())
     for model, o in ((first, optimizer), (second, resumed)):
         o.zero_grad()
         backward(model, 3)
