@@ -75,9 +75,7 @@ def intervene(state: TrainState, deed: Intervention, base_lr: Any) -> None:
     elif deed.deed == "bad-batch":
         state.loader = _OneBadBatch(state.loader, deed.amount)  # type: ignore[assignment]
     elif deed.deed == "lose-moments":
-        for moment in state.optimizer.moments().values():
-            moment.zero_()
-        state.optimizer.set_updates(0)
+        state.optimizer.forget()
     else:
         state.loader.position += int(deed.amount)
 
