@@ -22,6 +22,7 @@ from mvsplit.kernels.segments import Segments
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_WIDTH = 8192  # the widest row that one block holds
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked for, not imported
 
 _logger = logging.getLogger(__name__)
 _forced: str | None = None
@@ -41,18 +42,13 @@ def backend(x: Tensor) -> str:
 
 def _obstacle(x: Tensor) -> str | None:
     """Why the fused kernels cannot take a CUDA tensor, if so."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed (it comes with CUDA builds of torch)"
     if x.dtype not in FUSED_DTYPES:
         return f"the fused kernels take fp32, bf16 and fp16, not {x.dtype}"
     if x.shape[-1] > FUSED_WIDTH:
         return f"the fused kernels take widths up to {FUSED_WIDTH}, not {x.shape[-1]}"
     return None
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @cache

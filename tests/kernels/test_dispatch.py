@@ -24,7 +24,7 @@ class OnCuda:
 def fresh_log(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="mvsplit.kernels.dispatch")
     dispatch._log.cache_clear()
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     yield caplog
     dispatch._log.cache_clear()
 
@@ -54,7 +54,7 @@ def test_what_the_kernels_cannot_take_is_a_warning(fresh_log, x, reason):
 
 
 def test_missing_triton_is_a_warning(fresh_log, monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     assert backend(OnCuda()) == "reference"
     assert "not installed" in fresh_log.text
 
