@@ -223,11 +223,12 @@ class StepHistory:
         self._dead = self._dead + 1 if dead or (never and fall >= 1) else 0
         if self._dead and not layers.refutes(self.lines):
             level: Level = "alarm" if self._dead > (1 if self.settling else 0) else "warning"
+            begins = "Mean-mode collapse" if level == "alarm" else "Signs of a mean-mode collapse"
             yield self._event(
                 s,
                 level,
                 "mean-mode",
-                f"Mean-mode collapse: the gradients of queries and keys have died away to "
+                f"{begins}: the gradients of queries and keys have died away to "
                 f"{share:.1e} of the writers' ({usual:.1e} was usual), as they do once all tokens "
                 f"are alike.",
                 {"attention_share": share, "usual_share": usual} | layers.evidence(),

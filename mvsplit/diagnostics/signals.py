@@ -76,7 +76,8 @@ class LayerSignals:
     Attributes:
         similarity: median token cosine similarity (TCS).
         mode_ratio: median G_mean / G_ctr, of the writer in which it is larger.
-        front: the layer from which on the tokens of all deeper ones are alike.
+        front: the layer from which on the tokens of all deeper ones are alike; where there is none,
+            the layer with the most similar tokens.
         logit: the largest attention logit of all layers.
         broken: the first layer and field that is not finite.
     """
@@ -147,12 +148,17 @@ def _mode_ratios(record: Record, branch: str) -> list[float | None]:
 
 
 def _front(tcs: Any, layers: list[int]) -> int | None:
+    known = {
+        layer: value
+        for layer, value in zip(layers, _numbers(tcs), strict=False)
+        if value is not None and math.isfinite(value)
+    }
     front = None
-    for layer, value in zip(reversed(layers), reversed(_numbers(tcs)), strict=False):
-        if value is None or not value > _ALIKE:
+    for layer, value in reversed(known.items()):
+        if value <= _ALIKE:
             break
         front = layer
-    return front
+    return max(known, key=known.__getitem__, default=None) if front is None else front
 
 
 def _first_broken(columns: dict[str, Any], layers: list[int]) -> tuple[int, str] | None:

@@ -28,6 +28,7 @@ from mvsplit.training.run_folder import RunFolder
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import Gradients, train_step
+from mvsplit.training.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ class _Run:
     ) -> None:
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
-        self.observers = (*observers, recorder)
+        self._watch = Watch(self._tell)
+        # The recorder knows a step before the watch may raise an alarm about it.
+        self.observers = (*observers, recorder, self._watch)
         self._first = state.step  # at which this process began
 
     def resume(self) -> None:
@@ -107,9 +110,10 @@ class _Run:
             self._tell("started", f"started {folder.path}")
 
     def probe(self, step: int) -> Any:
-        """A look into every layer if one is due at `step`, else a context that gives None."""
+        """A look into every layer if one is due at `step`, or if the last step left the usual; else
+        a context that gives None."""
         every = self.config.probe_every
-        if not every or step % every:
+        if not every or (step % every and not self._watch.stirred):
             return nullcontext()
         fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
         return LayerProbe(self.state.taps, fields=fields)

@@ -1,0 +1,283 @@
+"""The watch for a training loop of one's own, over any PyTorch transformer.
+
+    monitor = Monitor(model)
+    for batch in batches:
+        with monitor.look():                      # every layer, now and then; else nothing
+            loss = compute_loss(model, batch)
+            loss.backward()
+        if monitor.step(loss).apply:              # before clipping: the norms of this step
+            optimizer.step()
+        optimizer.zero_grad()
+
+Each step costs a few norms and one wait for the device. A look into every layer is rare in calm and
+comes at once when the step before left the usual.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from mvsplit.diagnostics.detector import Detector, Thresholds
+from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.probe import CHEAP_FIELDS, LayerProbe
+from mvsplit.diagnostics.structure import TapNames, find_taps
+from mvsplit.diagnostics.taps import LayerTap, deepest_quarter, family_gradients, norms, read
+from mvsplit.errors import UserError, nearest
+
+Policy = Literal["record", "stop", "skip"]
+POLICIES: tuple[Policy, ...] = ("record", "stop", "skip")
+
+
+class Stopped(UserError):
+    """An alarm ended the run, as its policy asked; the update of that step was not made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """When every layer is looked into.
+
+    Attributes:
+        calm: steps between two looks when nothing happens.
+        start: the same at first; it doubles up to `calm`.
+        burst: looks at one step after the other once something stirs, before they thin out again.
+    """
+
+    calm: int = 100
+    start: int = 5
+    burst: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("calm", "start", "burst"):
+            if getattr(self, name) < 1:
+                raise UserError(f"cadence.{name}={getattr(self, name)}: must be at least 1")
+
+
+class Schedule:
+    """Decides step by step whether to look: rarely in calm, at once when something stirs."""
+
+    def __init__(self, cadence: Cadence) -> None:
+        self.cadence = cadence
+        self._interval, self._since, self._stirred_looks = cadence.start, 0, 0
+
+    def due(self, stirred: bool) -> bool:
+        """Whether to look at the step that begins; call it once for each step."""
+        self._since += 1
+        if stirred and self._stirred_looks < self.cadence.burst:
+            self._stirred_looks += 1
+            self._interval, self._since = self.cadence.start, 0
+            return True
+        if self._since < self._interval:
+            return False
+        self._interval = min(2 * self._interval, self.cadence.calm)
+        self._since = 0
+        if not stirred:
+            self._stirred_looks = 0
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a step came to.
+
+    Attributes:
+        events: what the detector says, most often nothing.
+        apply: whether the policy lets the update be made.
+        numbers: the step's line of metrics.
+    """
+
+    events: tuple[Event, ...]
+    apply: bool
+    numbers: dict[str, float]
+
+
+class Monitor:
+    """Watches the training of a transformer; it changes no bit of it.
+
+    Where torch.distributed is initialised, every rank has to call it: the loss is averaged over the
+    ranks, sharded gradients are measured whole, and so all ranks see the same numbers and say the
+    same.
+
+    Args:
+        model: its blocks, writers, queries and keys are found by structure.
+        names: overrides what is found.
+        taps: the layers to watch, instead of those that are found.
+        policy: on an alarm `record` goes on, `skip` leaves that update out (`Report.apply`), `stop`
+            raises `Stopped`.
+        cadence: when every layer is looked into.
+        fields: what such a look measures.
+        run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on; None
+            writes nothing.
+        receive: is called with each event.
+        thresholds: of the detector.
+
+    Attributes:
+        missing: what this model does not have and what is therefore not measured.
+
+    Raises:
+        UserError: no blocks were found, or an unknown policy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        names: TapNames | None = None,
+        taps: Sequence[LayerTap] | None = None,
+        policy: Policy = "record",
+        cadence: Cadence | None = None,
+        fields: Sequence[str] = CHEAP_FIELDS,
+        run_dir: Path | str | None = None,
+        receive: Callable[[Event], None] | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise UserError(f"policy={policy!r} is unknown; {nearest(policy, POLICIES)}")
+        self.taps = find_taps(model, names) if taps is None else taps
+        self.policy = policy
+        self.missing = _missing(self.taps)
+        self.detector = Detector(thresholds)
+        self.steps = 0
+        self._model, self._fields, self._receive = model, fields, receive
+        self._schedule = Schedule(cadence or Cadence())
+        self._logs = None if run_dir is None else _Logs(Path(run_dir))
+        self._probe: LayerProbe | None = None
+
+    def look(self) -> AbstractContextManager[Any]:
+        """The context for the forward and backward passes of the step that begins."""
+        self._probe = None
+        if not self._schedule.due(self.detector.stirred):
+            return nullcontext()
+        self._probe = LayerProbe(self.taps, fields=self._fields)
+        return self._probe
+
+    @torch.no_grad()
+    def step(self, loss: Tensor | float, *, lr: float | None = None, scale: float = 1.0) -> Report:
+        """Reads the gradients of the step and judges them, before they are clipped or applied.
+
+        Args:
+            loss: of this step, a scalar; with gradient accumulation the mean over its passes.
+            lr: the learning rate of the update to come, so that a jump is seen.
+            scale: what the loss was multiplied by before backward(), as GradScaler does.
+
+        Raises:
+            Stopped: an alarm, under the policy `stop`.
+            UserError: no watched weight has a gradient.
+        """
+        self.steps += 1
+        numbers = self._read(loss, scale)
+        if lr is not None:
+            numbers["lr"] = lr
+        events = self.detector.update({"step": self.steps, **numbers})
+        self._log("metrics", {"step": self.steps, **numbers})
+        if self._probe is not None:
+            arrays = {"step": self.steps, **self._probe.arrays()}
+            self._probe = None
+            events += self.detector.update(arrays)
+            self._log("layers", arrays)
+        return self._act(events, numbers)
+
+    def _act(self, events: list[Event], numbers: dict[str, float]) -> Report:
+        alarms = [event for event in events if event.level == "alarm"]
+        for event in events:
+            self._log("events", {"event": "watch", "time": time.time(), **event.as_dict()})
+            if self._receive is not None:
+                self._receive(event)
+        if alarms and self.policy == "stop":
+            raise Stopped(f"step {self.steps}: {alarms[0].message} The update was not made.")
+        apply = not (alarms and self.policy == "skip")
+        if not apply:
+            self._log("events", self._skipped(alarms[0]))
+        return Report(events=tuple(events), apply=apply, numbers=numbers)
+
+    def _skipped(self, alarm: Event) -> dict[str, Any]:
+        message = f"The update of step {self.steps} is left out, because of {alarm.verdict}."
+        return {"event": "skipped", "time": time.time(), "step": self.steps, "message": message}
+
+    def _read(self, loss: Tensor | float, scale: float) -> dict[str, float]:
+        """The numbers of the step, with one wait for the device."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        families = self._families()
+        if not families:
+            raise UserError(
+                "no watched weight has a gradient; call step() after backward() and before "
+                "zero_grad()"
+            )
+        device = gradients[0].device
+        scalars = {
+            "loss": _mean_over_ranks(torch.as_tensor(loss, dtype=torch.float32, device=device)),
+            "grad_norm": _norm(gradients) / scale,
+            **{name: _norm(family) / scale for name, family in families.items()},
+        }
+        return dict(zip(scalars, read(scalars.values()), strict=True))
+
+    def _families(self) -> dict[str, list[Tensor]]:
+        """The gradients of the deepest quarter by family; frozen weights have none."""
+        found: dict[str, list[Tensor]] = {}
+        for tap in deepest_quarter(self.taps):
+            for name, gradient in family_gradients(tap).items():
+                if gradient is not None:
+                    found.setdefault(name, []).append(gradient)
+        return found
+
+    def _log(self, name: str, line: dict[str, Any]) -> None:
+        if self._logs is not None and _is_first_rank():
+            self._logs.append(name, line)
+
+
+class _Logs:
+    """The logs of a run folder, each line handed to the system at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={str(folder)!r}: {error.strerror}; choose a folder that can be written"
+            ) from error
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all of them together, a scalar; of sharded ones the norm of the whole."""
+    each = norms(gradients)
+    # A sharded gradient's norm is a DTensor; `full_tensor` adds up what the ranks hold of it.
+    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in each]
+    return torch.linalg.vector_norm(torch.stack([n.to(whole[0].device) for n in whole]))
+
+
+def _mean_over_ranks(loss: Tensor) -> Tensor:
+    loss = loss.detach().clone()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(loss)
+        loss /= distributed.get_world_size()
+    return loss
+
+
+def _is_first_rank() -> bool:
+    started = distributed.is_available() and distributed.is_initialized()
+    return not started or distributed.get_rank() == 0
+
+
+def _missing(taps: Sequence[LayerTap]) -> tuple[str, ...]:
+    """What no layer has, in words."""
+    lacks = []
+    if not any(tap.query is not None and tap.key is not None for tap in taps):
+        lacks.append("no queries and keys: their gradients are not measured")
+    names = {branch.name for tap in taps for branch in tap.branches}
+    for branch, words in (("attn", "attention"), ("ffn", "FFN")):
+        if branch not in names:
+            lacks.append(f"no {words} writer: its gradients are not measured")
+    return tuple(lacks)
