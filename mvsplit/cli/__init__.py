@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "train": ("mvsplit.cli.train", "train a preset, or go on with a run"),
     "monitor": ("mvsplit.cli.monitor", "say what goes wrong in a run, live or from its logs"),
     "report": ("mvsplit.cli.report", "draw one or more runs as one HTML page"),
+    "explain": ("mvsplit.cli.explain", "say what made the gradient of a step spike"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run"),
 }
 

@@ -9,6 +9,7 @@ from mvsplit.errors import UserError, nearest
 
 ACTIONS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "replay": ("mvsplit.cli.replay", "say what went wrong in a run, from its logs"),
+    "explain": ("mvsplit.cli.explain", "say what made the gradient of a step spike"),
     "watch": ("mvsplit.cli.watch", "follow running runs in the browser"),
 }
 

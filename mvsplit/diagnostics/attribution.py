@@ -11,7 +11,7 @@ so that 1 is all of it and 0 nothing. Of a norm that is not finite, any finite o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -22,6 +22,7 @@ Verdict = Literal[
 
 SPIKE = 2.0  # a gradient norm this many times the calm one is a spike
 REMOVED = 0.75  # share of a spike from which on a trial is said to remove it
+UNUSUAL = 5.0  # times the batch's median, a sample's loss or input stands out
 
 CENTERED = {  # trials of `CenteredAdjoints`, the smallest first
     "centered-attn": "attention",
@@ -51,11 +52,18 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A sample of the batch: its row, its place in the data set, and its own loss."""
+    """A sample of the batch.
+
+    Attributes:
+        row, index: its place in the batch and in the data set.
+        loss: its own.
+        unusual: its loss or the RMS of its data over the median of the batch, the larger of both.
+    """
 
     row: int
     index: int
     loss: float
+    unusual: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,10 @@ def conclude(
     """Names what removes the spike; where several do, the narrowest: samples before precision,
     precision before a branch, one branch before both.
 
+    A collapse that begins is often carried by a single sample of a small batch, and to drop it
+    removes the spike too. So samples that are not unusual are to blame only where nothing else
+    removes it.
+
     Args:
         trials: "as-it-was" first.
         calm: what the gradient norm was before.
@@ -123,11 +135,13 @@ def conclude(
     observed = trials[0].grad_norm
     shares = {t.name: removed_share(observed, t.grad_norm, calm) for t in trials[1:]}
     removed_by = tuple(name for name, share in shares.items() if share and share >= REMOVED)
+    if not any(sample.unusual >= UNUSUAL for sample in dropped):
+        removed_by = tuple(sorted(removed_by, key="without-samples".__eq__))  # the samples last
     verdict = _verdict(observed, calm, reproduced, removed_by)
     by_name = {t.name: t for t in trials}
     first = _first_sentence(verdict, by_name, removed_by, calm, dropped)
-    second = _second_sentence(verdict, by_name, removed_by, split)
-    return Conclusion(verdict=verdict, removed_by=removed_by, sentences=(first, *second))
+    further = _further_sentences(verdict, removed_by, dropped, split)
+    return Conclusion(verdict=verdict, removed_by=removed_by, sentences=(first, *further))
 
 
 def _verdict(
@@ -137,11 +151,12 @@ def _verdict(
         return "not-reproduced"
     if not is_spike(observed, calm):
         return "no-spike"
-    if "without-samples" in removed_by:
-        return "data-outlier"
-    if "fp32" in removed_by:
-        return "precision"
-    return "mean-mode" if removed_by else "unexplained"
+    if not removed_by:
+        return "unexplained"
+    return _CAUSES.get(removed_by[0], "mean-mode")
+
+
+_CAUSES: dict[str, Verdict] = {"without-samples": "data-outlier", "fp32": "precision"}
 
 
 def _first_sentence(
@@ -153,7 +168,7 @@ def _first_sentence(
 ) -> str:
     observed = trials["as-it-was"].grad_norm
     spike = f"the gradient norm {observed:.3g}"
-    if calm is not None:
+    if calm:
         spike += f" ({observed / calm:.3g} times the {calm:.3g} of the steps before)"
     if verdict == "not-reproduced":
         return "The step was not reproduced, so what was tried on it explains nothing."
@@ -162,37 +177,43 @@ def _first_sentence(
         return f"Nothing to explain in {spike}: {known}."
     if verdict == "unexplained":
         return f"Nothing that was tried removes {spike}: it is spread over the whole step."
-    how, trial = {
-        "data-outlier": (f"Without {_samples(dropped)}", "without-samples"),
-        "precision": ("In fp32", "fp32"),
-        "mean-mode": (_branches(removed_by), removed_by[0]),
-    }[verdict]
-    return f"{how}, {spike} falls to {trials[trial].grad_norm:.3g}."
+    norm = trials[removed_by[0]].grad_norm
+    return f"{_how(removed_by[0], dropped)}, {spike} falls to {norm:.3g}."
 
 
-def _second_sentence(
-    verdict: Verdict, trials: dict[str, Trial], removed_by: Sequence[str], split: ModeSplit | None
-) -> tuple[str, ...]:
-    if verdict == "data-outlier" and len(removed_by) > 1:
-        others = " and ".join(_short(name) for name in removed_by if name != "without-samples")
-        return (f"{others} would hide it too, but the cause is in the data.",)
-    if verdict not in ("mean-mode", "unexplained") or split is None:
-        return ()
-    side = "mean" if split.g_mean > split.g_ctr else "centered"
-    return (
-        f"{split.writer} of layer {split.layer} carries the largest mean-coherent gradient, "
-        f"G_mean {split.g_mean:.3g} against G_ctr {split.g_ctr:.3g}: its {side} part dominates.",
-    )
+def _further_sentences(
+    verdict: Verdict, removed_by: Sequence[str], dropped: Sequence[Sample], split: ModeSplit | None
+) -> Iterator[str]:
+    if verdict in ("data-outlier", "precision", "mean-mode") and len(removed_by) > 1:
+        others = [_short(name, dropped) for name in removed_by[1:]]
+        yield f"So it does {', '.join(others)}."
+    if verdict in ("mean-mode", "unexplained") and split is not None:
+        side = "mean" if split.g_mean > split.g_ctr else "centered"
+        yield (
+            f"{split.writer} of layer {split.layer} carries the largest mean-coherent gradient, "
+            f"G_mean {split.g_mean:.3g} against G_ctr {split.g_ctr:.3g}: its {side} part dominates."
+        )
 
 
 def _samples(dropped: Sequence[Sample]) -> str:
-    rows = [f"sample {s.index} (row {s.row} of the batch, loss {s.loss:.3g})" for s in dropped]
+    rows = [
+        f"sample {s.index} (row {s.row} of the batch, loss {s.loss:.3g}, {s.unusual:.3g} times as "
+        f"large as usual)"
+        for s in dropped
+    ]
     return " and ".join(rows)
 
 
-def _branches(removed_by: Sequence[str]) -> str:
-    return f"With MV-Split on {CENTERED[removed_by[0]]} (the mean adjoint shut off)"
+def _how(trial: str, dropped: Sequence[Sample]) -> str:
+    if trial == "without-samples":
+        return f"Without {_samples(dropped)}"
+    if trial == "fp32":
+        return "In fp32"
+    return f"With MV-Split on {CENTERED[trial]} (the mean adjoint shut off)"
 
 
-def _short(name: str) -> str:
-    return "fp32" if name == "fp32" else f"MV-Split on {CENTERED[name]}"
+def _short(name: str, dropped: Sequence[Sample]) -> str:
+    if name == "without-samples":
+        samples = " and ".join(str(sample.index) for sample in dropped)
+        return f"without sample {samples} alone, though it is not unusual"
+    return "in fp32" if name == "fp32" else f"with MV-Split on {CENTERED[name]}"

@@ -7,9 +7,9 @@ receives adjoints without a token mean, so that the mean-coherent part of its gr
     forward     as it is: the same function, so the same loss
     backward    δ ← Pδ at the output of the writers of the chosen branches
 
-Everything upstream of such a writer, the inside of its branch and the trunk below, receives what the
-centered adjoint sends on. A gradient spike that is gone under it came through the mean mode of those
-branches; one that stays came another way.
+Everything upstream of such a writer, the inside of its branch and the trunk below, receives what
+the centered adjoint sends on. A gradient spike that is gone under it came through the mean mode of
+those branches; one that stays came another way.
 
 Shapes: B batch, T tokens, D width.
 """

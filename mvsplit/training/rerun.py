@@ -319,7 +319,10 @@ class Rerun:
 
     def _sample(self, row: int, whole: Gradient) -> Sample:
         index = int(self.batch.indices[row])
-        return Sample(row=row, index=index, loss=whole.sample_losses[row])
+        loss = whole.sample_losses
+        sizes = self._whole.data.square().flatten(1).mean(1).sqrt().tolist()
+        unusual = max(_over_median(values, row) for values in (loss, sizes))
+        return Sample(row=row, index=index, loss=loss[row], unusual=unusual)
 
     # The trace of App. F
 
@@ -374,6 +377,12 @@ class Rerun:
         handle.remove()
         largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in _writers(s)))
         return largest, math.sqrt(sum(read(squares)) / numbers)
+
+
+def _over_median(values: list[float], at: int) -> float:
+    """One of some values over the median of the finite ones; infinite if it is not finite."""
+    usual = calm_norm(values)
+    return values[at] / usual if usual and math.isfinite(values[at]) else math.inf
 
 
 def _size(value: float | None) -> float:
