@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from mvsplit.kernels import Segments, qk_norm_rope, swiglu
 from mvsplit.kernels.cpu_block import BlockSettings, BlockWeights, block
@@ -76,10 +77,13 @@ class Block(nn.Module):
             x.is_cpu
             and x.dtype in (torch.float32, torch.float64)
             and segments.mask is None
+            and type(self.attention) is Attention
+            and type(self.ffn) is SwiGLU
             and all(map(_is_a_plain_matrix, self._matrices()))
             and all(map(_is_just_gains, (self.rule_attention, self.rule_ffn)))
             and self.attention.heads == self.attention.kv_heads
             and not any(map(_is_watched, self._parts()))
+            and not _has_any_global_hook()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
@@ -104,12 +108,18 @@ def _is_a_plain_matrix(module: nn.Module) -> bool:
 
 
 def _is_just_gains(rule: nn.Module) -> bool:
-    return isinstance(rule, PostNorm) and type(rule).enter is Rule.enter
+    return (
+        isinstance(rule, PostNorm)
+        and type(rule).enter is Rule.enter
+        and type(rule).merge is PostNorm.merge
+    )
 
 
 def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody hooked onto the module, or gave this one a `forward` of its own."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

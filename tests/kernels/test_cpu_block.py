@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mvsplit.models import Block, DiT, DiTConfig
-from mvsplit.residuals import RuleConfig
+from mvsplit.models import Attention, Block, DiT, DiTConfig
+from mvsplit.residuals import MVSplit, RuleConfig
 
 RULES = ["plain", "mvsplit", "layerscale", "rezero", "deepnorm", "hard-center"]
 
@@ -84,6 +84,60 @@ def test_parts_run_where_the_node_cannot(monkeypatch):
         block.ffn.w2 = torch.nn.Sequential(block.ffn.w2)
     outputs_and_gradients(replaced)
     assert not calls
+
+
+class Doubled(Attention):
+    def forward(self, *inputs):
+        return 2 * super().forward(*inputs)
+
+
+class DoubledMerge(MVSplit):
+    def merge(self, x, f, segments):
+        return super().merge(x, 2 * f, segments)
+
+
+def double_the_writer(block):
+    block.attention.proj.weight.data *= 2
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda block: setattr(block.attention, "__class__", Doubled),
+        lambda block: setattr(block.rule_attention, "__class__", DoubledMerge),
+        lambda block: setattr(
+            block.attention,
+            "forward",
+            lambda *inputs: 2 * Attention.forward(block.attention, *inputs),
+        ),
+    ],
+    ids=["another attention", "another merge", "a forward of its own"],
+)
+def test_a_part_that_computes_something_else_is_not_passed_over(replace):
+    """Each doubles the output of attention, as twice the weights of the writer would."""
+    torch.manual_seed(5)
+    replaced, wanted = make_model(), make_model()
+    wanted.load_state_dict(replaced.state_dict())
+    for block, other in zip(replaced.blocks, wanted.blocks, strict=True):
+        replace(block)
+        double_the_writer(other)
+    torch.testing.assert_close(replaced(*inputs()), wanted(*inputs()), rtol=1e-10, atol=1e-12)
+
+
+def test_a_part_without_our_matrices_runs():
+    model = make_model()
+    for block in model.blocks:
+        block.attention = torch.nn.Identity()
+        block.attention.forward = lambda x, *_: torch.zeros_like(x)
+    assert model(*inputs()).isfinite().all()
+
+
+def test_a_hook_on_all_modules_sees_the_parts():
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    make_model()(*inputs())
+    hook.remove()
+    assert seen.count(Attention) == 3
 
 
 def test_frozen_weights_and_no_grad():
