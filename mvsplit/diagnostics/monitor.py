@@ -24,13 +24,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from mvsplit.diagnostics.detector import Detector, Thresholds
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, LayerProbe
+from mvsplit.diagnostics.ranks import (
+    arrays_over_ranks,
+    is_first_rank,
+    joined_norm,
+    mean_over_ranks,
+)
+from mvsplit.diagnostics.shards import GradientPart, norms, part_of
 from mvsplit.diagnostics.structure import TapNames, find_taps
-from mvsplit.diagnostics.taps import LayerTap, deepest_quarter, family_gradients, norms, read
+from mvsplit.diagnostics.taps import LayerTap, deepest_quarter, family_gradients
 from mvsplit.errors import UserError, nearest
 
 Policy = Literal["record", "stop", "skip"]
@@ -102,9 +109,8 @@ class Report:
 class Monitor:
     """Watches the training of a transformer; it changes no bit of it.
 
-    Where torch.distributed is initialised, every rank has to call it: the loss is averaged over the
-    ranks, sharded gradients are measured whole, and so all ranks see the same numbers and say the
-    same.
+    Where torch.distributed is initialised, every rank has to call it: sharded gradients are
+    measured whole, all numbers are averaged over the ranks, and so all ranks say the same.
 
     Args:
         model: its blocks, writers, queries and keys are found by structure.
@@ -179,7 +185,8 @@ class Monitor:
         events = self.detector.update({"step": self.steps, **numbers})
         self._log("metrics", {"step": self.steps, **numbers})
         if self._probe is not None:
-            arrays = {"step": self.steps, **self._probe.arrays()}
+            device = next(self._model.parameters()).device
+            arrays = {"step": self.steps, **arrays_over_ranks(self._probe.arrays(), device)}
             self._probe = None
             events += self.detector.update(arrays)
             self._log("layers", arrays)
@@ -204,24 +211,24 @@ class Monitor:
 
     def _read(self, loss: Tensor | float, scale: float) -> dict[str, float]:
         """The numbers of the step, with one wait for the device."""
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         families = self._families()
         if not families:
             raise UserError(
                 "no watched weight has a gradient; call step() after backward() and before "
                 "zero_grad()"
             )
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
         device = gradients[0].device
-        scalars = {
-            "loss": _mean_over_ranks(torch.as_tensor(loss, dtype=torch.float32, device=device)),
-            "grad_norm": _norm(gradients) / scale,
-            **{name: _norm(family) / scale for name, family in families.items()},
-        }
-        return dict(zip(scalars, read(scalars.values()), strict=True))
+        groups = {"grad_norm": [part_of(gradient) for gradient in gradients], **families}
+        each = iter(norms([part for parts in groups.values() for part in parts]))
+        joined = [joined_norm([next(each) for _ in parts], device) for parts in groups.values()]
+        loss = torch.as_tensor(loss, dtype=torch.float32, device=device)
+        values = torch.stack([loss, *(norm.float() / scale for norm in joined)])
+        return dict(zip(("loss", *groups), mean_over_ranks(values).tolist(), strict=True))
 
-    def _families(self) -> dict[str, list[Tensor]]:
+    def _families(self) -> dict[str, list[GradientPart]]:
         """The gradients of the deepest quarter by family; frozen weights have none."""
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[GradientPart]] = {}
         for tap in deepest_quarter(self.taps):
             for name, gradient in family_gradients(tap).items():
                 if gradient is not None:
@@ -229,7 +236,7 @@ class Monitor:
         return found
 
     def _log(self, name: str, line: dict[str, Any]) -> None:
-        if self._logs is not None and _is_first_rank():
+        if self._logs is not None and is_first_rank():
             self._logs.append(name, line)
 
 
@@ -248,27 +255,6 @@ class _Logs:
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of all of them together, a scalar; of sharded ones the norm of the whole."""
-    each = norms(gradients)
-    # A sharded gradient's norm is a DTensor; `full_tensor` adds up what the ranks hold of it.
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in each]
-    return torch.linalg.vector_norm(torch.stack([n.to(whole[0].device) for n in whole]))
-
-
-def _mean_over_ranks(loss: Tensor) -> Tensor:
-    loss = loss.detach().clone()
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(loss)
-        loss /= distributed.get_world_size()
-    return loss
-
-
-def _is_first_rank() -> bool:
-    started = distributed.is_available() and distributed.is_initialized()
-    return not started or distributed.get_rank() == 0
 
 
 def _missing(taps: Sequence[LayerTap]) -> tuple[str, ...]:

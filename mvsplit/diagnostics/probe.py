@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from mvsplit.diagnostics import metrics
-from mvsplit.diagnostics.taps import FAMILIES, BranchTap, LayerTap, family_gradients, norms, read
+from mvsplit.diagnostics.shards import norms
+from mvsplit.diagnostics.taps import FAMILIES, BranchTap, LayerTap, family_gradients, read
 from mvsplit.errors import UserError, nearest
 from mvsplit.kernels import Segments
 

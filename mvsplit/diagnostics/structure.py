@@ -49,6 +49,7 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     Raises:
         UserError: no blocks were found, or a given name does not exist.
     """
+    model = _unwrapped(model)
     if isinstance(model, DiT) and names is None:
         return taps_for_dit(model)
     names = names or TapNames()
@@ -58,7 +59,19 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
             f"no transformer blocks were found in {type(model).__name__}; name their list, for "
             f"example TapNames(blocks='transformer.layers')"
         )
-    return [_tap(layer, block, names) for layer, block in enumerate(blocks)]
+    return [_tap(layer, _unwrapped(block), names) for layer, block in enumerate(blocks)]
+
+
+# Where DistributedDataParallel, torch.compile and PyTorch's checkpoint wrapper keep what they wrap.
+_WRAPPED = ("module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that hold nothing else."""
+    children = dict(module.named_children())
+    if len(children) == 1 and (name := next(iter(children))) in _WRAPPED:
+        return _unwrapped(children[name])
+    return module
 
 
 def _named_blocks(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -124,8 +137,7 @@ def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
 
 
 def _rows(projection: nn.Module, start: int = 0, stop: int | None = None) -> ParameterRows:
-    weight = projection.get_parameter("weight")
-    return ParameterRows(parameter=weight, start=start, stop=stop)
+    return ParameterRows(projection=projection, start=start, stop=stop)
 
 
 def _find_queries(

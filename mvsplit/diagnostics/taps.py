@@ -13,6 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mvsplit.diagnostics.shards import GradientPart, norms, part_of
 from mvsplit.errors import UserError
 from mvsplit.models import Block, DiT
 from mvsplit.residuals import Rule
@@ -22,16 +23,18 @@ BranchName = Literal["attn", "ffn"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterRows:
-    """Rows of a weight matrix: all of it, or the part of a packed projection that is Q or K."""
+    """Rows of the weight of a linear map: all of it, or the part of a packed one that is Q or K.
 
-    parameter: Tensor
+    It names the map, for sharding puts another tensor in the place of its weight.
+    """
+
+    projection: nn.Module
     start: int = 0
     stop: int | None = None
 
-    def gradient(self) -> Tensor | None:
-        """The rows of the parameter's gradient, a view; None before a backward pass."""
-        grad = self.parameter.grad
-        return None if grad is None else grad[self.start : self.stop]
+    def gradient(self) -> GradientPart | None:
+        """What this rank holds of the gradient's rows, a view; None before a backward pass."""
+        return _gradient(self.projection, self.start, self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,10 @@ class BranchTap:
     writer: nn.Module
     trunk_at: nn.Module | None
 
-    def gradient(self) -> Tensor | None:
-        """The gradient of the writer's weight; None before a backward pass."""
-        return cast(Tensor, self.writer.weight).grad
+    def gradient(self) -> GradientPart | None:
+        """What this rank holds of the gradient of the writer's weight; None before a backward
+        pass."""
+        return _gradient(self.writer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,11 @@ class LayerTap:
     key: ParameterRows | None = None
 
 
+def _gradient(linear: nn.Module, start: int = 0, stop: int | None = None) -> GradientPart | None:
+    gradient = cast(Tensor, linear.weight).grad
+    return None if gradient is None else part_of(gradient, start, stop)
+
+
 def taps_for_dit(model: DiT) -> list[LayerTap]:
     """The taps of every block of our DiT, in order of depth."""
     config = model.config
@@ -73,7 +82,7 @@ def taps_for_dit(model: DiT) -> list[LayerTap]:
     keys = queries + config.groups * config.head_width
     taps = []
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
-        packed = block.attention.qkv.weight
+        packed = block.attention.qkv
         # A rule that normalises on entry hides the trunk from the FFN module.
         post_norm = type(block.rule_ffn).enter is Rule.enter
         ffn = BranchTap(name="ffn", writer=block.ffn.w2, trunk_at=block.ffn if post_norm else None)
@@ -83,8 +92,8 @@ def taps_for_dit(model: DiT) -> list[LayerTap]:
                 layer=layer,
                 block=block,
                 branches=(attention, ffn),
-                query=ParameterRows(parameter=packed, stop=queries),
-                key=ParameterRows(parameter=packed, start=queries, stop=keys),
+                query=ParameterRows(projection=packed, stop=queries),
+                key=ParameterRows(projection=packed, start=queries, stop=keys),
             )
         )
     return taps
@@ -93,7 +102,7 @@ def taps_for_dit(model: DiT) -> list[LayerTap]:
 FAMILIES = ("grad_writer_attn", "grad_writer_ffn", "grad_query", "grad_key")
 
 
-def family_gradients(tap: LayerTap) -> dict[str, Tensor | None]:
+def family_gradients(tap: LayerTap) -> dict[str, GradientPart | None]:
     """The gradients of W_O, W_2, W_Q and W_K of one layer, by the name of their field; families
     that the layer does not have are left out, and None means that no backward pass reached it."""
     gradients = {f"grad_writer_{b.name}": b.gradient() for b in tap.branches}
@@ -101,12 +110,6 @@ def family_gradients(tap: LayerTap) -> dict[str, Tensor | None]:
         if rows is not None:
             gradients[name] = rows.gradient()
     return gradients
-
-
-def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """The L2 norm of each tensor, half precision in fp32, by few kernels and without waiting."""
-    half = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
-    return torch._foreach_norm(tensors, 2, torch.float32 if half else None) if tensors else ()
 
 
 def deepest_quarter(taps: Sequence[LayerTap]) -> Sequence[LayerTap]:
@@ -117,12 +120,15 @@ def deepest_quarter(taps: Sequence[LayerTap]) -> Sequence[LayerTap]:
 def gradient_norm_tensors(taps: Sequence[LayerTap]) -> dict[str, Tensor]:
     """`gradient_norms` as scalars on the device, for a loop that reads them with its own numbers.
 
+    They are those of the whole gradients where these are spread over ranks, which then all have to
+    call this, and the same on every rank.
+
     Raises:
         UserError: there is no tap, or a watched weight has no gradient.
     """
     if not taps:
         raise UserError("taps=[]: there is no layer to watch; pass the taps of at least one layer")
-    collected: dict[str, list[Tensor]] = {}
+    collected: dict[str, list[GradientPart]] = {}
     for tap in deepest_quarter(taps):
         for name, gradient in family_gradients(tap).items():
             if gradient is None:

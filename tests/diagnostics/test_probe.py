@@ -490,7 +490,7 @@ def test_forward_fields_need_no_backward_pass() -> None:
 
 
 def test_parameter_rows_without_bounds_are_the_whole_gradient() -> None:
-    weight = nn.Parameter(torch.ones(3, 2))
-    assert ParameterRows(parameter=weight).gradient() is None
-    weight.sum().backward()
-    assert torch.equal(ParameterRows(parameter=weight).gradient(), torch.ones(3, 2))
+    linear = nn.Linear(2, 3)
+    assert ParameterRows(projection=linear).gradient() is None
+    linear.weight.sum().backward()
+    assert torch.equal(ParameterRows(projection=linear).gradient().local, torch.ones(3, 2))

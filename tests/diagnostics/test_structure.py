@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mvsplit.diagnostics import metrics
 from mvsplit.diagnostics.probe import LayerProbe
@@ -179,7 +180,7 @@ def test_finds_writers_and_queries(build: Callable[[], Built]) -> None:
         found = {branch.name: branch.writer for branch in tap.branches}
         assert found["attn"] is block.get_submodule(writer_attn)
         assert found["ffn"] is block.get_submodule(writer_ffn)
-        assert tap.query.parameter is block.get_submodule(query).weight
+        assert tap.query.projection is block.get_submodule(query)
     assert [tap.layer for tap in taps] == list(range(len(taps)))
 
 
@@ -205,8 +206,8 @@ def test_the_probe_measures_what_the_library_computed(build: Callable[[], Built]
             mean = metrics.mean_gradient_norm(y, output.grad).item()
             assert mean > 0
             assert arrays[f"g_mean_{branch.name}"][n] == pytest.approx(mean, rel=1e-4)
-        assert arrays["grad_query"][n] == pytest.approx(tap.query.gradient().norm().item())
-        assert arrays["grad_key"][n] == pytest.approx(tap.key.gradient().norm().item())
+        assert arrays["grad_query"][n] == pytest.approx(tap.query.gradient().local.norm().item())
+        assert arrays["grad_key"][n] == pytest.approx(tap.key.gradient().local.norm().item())
         assert -1 <= arrays["tcs"][n] <= 1
     spans_trunk = EXPECTED[build][-1]
     assert all((name in arrays) == spans_trunk for name in ATTENTIONS)
@@ -232,9 +233,20 @@ def test_our_own_model_is_found_by_structure_too(kv_heads: int) -> None:
     by_structure = find_taps(model, TapNames(blocks="blocks"))
     for found, known in zip(by_structure, taps_for_dit(model), strict=True):
         assert [b.writer for b in found.branches] == [b.writer for b in known.branches]
-        assert found.query.parameter is known.query.parameter
+        assert found.query.projection is known.query.projection
         rows = ((t.query.start, t.query.stop, t.key.start, t.key.stop) for t in (found, known))
         assert len(set(rows)) == 1
+
+
+def test_wrappers_are_looked_through() -> None:
+    config = DiTConfig(depth=2, width=8, heads=2, ffn_width=6, channels=2, text_width=4)
+    model = DiT(config)
+    known = taps_for_dit(model)
+    assert find_taps(torch.compile(model)) == known
+    model.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in model.blocks)
+    for found, tap in zip(find_taps(model, TapNames(blocks="blocks")), known, strict=True):
+        assert (found.block, found.query, found.key) == (tap.block, tap.query, tap.key)
+        assert [b.writer for b in found.branches] == [b.writer for b in tap.branches]
 
 
 class Odd(nn.Module):
@@ -255,7 +267,7 @@ def test_explicit_names_override() -> None:
     )
     for tap, block in zip(find_taps(model, names), model["tower"], strict=True):
         assert [b.writer for b in tap.branches] == [block.joins, block.thinks]
-        assert tap.query.parameter is block.looks.weight
-        assert tap.key.parameter is block.seeks.weight
+        assert tap.query.projection is block.looks
+        assert tap.key.projection is block.seeks
     with pytest.raises(UserError, match="Odd has no module 'join'; did you mean joins"):
         find_taps(model, TapNames(blocks="tower", writer_attn="join"))
