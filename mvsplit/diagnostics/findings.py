@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,9 @@ class LayerHistory:
             )
         if self.collapsed(settling):
             yield self._alarm(signals)
-        elif self._is_near(signals) and self._has_past and self._worsened(signals):
+        elif self._is_near(signals) and self._worsened(signals):
             yield self._warning(signals)
-        if not settling:
-            self._remember(signals)
+        self._remember(signals)
 
     def collapsed(self, settling: bool) -> bool:
         """Whether the latest look shows the tokens alike and the mean mode in command."""
@@ -100,15 +100,14 @@ class LayerHistory:
         return len(self._distance) >= 2
 
     def _worsened(self, s: LayerSignals) -> bool:
-        """A trained network may have similar tokens by nature; what counts is the change. Without
-        a calm past there is nothing to compare with."""
+        """Whether it got worse since it was calm: a network may have similar tokens by nature."""
         if not self._has_past or s.similarity is None:
-            return True
+            return False
         closer = self._distance.median / max(1 - s.similarity, 1e-9)
         return closer > self.t.worse or self._ratio.times(s.mode_ratio or 0.0) > self.t.worse
 
     def _remember(self, s: LayerSignals) -> None:
-        if self._has_past and self._is_near(s) and self._worsened(s):
+        if self._is_near(s) and self._worsened(s):
             return  # what is not calm is no standard of calm
         if s.similarity is not None:
             self._distance.add(1 - s.similarity)
@@ -166,7 +165,8 @@ class StepHistory:
         self._best, self._noise = _MANY, 0.0
         self._early: float | None = None  # the loss once settled, for what does not move
         self._elevated = 0
-        self._worst_spike = 1.0
+        # The spikes before a rise of the loss and at its beginning, not those of its noise.
+        self._spikes: deque[float] = deque([1.0], maxlen=_MEDIUM + self.t.bare_lines)
         self._lr: float | None = None
         self._jump, self._jump_line = 1.0, -_FRESH
         self._dead = 0
@@ -242,8 +242,8 @@ class StepHistory:
         )
         rise, sigmas = self._loss_rise(s)
         self.stirred |= grad > self.t.spike_grad / 2 or sigmas > self.t.spike_sigmas / 2
-        if self._elevated < self.t.bare_lines:  # the spike that began it, not one of its noise
-            self._worst_spike = max(self._worst_spike, grad)
+        if self._elevated < self.t.bare_lines:
+            self._spikes.append(grad)
         in_loss = rise > self.t.spike_loss and sigmas > self.t.spike_sigmas
         if grad <= self.t.spike_grad and not in_loss:
             return
@@ -297,8 +297,6 @@ class StepHistory:
         now = self._recent.median
         high = now > self.t.elevated * self._best and now - self._best > 4 * self._noise
         self._elevated = self._elevated + 1 if high else 0
-        if not high:
-            self._worst_spike = 1.0
         stays = self._elevated >= self.t.elevated_lines and now > 0.97 * self._loss.median
         if stays or self._back_at_start(layers, now):
             yield self._risen(s, layers, now)
@@ -317,14 +315,14 @@ class StepHistory:
         return still and now > self.t.back_to_start * self.first_loss
 
     def _risen(self, s: StepSignals, layers: LayerHistory, now: float) -> Event:
-        found = {"loss": now, "loss_best": self._best, "grad_rise": self._worst_spike}
+        found = {"loss": now, "loss_best": self._best, "grad_rise": max(self._spikes)}
         found |= layers.evidence()
         verdict: Verdict = "divergence"
         if layers.collapsed(settling=False) or self._back_at_start(layers, now):
             verdict = "mean-mode"
             why = (
                 f"it is back at about its first value after the gradient rose "
-                f"{self._worst_spike:.3g} times, as in a mean-mode collapse"
+                f"{max(self._spikes):.3g} times, as in a mean-mode collapse"
             )
         elif self._is_bare(layers):
             why = "the log holds too little to say whether it is a mean-mode collapse"
@@ -347,7 +345,7 @@ class StepHistory:
         if self.first_loss is None or self._elevated < self.t.bare_lines:
             return False
         back = now > self.t.back_to_start * self.first_loss
-        return self._is_bare(layers) and back and self._worst_spike > self.t.bare_spike
+        return self._is_bare(layers) and back and max(self._spikes) > self.t.bare_spike
 
     # What is usual
 
