@@ -1,0 +1,170 @@
+"""The monitor in a loop of one's own: what it reads, when it looks, what its policies do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mvsplit.diagnostics.monitor import Cadence, Monitor, Schedule, Stopped
+from mvsplit.errors import UserError
+
+
+class Block(nn.Module):
+    """A small pre-norm block with the names that Llama has."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.attention = nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self.attention, name, nn.Linear(width, width, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        a = self.attention
+        y = nn.functional.scaled_dot_product_attention(
+            *(p(x) for p in (a.q_proj, a.k_proj, a.v_proj))
+        )
+        x = x + a.o_proj(y)
+        return x + self.mlp(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(4)))
+
+
+@pytest.fixture
+def holder(model):
+    outer = nn.Module()
+    outer.blocks = model
+    outer.forward = model.forward
+    return outer
+
+
+def train(holder, monitor, steps, *, lr=1e-2, spoil=None):
+    """The five lines of the module's docstring."""
+    optimizer = torch.optim.SGD(holder.parameters(), lr=lr)
+    reports = []
+    for step in range(1, steps + 1):
+        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(step))
+        with monitor.look():
+            loss = holder.forward(x).square().mean()
+            if step == spoil:
+                loss = loss * math.nan
+            loss.backward()
+        reports.append(monitor.step(loss, lr=lr))
+        if reports[-1].apply:
+            optimizer.step()
+        optimizer.zero_grad()
+    return reports
+
+
+def test_it_reads_the_norms_of_the_deepest_quarter(holder, model):
+    monitor = Monitor(holder)
+    loss = holder.forward(torch.randn(3, 5, 8)).square().mean()
+    loss.backward()
+    numbers = monitor.step(loss).numbers
+    last = model[3]
+    expected = {
+        "loss": loss.double(),
+        "grad_norm": torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm(),
+        "grad_writer_attn": last.attention.o_proj.weight.grad.double().norm(),
+        "grad_writer_ffn": last.mlp[2].weight.grad.double().norm(),
+        "grad_query": last.attention.q_proj.weight.grad.double().norm(),
+        "grad_key": last.attention.k_proj.weight.grad.double().norm(),
+    }
+    assert numbers == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-5)
+
+
+def test_a_scaled_loss_gives_the_same_norms(holder):
+    found = []
+    for scale in (1.0, 1024.0):
+        holder.zero_grad()
+        loss = holder.forward(torch.ones(3, 5, 8)).square().mean()
+        (loss * scale).backward()
+        found.append(Monitor(holder).step(loss, scale=scale).numbers)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_watching_changes_no_bit_of_the_training(holder):
+    other = copy.deepcopy(holder)
+    other.forward = other.blocks.forward
+    train(holder, Monitor(holder, cadence=Cadence(calm=2, start=1)), 6)
+    train(other, Monitor(other, cadence=Cadence(calm=1000, start=1000)), 6)
+    for a, b in zip(holder.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_looks_are_rare_in_calm_and_at_once_when_something_stirs():
+    schedule = Schedule(Cadence(calm=40, start=5, burst=3))
+    calm = [step for step in range(1, 201) if schedule.due(stirred=False)]
+    assert calm == [5, 15, 35, 75, 115, 155, 195]
+    assert [schedule.due(stirred=True) for _ in range(3)] == [True] * 3
+    assert not schedule.due(stirred=True)  # the burst is spent
+    assert [step for step in range(2, 20) if schedule.due(stirred=False)] == [5, 15]
+
+
+def test_a_run_folder_holds_metrics_layers_and_events(holder, tmp_path):
+    with pytest.raises(Stopped, match="step 7: Not finite: loss"):
+        train(
+            holder,
+            Monitor(holder, run_dir=tmp_path / "run", policy="stop", cadence=Cadence(start=2)),
+            9,
+            spoil=7,
+        )
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").open()]
+        for name in ("metrics", "layers", "events")
+    }
+    assert [line["step"] for line in lines["metrics"]] == list(range(1, 8))
+    assert [line["step"] for line in lines["layers"]] == [2, 6]
+    assert len(lines["layers"][0]["tcs"]) == 4
+    assert {line["verdict"] for line in lines["events"]} == {"non-finite"}
+
+
+def test_skip_leaves_out_the_update_of_the_alarm_and_no_other(holder):
+    told = []
+    reports = train(holder, Monitor(holder, policy="skip", receive=told.append), 6, spoil=4)
+    assert [report.apply for report in reports] == [True, True, True, False, True, True]
+    assert [event.step for event in told] == [4]
+    assert all(torch.isfinite(p).all() for p in holder.parameters())
+
+
+def test_record_goes_on(holder):
+    reports = train(holder, Monitor(holder), 4, spoil=4)
+    assert reports[-1].apply
+    assert [event.verdict for event in reports[-1].events] == ["non-finite"]
+
+
+def test_errors_name_the_remedy(holder):
+    with pytest.raises(UserError, match="after backward"):
+        Monitor(holder).step(1.0)
+    with pytest.raises(UserError, match="did you mean skip"):
+        Monitor(holder, policy="skipp")
+    with pytest.raises(UserError, match=r"cadence\.calm=0"):
+        Cadence(calm=0)
+
+
+def test_a_model_without_attention_says_what_it_will_not_measure():
+    from mvsplit.diagnostics.structure import TapNames
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+    outer = nn.Module()
+    outer.layers = nn.ModuleList(Mixer() for _ in range(2))
+    monitor = Monitor(outer, names=TapNames(blocks="layers", writer_ffn="mix"))
+    assert [words.split(":")[0] for words in monitor.missing] == [
+        "no queries and keys",
+        "no attention writer",
+    ]
