@@ -1,12 +1,12 @@
 """The resumable loader: the batch at position p is a pure function of (seed, p).
 
 Nothing is drawn from a generator, so there is nothing to save but p, and a run that was resumed, or
-cut into other batches, sees the same samples with the same captions dropped.
+cut into other batches, sees the same samples with the same captions dropped. Where samples have
+several shapes a batch has one of them, so the order depends on the batch size, which then is fixed.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from mvsplit.data.counter import random_bits, stream_key, uniforms
-from mvsplit.data.types import Batch, Dataset, Embedder
+from mvsplit.data.order import BucketOrder, epoch_order
+from mvsplit.data.prefetch import Prefetch
+from mvsplit.data.types import Batch, BucketedDataset, Dataset, Embedder, Examples
 from mvsplit.errors import UserError
 
 
@@ -31,6 +33,7 @@ class Loader:
         seed: decides the orders and the dropped captions.
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         position: samples consumed so far.
+        prefetch: batches that a thread makes ahead of time; 0 makes each when it is asked for.
 
     Raises UserError for values that are not possible.
     """
@@ -44,6 +47,7 @@ class Loader:
         seed: int,
         caption_dropout: float = 0.0,
         position: int = 0,
+        prefetch: int = 0,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} holds no sample; use at least 1")
@@ -57,18 +61,29 @@ class Loader:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.position = position
+        buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else []
+        self._order = BucketOrder(buckets, batch_size, seed) if len(buckets) > 1 else None
+        self._prefetch = Prefetch(self.batch_at, batch_size, prefetch) if prefetch else None
 
     def next_batch(self) -> Batch:
         """The batch at `position`, which then moves past it."""
-        batch = self.batch_at(self.position)
+        make = self._prefetch.take if self._prefetch else self.batch_at
+        batch = make(self.position)
         self.position += self.batch_size
         return batch
 
-    def batch_at(self, position: int) -> Batch:
-        """The batch whose first sample is number `position`; changes nothing."""
-        positions = np.arange(position, position + self.batch_size, dtype=np.uint64)
-        indices = self._indices(positions)
-        examples = self.dataset.fetch(indices.tolist())
+    def batch_at(self, position: int, rows: slice = slice(None)) -> Batch:
+        """The batch whose first sample is number `position`; changes nothing.
+
+        Args:
+            position: in a data set of several shapes a multiple of the batch size.
+            rows: the samples of the batch that are wanted, a process's share for example.
+
+        Raises ValueError for a position inside a batch of one shape.
+        """
+        positions = np.arange(position, position + self.batch_size, dtype=np.uint64)[rows]
+        indices = self._batch_indices(position)[rows]
+        examples = self._fetch(indices, positions)
         text, valid = self.embedder.encode(self._keep_captions(positions, examples.captions))
         return Batch(
             latents=examples.latents,
@@ -87,29 +102,49 @@ class Loader:
         Raises UserError if another data set, seed or dropout would make other batches follow.
         """
         for field, value in self._fixed().items():
-            if state[field] != value:
+            if state.get(field) != value:
                 raise UserError(
-                    f"{field}: the loader has {value}, the saved run has {state[field]}; "
+                    f"{field}: the loader has {value}, the saved run has {state.get(field)}; "
                     "resume with the saved value or start a new run"
                 )
         self.position = state["position"]
 
     def _fixed(self) -> dict[str, Any]:
-        return {
+        fixed = {
             "seed": self.seed,
             "caption_dropout": self.caption_dropout,
             "dataset_size": self.dataset.size,
         }
+        if isinstance(self.dataset, BucketedDataset):
+            fixed |= self.dataset.identity
+        return fixed | ({"batch_size": self.batch_size} if self._order else {})
 
-    def _indices(self, positions: NDArray[np.uint64]) -> NDArray[np.int64]:
+    def _fetch(self, indices: NDArray[np.int64], positions: NDArray[np.uint64]) -> Examples:
+        if not isinstance(self.dataset, BucketedDataset):
+            return self.dataset.fetch(indices.tolist())
+        return self.dataset.fetch(
+            indices.tolist(), random_bits(stream_key("views", self.seed), positions)
+        )
+
+    def _batch_indices(self, position: int) -> NDArray[np.int64]:
+        """[B]: the samples of the batch at `position`."""
+        if self._order is None:
+            return self._indices(position)
+        number, inside = divmod(position, self.batch_size)
+        if inside:
+            raise ValueError(f"position {position} is no multiple of {self.batch_size}")
+        return self._order.indices(number)
+
+    def _indices(self, position: int) -> NDArray[np.int64]:
+        positions = np.arange(position, position + self.batch_size)
         size = self.dataset.size
         if size is None:
-            return positions.astype(np.int64)
-        epochs, places = np.divmod(positions.astype(np.int64), size)
+            return positions
+        epochs, places = np.divmod(positions, size)
         indices = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
-            indices[here] = _epoch_order(self.seed, epoch, size)[places[here]]
+            indices[here] = epoch_order(self.seed, epoch, size)[places[here]]
         return indices
 
     def _keep_captions(self, positions: NDArray[np.uint64], captions: list[str]) -> list[str]:
@@ -118,10 +153,3 @@ class Loader:
             "" if drop else caption
             for drop, caption in zip(dropped.tolist(), captions, strict=True)
         ]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    """[size]: the samples in the order in which epoch `epoch` visits them."""
-    keys = random_bits(stream_key("order", seed, epoch), np.arange(size, dtype=np.uint64))
-    return np.argsort(keys, kind="stable")

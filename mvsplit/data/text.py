@@ -60,7 +60,7 @@ class WordEmbedder:
         self.width, self.seed, self.max_tokens = width, seed, max_tokens
         self._check()
         position_width = 0 if max_tokens == 1 else 2 * max(1, width // 8)
-        words = _word_signs((_NULL, *self.vocabulary), width - position_width, seed)
+        words = word_signs((_NULL, *self.vocabulary), width - position_width, seed)
         if len(torch.unique(words, dim=0)) < len(words):
             raise UserError(
                 f"text width: {width} is too small to tell {len(self.vocabulary)} words apart; "
@@ -68,7 +68,7 @@ class WordEmbedder:
             )
         # The last row, which index -1 names, is the padding.
         self._words = torch.cat([words, words.new_zeros(1, words.shape[1])])
-        self._positions = _positions(max_tokens, position_width)  # [max_tokens, position width]
+        self._positions = position_table(max_tokens, position_width)  # [max_tokens, position width]
         self._index = {word: row for row, word in enumerate((_NULL, *self.vocabulary))}
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class WordEmbedder:
             raise UserError(f"text width: {self.width} is too small; use at least 4")
 
 
-def _word_signs(words: Sequence[str], width: int, seed: int) -> Tensor:
+def word_signs(words: Sequence[str], width: int, seed: int) -> Tensor:
     """[words, width] of ±1."""
     rows = []
     for word in words:
@@ -147,7 +147,7 @@ def _word_signs(words: Sequence[str], width: int, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32) * 2 - 1)
 
 
-def _positions(length: int, width: int) -> Tensor:
+def position_table(length: int, width: int) -> Tensor:
     """[length, width], width even: √2·(sin ωp, cos ωp) for angular frequencies ω in 1 … 1/length.
 
     Every pair has an RMS of one.

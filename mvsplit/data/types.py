@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -48,6 +50,22 @@ class Dataset(Protocol):
         """Number of samples; None: unlimited, every index ≥ 0 is a sample."""
 
     def fetch(self, indices: Sequence[int]) -> Examples: ...
+
+
+@runtime_checkable
+class BucketedDataset(Protocol):
+    """A finite `Dataset` whose samples have several shapes, captions or mirror images."""
+
+    @property
+    def buckets(self) -> list[NDArray[np.int64]]:
+        """The samples of each shape; a batch is of one of them."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run must find unchanged when it goes on, by name."""
+
+    def fetch(self, indices: Sequence[int], draws: NDArray[np.uint64] | None = None) -> Examples:
+        """As that of `Dataset`; 64 random bits for each sample choose among its variants."""
 
 
 class WordDataset(Dataset, Protocol):

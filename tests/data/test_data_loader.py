@@ -11,7 +11,7 @@ import torch
 
 from mvsplit.data import Digits, Examples, Loader, Shapes, WordEmbedder
 from mvsplit.data.counter import random_bits
-from mvsplit.data.loader import _epoch_order
+from mvsplit.data.order import epoch_order
 from mvsplit.errors import UserError
 
 EMBEDDER = WordEmbedder(("even", "odd", "number"), 32, max_tokens=2)
@@ -68,7 +68,7 @@ def test_every_epoch_visits_every_sample_once(batch_size):
 
 
 def test_orders_are_uniform():
-    counts = Counter(tuple(_epoch_order(5, epoch, 3)) for epoch in range(6000))
+    counts = Counter(tuple(epoch_order(5, epoch, 3)) for epoch in range(6000))
     assert len(counts) == 6
     assert max(abs(count - 1000) for count in counts.values()) < 130  # 4.5 standard deviations
 
