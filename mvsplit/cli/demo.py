@@ -33,7 +33,9 @@ from mvsplit.presets import get_preset
 from mvsplit.sampling import make_grid, save_png, to_pictures
 
 TWINS = ("plain", "mvsplit")
-_DRAWING = 40.0  # seconds kept for drawing, picture and report
+# What is kept for after training: starting processes, the report; and drawing, in training steps.
+_AFTERWARDS = 15.0  # seconds
+_DRAWING = 40  # steps
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
@@ -72,10 +74,9 @@ def run(args: Arguments) -> None:
     folders = [args.runs / name for name in TWINS]
     trainers = [Trainer(name, args) for name in TWINS]
     try:
-        _follow(trainers, console, deadline=began + 60 * args.minutes - _DRAWING)
+        _follow(trainers, console, end=began + 60 * args.minutes)
     finally:
-        for trainer in trainers:
-            trainer.stop()
+        _stop(trainers)
     console.print("drawing a hundred digits with each …")
     with ProcessPoolExecutor(len(folders), mp_context=get_context("spawn")) as pool:
         twins = list(pool.map(examine, folders))
@@ -109,6 +110,8 @@ class Trainer:
         self._output = self.folder.with_suffix(".log")
         with open(self._output, "w", encoding="utf-8") as output:
             self._process = _start(command, output)
+        self._began = time.monotonic()
+        self._first = (last_record(self.folder / "metrics.jsonl") or {}).get("step", 0)
         self._stopped = False
 
     @property
@@ -116,19 +119,27 @@ class Trainer:
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """Has the twin finish its step, save and leave; returns when it has."""
+        """Has the twin finish its step, save and leave."""
         if self.running:
             self._stopped = True
             self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
         self._process.wait()
 
     def check(self) -> None:
         """Raises UserError with the twin's last words if it failed."""
         status = self._process.poll()
-        if status and not (self._stopped and status == 128 + signal.SIGTERM):
+        ended = (128 + signal.SIGTERM, -signal.SIGTERM)  # the second before its first step
+        if status and not (self._stopped and status in ended):
             lines = self._output.read_text(encoding="utf-8").strip().splitlines()
             last = lines[-1] if lines else f"exit status {status}"
             raise UserError(f"the {self.name} twin stopped: {last.removeprefix('mvsplit: ')}")
+
+    def seconds_per_step(self) -> float:
+        """Mean over the run so far, the waits for the other twin's core included."""
+        done = (last_record(self.folder / "metrics.jsonl") or {}).get("step", 0) - self._first
+        return (time.monotonic() - self._began) / done if done > 0 else 0.0
 
     def row(self) -> tuple[str, ...]:
         """Name, step, loss, similarity of the deep tokens, query gradient."""
@@ -152,8 +163,15 @@ def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:
     )
 
 
-def _follow(trainers: Sequence[Trainer], console: Console, deadline: float) -> None:
-    """Shows both twins until they are done, or stops them at the deadline."""
+def _stop(trainers: Sequence[Trainer]) -> None:
+    for trainer in trainers:
+        trainer.stop()
+    for trainer in trainers:
+        trainer.wait()
+
+
+def _follow(trainers: Sequence[Trainer], console: Console, end: float) -> None:
+    """Shows both twins until they are done, or stops them in time to be drawn before `end`."""
     printed = time.monotonic()
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with live or nullcontext():
@@ -165,10 +183,11 @@ def _follow(trainers: Sequence[Trainer], console: Console, deadline: float) -> N
                 live.update(_progress(trainers), refresh=True)
             elif time.monotonic() - printed > _PLAIN_INTERVAL:
                 printed = time.monotonic()
-                console.print(" | ".join(" ".join(trainer.row()) for trainer in trainers))
-            if time.monotonic() > deadline:
-                for trainer in trainers:
-                    trainer.stop()
+                line = " | ".join(" ".join(trainer.row()) for trainer in trainers)
+                console.print(line, soft_wrap=True, highlight=False)
+            step = max(trainer.seconds_per_step() for trainer in trainers)
+            if time.monotonic() > end - _AFTERWARDS - _DRAWING * step:
+                _stop(trainers)
                 console.print("the time is used up: training stops here (--minutes gives more)")
         for trainer in trainers:
             trainer.check()
