@@ -4,7 +4,7 @@
 
 Each run is mvsplit.training's own step in a loop of its own, with the interventions of the run and
 a look into the layers every few steps; a file holds the lines of metrics.jsonl and layers.jsonl in
-the order in which they came, rounded to 4 digits, at most 32 layers of them. It runs on the CPU, 6
+the order in which they came, rounded, at most 32 layers of them. It runs on the CPU, 6
 minutes on 16 cores. Runs that are in the manifest are not recorded again.
 
 The truth about a run is a rule on its end (`truth`), which looks at no verdict of the detector.
@@ -60,6 +60,10 @@ class _OneBadBatch:
     def __init__(self, loader: Any, factor: float) -> None:
         self.loader, self.factor = loader, factor
 
+    @property
+    def position(self) -> int:
+        return self.loader.position
+
     def next_batch(self) -> Batch:
         batch = self.loader.next_batch()
         factor, self.factor = self.factor, 1.0
@@ -106,12 +110,13 @@ def lines(run: Run) -> Iterator[dict[str, Any]]:
 def thinned(arrays: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """At most `MOST_LAYERS` of the layers, evenly, the last among them."""
     stride = -(-len(arrays["layer"]) // MOST_LAYERS)
-    return {name: [rounded(v) for v in values[::-stride][::-1]] for name, values in arrays.items()}
+    kept = {name: values[::-stride][::-1] for name, values in arrays.items()}
+    return {name: [rounded(v, digits=3) for v in values] for name, values in kept.items()}
 
 
-def rounded(value: Any) -> Any:
-    """Four significant digits."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def rounded(value: Any, digits: int = 4) -> Any:
+    """So many significant digits."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def token_floor(run: Run) -> float:
@@ -177,7 +182,7 @@ def deep_similarity(tcs: Sequence[float | None]) -> float:
 def lock_in_step(records: Sequence[dict[str, Any]]) -> int | None:
     """The step from which on, to the end, Q and K receive less than `LOCKED_IN` of the writers'
     gradients (five steps at least); None where there is no such step."""
-    steps = [r for r in records if "grad_query" in r]
+    steps = [r for r in records if "loss" in r and "grad_query" in r]
     attention = (math.hypot(r["grad_query"], r["grad_key"]) for r in steps)
     writers = (math.hypot(r["grad_writer_attn"], r["grad_writer_ffn"]) for r in steps)
     open_steps = [a >= LOCKED_IN * w for a, w in zip(attention, writers, strict=True)]
@@ -190,7 +195,7 @@ def spike_step(records: Sequence[dict[str, Any]]) -> int | None:
     once ten steps have been taken; None where there is no such step."""
     for name in ("grad_writer_attn", "grad_writer_ffn"):
         past: list[float] = []
-        for record in (r for r in records if name in r):
+        for record in (r for r in records if "loss" in r and name in r):
             if len(past) >= 10 and record[name] > SPIKE * statistics.median(past[-20:]):
                 return record["step"]
             past.append(record[name])

@@ -1,5 +1,8 @@
 """The watch: metrics of a mean-mode collapse, and the probe that reads them as a model runs."""
 
+from mvsplit.diagnostics.detector import Detector, Thresholds
+from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.monitor import Cadence, Monitor
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.diagnostics.structure import TapNames, find_taps
 from mvsplit.diagnostics.taps import (
@@ -15,10 +18,15 @@ __all__ = [
     "CHEAP_FIELDS",
     "FIELDS",
     "BranchTap",
+    "Cadence",
+    "Detector",
+    "Event",
     "LayerProbe",
     "LayerTap",
+    "Monitor",
     "ParameterRows",
     "TapNames",
+    "Thresholds",
     "find_taps",
     "gradient_norm_tensors",
     "gradient_norms",

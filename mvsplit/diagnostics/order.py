@@ -6,7 +6,7 @@ from collections import deque
 from typing import Literal
 
 from mvsplit.diagnostics.logs import Record
-from mvsplit.diagnostics.signals import SCALARS
+from mvsplit.diagnostics.signals import has_scalars
 
 Place = Literal["next", "late", "back"]
 
@@ -22,7 +22,7 @@ class Order:
     def place(self, record: Record) -> Place:
         """`late` for a line whose step was left out before, `back` for the first after a rollback,
         `next` for all others, a second line of the newest step among them."""
-        kind = "layers" if SCALARS.isdisjoint(record) else "steps"
+        kind = "steps" if has_scalars(record) else "layers"
         place = self._series[kind].place(record["step"])
         if place == "back":  # which the lines of both kinds show: the first of them speaks for both
             other = self._series["steps" if kind == "layers" else "layers"]

@@ -13,8 +13,7 @@ from mvsplit.diagnostics.logs import Record, as_number
 WRITERS = ("grad_writer_attn", "grad_writer_ffn")
 QUERY_KEY = ("grad_query", "grad_key")
 LOGITS = ("attention_logit_max", "attn_logit_max", "max_attention_logit", "max_logit")
-_SCALARS = ("loss", "grad_norm", *WRITERS, *QUERY_KEY, *LOGITS)
-SCALARS = frozenset(_SCALARS)
+SCALARS = ("loss", "grad_norm", *WRITERS, *QUERY_KEY, *LOGITS)
 LAYERED = (
     "tcs",
     "rho",
@@ -48,7 +47,7 @@ class StepSignals:
         """The signals of a line, None if it has no field of this kind."""
         numbers: dict[str, float] = {}
         broken: dict[str, float] = {}
-        for name in _SCALARS:
+        for name in SCALARS:
             value = as_number(record.get(name))
             if value is not None:
                 (numbers if math.isfinite(value) else broken)[name] = value
@@ -108,6 +107,12 @@ class LayerSignals:
             logit=max((v for v in logits if math.isfinite(v)), default=None),
             broken=_first_broken(columns, layers),
         )
+
+
+def has_scalars(record: Record) -> bool:
+    """Whether a line holds a number of a step, as lines of metrics do; those of layers have lists
+    under some of the same names."""
+    return any(as_number(record.get(name)) is not None for name in SCALARS)
 
 
 def _norm(numbers: dict[str, float], names: Sequence[str]) -> float | None:
