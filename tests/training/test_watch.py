@@ -1,0 +1,69 @@
+"""The watch over a run of ours: what it is shown, when, and what it tells."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mvsplit.training import NonFiniteError, Observer, train
+from mvsplit.training.watch import Watch
+from tests.training.runs import experiment, lines
+
+
+def calm(step: int) -> Any:
+    metrics = {"loss": 1.0 + 0.01 * (step % 5), "grad_norm": 1.0 + 0.1 * (step % 3)}
+    return SimpleNamespace(step=step, metrics=metrics)
+
+
+def test_an_alarm_is_told_before_the_update_with_its_own_step():
+    told = []
+    watch = Watch(lambda name, message, **fields: told.append((name, message, fields)))
+    for step in range(1, 40):
+        watch.on_gradients(SimpleNamespace(step=step - 1), calm(step))
+    broken = SimpleNamespace(step=40, metrics={"loss": math.nan, "grad_norm": 1.0})
+    watch.on_gradients(SimpleNamespace(step=39), broken)
+    ((name, message, fields),) = told
+    assert (name, message) == ("alarm", "Not finite: loss.")
+    assert fields == {
+        "at_step": 40,
+        "level": "alarm",
+        "verdict": "non-finite",
+        "layer": None,
+        "evidence": {"loss": "NaN"},
+    }
+
+
+def test_it_asks_for_looks_while_something_stirs_but_not_for_ever():
+    watch = Watch(lambda *_, **__: None, burst=3)
+    asked = []
+    for step in range(1, 60):
+        gradients = calm(step)
+        if step >= 40:
+            gradients.metrics["grad_norm"] *= 3.0  # a stir, no spike
+        watch.on_gradients(SimpleNamespace(step=step - 1), gradients)
+        asked.append(watch.stirred)
+        if watch.stirred:
+            watch.on_probe(SimpleNamespace(step=step), {"step": step, "layer": [0], "tcs": [0.1]})
+    assert asked.count(True) == 3
+    assert asked.index(True) == 39
+
+
+def test_a_run_that_breaks_has_the_alarm_in_its_events_and_a_flight(tmp_path):
+    class Break(Observer):
+        """Puts NaN into the weights before step 4, as a broken update would."""
+
+        def on_step(self, state, metrics):
+            if state.step == 3:
+                with torch.no_grad():
+                    next(state.model.parameters()).fill_(math.nan)
+
+    with pytest.raises(NonFiniteError):
+        train(experiment(device="cpu"), tmp_path / "run", observers=[Break()])
+    events = lines(tmp_path / "run" / "events.jsonl")
+    (alarm,) = [event for event in events if event.get("level") == "alarm"]
+    assert (alarm["event"], alarm["verdict"], alarm["at_step"]) == ("alarm", "non-finite", 4)
+    assert [path.name for path in (tmp_path / "run" / "flights").iterdir()] == ["step_00000004"]
