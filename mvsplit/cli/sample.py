@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from mvsplit.errors import UserError, nearest
 from mvsplit.sampling import PictureFolder, SamplingConfig, generate, to_pictures
 from mvsplit.training import LoadedRun, load_run
-from mvsplit.training.builders import build_data, resolve_device
+from mvsplit.training.builders import build_data, build_decoder, resolve_device
 
 GRID_AT_MOST = 256  # pictures; more would not be seen anyway
 
@@ -106,7 +106,8 @@ def _draw(
     record: dict[str, Any],
 ) -> None:
     """Saves every picture as soon as its batch is done, then the grid."""
-    data = build_data(loaded.experiment.data)
+    data = build_data(replace(loaded.experiment.data, verify=False))  # only its shape is asked
+    decode = build_decoder(data, next(loaded.model.parameters()).device)
     shape = (data.channels, data.height, data.width)
     first: list[Image.Image] = []
     with _progress() as bar:
@@ -120,7 +121,7 @@ def _draw(
             on_step=lambda *, pictures: bar.advance(task, pictures),
         )
         for batch in batches:
-            made = to_pictures(batch.latents)
+            made = to_pictures(decode(batch.latents))
             for index, picture in zip(batch.indices, made, strict=True):
                 folder.add(index, picture, {**record, "index": index})
             first += made[: GRID_AT_MOST - len(first)]

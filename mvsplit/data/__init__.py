@@ -1,11 +1,16 @@
 """Data sets, the frozen word embedder, and the resumable loader."""
 
+from mvsplit.data.cache import Cache
+from mvsplit.data.cached_text import CachedText
 from mvsplit.data.captions import Claim, Statement
 from mvsplit.data.digits import Digits
+from mvsplit.data.encode import EncodeConfig, Encoders, encode
+from mvsplit.data.encoders import load_latent_encoder, load_text_encoder
 from mvsplit.data.loader import Loader
 from mvsplit.data.registry import DATASETS, build_dataset
 from mvsplit.data.scenes import TASKS, Scene, SceneObject
 from mvsplit.data.shapes import Shapes
+from mvsplit.data.sources import open_source
 from mvsplit.data.text import WordEmbedder
 from mvsplit.data.types import Batch, Dataset, Embedder, Examples, WordDataset
 
@@ -13,10 +18,14 @@ __all__ = [
     "DATASETS",
     "TASKS",
     "Batch",
+    "Cache",
+    "CachedText",
     "Claim",
     "Dataset",
     "Digits",
     "Embedder",
+    "EncodeConfig",
+    "Encoders",
     "Examples",
     "Loader",
     "Scene",
@@ -26,4 +35,8 @@ __all__ = [
     "WordDataset",
     "WordEmbedder",
     "build_dataset",
+    "encode",
+    "load_latent_encoder",
+    "load_text_encoder",
+    "open_source",
 ]

@@ -51,7 +51,9 @@ def fit(picture: Image.Image, shape: Shape) -> Image.Image:
     """The picture at `shape`: scaled until it covers it, without distortion, and its centre cut."""
     height, width = shape
     scale = max(width / picture.width, height / picture.height)
-    box_width, box_height = width / scale, height / scale  # in pixels of the picture, ≤ its own
+    # In pixels of the picture; but for rounding never more than it has.
+    box_width = min(width / scale, picture.width)
+    box_height = min(height / scale, picture.height)
     left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
     box = (left, top, left + box_width, top + box_height)
     return picture.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

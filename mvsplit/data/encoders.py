@@ -27,6 +27,9 @@ class LatentEncoder(Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Latents [B, C, h, w] of pictures [B, 3, H, W] in [-1, 1]."""
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], about in [-1, 1], of latents [B, C, h, w]."""
+
     def fingerprint(self) -> str:
         """Changes where any latent would."""
 
@@ -49,6 +52,10 @@ class Pixels:
     def encode(self, images: Tensor) -> Tensor:
         """The pictures themselves, [B, 3, H, W]."""
         return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The latents themselves, [B, 3, H, W]."""
+        return latents
 
     def fingerprint(self) -> str:
         return "pixels"
@@ -90,6 +97,39 @@ class OpenWords:
 
     def fingerprint(self) -> str:
         return f"words:{self.width}:{self.max_tokens}"
+
+
+def load_latent_encoder(name: str, device: torch.device | str = "cpu") -> LatentEncoder:
+    """`pixels`, or the FLUX.2 autoencoder in a folder or of a hub id. Raises UserError for neither.
+
+    Args:
+        name: as `mvsplit encode --vae` takes it.
+        device: where it runs.
+    """
+    if name == "pixels":
+        return Pixels()
+    from mvsplit.data.vae import Flux2Autoencoder
+
+    return Flux2Autoencoder.load(name, device=device)
+
+
+def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
+    """`words`, `words:WIDTH`, or a Qwen3 model in a folder or of a hub id.
+
+    Args:
+        name: as `mvsplit encode --text-encoder` takes it.
+        device: where it runs.
+
+    Raises UserError for a width that is no number and where there is no such model.
+    """
+    kind, _, width = name.partition(":")
+    if kind != "words":
+        from mvsplit.data.text_encoder import QwenEncoder
+
+        return QwenEncoder.load(name, device=device)
+    if width and not width.isdecimal():
+        raise UserError(f"text_encoder={name!r}: {width!r} is no width; write words:64 for example")
+    return OpenWords(int(width)) if width else OpenWords()
 
 
 def to_images(pictures: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Tensor:

@@ -6,15 +6,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from mvsplit.data.cache import Cache
 from mvsplit.data.digits import Digits
 from mvsplit.data.shapes import Shapes
-from mvsplit.data.types import WordDataset
+from mvsplit.data.types import Dataset
 from mvsplit.errors import UserError, nearest
 
-DATASETS: dict[str, Callable[..., WordDataset]] = {"digits": Digits, "shapes": Shapes}
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cache": Cache,
+    "digits": Digits,
+    "shapes": Shapes,
+}
 
 
-def build_dataset(name: str, **options: Any) -> WordDataset:
+def build_dataset(name: str, **options: Any) -> Dataset:
     """The data set `name` with its options. Raises UserError for an unknown name or option."""
     if name not in DATASETS:
         raise UserError(f"dataset: unknown name {name!r}; {nearest(name, DATASETS)}")

@@ -69,6 +69,9 @@ def open_source(place: str, **options: Any) -> Source:
     """
     path = Path(place)
     if path.is_dir() and not any(path.glob("*.parquet")) and not any(path.glob("*.tar")):
+        given = [name for name, value in options.items() if name != "split" and value]
+        if given:
+            raise UserError(f"{given[0]}: a folder of pictures has none; leave it away")
         return ImageFolder(path)
     from mvsplit.data.hub_sources import open_dataset  # here: `datasets` takes a second to import
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import cast
 
-from mvsplit.data import Loader, WordEmbedder, build_dataset
-from mvsplit.data.types import WordDataset
+import torch
+from torch import Tensor
+
+from mvsplit.data import (
+    Cache,
+    CachedText,
+    Loader,
+    WordEmbedder,
+    build_dataset,
+    load_latent_encoder,
+    load_text_encoder,
+)
+from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
@@ -74,31 +86,68 @@ def build_loader(experiment: Experiment) -> Loader:
         batch_size=train.batch_size,
         seed=train.seed,
         caption_dropout=train.caption_dropout,
+        prefetch=config.prefetch,
     )
 
 
-def build_data(config: DataConfig) -> WordDataset:
+def build_data(config: DataConfig) -> Dataset:
     """The data set. Raises UserError for a name that is unknown or options it does not have."""
-    given = {"size": config.size, "seed": config.series}
-    return build_dataset(config.dataset, **{k: v for k, v in given.items() if v is not None})
+    given = {"size": config.size, "seed": config.series, "path": config.path}
+    options = {name: value for name, value in given.items() if value is not None}
+    if config.dataset == "cache":
+        options["verify"] = config.verify
+    return build_dataset(config.dataset, **options)
 
 
-def build_embedder(config: DataConfig, dataset: WordDataset, width: int) -> WordEmbedder:
-    """The frozen word embedder of the data set's vocabulary."""
+def build_embedder(config: DataConfig, dataset: Dataset, width: int) -> WordEmbedder | CachedText:
+    """The text states of a cache, or the frozen word embedder of the data set's vocabulary.
+
+    Raises:
+        UserError: the text states have another width.
+    """
+    if isinstance(dataset, Cache):
+        text = CachedText(dataset, load_text_encoder)
+        if text.width != width:
+            raise UserError(
+                f"model.text_width={width}: the cache's text states have {text.width}; use "
+                f"model.text_width={text.width}"
+            )
+        return text
+    words = cast(WordDataset, dataset)
     return WordEmbedder(
-        dataset.vocabulary, width, config.embedder_seed, max_tokens=dataset.caption_words
+        words.vocabulary, width, config.embedder_seed, max_tokens=words.caption_words
     )
 
 
-def check_fit(model: DiTConfig, dataset: WordDataset) -> None:
+def build_decoder(dataset: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What turns latents [B, C, h, w] of the data set into pictures [B, C or 3, H, W].
+
+    Raises:
+        UserError: the VAE that made a cache cannot be loaded, or is another by now.
+    """
+    if not isinstance(dataset, Cache):
+        return lambda latents: latents
+    settings = dataset.manifest.settings
+    vae = load_latent_encoder(settings.vae_name, device)
+    if vae.fingerprint() != settings.vae:
+        raise UserError(
+            f"vae: {settings.vae_name} is {vae.fingerprint()}, the cache was made with "
+            f"{settings.vae}; put the weights of then there"
+        )
+    return vae.decode
+
+
+def check_fit(model: DiTConfig, dataset: Dataset) -> None:
     """Raises UserError where the model cannot take the samples of the data set."""
     if model.channels != dataset.channels:
         raise UserError(
             f"model.channels={model.channels}: the data have {dataset.channels}; use "
             f"model.channels={dataset.channels}"
         )
-    if dataset.height % model.patch or dataset.width % model.patch:
-        raise UserError(
-            f"model.patch={model.patch} does not divide the image size "
-            f"{dataset.height}×{dataset.width}; choose a patch that divides both sides"
-        )
+    shapes = dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
+    for height, width in shapes:
+        if height % model.patch or width % model.patch:
+            raise UserError(
+                f"model.patch={model.patch} does not divide the image size "
+                f"{height}×{width}; choose a patch that divides both sides"
+            )

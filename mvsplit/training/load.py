@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mvsplit.data import WordEmbedder
+from mvsplit.data import CachedText, WordEmbedder
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
 from mvsplit.residuals import RuleConfig
+from mvsplit.training.builders import build_data, build_embedder
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
@@ -28,7 +30,7 @@ class LoadedRun:
     """A run's network in evaluation mode, what encodes its prompts, and where it stood."""
 
     model: DiT
-    embedder: WordEmbedder
+    embedder: WordEmbedder | CachedText
     experiment: Experiment
     step: int
 
@@ -60,8 +62,21 @@ def load_run(
         model = DiT(replace(experiment.model, rule=rule))
     model.to_empty(device=torch.device(device)).requires_grad_(False).eval()
     copy_tensors(snapshot.tensors[name], dict(model.state_dict()), f"{name}.safetensors")
-    embedder = WordEmbedder.from_spec(snapshot.values["embedder"])
+    embedder = _load_embedder(experiment, snapshot.values["embedder"])
     return LoadedRun(model=model, embedder=embedder, experiment=experiment, step=snapshot.step)
+
+
+def _load_embedder(experiment: Experiment, spec: dict[str, Any]) -> WordEmbedder | CachedText:
+    if spec["kind"] != "cache":
+        return WordEmbedder.from_spec(spec)
+    data = replace(experiment.data, verify=False)  # a few captions are all that is read
+    embedder = build_embedder(data, build_data(data), experiment.model.text_width)
+    if embedder.spec() != spec:
+        raise UserError(
+            f"data.path: the text states of {data.path} are of {embedder.spec()}, the run was "
+            f"trained with {spec}; put the cache of then there"
+        )
+    return embedder
 
 
 def _read_one(path: Path, name: str) -> Snapshot:
