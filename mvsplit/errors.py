@@ -6,7 +6,8 @@ This module imports nothing of the package, so that every folder may use it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -24,3 +25,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose one of: {', '.join(known)}"
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around an import: a missing package becomes a UserError that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; it comes with the extra {extra!r}: "
+            f"pip install 'mvsplit[{extra}]'"
+        ) from error

@@ -7,22 +7,20 @@ values. Nothing is guessed: every key of a file is either used, or known to be a
 
 from __future__ import annotations
 
+import json
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mvsplit.errors import UserError
+from mvsplit.hub.fill import Shape, fill_in
+from mvsplit.hub.stored import Stored, in_memory, read_weights, unwrap
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
-
-Shape = tuple[int, ...]
 
 _RENAMED = (  # ours, released
     ("patch_in.", "patch_embed.patch_proj."),
@@ -38,6 +36,7 @@ _ONES = re.compile(  # weights of norms that training may have left in the file,
 )
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _NAMED_AT_MOST = 20  # keys of one kind in an error message
+_HEADS = "mvsplit.heads"  # in a safetensors file's metadata: what the shapes do not tell
 
 
 def load_released(
@@ -46,36 +45,47 @@ def load_released(
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> DiT:
     """The DiT of a checkpoint in the released layout.
 
     Width, depth, FFN, channels, patch, text width, key/value heads and biases come from the
-    shapes. The model owns its memory. Reading from a file maps it and copies one parameter after
-    the other, so that the peak is one model and one parameter.
+    shapes. The model owns its memory. A file is read tensor by tensor, each straight to its dtype
+    and device, so that the peak is one model and one tensor.
 
     Args:
-        source: a `.safetensors` file; a `.pt` file with the state dict itself or under "model" or
-            "state_dict"; or such a dict.
-        num_heads: query heads; width / 128 if None.
+        source: a `.safetensors` file, or the index file of its shards; a `.pt` file with the
+            state dict itself or under "model" or "state_dict"; or such a dict.
+        num_heads: query heads; if None, those that `released_metadata` left in the file, or
+            width / 128.
         num_kv_heads: key/value heads; from the rows of `k_proj` if None.
         dtype: of all parameters; as in the source if None.
+        device: of all parameters.
 
     Raises:
         UserError: a file that cannot be read; missing, unknown or wrong-shaped keys, all of them
-            named in one message; norm weights that are not one, which this model has not.
+            named in one message; norm weights that are not one, which this model has not; a
+            tensor with values that are not finite.
     """
-    tensors = _read(Path(source)) if isinstance(source, str | Path) else _unwrap(source, "source")
+    if isinstance(source, str | Path):
+        file = read_weights(Path(source))
+        tensors, metadata = file.tensors, file.metadata
+    else:
+        tensors, metadata = in_memory(unwrap(source, "source")), {}
+    if num_heads is None and _HEADS in metadata:
+        num_heads = json.loads(metadata[_HEADS])
     config = _infer_config(tensors, num_heads, num_kv_heads)
     with torch.device("meta"):
         model = DiT(config)
     layout = released_layout(model)
     _check(tensors, {key: shape for parts in layout.values() for key, shape in parts.items()})
-    parameters = {}
-    for name, empty in model.named_parameters():
-        packed = torch.cat([tensors[key] for key in layout[name]]).reshape(empty.shape)
-        parameters[name] = packed.to(dtype or packed.dtype)
-    model.load_state_dict(parameters, assign=True)
+    fill_in(model, tensors, layout, dtype=dtype, device=device)
     return model
+
+
+def released_metadata(model: DiT) -> dict[str, str]:
+    """What `load_released` cannot read from the shapes, for the metadata of a safetensors file."""
+    return {"format": "pt", _HEADS: json.dumps(model.config.heads)}
 
 
 def export_released(model: DiT) -> dict[str, Tensor]:
@@ -124,7 +134,7 @@ def _parts(name: str, shape: Shape, config: DiTConfig) -> dict[str, Shape]:
 
 
 def _infer_config(
-    tensors: Mapping[str, Tensor], num_heads: int | None, num_kv_heads: int | None
+    tensors: Mapping[str, Stored], num_heads: int | None, num_kv_heads: int | None
 ) -> DiTConfig:
     width, channels, patch, kv_rows, ffn_width = _sizes(tensors)
     heads = _heads(width, num_heads)
@@ -144,15 +154,16 @@ def _infer_config(
     )
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
+def _sizes(tensors: Mapping[str, Stored]) -> tuple[int, int, int, int, int]:
     """Width, channels, patch, rows of k_proj, FFN width: the sizes that three shapes hold."""
     patch = tensors.get("patch_embed.patch_proj.weight")
     k_proj = _usual_shape(tensors, "operator.k_proj.weight")
     w2 = _usual_shape(tensors, "ffn.w2.weight")
     if patch is None or k_proj is None or w2 is None:
         names = _names(max(_depth(tensors), 1))
+        _refuse_another_layout(tensors, names)
         raise UserError(_faults(missing=[key for key in names if key not in tensors]))
-    if patch.ndim != 4 or len(k_proj) != 2 or len(w2) != 2:
+    if len(patch.shape) != 4 or len(k_proj) != 2 or len(w2) != 2:
         raise UserError(
             f"checkpoint: patch_embed.patch_proj.weight {list(patch.shape)}, operator.k_proj.weight"
             f" {list(k_proj)} and ffn.w2.weight {list(w2)} must have 4, 2 and 2 axes"
@@ -160,7 +171,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int, int, int]:
     return patch.shape[0], patch.shape[1], patch.shape[2], k_proj[0], w2[1]
 
 
-def _depth(tensors: Mapping[str, Tensor]) -> int:
+def _depth(tensors: Mapping[str, Stored]) -> int:
     return 1 + max((int(m[1]) for m in map(_BLOCK.match, tensors) if m), default=-1)
 
 
@@ -191,13 +202,13 @@ def _kv_heads(rows: int, width: int, heads: int) -> int:
     return rows * heads // width
 
 
-def _usual_shape(tensors: Mapping[str, Tensor], suffix: str) -> Shape | None:
+def _usual_shape(tensors: Mapping[str, Stored], suffix: str) -> Shape | None:
     """The commonest shape among the blocks, so that one wrong block is the one that is named."""
     shapes = [tuple(t.shape) for key, t in tensors.items() if _in_block(key) == suffix]
     return Counter(shapes).most_common(1)[0][0] if shapes else None
 
 
-def _any_block(tensors: Mapping[str, Tensor], pattern: str) -> bool:
+def _any_block(tensors: Mapping[str, Stored], pattern: str) -> bool:
     return any(re.fullmatch(pattern, _in_block(key)) for key in tensors)
 
 
@@ -210,7 +221,16 @@ def _in_block(key: str) -> str:
 # What is refused
 
 
-def _check(tensors: Mapping[str, Tensor], expected: dict[str, Shape]) -> None:
+def _refuse_another_layout(tensors: Mapping[str, Stored], names: list[str]) -> None:
+    if not set(names) & tensors.keys():
+        found = ", ".join(list(tensors)[:3]) or "no tensor at all"
+        raise UserError(
+            f"checkpoint is not in the released layout but in another: it holds {found}, and none "
+            f"of {names[0]}, {names[1]}, …; these weights are of another model"
+        )
+
+
+def _check(tensors: Mapping[str, Stored], expected: dict[str, Shape]) -> None:
     width = expected["patch_embed.patch_proj.weight"][:1]
     expected = expected | dict.fromkeys(_INPUT_NORMS, width)
     ones = {key for key in tensors if key in _INPUT_NORMS or _ONES.fullmatch(key)}
@@ -222,7 +242,9 @@ def _check(tensors: Mapping[str, Tensor], expected: dict[str, Shape]) -> None:
             for key, shape in expected.items()
             if key in tensors and tuple(tensors[key].shape) != shape
         ],
-        not_all_ones=[key for key in tensors if key in ones and not (tensors[key] == 1).all()],
+        not_all_ones=[
+            key for key in tensors if key in ones and not (tensors[key].read() == 1).all()
+        ],
     )
     if faults:
         raise UserError(faults)
@@ -251,35 +273,3 @@ def _check_exportable(config: DiTConfig) -> None:
     for name, (value, needed) in fixed.items():
         if value != needed:
             raise UserError(f"{name}={value!r}: the released layout can only hold {needed!r}")
-
-
-# Files
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"checkpoint: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        mapped = zipfile.is_zipfile(path)  # files of old versions of torch cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
-    return _unwrap(content, str(path))
-
-
-def _unwrap(content: object, source: str) -> Mapping[str, Tensor]:
-    for name in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        raise UserError(
-            f"checkpoint: {source} holds no state dict, neither itself nor under 'model' or "
-            "'state_dict'"
-        )
-    return content

@@ -155,6 +155,21 @@ def read_checkpoint(path: Path, files: Iterable[str] | None = None) -> Snapshot:
     return Snapshot(step=values.pop("step"), tensors=tensors, values=values)
 
 
+def verified_file(path: Path, name: str) -> Path:
+    """The tensor file `name` of the checkpoint at `path`, its bytes compared with the manifest.
+
+    Raises:
+        UserError: it is not one of ours, or has no such file.
+        DamagedCheckpoint: it is ours, but the file is truncated, changed or missing.
+    """
+    manifest = _read_manifest(path)
+    file = path / f"{name}.safetensors"
+    if file.name not in manifest:
+        raise UserError(f"{path} holds no {name!r}; it has {', '.join(sorted(manifest))}")
+    _verify(file, manifest)
+    return file
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())

@@ -168,6 +168,11 @@ def from_json(text: str, source: Path | str = "config.json") -> Experiment:
         raise UserError(f"{source}: {error}") from error
 
 
+def read_model_config(tree: Any, name: str) -> DiTConfig:
+    """The network's configuration from parsed JSON. Raises UserError that begins with `name`."""
+    return _read_dataclass(DiTConfig, tree, name)
+
+
 def _read(hint: Any, value: Any, name: str) -> Any:
     """`value` of parsed JSON as what the type `hint` asks for."""
     if dataclasses.is_dataclass(hint):
