@@ -8,13 +8,12 @@ checkpoints/step_00001000/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -60,13 +59,18 @@ class RunFolder:
 
     def begin(self, step: int, device: torch.device) -> None:
         """Writes what the run is and runs on, and opens the logs to go on after `step`: metrics
-        and layers lose what lies past it, every log a last line that a kill cut off."""
-        write_atomically(self.path / "config.json", to_json(self.experiment))
+        and layers lose what lies past it, every log a last line that a kill cut off.
+
+        Raises:
+            UserError: the folder cannot be written, the disk being full for example.
+        """
         environment = json.dumps(describe_environment(device), indent=2) + "\n"
-        write_atomically(self.path / "environment.json", environment)
-        self.metrics = self._open("metrics.jsonl", lambda line: line["step"] <= step)
-        self.layers = self._open("layers.jsonl", lambda line: line["step"] <= step)
-        self.events = self._open("events.jsonl", lambda line: True)
+        with _writing_to(self.path):
+            write_atomically(self.path / "config.json", to_json(self.experiment))
+            write_atomically(self.path / "environment.json", environment)
+            self.metrics = self._open("metrics.jsonl", lambda line: line["step"] <= step)
+            self.layers = self._open("layers.jsonl", lambda line: line["step"] <= step)
+            self.events = self._open("events.jsonl", lambda line: True)
 
     def event(self, name: str, step: int, message: str, **fields: Any) -> dict[str, Any]:
         """Appends a line to events.jsonl and returns it."""
@@ -104,14 +108,26 @@ def read_experiment(path: Path | str) -> Experiment:
     return from_json(config.read_text(encoding="utf-8"), config)
 
 
+@contextmanager
+def _writing_to(path: Path) -> Iterator[None]:
+    """Says in one line what keeps a run folder from being written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {path}: {error.strerror}; free some space, or choose "
+            f"another --run-dir"
+        ) from error
+
+
 def _create(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        visible = [p.name for p in path.iterdir() if not p.name.startswith(".")]
     except OSError as error:
         raise UserError(
             f"cannot create the run folder {path}: {error.strerror}; choose another --run-dir"
         ) from error
-    visible = [p.name for p in path.iterdir() if not p.name.startswith(".")]
     if visible and "config.json" not in visible:
         raise UserError(
             f"{path} is not a run folder: it holds {visible[0]} but no config.json; choose "
@@ -121,25 +137,38 @@ def _create(path: Path) -> None:
 
 def _lock(path: Path) -> IO[str]:
     """The folder's lock, which the system releases when the process ends, however it ends."""
+    with _writing_to(path), ExitStack() as stack:
+        file = stack.enter_context(open(path / ".lock", "a+", encoding="utf-8"))
+        if not _try_lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        stack.pop_all()
+    return file
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Whether the lock is ours now.
+
+    Raises:
+        UserError: the system has no such lock, as Windows has none.
+    """
     try:
-        file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, closed by the folder
-    except OSError as error:
+        import fcntl  # here, so that all but training works on Windows
+    except ImportError as error:
         raise UserError(
-            f"cannot write to the run folder {path}: {error.strerror}; choose another --run-dir"
+            "training needs the file locks of Linux or macOS; on Windows use WSL"
         ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"{path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _agree(path: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -121,16 +119,6 @@ def test_full_disk_keeps_the_old_checkpoint(
         save_checkpoint(tmp_path, snapshot(2), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     assert read_checkpoint(tmp_path / "step_00000001").step == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one mebibyte."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_really_full_disk(small_disk: Path) -> None:

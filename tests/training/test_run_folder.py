@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,14 +95,43 @@ def test_log_that_a_kill_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "x": 0.1}\n{"step": 2, "x": NaN}\n{"step": 3, "x"')
     assert [line["step"] for line in read_lines(path)] == [1, 2]
-    keep_lines(path, lambda line: line["step"] <= 1)
-    log = JsonLines(path)
+    log = JsonLines(path, keep_lines(path, 1))
     log.append({"step": 2, "x": 1 / 3})
     assert [line["x"] for line in read_lines(path)] == [0.1, 1 / 3]  # while the log is open
+    assert log.lines == 2
     log.close()
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2 is not JSON"):
         read_lines(path)
+
+
+def test_full_disk_before_the_first_step_is_one_line(small_disk: Path) -> None:
+    """A run that goes on, one that has only its lock, and one that has not even that."""
+    train(runs.experiment(steps=1), small_disk / "run")
+    (small_disk / "locked").mkdir()
+    (small_disk / "locked" / ".lock").write_text("process 1 on elsewhere")
+    with pytest.raises(OSError, match="No space left"), open(small_disk / "fill", "wb") as file:
+        file.write(bytes(2**21))
+    for name in ("run", "locked", "new"):
+        with pytest.raises(UserError, match=r"No space left on device; .*--run-dir") as caught:
+            train(runs.experiment(steps=2), small_disk / name)
+        assert "\n" not in str(caught.value)
+    (small_disk / "fill").unlink()
+    assert train(runs.experiment(steps=2), small_disk / "run").step == 2
+
+
+def test_the_package_imports_where_there_are_no_file_locks(tmp_path: Path) -> None:
+    """As on Windows, where training says what it needs."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from mvsplit.cli import main\n"
+        f"sys.exit(main(['train', 'tiny', '--run-dir', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "mvsplit: training needs the file locks of Linux or macOS; on Windows use WSL\n"
+    )
 
 
 def test_log_on_a_full_disk(tmp_path: Path) -> None:
