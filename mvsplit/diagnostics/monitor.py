@@ -36,6 +36,7 @@ from mvsplit.diagnostics.ranks import (
     mean_over_ranks,
 )
 from mvsplit.diagnostics.shards import GradientPart, norms, part_of
+from mvsplit.diagnostics.sinks import Sink
 from mvsplit.diagnostics.structure import TapNames, find_taps
 from mvsplit.diagnostics.taps import LayerTap, deepest_quarter, family_gradients
 from mvsplit.errors import UserError, nearest
@@ -123,6 +124,7 @@ class Monitor:
         run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on; None
             writes nothing.
         receive: is called with each event.
+        sinks: are handed every line that run_dir would hold (`mvsplit.diagnostics.integrations`).
         thresholds: of the detector.
 
     Attributes:
@@ -143,6 +145,7 @@ class Monitor:
         fields: Sequence[str] = CHEAP_FIELDS,
         run_dir: Path | str | None = None,
         receive: Callable[[Event], None] | None = None,
+        sinks: Sequence[Sink] = (),
         thresholds: Thresholds | None = None,
     ) -> None:
         if policy not in POLICIES:
@@ -154,7 +157,7 @@ class Monitor:
         self.steps = 0
         self._model, self._fields, self._receive = model, fields, receive
         self._schedule = Schedule(cadence or Cadence())
-        self._logs = None if run_dir is None else _Logs(Path(run_dir))
+        self._sinks: list[Sink] = [*sinks, *([] if run_dir is None else [_Logs(Path(run_dir))])]
         self._probe: LayerProbe | None = None
 
     def look(self) -> AbstractContextManager[Any]:
@@ -236,8 +239,8 @@ class Monitor:
         return found
 
     def _log(self, name: str, line: dict[str, Any]) -> None:
-        if self._logs is not None and is_first_rank():
-            self._logs.append(name, line)
+        for sink in self._sinks if is_first_rank() else ():
+            sink.append(name, line)
 
 
 class _Logs:
