@@ -155,7 +155,7 @@ class FlightRecorder(Observer):
             shutil.rmtree(temporary, ignore_errors=True)
             self._tell("flight", f"cannot write the flight of step {step}: {error}")
             return None
-        self._tell("flight", f"recorded step {step}; mvsplit explain {final} says what caused it")
+        self._tell("flight", f"recorded step {step}; mvsplit monitor explain {final} says why")
         return final
 
     def _wanted(self, step: int) -> bool:
