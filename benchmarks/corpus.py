@@ -18,7 +18,7 @@ from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 
-FOLDER = Path(__file__).parent / "results" / "runs"
+FOLDER = Path(__file__).parent / "results" / "recorded"
 MANIFEST = FOLDER / "manifest.json"
 
 Deed = Literal["lr", "lr-once", "bad-batch", "lose-moments", "new-data"]

@@ -3,7 +3,7 @@ gives no alarm.
 
     python benchmarks/detector_quality.py [--json FILE] [--page FILE]
 
-Replays the corpus (results/runs, made by record_runs.py) and compares the first alarm with the
+Replays the corpus (results/recorded, made by record_runs.py) and compares the first alarm with the
 truth of its manifest: `mean-mode` for a collapsed run, `divergence` for a diverged one, none for a
 healthy one. Runs that collapsed for a while and recovered are reported apart. The lead is the step
 of the lock-in (Q and K receive under 1 % of the writers' gradients from there on), and of the first
