@@ -2,8 +2,10 @@
 
 from mvsplit.diagnostics.detector import Detector, Thresholds
 from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.logs import read_jsonl
 from mvsplit.diagnostics.monitor import Cadence, Monitor
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.report import write_report
 from mvsplit.diagnostics.structure import TapNames, find_taps
 from mvsplit.diagnostics.taps import (
     BranchTap,
@@ -30,5 +32,7 @@ __all__ = [
     "find_taps",
     "gradient_norm_tensors",
     "gradient_norms",
+    "read_jsonl",
     "taps_for_dit",
+    "write_report",
 ]

@@ -16,6 +16,7 @@ comes at once when the step before left the usual.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -117,8 +118,8 @@ class Monitor:
         model: its blocks, writers, queries and keys are found by structure.
         names: overrides what is found.
         taps: the layers to watch, instead of those that are found.
-        policy: on an alarm `record` goes on, `skip` leaves that update out (`Report.apply`), `stop`
-            raises `Stopped`.
+        policy: on an alarm `record` goes on, `skip` leaves that update out (`Report.apply`), and
+            every one that is not finite, `stop` raises `Stopped`.
         cadence: when every layer is looked into.
         fields: what such a look measures.
         run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on; None
@@ -203,13 +204,15 @@ class Monitor:
                 self._receive(event)
         if alarms and self.policy == "stop":
             raise Stopped(f"step {self.steps}: {alarms[0].message} The update was not made.")
-        apply = not (alarms and self.policy == "skip")
+        # The detector says once that a run is not finite; each such update would spoil the weights.
+        broken = not all(math.isfinite(value) for value in numbers.values())
+        apply = self.policy != "skip" or not (alarms or broken)
         if not apply:
-            self._log("events", self._skipped(alarms[0]))
+            self._log("events", self._skipped(alarms[0].verdict if alarms else "non-finite"))
         return Report(events=tuple(events), apply=apply, numbers=numbers)
 
-    def _skipped(self, alarm: Event) -> dict[str, Any]:
-        message = f"The update of step {self.steps} is left out, because of {alarm.verdict}."
+    def _skipped(self, verdict: str) -> dict[str, Any]:
+        message = f"The update of step {self.steps} is left out, because of {verdict}."
         return {"event": "skipped", "time": time.time(), "step": self.steps, "message": message}
 
     def _read(self, loss: Tensor | float, scale: float) -> dict[str, float]:

@@ -130,6 +130,16 @@ def test_a_run_folder_holds_metrics_layers_and_events(holder, tmp_path):
     assert {line["verdict"] for line in lines["events"]} == {"non-finite"}
 
 
+def test_skip_leaves_out_every_update_that_is_not_finite(holder):
+    monitor = Monitor(holder, policy="skip")
+    applied = []
+    for loss in (1.0, math.nan, math.nan, 1.0, math.inf):
+        holder.zero_grad()
+        (holder.forward(torch.ones(3, 5, 8)).square().mean() * loss).backward()
+        applied.append(monitor.step(loss).apply)
+    assert applied == [True, False, False, True, False]
+
+
 def test_skip_leaves_out_the_update_of_the_alarm_and_no_other(holder):
     told = []
     reports = train(holder, Monitor(holder, policy="skip", receive=told.append), 6, spoil=4)
