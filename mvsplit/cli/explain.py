@@ -1,4 +1,4 @@
-"""`mvsplit monitor explain FLIGHT`: what made the gradient of a step spike."""
+"""`mvsplit explain FLIGHT`, also `mvsplit monitor explain`: what made the gradient of a step spike."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mvsplit.errors import UserError
+from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
-from mvsplit.training.rerun import Explanation, explain
 
 _LAYERS = 5  # rows of the table of writers
 _WIDTH = 100  # columns where there is no terminal
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: there is no flight and no run, or the step cannot be run again.
     """
-    args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit monitor explain")
+    args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit explain")
     flight = _find(args)
     progress = Console(stderr=True)
     found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))

@@ -19,12 +19,9 @@ from torch import Tensor
 from mvsplit.diagnostics.attribution import (
     CENTERED,
     REMOVED,
-    Conclusion,
-    ModeSplit,
     Sample,
     Trial,
     calm_norm,
-    conclude,
     removed_share,
 )
 from mvsplit.diagnostics.counterfactual import CenteredAdjoints
@@ -42,7 +39,6 @@ from mvsplit.training.state import TrainState, copy_tensors
 from mvsplit.training.step import Piece, add_gradients, piece_losses, pieces, train_step
 
 MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, where a step ran on another machine
 
 _BRANCHES: dict[str, tuple[BranchName, ...]] = {
     "centered-attn": ("attn",),
@@ -63,22 +59,6 @@ class Gradient:
     def family(self, name: str) -> float:
         """The norm of a family over all layers."""
         return math.hypot(*self.family_norms[name])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reproduction:
-    """Whether the step as it was gives what was recorded.
-
-    Attributes:
-        recorded, again: `loss`, `grad_norm`, and where they were recorded the families' norms.
-        exact: bit for bit.
-        close: within the tolerance for the run's precision.
-    """
-
-    recorded: dict[str, float]
-    again: dict[str, float]
-    exact: bool
-    close: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,81 +83,6 @@ class Trace:
     family_norms: dict[str, list[float]]
     calm_family_norms: dict[str, list[float]]
     mode_split: dict[str, list[float | None]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """All that is known of a step, and what its spike is put down to."""
-
-    source: str
-    step: int
-    reason: str
-    rule: str
-    depth: int
-    precision: str
-    state_step: int
-    calm: float | None
-    reproduction: Reproduction
-    trials: list[Trial]
-    removed: dict[str, float | None]
-    dropped: list[Sample]
-    trace: Trace
-    conclusion: Conclusion
-
-
-def explain(
-    flight: Flight, *, device: str | None = None, say: Callable[[str], None] = lambda line: None
-) -> Explanation:
-    """Runs the step again in every way that this module knows.
-
-    Args:
-        flight: the step.
-        device: where; None for where the run was.
-        say: is told what is being done.
-
-    Raises:
-        UserError: there is no state to start from, or the run cannot be rebuilt here.
-    """
-    state, start = state_before(flight, device, say)
-    again = Rerun(flight, state)
-    say("running the step as it was")
-    whole = again.run(again.rows)
-    not_finite = again.not_finite()
-    reproduction = _compare(flight, whole)
-    calm = calm_norm([r["grad_norm"] for r in flight.records if r["step"] < flight.step])
-    trials = [again.trial("as-it-was", "as it was", whole)]
-    say("dropping samples")
-    dropped, without = again.without_samples(whole, calm)
-    if without is not None:
-        label = "without sample " + ", ".join(str(s.index) for s in dropped)
-        trials.append(again.trial("without-samples", label, without))
-    say("changing precision and backward")
-    trials += again.other_trials()
-    trace = again.trace(whole, not_finite)
-    conclusion = conclude(
-        trials,
-        calm=calm,
-        reproduced=reproduction.close,
-        dropped=dropped,
-        split=_largest_mean(trace.mode_split),
-    )
-    observed = trials[0].grad_norm
-    return Explanation(
-        source=str(flight.path),
-        step=flight.step,
-        reason=flight.reason,
-        rule=flight.experiment.model.rule.name,
-        depth=flight.experiment.model.depth,
-        precision=flight.experiment.train.precision,
-        state_step=start,
-        calm=calm,
-        reproduction=reproduction,
-        trials=trials,
-        removed={t.name: removed_share(observed, t.grad_norm, calm) for t in trials[1:]},
-        dropped=dropped,
-        trace=trace,
-        conclusion=conclusion,
-    )
 
 
 def state_before(
@@ -375,7 +280,7 @@ class Rerun:
                 (loss / len(parts)).backward()
             splits.append(probe.arrays())
         handle.remove()
-        largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in _writers(s)))
+        largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in writers(s)))
         return largest, math.sqrt(sum(read(squares)) / numbers)
 
 
@@ -390,29 +295,6 @@ def _size(value: float | None) -> float:
     return 0.0 if value is None else value if math.isfinite(value) else math.inf
 
 
-def _compare(flight: Flight, whole: Gradient) -> Reproduction:
-    record = next(r for r in reversed(flight.records) if r["step"] == flight.step)
-    recorded = {"loss": record["loss"], "grad_norm": record["grad_norm"]}
-    again = {"loss": whole.loss, "grad_norm": whole.grad_norm}
-    for family, norms in record.get("family_norms", {}).items():
-        for layer, norm in enumerate(norms):
-            recorded[f"{family}.{layer}"] = norm
-            again[f"{family}.{layer}"] = whole.family_norms[family][layer]
-    tolerance = TOLERANCE[flight.experiment.train.precision]
-    pairs = [(recorded[name], again[name]) for name in recorded]
-    scale = record["grad_norm"]  # the norm of a layer is compared on the scale of all of them
-    return Reproduction(
-        recorded=recorded,
-        again=again,
-        exact=all(_same(a, b) for a, b in pairs),
-        close=all(_same(a, b) or abs(a - b) <= tolerance * max(abs(a), scale) for a, b in pairs),
-    )
-
-
-def _same(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b))
-
-
 def _calm_families(flight: Flight) -> dict[str, list[float]]:
     before = [r["family_norms"] for r in flight.records[:-1] if "family_norms" in r]
     if not before:
@@ -423,7 +305,7 @@ def _calm_families(flight: Flight) -> dict[str, list[float]]:
     }
 
 
-def _writers(
+def writers(
     split: dict[str, list[float | None]],
 ) -> Iterator[tuple[str, int, float | None, float | None]]:
     """Writer, layer, G_mean and G_ctr of each."""
@@ -431,13 +313,3 @@ def _writers(
         pairs = zip(split[f"g_mean_{branch}"], split[f"g_ctr_{branch}"], strict=True)
         for layer, (mean, centered) in enumerate(pairs):
             yield writer, layer, mean, centered
-
-
-def _largest_mean(split: dict[str, list[float | None]]) -> ModeSplit | None:
-    """The writer with the largest finite G_mean."""
-    found = [
-        ModeSplit(writer=w, layer=l, g_mean=m, g_ctr=c)
-        for w, l, m, c in _writers(split)
-        if m is not None and c is not None and math.isfinite(m) and math.isfinite(c)
-    ]
-    return max(found, key=lambda s: s.g_mean) if found else None

@@ -11,8 +11,8 @@ import torch
 
 from mvsplit.data import Batch
 from mvsplit.training import TrainState
+from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.flight import flight_of_run, read_flight
-from mvsplit.training.rerun import Explanation, explain
 from tests.training import flights
 
 ROW = 5
