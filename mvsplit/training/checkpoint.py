@@ -226,11 +226,11 @@ def load_latest(
     return None, []
 
 
-def set_aside_after(folder: Path, step: int) -> None:
-    """Renames the checkpoints past `step` to NAME.damaged, so that they neither come back nor
-    count among those to keep."""
+def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> None:
+    """Renames the checkpoints past `step` to NAME.suffix, so that they neither come back nor count
+    among those to keep."""
     for path in list_checkpoints(folder):
         if step_of(path) > step:
-            aside = path.with_name(f"{path.name}.damaged")
+            aside = path.with_name(f"{path.name}.{suffix}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)

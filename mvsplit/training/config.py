@@ -7,12 +7,13 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiTConfig
+from mvsplit.residuals import RuleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,61 @@ class DataConfig:
         size: pixels a side, for data sets that are rendered at a choice of sizes.
         series: which endless series of a data set without end (its own seed).
         embedder_seed: which frozen word embedding.
+        path: folder of a cache that `mvsplit encode` has made.
+        verify: compute the checksums of a cache before the first step.
+        prefetch: batches that a thread makes ahead of time.
     """
 
     dataset: str = "digits"
     size: int | None = None
     series: int | None = None
     embedder_seed: int = 0
+    path: str | None = None
+    verify: bool = True
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise UserError(f"data.prefetch={self.prefetch}: must not be negative")
+
+
+Policy = Literal["record", "stop", "skip", "rollback", "protect"]
+POLICIES: tuple[str, ...] = typing.get_args(Policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReactionConfig:
+    """The numbers of the policies (`mvsplit.training.policies`; docs/policies.md says where they
+    come from).
+
+    Attributes:
+        margin: a checkpoint counts as good if it lies so many steps before the alarm.
+        lr_factor: rollback multiplies the learning rate by it, each time.
+        rewarm: steps over which the learning rate rises again after a rollback or surgery.
+        fresh_moments: whether a rollback forgets the moments of the optimiser.
+        limit: how often a run may go back before it stops instead.
+        gain: g of protect, the part of the gains that is taken over from the writers: β = α = g,
+            W ← W/g. A power of two changes no bit of what the network computes.
+        anneal: steps over which α of a protected network goes to 0, where a network that had
+            MV-Split from the start begins; 0 leaves it to learn from g on.
+        go_back: whether protect restores the last good checkpoint before the surgery.
+    """
+
+    margin: int = 20
+    lr_factor: float = 0.5
+    rewarm: int = 0
+    fresh_moments: bool = False
+    limit: int = 5
+    gain: float = 0.0625
+    anneal: int = 50
+    go_back: bool = True
+
+    def __post_init__(self) -> None:
+        where = "train.reaction"
+        for name in ("margin", "rewarm", "limit", "anneal"):
+            _require(self, name, getattr(self, name) >= 0, "must not be negative", where)
+        for name in ("lr_factor", "gain"):
+            _require(self, name, 0 < getattr(self, name) <= 1, "must be in (0, 1]", where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +104,8 @@ class TrainConfig:
         probe_every: steps between looks into every layer; 0 for none.
         probe: the fields of such a look: the cheap ones, or all.
         record_steps: steps that the flight recorder keeps in memory.
+        on_alarm: what the run does when the watch raises an alarm (docs/policies.md).
+        reaction: the numbers of that.
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         time_shift: shift of the training times; 1 leaves them uniform.
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
@@ -77,6 +129,8 @@ class TrainConfig:
     probe_every: int = 100
     probe: Literal["cheap", "all"] = "cheap"
     record_steps: int = 32
+    on_alarm: Policy = "record"
+    reaction: ReactionConfig = field(default_factory=ReactionConfig)
     caption_dropout: float = 0.1
     time_shift: float = 1.0
     device: str = "auto"
@@ -94,6 +148,8 @@ class TrainConfig:
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
         _require(self, "precision", self.precision in ("fp32", "bf16"), "choose fp32 or bf16")
         _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
+        known = self.on_alarm in POLICIES
+        _require(self, "on_alarm", known, f"choose one of: {', '.join(POLICIES)}")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -103,32 +159,40 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that decides what a run computes; `config.json` of a run folder holds one."""
+    """All that decides what a run computes; `config.json` of a run folder holds one.
+
+    Attributes:
+        rule_now: the rule that a policy has given the running network since; None as long as it is
+            `model.rule`. It records and decides nothing: each checkpoint knows its own rule.
+    """
 
     model: DiTConfig
     train: TrainConfig
     data: DataConfig = field(default_factory=DataConfig)
+    rule_now: RuleConfig | None = None
 
 
-def _require(config: TrainConfig, name: str, holds: bool, rule: str) -> None:
+def _require(config: Any, name: str, holds: bool, rule: str, where: str = "train") -> None:
     if not holds:
-        raise UserError(f"train.{name}={getattr(config, name)}: {rule}")
+        raise UserError(f"{where}.{name}={getattr(config, name)}: {rule}")
 
 
 # A run may be continued with other values of these: they do not change what a step computes, but
-# for rounding (another device, another cut of the batch).
+# for rounding (another device, another cut of the batch), or only what an alarm leads to.
 CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
-        *("accumulate", "device"),
+        *("accumulate", "device", "on_alarm"),
+        *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
     )
-)
+) | {"data.path", "data.verify", "data.prefetch"}
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two experiments differ, by dotted name: (old, new)."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    """The fields in which two experiments differ, by dotted name: (old, new); but for `rule_now`,
+    which nobody asks for."""
+    before, after = (_flat(dataclasses.asdict(replace(e, rule_now=None))) for e in (old, new))
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

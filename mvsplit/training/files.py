@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.atomic import fsync, write_atomically
 from mvsplit.errors import UserError
 
-
-def fsync(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` at `path` in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync(path.parent)
+__all__ = ["JsonLines", "fsync", "keep_lines", "read_lines", "write_atomically"]
 
 
 class JsonLines:
@@ -36,16 +17,21 @@ class JsonLines:
 
     Numbers are written so that they read back to the same bits; NaN and infinities appear under
     these names, as Python's json reads them.
+
+    Args:
+        path: created if it does not exist.
+        lines: how many it holds; `lines` counts on from there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lines: int = 0) -> None:
+        self.path, self.lines = path, lines
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed below
 
     def append(self, line: dict[str, Any]) -> None:
         """Raises UserError where the disk is full."""
         try:
             self._file.write(json.dumps(line) + "\n")
+            self.lines += 1
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; free some space, then give the same "
@@ -77,8 +63,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return parsed
 
 
-def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrites a log, in one step, with its complete lines that are wanted."""
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_lines(path) if wanted(line)]
-        write_atomically(path, "".join(kept))
+def keep_lines(path: Path, count: int | None) -> int:
+    """Rewrites a log, in one step, with its first `count` lines, or all that are complete if None;
+    says how many it has then."""
+    if not path.exists():
+        return 0
+    kept = read_lines(path)[:count]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return len(kept)

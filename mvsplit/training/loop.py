@@ -24,6 +24,7 @@ from mvsplit.training.config import Experiment, TrainConfig
 from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.observer import Observer
+from mvsplit.training.policies import Alarms, Scene, holds_back, needs_a_start, react
 from mvsplit.training.run_folder import RunFolder
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.state import TrainState
@@ -33,10 +34,12 @@ from mvsplit.training.watch import Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: its last step, and the signal that stopped it before its time, if any."""
+    """How a run ended: its last step, and the signal or the alarm that stopped it before its time,
+    if any."""
 
     step: int
     signal: Signals | None
+    alarm: bool = False
 
 
 def train(
@@ -59,16 +62,18 @@ def train(
         for observer in run.observers:
             observer.on_start(state, experiment)
         started = time.perf_counter()
-        while state.step < config.steps and stop.received is None:
-            with run.probe(state.step + 1) as probe:
+        while state.step < config.steps and stop.received is None and not run.stopped:
+            step = state.step + 1
+            with run.probe(step) as probe:
                 metrics = run.guarded_step()
             now = time.perf_counter()
-            run.log(metrics, now - started, probe)
+            run.log(step, metrics, now - started, probe)
             started = now
-            if state.step % config.save_every == 0:
+            run.react(step)
+            if state.step == step and step % config.save_every == 0:
                 run.save()
         run.finish(stop.received)
-    return Outcome(step=state.step, signal=stop.received)
+    return Outcome(step=state.step, signal=stop.received, alarm=run.stopped)
 
 
 class _Run:
@@ -83,9 +88,10 @@ class _Run:
     ) -> None:
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
-        self._watch = Watch(self._tell)
+        self._watch, self._alarms = Watch(self._tell), Alarms()
         # The recorder knows a step before the watch may raise an alarm about it.
-        self.observers = (*observers, recorder, self._watch)
+        self.observers = (*observers, recorder, self._alarms, self._watch)
+        self.stopped = False  # by an alarm
         self._first = state.step  # at which this process began
 
     def resume(self) -> None:
@@ -98,7 +104,9 @@ class _Run:
             self._first = state.step
             set_aside_after(folder.checkpoints, state.step)
         begun_before = (folder.path / "config.json").exists()
-        folder.begin(state.step, state.device)
+        logged = {} if snapshot is None else snapshot.values["logged"]
+        folder.begin(state.device, logged, rule=state.model.config.rule)
+        self._watch.remember(folder.history())
         for error in damaged:
             self._tell("damaged", f"{error}; set aside, going back to step {state.step}")
         if snapshot is not None:
@@ -108,6 +116,8 @@ class _Run:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
             self._tell("started", f"started {folder.path}")
+        if snapshot is None and needs_a_start(self.config):
+            self.save()
 
     def probe(self, step: int) -> Any:
         """A look into every layer if one is due at `step`, or if the last step left the usual; else
@@ -129,13 +139,34 @@ class _Run:
             self._tell("nonfinite", message)
             raise NonFiniteError(message) from error
 
-    def _before_update(self, gradients: Gradients) -> None:
+    def _before_update(self, gradients: Gradients) -> bool:
+        """Whether the update may be made, once everybody has seen the gradients."""
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
+        return not holds_back(self.config.on_alarm, self._alarms.verdict)
 
-    def log(self, metrics: dict[str, Any], seconds: float, probe: LayerProbe | None) -> None:
+    def react(self, step: int) -> None:
+        """Acts on the alarm of a step, if there was one, by the policy of the run."""
+        alarm = self._alarms.take()
+        if alarm is None:
+            return
+        scene = Scene(
+            state=self.state,
+            config=self.config,
+            checkpoints=self.folder.checkpoints,
+            step=step,
+            held_back=self.state.step < step,
+            verdict=alarm["verdict"],
+            tell=self._tell,
+        )
+        self.stopped = not react(scene)
+        self.folder.note_rule(self.state.model.config.rule)
+
+    def log(
+        self, step: int, metrics: dict[str, Any], seconds: float, probe: LayerProbe | None
+    ) -> None:
         """A line of metrics.jsonl, and of layers.jsonl after a probe."""
-        step, tokens = self.state.step, metrics.pop("tokens")
+        tokens = metrics.pop("tokens")
         line = {"step": step, **metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
         self.folder.metrics.append(line)
         for observer in self.observers:
@@ -147,9 +178,9 @@ class _Run:
                 observer.on_probe(self.state, layers)
 
     def save(self) -> None:
-        path = save_checkpoint(
-            self.folder.checkpoints, self.state.snapshot(), keep=self.config.keep
-        )
+        snapshot = self.state.snapshot()
+        snapshot.values["logged"] = self.folder.logged()
+        path = save_checkpoint(self.folder.checkpoints, snapshot, keep=self.config.keep)
         self._tell("saved", f"saved {path}")
 
     def finish(self, signal: Signals | None) -> None:
@@ -161,6 +192,8 @@ class _Run:
             done = f"after step {step} of {steps}, saved" if step else "before the first step"
             message = f"stopped by {signal.name} {done}; give the same command again to go on"
             self._tell("interrupted", message, signal=signal.name)
+        elif self.stopped:
+            return  # the policy has said why
         elif step == self._first:
             self._tell("finished", f"nothing to do: step {step} of {steps} is taken; raise --steps")
         else:

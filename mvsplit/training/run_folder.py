@@ -12,8 +12,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -21,9 +23,10 @@ from typing import IO, Any
 import torch
 
 from mvsplit.errors import UserError
+from mvsplit.residuals import RuleConfig
 from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
 from mvsplit.training.environment import describe_environment
-from mvsplit.training.files import JsonLines, keep_lines, write_atomically
+from mvsplit.training.files import JsonLines, keep_lines, read_lines, write_atomically
 
 
 class RunFolder:
@@ -57,20 +60,45 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def begin(self, step: int, device: torch.device) -> None:
-        """Writes what the run is and runs on, and opens the logs to go on after `step`: metrics
-        and layers lose what lies past it, every log a last line that a kill cut off.
+    def begin(self, device: torch.device, logged: Mapping[str, int], *, rule: RuleConfig) -> None:
+        """Writes what the run is and runs on, and opens the logs to go on where a checkpoint was
+        taken: metrics and layers keep as many lines as `logged` says, none where it says nothing;
+        every log loses a last line that a kill cut off.
 
         Raises:
             UserError: the folder cannot be written, the disk being full for example.
         """
         environment = json.dumps(describe_environment(device), indent=2) + "\n"
         with _writing_to(self.path):
-            write_atomically(self.path / "config.json", to_json(self.experiment))
+            self._write_config(rule)
             write_atomically(self.path / "environment.json", environment)
-            self.metrics = self._open("metrics.jsonl", lambda line: line["step"] <= step)
-            self.layers = self._open("layers.jsonl", lambda line: line["step"] <= step)
-            self.events = self._open("events.jsonl", lambda line: True)
+            self.metrics = self._open("metrics.jsonl", logged.get("metrics", 0))
+            self.layers = self._open("layers.jsonl", logged.get("layers", 0))
+            self.events = self._open("events.jsonl", None)
+
+    def note_rule(self, rule: RuleConfig) -> None:
+        """Writes into config.json that the network has another rule by now."""
+        if rule != self._rule:
+            with _writing_to(self.path):
+                self._write_config(rule)
+
+    def _write_config(self, rule: RuleConfig) -> None:
+        self._rule = rule
+        rule_now = None if rule == self.experiment.model.rule else rule
+        experiment = replace(self.experiment, rule_now=rule_now)
+        write_atomically(self.path / "config.json", to_json(experiment))
+
+    def logged(self) -> dict[str, int]:
+        """How many lines the logs of numbers have. A step may have several, after a rollback."""
+        return {"metrics": self.metrics.lines, "layers": self.layers.lines}
+
+    def history(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics and layers in the order in which they were written."""
+        layers = deque(read_lines(self.layers.path))
+        for line in read_lines(self.metrics.path):
+            yield line
+            while layers and layers[0]["step"] == line["step"]:
+                yield layers.popleft()
 
     def event(self, name: str, step: int, message: str, **fields: Any) -> dict[str, Any]:
         """Appends a line to events.jsonl and returns it."""
@@ -89,9 +117,8 @@ class RunFolder:
     ) -> None:
         self._stack.close()
 
-    def _open(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> JsonLines:
-        keep_lines(self.path / name, wanted)
-        log = JsonLines(self.path / name)
+    def _open(self, name: str, lines: int | None) -> JsonLines:
+        log = JsonLines(self.path / name, keep_lines(self.path / name, lines))
         self._stack.callback(log.close)
         return log
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.ema import EMA
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
+from mvsplit.training.reactions import Reactions
 
 
 @dataclass(kw_only=True)
@@ -31,10 +32,11 @@ class TrainState:
     | weights, and the rule if a policy changed it | `model` |
     | averaged weights | `ema`, if the run keeps them |
     | moments and number of updates | `optimizer` |
-    | learning rate | a function of `step` |
+    | learning rate | a function of `step` and `reactions` |
     | data position | `loader` |
     | noise and times | functions of (seed, `step`) |
     | global random generators | Python, NumPy, PyTorch on every device |
+    | what was done about alarms | `reactions` |
     | step | `step` |
 
     `taps` and `device` are rebuilt.
@@ -48,6 +50,11 @@ class TrainState:
     taps: list[LayerTap]
     device: torch.device
     step: int = 0
+    reactions: Reactions = field(default_factory=Reactions)
+
+    def learning_rate(self, step: int) -> float:
+        """Of step n = 1, 2, …: the schedule's, times what an alarm has left of it."""
+        return self.schedule(step) * self.reactions.factor(step)
 
     def snapshot(self) -> Snapshot:
         """All of the above, as views where that is possible."""
@@ -62,6 +69,7 @@ class TrainState:
         values: dict[str, Any] = {
             "rule": dataclasses.asdict(self.model.config.rule),
             "updates": self.optimizer.updates(),
+            "reactions": dataclasses.asdict(self.reactions),
             "data": self.loader.state_dict(),
             "embedder": self.loader.embedder.spec(),
             "random": random_values,
@@ -88,6 +96,7 @@ class TrainState:
         self.optimizer.set_updates(snapshot.values["updates"])
         self.loader.load_state_dict(snapshot.values["data"])
         restore_globals(snapshot.tensors["random"], snapshot.values["random"])
+        self.reactions = Reactions(**snapshot.values["reactions"])
         self.step = snapshot.step
 
     def regroup(self, joined: Collection[str]) -> None:

@@ -29,6 +29,7 @@ from mvsplit.training.nonfinite import (
 from mvsplit.training.optimizer import clip_gradients_, global_norm
 from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
+from mvsplit.training.surgery import anneal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +122,13 @@ def train_step(
     state: TrainState,
     config: TrainConfig,
     *,
-    before_update: Callable[[Gradients], None] | None = None,
+    before_update: Callable[[Gradients], bool | None] | None = None,
 ) -> dict[str, float]:
     """Takes the next step of the run.
 
     Args:
-        before_update: is told what the step knows before the update is made, non-finite or not.
+        before_update: is told what the step knows before the update is made, non-finite or not;
+            where it returns False, the update is not made and the step is not counted.
 
     Returns:
         `loss`, `grad_norm` (before clipping), `lr`, `tokens`, and the gradient norms of W_O, W_2,
@@ -140,26 +142,28 @@ def train_step(
     parts = list(pieces(batch, step, config, state.device))
     losses = accumulate_gradients(state, config, parts)
     metrics, sample_losses, norms = _read_all(state, losses)
-    lr = state.schedule(step)
+    lr = state.learning_rate(step)
+    numbers = metrics | {"lr": lr, "tokens": _tokens(state.model, batch)}
     if before_update is not None:
-        before_update(
-            Gradients(
-                step=step,
-                position=position,
-                batch=batch,
-                metrics=metrics | {"lr": lr},
-                sample_losses=sample_losses,
-                family_norms=norms,
-            )
+        gradients = Gradients(
+            step=step,
+            position=position,
+            batch=batch,
+            metrics=metrics | {"lr": lr},
+            sample_losses=sample_losses,
+            family_norms=norms,
         )
+        if before_update(gradients) is False:
+            return numbers
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise NonFiniteError(_explain(state.model, config, parts, step, metrics))
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
     state.optimizer.step(lr)
+    state.step = step
+    anneal(state, config.reaction.anneal)
     if state.ema is not None:
         state.ema.update(step)
-    state.step = step
-    return metrics | {"lr": lr, "tokens": _tokens(state.model, batch)}
+    return numbers
 
 
 def _read_all(

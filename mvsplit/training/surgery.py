@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
-from mvsplit.models.surgery import into_mvsplit, writer_parameters
+from mvsplit.models.surgery import into_mvsplit, rules, writer_parameters
+from mvsplit.residuals import MVSplit
 from mvsplit.training.state import TrainState
 
 
@@ -31,6 +34,19 @@ def protect(state: TrainState, *, gain: float) -> None:
             if name not in new:
                 average.copy_(averages[name])
     _rescale_writers(state, gain)
+
+
+@torch.no_grad()
+def anneal(state: TrainState, steps: int) -> None:
+    """Takes α of a protected network one step closer to 0, where it is `steps` steps after the
+    surgery; what it learns meanwhile shrinks with it. With λ = 0 the network then stands where
+    MV-Split starts, with the gain β that it has. Does nothing in any other network."""
+    at = state.reactions.protected_at
+    if at is None or not 0 < state.step - at <= steps:
+        return
+    left = steps - (state.step - at)
+    for rule in rules(state.model):
+        cast(MVSplit, rule).alpha.mul_(left / (left + 1))
 
 
 def _rescale_writers(state: TrainState, gain: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from mvsplit.diagnostics.detector import Detector
@@ -34,17 +35,28 @@ class Watch(Observer):
     def stirred(self) -> bool:
         return self._detector.stirred and self._looks < self._burst
 
+    def remember(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Comes to where it was after the lines of an earlier process, without saying it again."""
+        for line in lines:
+            self._see(dict(line))
+
     def on_gradients(self, state: TrainState, gradients: Gradients) -> None:
         self._judge({"step": gradients.step, **gradients.metrics})
-        self._looks = self._looks if self._detector.stirred else 0
 
     def on_probe(self, state: TrainState, layers: dict[str, Any]) -> None:
-        self._looks += self._detector.stirred
         self._judge(layers)
 
     def _judge(self, record: dict[str, Any]) -> None:
-        for event in self._detector.update(record):
+        for event in self._see(record):
             self._say(event)
+
+    def _see(self, record: dict[str, Any]) -> list[Event]:
+        look = "layer" in record
+        self._looks += look and self._detector.stirred
+        events = self._detector.update(record)
+        if not look and not self._detector.stirred:
+            self._looks = 0
+        return events
 
     def _say(self, event: Event) -> None:
         told = event.as_dict()

@@ -1,0 +1,238 @@
+"""What a run does on an alarm: record it, stop, leave the update out, go back, or protect itself.
+
+The watch raises an alarm before the update of the step is made, from the gradients, or after it,
+from a look into every layer. All policies but `record` hold an update back that is not made yet. In
+both cases the policy acts between two steps, and events.jsonl gets a line with its numbers.
+`docs/policies.md` says which policy is for what, and what was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mvsplit.errors import UserError
+from mvsplit.training.checkpoint import (
+    DamagedCheckpoint,
+    Snapshot,
+    list_checkpoints,
+    read_checkpoint,
+    set_aside_after,
+    step_of,
+)
+from mvsplit.training.config import ReactionConfig, TrainConfig
+from mvsplit.training.observer import Observer
+from mvsplit.training.state import TrainState
+from mvsplit.training.surgery import protect
+
+# A loss that does not fall is no emergency: there is no earlier state that is better.
+LEFT_ALONE = frozenset({"stalled"})
+
+
+class Alarms(Observer):
+    """Holds the first alarm that a policy is to act on, until it is taken."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] | None = None
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        if event.get("level") == "alarm" and event["verdict"] not in LEFT_ALONE:
+            self._held = self._held or event
+
+    @property
+    def verdict(self) -> str | None:
+        """Of the alarm that is held."""
+        return self._held["verdict"] if self._held else None
+
+    def take(self) -> dict[str, Any] | None:
+        """The alarm, which is then no longer held."""
+        alarm, self._held = self._held, None
+        return alarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A run between two steps with an alarm to act on.
+
+    Attributes:
+        state: changed by the action.
+        config: how the run is trained.
+        checkpoints: the folder of its checkpoints.
+        step: the step that gave the alarm.
+        held_back: whether the update of that step was not made.
+        verdict: of the alarm.
+        tell: writes an event: its name, its message, its numbers.
+    """
+
+    state: TrainState
+    config: TrainConfig
+    checkpoints: Path
+    step: int
+    held_back: bool
+    verdict: str
+    tell: Callable[..., None]
+
+    @property
+    def reaction(self) -> ReactionConfig:
+        return self.config.reaction
+
+
+def holds_back(policy: str, verdict: str | None) -> bool:
+    """Whether a policy keeps the update of the step from being made. A step that is not finite ends
+    the run by an error of its own (NonFiniteError) unless the policy has a way to go on."""
+    if verdict is None or policy == "record":
+        return False
+    return verdict != "non-finite" or policy != "stop"
+
+
+def react(scene: Scene) -> bool:
+    """Acts on an alarm by the policy of the run; False where the run has to end.
+
+    Raises:
+        UserError: the policy cannot act: the rule cannot be turned into MV-Split, or no checkpoint
+            can be read.
+    """
+    return _POLICIES[scene.config.on_alarm](scene)
+
+
+def needs_a_start(config: TrainConfig) -> bool:
+    """Whether the policy may have to go back before the first checkpoint, to the start."""
+    return config.on_alarm == "rollback" or (
+        config.on_alarm == "protect" and config.reaction.go_back
+    )
+
+
+def _record(scene: Scene) -> bool:
+    return True
+
+
+def _stop(scene: Scene) -> bool:
+    done = "before its update" if scene.held_back else "after its update"
+    scene.tell(
+        "stopped",
+        f"stopped by the {scene.verdict} alarm of step {scene.step}, {done}; to go on, give the "
+        f"same command with --on-alarm record, skip, rollback or protect",
+        verdict=scene.verdict,
+        at_step=scene.step,
+    )
+    return False
+
+
+def _skip(scene: Scene) -> bool:
+    """Counts the step without its update. An alarm that came after the update has nothing to skip,
+    and says so."""
+    if scene.held_back:
+        state = scene.state
+        state.step = scene.step
+        state.reactions = replace(state.reactions, skips=state.reactions.skips + 1)
+        message = f"step {scene.step}: its update was left out ({scene.verdict})"
+    else:
+        message = f"step {scene.step}: its update was made before the alarm ({scene.verdict})"
+    scene.tell("skipped", message, verdict=scene.verdict, skips=scene.state.reactions.skips)
+    return True
+
+
+def _roll_back(scene: Scene) -> bool:
+    reactions, reaction = scene.state.reactions, scene.reaction
+    if reactions.rollbacks >= reaction.limit:
+        scene.tell(
+            "stopped",
+            f"stopped by the {scene.verdict} alarm of step {scene.step}: the run has gone back "
+            f"{reactions.rollbacks} times, the most that --reaction.limit allows; start a new run "
+            f"with a lower learning rate, or with rule mvsplit",
+            rollbacks=reactions.rollbacks,
+        )
+        return False
+    _go_back(scene)
+    if reaction.fresh_moments:
+        scene.state.optimizer.forget()
+    scene.state.reactions = replace(
+        scene.state.reactions,
+        lr_factor=scene.state.reactions.lr_factor * reaction.lr_factor,
+        since=scene.state.step,
+        rewarm=reaction.rewarm,
+    )
+    scene.tell(
+        "rolled-back",
+        f"step {scene.step}: back to step {scene.state.step} ({scene.verdict}), the data go on, "
+        f"learning rate times {scene.state.reactions.lr_factor:g}",
+        verdict=scene.verdict,
+        at_step=scene.step,
+        to_step=scene.state.step,
+        lr_factor=scene.state.reactions.lr_factor,
+        fresh_moments=reaction.fresh_moments,
+        rollbacks=scene.state.reactions.rollbacks,
+    )
+    return True
+
+
+def _protect(scene: Scene) -> bool:
+    """Surgery, once; a network that has had it goes back with a lower learning rate instead."""
+    state, reaction = scene.state, scene.reaction
+    if state.reactions.protected_at is not None:
+        return _roll_back(scene)
+    # Weights that are not finite, or a collapse that the update has already entered, are no
+    # function to preserve.
+    if reaction.go_back or not scene.held_back or scene.verdict == "non-finite":
+        _go_back(scene)
+    rule = state.model.config.rule.name
+    protect(state, gain=reaction.gain)
+    state.reactions = replace(
+        state.reactions, protected_at=state.step, since=state.step, rewarm=reaction.rewarm
+    )
+    scene.tell(
+        "protected",
+        f"step {scene.step}: the {rule} network of step {state.step} is an MV-Split network from "
+        f"here on ({scene.verdict}), gain {reaction.gain:g}",
+        verdict=scene.verdict,
+        at_step=scene.step,
+        to_step=state.step,
+        was=rule,
+        gain=reaction.gain,
+        anneal=reaction.anneal,
+    )
+    return True
+
+
+_POLICIES: dict[str, Callable[[Scene], bool]] = {
+    "record": _record,
+    "stop": _stop,
+    "skip": _skip,
+    "rollback": _roll_back,
+    "protect": _protect,
+}
+
+
+def _go_back(scene: Scene) -> None:
+    """Restores the last good checkpoint. The data move on, and so do the reactions; the noise and
+    times of a step stay those of its number."""
+    state, reactions, data = scene.state, scene.state.reactions, scene.state.loader.state_dict()
+    state.restore(last_good(scene))
+    state.loader.load_state_dict(data)
+    state.reactions = replace(reactions, rollbacks=reactions.rollbacks + 1)
+    set_aside_after(scene.checkpoints, state.step, suffix="undone")
+
+
+def last_good(scene: Scene) -> Snapshot:
+    """The newest whole checkpoint that lies `margin` steps before the alarm, or else the oldest
+    there is. Only those of the regular cadence count, so that a run goes back to the same step
+    whether it was interrupted on the way or not.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    config, saved = scene.config, list_checkpoints(scene.checkpoints)
+    regular = [path for path in saved if step_of(path) % config.save_every == 0]
+    latest = scene.step - config.reaction.margin
+    good = [path for path in regular if step_of(path) <= latest] or regular[:1]
+    for path in reversed(good):
+        try:
+            return read_checkpoint(path)
+        except DamagedCheckpoint as error:
+            scene.tell("damaged", f"{error}; looking for an older one")
+    raise UserError(
+        f"{scene.checkpoints}: no checkpoint to go back to from step {scene.step}; keep more of "
+        f"them with --keep, or choose --on-alarm skip"
+    )
