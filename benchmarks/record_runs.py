@@ -1,4 +1,4 @@
-"""Records the corpus that the detector is measured on: results/recorded/NAME.jsonl.gz and a manifest.
+"""Records the corpus that the detector is measured on, results/recorded: a file a run, a manifest.
 
     python benchmarks/record_runs.py [--out FOLDER] [--only PART] [--budget SECONDS] [--workers N]
 

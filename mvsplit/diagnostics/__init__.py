@@ -1,6 +1,6 @@
 """The watch: metrics of a mean-mode collapse, and the probe that reads them as a model runs."""
 
-from mvsplit.diagnostics.detector import Detector, Thresholds
+from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.logs import read_jsonl
 from mvsplit.diagnostics.monitor import Cadence, Monitor
@@ -15,6 +15,7 @@ from mvsplit.diagnostics.taps import (
     gradient_norms,
     taps_for_dit,
 )
+from mvsplit.diagnostics.thresholds import Thresholds
 
 __all__ = [
     "CHEAP_FIELDS",

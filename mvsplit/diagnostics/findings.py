@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from mvsplit.diagnostics.baseline import Baseline
 from mvsplit.diagnostics.events import Event, Level, Verdict
 from mvsplit.diagnostics.signals import LayerSignals, StepSignals
-
-if TYPE_CHECKING:
-    from mvsplit.diagnostics.detector import Thresholds
+from mvsplit.diagnostics.thresholds import Thresholds
 
 _SHORT, _MEDIUM, _LONG = 10, 20, 50  # lines of a window
 _LOOKS = 8  # looks into the layers that make up what is usual there
