@@ -213,7 +213,7 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "name": run.name,
         "file": file.name,
-        "command": f"python benchmarks/record_runs.py --only {run.name}",
+        "command": f"python benchmarks/record_runs.py --only {run.name} --out FOLDER",
         "held_out": run.held_out,
         "environment": {"torch": torch.__version__, "python": platform.python_version()},
         "seconds": round(time.perf_counter() - began, 1),
