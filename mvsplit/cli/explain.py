@@ -1,4 +1,4 @@
-"""`mvsplit explain FLIGHT`, also `mvsplit monitor explain`: what made the gradient of a step spike."""
+"""`mvsplit explain FLIGHT`, or `mvsplit monitor explain`: what made a gradient spike."""
 
 from __future__ import annotations
 

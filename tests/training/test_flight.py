@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mvsplit.errors import UserError
 from mvsplit.training import TrainState, build_state, train, train_step
@@ -64,8 +65,6 @@ def test_a_flight_holds_the_last_steps_and_the_weights_before_the_update(tmp_pat
     assert torch.equal(flight.batch.latents, batch.latents)
     (saved,) = flight.checkpoints
     assert step_of(saved) == 4
-    from safetensors.torch import load_file
-
     weights = load_file(saved / "model.safetensors")
     assert all(torch.equal(weights[name], before[name]) for name in before)
 
