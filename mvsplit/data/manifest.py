@@ -66,10 +66,10 @@ def begin(folder: Path, settings: Settings) -> None:
     if not path.exists():
         if folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise UserError(f"out: {folder} holds other files; choose a new folder")
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
         write_atomically(path, text, writer=f".{os.getpid()}")
-        return
+    (folder / "shards").mkdir(exist_ok=True)
     before, now = _read_json(path), dataclasses.asdict(settings)
     for name, value in now.items():
         if before.get(name) != value:

@@ -1,0 +1,102 @@
+"""From a folder of photographs to a resumed run and pictures, by the commands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mvsplit.cli import main
+from mvsplit.data.manifest import Settings
+from tests.data.photographs import fill
+from tests.training.runs import assert_same_run, lines
+
+ENCODE = ["--vae", "pixels", "--text-encoder", "words:32", "--resolution", "16", "--multiple", "4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("photographs")
+    fill(place / "pictures")
+    command = ["encode", str(place / "pictures"), str(place / "cache"), *ENCODE, "--flips"]
+    assert main([*command, "--shard-size", "8", "--device", "cpu"]) == 0
+    return place
+
+
+def train(place: Path, run: str, *options: str) -> int:
+    cache = ["--data.dataset", "cache", "--data.path", str(place / "cache")]
+    model = ["--model.channels", "3", "--model.patch", "4", "--model.depth", "2"]
+    size = ["--batch-size", "4", "--device", "cpu", "--probe-every", "0"]
+    return main(["train", "tiny", "--run-dir", str(place / run), *cache, *model, *size, *options])
+
+
+def test_encode_train_resume_sample(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(place, "straight", "--steps", "6") == 0
+    assert train(place, "resumed", "--steps", "3") == 0
+    (place / "cache").rename(place / "moved")
+    assert train(place, "resumed", "--steps", "6", "--data.path", str(place / "moved")) == 0
+    (place / "moved").rename(place / "cache")
+    (place / "straight" / "layers.jsonl").touch()
+    (place / "resumed" / "layers.jsonl").touch()
+    assert_same_run(place / "straight", place / "resumed")
+    assert len({line["loss"] for line in lines(place / "straight" / "metrics.jsonl")}) == 6
+    for prompt in ("a red dahlia", "something that no caption says"):
+        command = ["sample", str(place / "straight"), "--prompt", prompt, "-n", "2"]
+        assert main([*command, "--steps", "2", "--device", "cpu"]) == 0
+    assert len(list((place / "straight" / "samples").glob("*/0000[01].png"))) == 4
+
+
+def test_a_cache_that_does_not_fit_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {
+        "--model.channels=4": "model.channels=4: the data have 3; use model.channels=3",
+        "--model.patch=3": "model.patch=3 does not divide the image size",
+        "--model.text-width=16": "the cache's text states have 32; use model.text_width=32",
+        f"--data.path={place}": f"data.path: {place} holds no finished cache; make it with",
+    }
+    for option, message in wrong.items():
+        assert train(place, "wrong", *option.split("=")) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
+
+
+def test_a_cache_of_other_weights_stops_the_run_before_a_step(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(place, "vae", "--steps", "2") == 0
+    path = place / "cache" / "manifest.json"
+    before = path.read_text()
+    manifest = json.loads(before)
+    settings = dataclasses.replace(Settings(**manifest["settings"]), vae="flux2:0123abcd")
+    path.write_text(json.dumps({**manifest, "settings": dataclasses.asdict(settings)}))
+    capsys.readouterr()
+    try:
+        assert train(place, "vae", "--steps", "4") == 2
+        assert "vae: the loader has flux2:0123abcd, the saved run has pixels" in (
+            capsys.readouterr().err
+        )
+        assert len(lines(place / "vae" / "metrics.jsonl")) == 2
+        assert main(["sample", str(place / "vae"), "--prompt", "", "--device", "cpu"]) == 2
+        assert "vae: pixels is pixels, the cache was made with flux2:0123abcd" in (
+            capsys.readouterr().err
+        )
+    finally:
+        path.write_text(before)
+
+
+def test_encode_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["encode", str(place / "pictures"), str(place / "cache"), *ENCODE, "--device", "cpu"]
+    wrong = {
+        ("--shard", "2/2"): "shard='2/2': write i/n",
+        ("--resolution", "18"): "resolution=18 is not a multiple of 4",
+        (): "flips=False: ",
+    }
+    for options, message in wrong.items():
+        assert main([*command, *options]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
