@@ -139,7 +139,7 @@ class QwenEncoder:
             warnings.warn(
                 f"prompt {beginning!r} has {len(ids)} tokens; the last "
                 f"{len(ids) - self.max_tokens} are cut, {self.max_tokens} are read",
-                stacklevel=3,
+                stacklevel=2,
             )
         return ids[: self.max_tokens] or [self._padding_token]
 

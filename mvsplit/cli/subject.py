@@ -1,0 +1,238 @@
+"""What `mvsplit sample` draws with: a trained run, or weights with an autoencoder and a text
+encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from mvsplit.data import Embedder
+from mvsplit.data.text_encoder import Padding, QwenEncoder
+from mvsplit.data.vae import Flux2Autoencoder
+from mvsplit.errors import UserError, nearest
+from mvsplit.hub import load_weights
+from mvsplit.models import DiT
+from mvsplit.training import load_run
+from mvsplit.training.builders import build_data, build_decoder, resolve_device
+
+RELEASED_SHIFT = 4.0  # paper §5
+DEFAULT_SIDE = 256  # pixels, of the released model
+DTYPES: dict[str, torch.dtype | None] = {
+    "keep": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network that can draw.
+
+    Attributes:
+        model, embedder: the network and what encodes its prompts.
+        shape: (C, H, W) of its latents.
+        decode: latents [B, C, H, W] to pictures in [−1, 1].
+        shift: of the time, as in training.
+        title: for the progress bar.
+        folder, name: where pictures go by default, and how their folder begins.
+        record: what identifies it in the pictures' records.
+    """
+
+    model: DiT
+    embedder: Embedder
+    shape: tuple[int, int, int]
+    decode: Callable[[Tensor], Tensor]
+    shift: float
+    title: str
+    folder: Path
+    name: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What draws.
+
+    Attributes:
+        source: a run's folder or one of its checkpoints; or weights: model.pt, a .safetensors file,
+            a folder of shards, a diffusers folder.
+        ema: the averaged weights, or the weights as trained.
+        device: cpu, cuda, …; auto is cuda where there is one.
+        vae: for weights, folder or hub id of the FLUX.2 autoencoder; that of a diffusers folder if
+            not given.
+        text_encoder: for weights, folder or hub id of Qwen3-0.6B; that of a diffusers folder if
+            not given.
+        padding: for weights, mask the padding of short prompts, or attend to it as the released
+            code does; mask if not given.
+        resolution: for weights, pixels of a side, or height x width; 256 if not given.
+        num_heads: for weights in the released layout, width / 128 if not given.
+        dtype: for weights, the dtype in which they run; keep runs them as stored.
+    """
+
+    source: tyro.conf.Positional[Path]
+    ema: bool = True
+    device: str = "auto"
+    vae: str | None = None
+    text_encoder: str | None = None
+    padding: Literal["mask", "attend"] | None = None
+    resolution: str | None = None
+    num_heads: int | None = None
+    dtype: Literal["keep", "fp32", "bf16"] = "keep"
+
+
+def open_subject(args: Options) -> Subject:
+    """The run or the weights at `args.source`.
+
+    Raises:
+        UserError: neither is there; options that do not belong to it, or do not fit.
+    """
+    run = _find_run(args.source)
+    if run is not None:
+        return _of_run(run, args)
+    if args.source.exists() or args.source.suffix in (".pt", ".safetensors"):
+        return _of_weights(args)
+    near = [*args.source.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
+    known = {str(config.parent) for config in near}
+    remedy = nearest(str(args.source), known) if known else "train one first: mvsplit train tiny"
+    raise UserError(f"no run at {args.source}; {remedy}")
+
+
+def _find_run(path: Path) -> Path | None:
+    """The run's folder of a run or of one of its checkpoints."""
+    one = (path / "manifest.json").is_file() and path.parent.name == "checkpoints"
+    run = path.parent.parent if one else path
+    config = run / "config.json"
+    return run if config.is_file() and "_class_name" not in _read(config) else None
+
+
+def _of_run(run: Path, args: Options) -> Subject:
+    for name in ("vae", "text_encoder", "padding", "resolution", "num_heads"):
+        if (value := getattr(args, name)) is not None:
+            raise UserError(f"{name}={value}: a run has its own; it is an option for weights")
+    if args.dtype != "keep":
+        raise UserError(f"dtype={args.dtype}: a run is drawn with as it was trained; leave it out")
+    device = resolve_device(args.device)
+    loaded = load_run(args.source, ema=args.ema, device=device)
+    data = build_data(replace(loaded.experiment.data, verify=False))  # only its shape is asked
+    weights = "averaged" if args.ema else "as trained"
+    return Subject(
+        model=loaded.model,
+        embedder=loaded.embedder,
+        shape=(data.channels, data.height, data.width),
+        decode=build_decoder(data, device),
+        shift=loaded.experiment.train.time_shift,
+        title=f"step {loaded.step}",
+        folder=run / "samples",
+        name=f"step_{loaded.step:08d}",
+        record={"run": str(run), "step": loaded.step, "weights": weights},
+    )
+
+
+def _of_weights(args: Options) -> Subject:
+    """The weights are read last: what is wrong with the rest is said before."""
+    device, dtype = resolve_device(args.device), DTYPES[args.dtype]
+    vae = _autoencoder(args, device)
+    side = _side(args.resolution, 1 if vae is None else vae.multiple)
+    padding: Padding = args.padding or "mask"
+    text = QwenEncoder.load(_text_encoder(args), device=device, padding=padding)
+    model = load_weights(
+        args.source, ema=args.ema, num_heads=args.num_heads, dtype=dtype, device=device
+    )
+    model.requires_grad_(False).eval()
+    multiple = _require_fit(model, vae, text, args)
+    height, width = _side(args.resolution, multiple * model.config.patch)
+    return Subject(
+        model=model,
+        embedder=text,
+        shape=(model.config.channels, height // multiple, width // multiple),
+        decode=(lambda latents: latents) if vae is None else vae.decode,
+        shift=_shift(args.source),
+        title=args.source.name,
+        folder=Path("samples"),
+        name=args.source.stem,
+        record={
+            "weights": str(args.source),
+            "vae": args.vae,
+            "text_encoder": args.text_encoder,
+            "padding": padding,
+            "resolution": list(side),
+        },
+    )
+
+
+def _autoencoder(args: Options, device: torch.device) -> Flux2Autoencoder | None:
+    source = args.vae or _beside(args.source, "vae")
+    return None if source is None else Flux2Autoencoder.load(source, device=device)
+
+
+def _text_encoder(args: Options) -> str:
+    source = args.text_encoder or _beside(args.source, "text_encoder")
+    if source is None:
+        raise UserError(
+            f"text_encoder: {args.source} holds none; give --text-encoder, a folder or a hub id, "
+            "for the released weights Qwen/Qwen3-0.6B"
+        )
+    return source
+
+
+def _beside(source: Path, part: str) -> str | None:
+    """The pipeline's folder if it has such a part."""
+    return str(source) if (source / part).is_dir() else None
+
+
+def _side(resolution: str | None, multiple: int) -> tuple[int, int]:
+    """Height and width in pixels of "256" or "256x384"."""
+    numbers = (resolution or str(DEFAULT_SIDE)).lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"resolution={resolution}: give a side as 256, or height x width: 256x384")
+    sides = [int(number) for number in numbers]
+    for side in sides:
+        if side < multiple or side % multiple:
+            below = max(side // multiple, 1) * multiple
+            raise UserError(
+                f"resolution={resolution}: {side} is not a multiple of {multiple}, the pixels of a "
+                f"token; choose {below} or {below + multiple}"
+            )
+    return sides[0], sides[-1]
+
+
+def _require_fit(model: DiT, vae: Flux2Autoencoder | None, text: QwenEncoder, args: Options) -> int:
+    """Pixels a latent, once the parts are known to belong together."""
+    config = model.config
+    if text.width != config.text_width:
+        raise UserError(
+            f"text_encoder: its states have width {text.width}, {args.source} takes "
+            f"{config.text_width}; choose the encoder of the training"
+        )
+    if vae is None and config.channels not in (1, 3):
+        raise UserError(
+            f"vae: {args.source} draws latents of {config.channels} channels; give --vae, a folder "
+            "or a hub id with the FLUX.2 autoencoder"
+        )
+    if vae is not None and vae.channels != config.channels:
+        raise UserError(
+            f"vae: its latents have {vae.channels} channels, those of {args.source} "
+            f"{config.channels}; choose the autoencoder of the training"
+        )
+    return 1 if vae is None else vae.multiple
+
+
+def _shift(source: Path) -> float:
+    """That of a pipeline's scheduler; the paper's for other weights."""
+    config = source / "scheduler" / "scheduler_config.json"
+    return float(_read(config).get("shift", 1.0)) if config.is_file() else RELEASED_SHIFT
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # the reader of whatever it is says what is wrong
+    return tree if isinstance(tree, dict) else {}
