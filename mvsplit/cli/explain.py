@@ -14,7 +14,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
@@ -30,7 +29,7 @@ class Arguments:
 
     Attributes:
         source: a flight that the recorder wrote, or a run's folder.
-        step: which step of a run; the one whose gradient norm stands out most if not given.
+        step: which step; the one whose gradient norm stands out most if not given.
         json: where the numbers go; explain.json of the flight, or explain_STEP.json of the run.
         device: where to run; where the run was if not given.
     """
@@ -62,15 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _find(args: Arguments) -> Flight:
-    if not (args.source / "flight.json").exists():
-        return flight_of_run(args.source, args.step)
-    flight = read_flight(args.source)
-    if args.step not in (None, flight.step):
-        raise UserError(
-            f"step={args.step}: this flight is of step {flight.step}; name the run's folder for "
-            f"another step"
-        )
-    return flight
+    if (args.source / "flight.json").exists():
+        return read_flight(args.source, args.step)
+    return flight_of_run(args.source, args.step)
 
 
 def _default_output(source: Path, flight: Flight) -> Path:

@@ -218,11 +218,16 @@ def _link_newest(checkpoints: list[Path], folder: Path) -> None:
         shutil.copytree(checkpoints[-1], folder / checkpoints[-1].name, copy_function=os.link)
 
 
-def read_flight(path: Path | str) -> Flight:
+def read_flight(path: Path | str, step: int | None = None) -> Flight:
     """The flight at `path`.
 
+    Args:
+        path: the flight's folder.
+        step: which of the recorded steps is to be explained; None for the one whose gradient norm
+            stands out most. A flight with the weights before its last step reaches no other step.
+
     Raises:
-        UserError: there is none, or its files cannot be read.
+        UserError: there is no flight, its files cannot be read, or it does not reach the step.
     """
     path = Path(path)
     try:
@@ -235,17 +240,40 @@ def read_flight(path: Path | str) -> Flight:
             f"{path}: this program reads {FORMAT} {VERSION}, not {flight.get('format')} "
             f"{flight.get('version')}; use the version of mvsplit that wrote it"
         )
-    config = path / "config.json"
+    config, last = path / "config.json", flight["step"]
+    checkpoints = _before(path / "state", last)
+    records = _reachable(flight["records"], last, checkpoints)
+    steps = [record["step"] for record in records]
+    if step is not None and step not in steps:
+        raise UserError(
+            f"step={step}: the flight {path} reaches {', '.join(map(str, steps))}; name the run's "
+            f"folder for another step"
+        )
+    step = _most_unusual(flight["records"], steps) if step is None else step
     return Flight(
         path=path,
         experiment=from_json(config.read_text(encoding="utf-8"), config),
-        step=flight["step"],
+        step=step,
         reason=flight["reason"],
-        records=flight["records"],
+        records=[record for record in flight["records"] if record["step"] <= step],
         world=flight["world"],
-        batch=Batch(text_valid=tensors.pop("text_valid", None), **tensors),
-        checkpoints=_before(path / "state", flight["step"]),
+        batch=Batch(text_valid=tensors.pop("text_valid", None), **tensors)
+        if step == last
+        else None,
+        checkpoints=_before(path / "state", step),
     )
+
+
+def _reachable(
+    records: list[dict[str, Any]], last: int, checkpoints: list[Path]
+) -> list[dict[str, Any]]:
+    """The recorded steps that can be run again from the state of the flight."""
+    if not checkpoints:
+        return records  # from the start
+    start = checkpoints[-1]
+    if not (start / "optimizer.safetensors").exists():
+        return [record for record in records if record["step"] == last]
+    return [record for record in records if record["step"] > step_of(start)]
 
 
 def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
@@ -264,7 +292,7 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
     lines = {line["step"]: line for line in read_lines(path / "metrics.jsonl")}
     if not lines:
         raise UserError(f"{path} has taken no step yet; train it first")
-    step = _most_unusual(list(lines.values())) if step is None else step
+    step = _most_unusual(list(lines.values()), list(lines)) if step is None else step
     if step not in lines:
         raise UserError(f"step={step}: {path} has the steps {min(lines)} to {max(lines)}")
     return Flight(
@@ -279,8 +307,8 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
     )
 
 
-def _most_unusual(lines: list[dict[str, Any]]) -> int:
-    """The step whose gradient norm is the largest multiple of the median of those before it."""
+def _most_unusual(lines: list[dict[str, Any]], steps: list[int]) -> int:
+    """The one of `steps` whose gradient norm is the largest multiple of the median before it."""
     norms = [line["grad_norm"] for line in lines]
 
     def unusual(i: int) -> float:
@@ -289,4 +317,5 @@ def _most_unusual(lines: list[dict[str, Any]]) -> int:
         calm = calm_norm(norms[max(0, i - HISTORY) : i])
         return norms[i] / calm if calm else 0.0
 
-    return lines[max(range(len(lines)), key=unusual)]["step"]
+    among = [i for i, line in enumerate(lines) if line["step"] in steps]
+    return lines[max(among, key=unusual)]["step"]

@@ -83,10 +83,26 @@ def test_an_alarm_after_the_update_links_the_checkpoint_before_the_step(tmp_path
                 self.recorder.on_event(flights.ALARM)
 
     train(runs.experiment(), tmp_path / "run", observers=[Late()])
-    flight = read_flight(tmp_path / "run" / "flights" / "step_00000005")
+    flight = read_flight(tmp_path / "run" / "flights" / "step_00000005", 5)
     assert [step_of(path) for path in flight.checkpoints] == [3]
+    assert read_flight(flight.path, 4).records == flight.records[:-1]
+    with pytest.raises(UserError, match="reaches 4, 5;"):
+        read_flight(flight.path, 3)
     kept = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [step_of(path) for path in kept] == [6, 8], "the run itself has dropped step 3"
+
+
+def test_the_recorded_step_that_stands_out_is_explained(tmp_path: Path) -> None:
+    path = flights.fly(tmp_path, flights.plain(), flights.nothing)
+    flight = json.loads((path / "flight.json").read_text())
+    for record, norm in zip(flight["records"], (1.0, 1.0, 9.0, 1.0, 1.0), strict=True):
+        record["grad_norm"] = norm
+    (path / "flight.json").write_text(json.dumps(flight))
+    assert read_flight(path).step == 5, "the weights before step 5 reach no other"
+    shutil.rmtree(path / "state")
+    found = read_flight(path)
+    assert (found.step, found.batch) == (3, None)
+    assert [record["step"] for record in found.records] == [1, 2, 3]
 
 
 def test_a_run_that_stops_on_a_non_finite_value_leaves_a_flight(tmp_path: Path) -> None:
