@@ -28,26 +28,30 @@ _logger = logging.getLogger(__name__)
 _forced: str | None = None
 
 
-def backend(x: Tensor) -> str:
-    """What the ops run on for an input like `x` [..., D]: "triton" or "reference"."""
+def backend(x: Tensor, row: int | None = None) -> str:
+    """What an op runs on for an input like `x` [..., D]: "triton" or "reference".
+
+    Args:
+        row: values that one block of the op has to hold; D, as for a norm, if None.
+    """
     if _forced is not None:
         return _forced
     if not x.is_cuda:
         return "reference"
-    obstacle = _obstacle(x)
+    obstacle = _obstacle(x, x.shape[-1] if row is None else row)
     if not torch.compiler.is_compiling():
         _log(obstacle)
     return "reference" if obstacle else "triton"
 
 
-def _obstacle(x: Tensor) -> str | None:
+def _obstacle(x: Tensor, row: int) -> str | None:
     """Why the fused kernels cannot take a CUDA tensor, if so."""
     if not HAS_TRITON:
         return "Triton is not installed (it comes with CUDA builds of torch)"
     if x.dtype not in FUSED_DTYPES:
         return f"the fused kernels take fp32, bf16 and fp16, not {x.dtype}"
-    if x.shape[-1] > FUSED_WIDTH:
-        return f"the fused kernels take widths up to {FUSED_WIDTH}, not {x.shape[-1]}"
+    if row > FUSED_WIDTH:
+        return f"the fused kernels take widths up to {FUSED_WIDTH}, not {row}"
     return None
 
 
@@ -119,7 +123,7 @@ def rms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 def qk_norm_rope(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend(qkv) == "reference":
+    if backend(qkv, qkv.shape[-1] // (heads + 2 * kv_heads)) == "reference":
         return reference.qk_norm_rope(qkv, cos, sin, heads, kv_heads, eps)
     from mvsplit.kernels.fused.qk_norm_rope import qk_norm_rope as fused
 
@@ -127,7 +131,7 @@ def qk_norm_rope(
 
 
 def swiglu(packed: Tensor) -> Tensor:
-    if backend(packed) == "reference":
+    if backend(packed, row=1) == "reference":  # a block takes as much of a row as it can hold
         return reference.swiglu(packed)
     from mvsplit.kernels.fused.swiglu import swiglu as fused
 

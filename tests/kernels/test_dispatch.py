@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def test_what_the_kernels_cannot_take_is_a_warning(fresh_log, x, reason):
     assert [backend(x) for _ in range(3)] == ["reference"] * 3
     assert [r.levelname for r in fresh_log.records] == ["WARNING"]
     assert reason in fresh_log.text
+
+
+def test_packed_rows_wider_than_a_block_do_not_send_tiled_ops_to_the_reference(
+    fresh_log, monkeypatch
+):
+    """QKV at width 4096 and an FFN of 12288: no block of these kernels holds a packed row."""
+    for name in ("swiglu", "qk_norm_rope"):
+        fused = types.ModuleType(name)
+        setattr(fused, name, lambda x, *_: "fused")
+        monkeypatch.setitem(sys.modules, f"mvsplit.kernels.fused.{name}", fused)
+    assert dispatch.swiglu(OnCuda(width=2 * 12288)) == "fused"
+    assert dispatch.qk_norm_rope(OnCuda(width=3 * 4096), None, None, 32, 32) == "fused"
+    assert backend(OnCuda(width=3 * 4096)) == "reference"
 
 
 def test_missing_triton_is_a_warning(fresh_log, monkeypatch):
