@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,9 @@ class DiTConfig:
         for name in ("depth", "width", "heads", "ffn_width", "channels", "text_width", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("rope_theta", "qk_eps", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}={getattr(self, name)}: must be greater than 0")
         if self.width % self.heads:
             raise UserError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}; "

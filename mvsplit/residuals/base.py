@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,10 @@ class RuleConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
+        for name in ("beta", "alpha", "leak", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"rule.{name}={getattr(self, name)}: must be a finite number")
+        if not 0 < self.eps < math.inf:
             raise UserError(f"rule.eps={self.eps}: must be greater than 0, for example 1e-5")
 
 

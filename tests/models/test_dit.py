@@ -226,6 +226,15 @@ def test_without_text_valid_padding_counts_as_text():
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_an_empty_batch_has_zero_gradients(name):
+    dit = DiT(dataclasses.replace(BASE, rule=RuleConfig(name=name)))
+    velocity = dit(torch.zeros(0, 3, 4, 2), torch.zeros(0, 4, 7))
+    assert velocity.shape == (0, 3, 4, 2)
+    velocity.sum().backward()
+    assert all(bool((p.grad == 0).all()) for p in dit.parameters())
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_every_parameter_gets_a_finite_gradient_and_once_trained_not_zero(name):
     config = dataclasses.replace(
         BASE,
@@ -297,6 +306,9 @@ def test_a_thousand_layers_of_full_width_on_the_meta_device():
         ({"kv_heads": 2}, ("model.kv_heads=2", "model.heads=3", "choose from 1, 3")),
         ({"kv_heads": 0}, ("model.kv_heads=0", "choose from 1, 3")),
         ({"rule": RuleConfig(name="plane")}, ("model.rule.name='plane'", "did you mean plain")),
+        ({"rope_theta": -1.0}, ("model.rope_theta=-1.0", "greater than 0")),
+        ({"qk_eps": float("nan")}, ("model.qk_eps=nan", "greater than 0")),
+        ({"norm_eps": float("inf")}, ("model.norm_eps=inf", "greater than 0")),
         ({"writers": "none"}, ("model.writers='none'", "'zero'")),
     ],
 )

@@ -297,3 +297,9 @@ def test_an_unknown_rule_is_answered_with_the_nearest_names():
 def test_a_useless_epsilon_is_refused(eps):
     with pytest.raises(UserError, match=r"rule\.eps=.*greater than 0"):
         RuleConfig(eps=eps)
+
+
+@pytest.mark.parametrize("name", ["beta", "alpha", "leak", "gamma"])
+def test_a_gain_that_is_no_number_is_refused(name):
+    with pytest.raises(UserError, match=rf"rule\.{name}=nan: must be a finite number"):
+        RuleConfig(**{name: float("nan")})
