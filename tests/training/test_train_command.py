@@ -58,6 +58,7 @@ def test_options_reach_every_part(tmp_path: Path) -> None:
         (["tiny", "--model.patch", "3"], "model.patch=3 does not divide the image size 8×8"),
         (["tiny", "--model.channels", "3"], "use model.channels=1"),
         (["tiny", "--data.dataset", "digit"], "did you mean digits?"),
+        (["tiny", "--device", "meta"], "train.device='meta' cannot be used here; choose cpu"),
         (["tiny", "--device", "tpu"], "train.device='tpu' cannot be used here; choose cpu"),
     ],
 )
