@@ -32,5 +32,5 @@ lint: install  ## ruff and mypy
 	@$(VENV)/bin/mypy
 
 clean:  ## remove caches and the demo's output; keeps .venv and runs
-	@rm -rf .pytest_cache .ruff_cache .mypy_cache build dist demo.png report.html
-	@find mvsplit tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache build dist demo.png demo.json report.html
+	@find mvsplit tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
