@@ -101,12 +101,14 @@ class Trainer:
         self.preset = f"digits-400l-{name}"
         self.folder = args.runs / name
         experiment = get_preset(self.preset)
-        self.steps = args.steps or experiment.train.steps
-        self.depth = args.depth or experiment.model.depth
+        self.steps = experiment.train.steps if args.steps is None else args.steps
+        self.depth = experiment.model.depth if args.depth is None else args.depth
+        probe_every = max(min(experiment.train.probe_every, self.steps), 1)
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mvsplit", "train", self.preset]
         command += ["--run-dir", str(self.folder), "--steps", str(self.steps)]
         command += ["--model.depth", str(self.depth), "--device", "cpu"]
+        command += ["--probe-every", str(probe_every)]
         self._output = self.folder.with_suffix(".log")
         with open(self._output, "w", encoding="utf-8") as output:
             self._process = _start(command, output)
@@ -159,7 +161,13 @@ def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:
     # One thread: at this width a second one only waits for the first.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, env=environment, text=True
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        text=True,
+        # Or Ctrl-C would reach it too, and the signal of `stop` be its second, which kills.
+        process_group=0,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mvsplit.data import Digits
 from mvsplit.diagnostics.logs import read_jsonl
+from mvsplit.errors import UserError
 from mvsplit.evaluation.digits import evaluate_digits
 from mvsplit.sampling import SamplingConfig, generate
 from mvsplit.training import load_run
@@ -91,8 +92,11 @@ def examine(run: Path, *, steps: int = 20, guidance: float = 2.0, seed: int = 0)
     """Draws with a finished run on the digits and reads its logs.
 
     Raises:
-        UserError: the run has no checkpoint or no logs.
+        UserError: the run has no checkpoint, or no layer of it was looked into.
     """
+    probes = list(read_jsonl(run / "layers.jsonl"))
+    if not probes:
+        raise UserError(f"{run} has no probe of its layers yet; train it on to its first")
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # twins are examined side by side
     loaded = load_run(run)
     digits = Digits()
@@ -103,7 +107,6 @@ def examine(run: Path, *, steps: int = 20, guidance: float = 2.0, seed: int = 0)
     (drawn,) = generate(loaded.model, loaded.embedder, prompts, shape, config)
     scores = dict(evaluate_digits(drawn.latents, labels))
     metrics = list(read_jsonl(run / "metrics.jsonl"))
-    probes = list(read_jsonl(run / "layers.jsonl"))
     return Twin(
         name=run.name,
         steps=np.array([line["step"] for line in metrics]),

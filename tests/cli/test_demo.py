@@ -1,12 +1,18 @@
 """The demo from end to end on twins of four layers; the real one differs in size only."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
 
 from mvsplit.cli import demo, main
 from mvsplit.errors import UserError
+from mvsplit.evaluation.twins import examine
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +57,50 @@ def test_the_failure_of_a_twin_is_said(tmp_path):
     arguments = demo.Arguments(steps=2, depth=2, runs=tmp_path / "runs", out=tmp_path)
     with pytest.raises(UserError, match=r"the plain twin stopped: .*config\.json"):
         demo.run(arguments)
+
+
+def wait_for_steps(logs, count):
+    deadline = time.monotonic() + 240
+    while not all(log.exists() and log.read_bytes().count(b"\n") >= count for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_lets_both_twins_finish_their_step_and_save(tmp_path):
+    arguments = ["--steps", "100000", "--depth", "2", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "mvsplit", "demo", *arguments, "--out", str(tmp_path)]
+    logs = [tmp_path / "runs" / name / "metrics.jsonl" for name in demo.TWINS]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        try:
+            wait_for_steps(logs, 3)
+        finally:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
+        assert process.wait(120) == 130
+        assert process.stderr.read() == "mvsplit: interrupted\n"
+    for log in logs:
+        last = json.loads((log.parent / "events.jsonl").read_text().splitlines()[-1])
+        assert last["event"] == "interrupted"
+        assert (log.parent / "checkpoints" / f"step_{last['step']:08d}").is_dir()
+
+
+def test_every_layer_is_looked_into_in_a_short_run_too(tmp_path):
+    twin = demo.Trainer("mvsplit", demo.Arguments(steps=2, depth=2, runs=tmp_path))
+    twin.wait()
+    twin.check()
+    (line,) = (tmp_path / "mvsplit" / "layers.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2
+
+
+def test_zero_steps_are_no_default(tmp_path):
+    arguments = demo.Arguments(steps=0, depth=2, runs=tmp_path / "runs", out=tmp_path)
+    with pytest.raises(UserError, match=r"twin stopped: train\.steps=0: must be at least 1"):
+        demo.run(arguments)
+
+
+def test_a_run_without_probes_is_one_line(tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", "tiny", "--run-dir", str(run), "--steps", "1"]) == 0
+    with pytest.raises(UserError, match="has no probe of its layers yet"):
+        examine(run)
