@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -143,6 +144,8 @@ class TrainConfig:
         for name in ("lr_factor", "eps", "clip", "time_shift"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
         _require(self, "lr", self.lr is None or self.lr > 0, "must be greater than 0")
+        for name in ("lr", "lr_factor", "weight_decay", "eps", "time_shift"):
+            _require(self, name, getattr(self, name) != math.inf, "must be finite")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
@@ -178,7 +181,8 @@ def _require(config: Any, name: str, holds: bool, rule: str, where: str = "train
 
 
 # A run may be continued with other values of these: they do not change what a step computes, but
-# for rounding (another device, another cut of the batch), or only what an alarm leads to.
+# for rounding (another cut of the batch), for the noise (each kind of device draws its own), or
+# only for what an alarm leads to.
 CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (

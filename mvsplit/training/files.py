@@ -25,12 +25,15 @@ class JsonLines:
 
     def __init__(self, path: Path, lines: int = 0) -> None:
         self.path, self.lines = path, lines
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115, closed below
+        # Unbuffered: what a full disk refused is not tried again, and refused again, by `close`.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed below
 
     def append(self, line: dict[str, Any]) -> None:
         """Raises UserError where the disk is full."""
+        left = (json.dumps(line) + "\n").encode()
         try:
-            self._file.write(json.dumps(line) + "\n")
+            while left:  # the last bytes of a disk take a part of a line
+                left = left[self._file.write(left) :]
             self.lines += 1
         except OSError as error:
             raise UserError(
@@ -55,10 +58,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     parsed = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is cut off
         try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
+            parsed.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             raise UserError(
-                f"{path}, line {number} is not JSON; remove the line or the file"
+                f"{path}, line {number} is not a JSON object; remove the line or the file"
             ) from error
     return parsed
 

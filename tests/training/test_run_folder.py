@@ -101,7 +101,7 @@ def test_log_that_a_kill_cut_off(tmp_path: Path) -> None:
     assert log.lines == 2
     log.close()
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not a JSON object"):
         read_lines(path)
 
 
@@ -134,7 +134,16 @@ def test_the_package_imports_where_there_are_no_file_locks(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("line", ["7", "null", '"text"'])
+def test_log_lines_that_are_no_objects_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match="line 2 is not a JSON object"):
+        read_lines(path)
+
+
 def test_log_on_a_full_disk(tmp_path: Path) -> None:
     log = JsonLines(Path("/dev/full"))
     with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
         log.append({"step": 1})
+    log.close()  # which does not try again
