@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class MVSplitDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         velocity = -self.dit(hidden_states, encoder_hidden_states, text_valid)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
+    @wraps(ModelMixin.save_pretrained)  # a pipeline looks at the signature for what it may pass on
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, and with a model card. Raises UserError for the path of a file."""
         if Path(save_directory).is_file():
