@@ -106,6 +106,23 @@ PRESETS: dict[str, Experiment] = {
             steps=20_000, batch_size=64, lr=1e-3, warmup=200, ema_decay=0.999, save_every=1000
         ),
     ),
+    # One's own pictures, from the cache of `mvsplit encode` that data.path names. The widths are
+    # those of the FLUX.2 autoencoder and of Qwen3-0.6B.
+    "pictures": Experiment(
+        model=DiTConfig(
+            depth=12,
+            width=128,
+            heads=4,
+            ffn_width=384,
+            channels=128,
+            text_width=1024,
+            rule=RuleConfig(name="mvsplit"),
+        ),
+        data=DataConfig(dataset="cache"),
+        train=TrainConfig(
+            steps=20_000, batch_size=64, lr=1e-3, warmup=200, ema_decay=0.999, save_every=1000
+        ),
+    ),
     "mvsplit-400l": _paper(400, beta=1.0),
     "mvsplit-1000l": _paper(1000, beta=0.03),
 }

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "monitor": ("mvsplit.cli.monitor", "say what goes wrong in a run, live or from its logs"),
     "report": ("mvsplit.cli.report", "draw one or more runs as one HTML page"),
     "explain": ("mvsplit.cli.explain", "say what made the gradient of a step spike"),
+    "encode": ("mvsplit.cli.encode", "encode pictures and captions for training"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run or released weights"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
 }

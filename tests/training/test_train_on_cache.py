@@ -88,6 +88,15 @@ def test_a_cache_of_other_weights_stops_the_run_before_a_step(
         path.write_text(before)
 
 
+def test_the_preset_for_ones_own_pictures_asks_for_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "pictures", "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "mvsplit: data.path: name the folder that mvsplit encode has filled\n"
+    )
+
+
 def test_encode_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["encode", str(place / "pictures"), str(place / "cache"), *ENCODE, "--device", "cpu"]
     wrong = {
