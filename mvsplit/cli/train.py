@@ -14,6 +14,8 @@ from mvsplit.models import DiTConfig
 from mvsplit.presets import PRESETS, get_preset
 from mvsplit.training import DataConfig, Experiment, ProgressLine, TrainConfig, train
 
+STOPPED_BY_ALARM = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
@@ -24,7 +26,8 @@ class _Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns its exit status: 0, or 130 and 143 after Ctrl-C and SIGTERM.
+    """Runs the command and returns its exit status: 0, 3 where an alarm stopped the run, or 130
+    and 143 after Ctrl-C and SIGTERM.
 
     Raises:
         UserError: something in the options or the run folder that the caller can put right.
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         outcome = train(experiment, options.run_dir, observers=[progress])
     finally:
         progress.close()
+    if outcome.alarm:
+        return STOPPED_BY_ALARM
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
