@@ -2,6 +2,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint clean
@@ -20,10 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 		--constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(EXTRAS): $(STAMP)
+	@echo "Adding the extra 'hub' for the tests that use diffusers and transformers (a minute)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,hub]'
+	@touch $@
+
 demo: install  ## train the two 400-layer twins on real digits and draw demo.png and report.html
 	@$(VENV)/bin/mvsplit demo
 
-test: install lint  ## lint, then all tests that need no GPU
+test: install $(EXTRAS) lint  ## lint, then all tests that need no GPU
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: install  ## ruff and mypy
