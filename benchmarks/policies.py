@@ -1,6 +1,7 @@
 """What the policies make of a plain network that its learning rate kills.
 
-    python benchmarks/policies.py REGIME [--only PART] [--seeds 0 1] [--workers N] --json FILE
+    python benchmarks/policies.py REGIME [--only NAME …] [--seeds 0 1] [--workers N] --json FILE
+    python benchmarks/policies.py table --json FILE
 
 Every trial is a run of `mvsplit.training.train` with the watch and the policy as a user has them; a
 regime may raise the learning rate at some step. At the end each network is given the same 1024
@@ -267,6 +268,28 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
         row["ratio"] = None if reference is None else round(row["loss"] / reference, 4)
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a file as Markdown, a column for each regime: the loss over the reference's, one
+    number for each seed."""
+    regimes = [name for name in REGIMES if any(r["regime"] == name for r in rows)]
+    names = [t.name for t in trials() if any(r["trial"] == t.name for r in rows)]
+    lines = ["| | " + " | ".join(regimes) + " |", "|---" * (len(regimes) + 1) + "|"]
+    for name in names:
+        cells = []
+        for regime in regimes:
+            here = [r for r in rows if r["regime"] == regime and r["trial"] == name]
+            shown = [_cell(r) for r in sorted(here, key=lambda r: r["seed"])]
+            cells.append(", ".join(shown) or "–")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["trial"] == REFERENCE:
+        return f"loss {row['loss']:.3f}"
+    return f"{row['ratio']:.2f}" + (" (stopped)" if row["stopped"] else "")
+
+
 def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -281,7 +304,7 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("regime", choices=REGIMES)
+    parser.add_argument("regime", choices=[*REGIMES, "table"])
     parser.add_argument("--only", nargs="*", help="names of trials, whole")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=2)
@@ -289,6 +312,9 @@ def main() -> None:
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
     rows = found["rows"]
+    if options.regime == "table":
+        print(table(rows))
+        return
     there = {(r["regime"], r["trial"], r["seed"]) for r in rows}
     todo = [
         (options.regime, trial, seed)
