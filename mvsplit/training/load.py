@@ -53,7 +53,8 @@ def load_run(
     experiment = read_experiment(path.parent.parent if one else path)
     if ema and not experiment.train.ema_decay:
         raise UserError(
-            f"{path} keeps no averaged weights (train.ema_decay=0); ask for the weights as trained"
+            f"{path} keeps no averaged weights (train.ema_decay=0); ask for the weights as trained "
+            "with --no-ema"
         )
     name = "ema" if ema else "model"
     snapshot = _read_one(path, name) if one else _read_newest(path, name)
