@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mvsplit.data.aspect import Shape, aspect_buckets, fit, nearest_bucket
@@ -235,10 +236,9 @@ class _Job:
         try:
             summary = self._write(path, ordered, broken)
             write_summary(self.out, number, summary)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; free some space, then give the same "
-                "command again"
+                f"cannot write {path}: {error}; free some space, then give the same command again"
             ) from error
         return summary
 

@@ -97,9 +97,10 @@ class Loader:
         return {"position": self.position, **self._fixed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to where `state` was saved. The batch size may differ from then.
+        """Goes to where `state` was saved. The batch size may differ from then if all samples have
+        one shape.
 
-        Raises UserError if another data set, seed or dropout would make other batches follow.
+        Raises UserError, naming it, for what is not as it was and would make other batches follow.
         """
         for field, value in self._fixed().items():
             if state.get(field) != value:

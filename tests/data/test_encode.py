@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import re
+import resource
 import signal
 
 import numpy as np
@@ -19,9 +19,7 @@ from mvsplit.data.sources import ImageFolder
 from mvsplit.errors import UserError
 from tests.data import photographs
 from tests.data.photographs import CONFIG, encode_pixels, files, fill
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["mvsplit.data", "tests.data.photographs"])
+from tests.training.runs import PROCESSES
 
 
 class OtherPixels(Pixels):
@@ -171,6 +169,31 @@ def test_a_truncated_shard_is_named_and_can_be_made_again(source, whole, copy):
     shard.unlink()
     with pytest.raises(UserError, match=r"00001\.safetensors is missing"):
         Cache(copy)
+
+
+def test_a_shard_that_becomes_shorter_while_it_is_read_is_named(copy):
+    cache = Cache(copy)
+    assert cache.fetch([19]).latents.isfinite().all()
+    shard = copy / "shards" / cache.manifest.shards[-1].file
+    with shard.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match=f"{shard.name} is truncated; run mvsplit encode again"):
+        cache.fetch([19])
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_stays(source, whole, tmp_path):
+    out = tmp_path / "cache"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may be larger
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot write .*00000\.safetensors: .*free some space"
+        ):
+            encode_pixels(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    encode_pixels(source, out)
+    assert files(out) == files(whole)
 
 
 def test_a_changed_byte_is_found(copy):
