@@ -27,8 +27,8 @@ from mvsplit.training.observer import Observer
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import protect
 
-# A loss that does not fall is no emergency: there is no earlier state that is better.
-LEFT_ALONE = frozenset({"stalled"})
+# What MV-Split is a cure for; protect answers the rest by going back with a lower rate.
+CURED_BY_SURGERY = frozenset({"mean-mode", "divergence"})
 
 
 class Alarms(Observer):
@@ -38,7 +38,7 @@ class Alarms(Observer):
         self._held: dict[str, Any] | None = None
 
     def on_event(self, event: dict[str, Any]) -> None:
-        if event.get("level") == "alarm" and event["verdict"] not in LEFT_ALONE:
+        if event.get("level") == "alarm":
             self._held = self._held or event
 
     @property
@@ -99,9 +99,7 @@ def react(scene: Scene) -> bool:
 
 def needs_a_start(config: TrainConfig) -> bool:
     """Whether the policy may have to go back before the first checkpoint, to the start."""
-    return config.on_alarm == "rollback" or (
-        config.on_alarm == "protect" and config.reaction.go_back
-    )
+    return config.on_alarm in ("rollback", "protect")
 
 
 def _record(scene: Scene) -> bool:
@@ -169,13 +167,11 @@ def _roll_back(scene: Scene) -> bool:
 
 
 def _protect(scene: Scene) -> bool:
-    """Surgery, once; a network that has had it goes back with a lower learning rate instead."""
+    """Surgery, once, for what it cures; else back with a lower learning rate."""
     state, reaction = scene.state, scene.reaction
-    if state.reactions.protected_at is not None:
+    if state.reactions.protected_at is not None or scene.verdict not in CURED_BY_SURGERY:
         return _roll_back(scene)
-    # Weights that are not finite, or a collapse that the update has already entered, are no
-    # function to preserve.
-    if reaction.go_back or not scene.held_back or scene.verdict == "non-finite":
+    if reaction.go_back or not scene.held_back:  # after the update there is less to preserve
         _go_back(scene)
     rule = state.model.config.rule.name
     protect(state, gain=reaction.gain)
