@@ -75,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     encoders = Encoders(
         vae=load_latent_encoder(args.vae, device),
         text=load_text_encoder(args.text_encoder, device),
-        vae_name=args.vae,
-        text_name=args.text_encoder,
+        vae_name=_lasting(args.vae),
+        text_name=_lasting(args.text_encoder),
     )
     console = Console(stderr=True)
     with _progress(console) as bar:
@@ -117,6 +117,11 @@ def _say_what_is_there(out: Path, manifest: Manifest | None) -> None:
     channels = len(manifest.latents["mean"])
     print(f"{out}: {manifest.pictures} pictures, {broken} skipped, {text}")
     print(f"latents of {channels} channels, {len(shapes)} shapes: {', '.join(shapes)}")
+
+
+def _lasting(name: str) -> str:
+    """A folder's full path, so that it is found from anywhere; another name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -211,6 +211,8 @@ def test_other_settings_are_refused_by_name(source, copy, tmp_path):
     other = Encoders(vae=OtherPixels(), text=words, text_name="words:24")
     with pytest.raises(UserError, match=r"vae='pixels-2': .* begun with 'pixels' \(the weights"):
         encode_pixels(source, copy, encoders=other)
+    elsewhere = Encoders(vae=Pixels(), text=words, vae_name="a/copy", text_name="words:24")
+    assert encode_pixels(source, copy, encoders=elsewhere) is not None
     for field, value in (("resolution", 20), ("flips", False), ("dtype", "bfloat16")):
         changed = dataclasses.replace(CONFIG, **{field: value})
         with pytest.raises(UserError, match=f"{field}={value!r}: "):
