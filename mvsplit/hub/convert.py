@@ -58,6 +58,7 @@ def write_weights(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(model, temporary, shard_gb)
+        _make_readable(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -146,6 +147,15 @@ KINDS: dict[str, Writer] = {
     "checkpoint": _write_checkpoint,
     "diffusers": _write_diffusers,
 }
+
+
+def _make_readable(path: Path) -> None:
+    """Gives weights the mode of any new file, for their writer lets only the owner read them."""
+    probe = path.with_name(f"{path.name}.mode")
+    probe.touch()
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        shutil.copymode(probe, file)
+    probe.unlink()
 
 
 def _remove(path: Path) -> None:

@@ -59,6 +59,15 @@ def test_any_format_to_any_other_is_bit_for_bit(tmp_path, first, second, dtype):
     assert_same_model(load_weights(write(middle, tmp_path, second), num_heads=HEADS), model)
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path, kind):
+    (tmp_path / "any").touch()
+    path = write(tiny_dit(), tmp_path, kind)
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    assert {p.stat().st_mode for p in files} == {(tmp_path / "any").stat().st_mode}
+    assert not list(tmp_path.glob("*.mode"))
+
+
 def test_model_pt_is_the_state_dict_of_the_released_code(tmp_path):
     model = tiny_dit()
     held = torch.load(write(model, tmp_path, "pt"), weights_only=True)
