@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from mvsplit.diagnostics.logs import last_record
+from mvsplit.diagnostics.logs import last_record, read_jsonl
 from mvsplit.diagnostics.report import write_report
 from mvsplit.errors import UserError
 from mvsplit.evaluation.digits import CHANCE
@@ -112,8 +113,6 @@ class Trainer:
         self._output = self.folder.with_suffix(".log")
         with open(self._output, "w", encoding="utf-8") as output:
             self._process = _start(command, output)
-        self._began = time.monotonic()
-        self._first = (last_record(self.folder / "metrics.jsonl") or {}).get("step", 0)
         self._stopped = False
 
     @property
@@ -139,9 +138,10 @@ class Trainer:
             raise UserError(f"the {self.name} twin stopped: {last.removeprefix('mvsplit: ')}")
 
     def seconds_per_step(self) -> float:
-        """Mean over the run so far, the waits for the other twin's core included."""
-        done = (last_record(self.folder / "metrics.jsonl") or {}).get("step", 0) - self._first
-        return (time.monotonic() - self._began) / done if done > 0 else 0.0
+        """Median over the steps so far, 0 before the first."""
+        log = self.folder / "metrics.jsonl"
+        times = [line["seconds"] for line in read_jsonl(log)] if log.exists() else []
+        return statistics.median(times) if times else 0.0
 
     def row(self) -> tuple[str, ...]:
         """Name, step, loss, similarity of the deep tokens, query gradient."""
