@@ -1,16 +1,9 @@
-"""Runs the Triton kernels where the tests are: on the GPU, or through Triton's interpreter.
-
-The choice must be made before anything imports Triton; a machine with a GPU is tested on it.
-"""
-
-import os
+"""Runs the Triton kernels on the GPU, or through Triton's interpreter (see `tests/conftest.py`)."""
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(
