@@ -167,12 +167,23 @@ def _roll_back(scene: Scene) -> bool:
 
 
 def _protect(scene: Scene) -> bool:
-    """Surgery, once, for what it cures; else back with a lower learning rate."""
+    """Surgery, once, for what it cures; else back with a lower learning rate, and surgery again if
+    that leads to where the network was not protected yet."""
     state, reaction = scene.state, scene.reaction
-    if state.reactions.protected_at is not None or scene.verdict not in CURED_BY_SURGERY:
-        return _roll_back(scene)
+    protected = state.reactions.protected_at is not None
+    if protected or scene.verdict not in CURED_BY_SURGERY:
+        goes_on = _roll_back(scene)
+        if goes_on and protected and state.reactions.protected_at is None:
+            _operate(scene)
+        return goes_on
     if reaction.go_back or not scene.held_back:  # after the update there is less to preserve
         _go_back(scene)
+    _operate(scene)
+    return True
+
+
+def _operate(scene: Scene) -> None:
+    state, reaction = scene.state, scene.reaction
     rule = state.model.config.rule.name
     protect(state, gain=reaction.gain)
     state.reactions = replace(
@@ -189,7 +200,6 @@ def _protect(scene: Scene) -> bool:
         gain=reaction.gain,
         anneal=reaction.anneal,
     )
-    return True
 
 
 _POLICIES: dict[str, Callable[[Scene], bool]] = {
@@ -202,12 +212,17 @@ _POLICIES: dict[str, Callable[[Scene], bool]] = {
 
 
 def _go_back(scene: Scene) -> None:
-    """Restores the last good checkpoint. The data move on, and so do the reactions; the noise and
-    times of a step stay those of its number."""
+    """Restores the last good checkpoint. The data move on, and so do the reactions, but for whether
+    the network is protected, which is the checkpoint's; the noise and times of a step stay those
+    of its number."""
     state, reactions, data = scene.state, scene.state.reactions, scene.state.loader.state_dict()
     state.restore(last_good(scene))
     state.loader.load_state_dict(data)
-    state.reactions = replace(reactions, rollbacks=reactions.rollbacks + 1)
+    state.reactions = replace(
+        reactions,
+        rollbacks=reactions.rollbacks + 1,
+        protected_at=state.reactions.protected_at,
+    )
     set_aside_after(scene.checkpoints, state.step, suffix="undone")
 
 

@@ -1,6 +1,6 @@
 """What a run does on an alarm, and that it does the same however it was interrupted.
 
-The detector is replaced by one that raises an alarm the first time that it sees a certain step.
+The detector is replaced by one that raises an alarm when it first sees a certain step.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ AlarmAt = Callable[..., None]
 
 @pytest.fixture
 def alarm_at(monkeypatch: pytest.MonkeyPatch) -> AlarmAt:
-    """Makes the detector raise an alarm at the first sight of each of the steps."""
+    """Makes the detector raise an alarm when it sees one of the steps, once for each mention."""
 
     def install(*steps: int, verdict: Any = "mean-mode", by_look: bool = False) -> None:
         class Alarming:
             stirred = False
 
             def __init__(self) -> None:
-                self.left = set(steps)
+                self.left = list(steps)
 
             def update(self, record: dict[str, Any]) -> list[Event]:
                 if record["step"] not in self.left or by_look != ("layer" in record):
@@ -264,6 +264,19 @@ def test_a_second_alarm_of_a_protected_run_rolls_back(tmp_path: Path, alarm_at: 
     (event,) = events(run, "rolled-back")
     assert (event["at_step"], event["to_step"]) == (8, 6)
     assert load_run(run).model.config.rule.name == "mvsplit"
+
+
+def test_going_back_behind_the_surgery_operates_again(tmp_path: Path, alarm_at: AlarmAt) -> None:
+    """The checkpoint of step 3 is from before the surgery, each time."""
+    alarm_at(5, 5)
+    train(experiment("protect"), tmp_path / "whole")
+    found = [e for e in runs.lines(tmp_path / "whole" / "events.jsonl") if "to_step" in e]
+    assert [e["event"] for e in found] == ["protected", "rolled-back", "protected"]
+    assert [e["to_step"] for e in found] == [3, 3, 3]
+    assert load_run(tmp_path / "whole").model.config.rule.name == "mvsplit"
+    for steps in (4, 7, 8):
+        train(replace_train(experiment("protect"), steps=steps), tmp_path / "run")
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_an_alarm_after_the_update(tmp_path: Path, alarm_at: AlarmAt) -> None:
