@@ -36,7 +36,7 @@ from mvsplit.sampling import make_grid, save_png, to_pictures
 TWINS = ("plain", "mvsplit")
 # What is kept for after training: starting processes, the report; and drawing, in training steps.
 _AFTERWARDS = 15.0  # seconds
-_DRAWING = 40  # steps
+_DRAWING = 28  # steps
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 

@@ -88,7 +88,7 @@ class Twin:
         }
 
 
-def examine(run: Path, *, steps: int = 20, guidance: float = 2.0, seed: int = 0) -> Twin:
+def examine(run: Path, *, steps: int = 12, guidance: float = 2.0, seed: int = 0) -> Twin:
     """Draws with a finished run on the digits and reads its logs.
 
     Raises:
