@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from numpy.typing import NDArray
 
 from mvsplit.evaluation.twins import Twin
 
@@ -54,20 +55,28 @@ def _draw_gradients(axes: Axes, twins: Sequence[Twin]) -> None:
     axes.set(title="query gradient of the deepest quarter", xlabel="step")
 
 
-def _draw_similarity(axes: Axes, twin: Twin) -> AxesImage:
-    steps, layers = twin.probe_steps, twin.similarity.shape[1]
-    image = axes.imshow(
+def _draw_similarity(axes: Axes, twin: Twin) -> QuadMesh:
+    """One column a probe, as wide as the steps it stands for: probes are not evenly spaced."""
+    mesh = axes.pcolormesh(
+        step_edges(twin.probe_steps),
+        np.arange(twin.similarity.shape[1] + 1),
         twin.similarity.T,
-        aspect="auto",
-        interpolation="nearest",
         cmap="magma",
         vmin=0,
         vmax=1,
-        extent=(float(steps[0]), float(steps[-1]), layers, 0),
+        rasterized=True,
     )
+    axes.invert_yaxis()
     axes.set(title=f"{TITLES[twin.name]}: are the tokens all alike?", xlabel="step")
     axes.set_ylabel("layer")
-    return image
+    return mesh
+
+
+def step_edges(steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The borders between neighbouring probes, half way, and the two ends. [P] → [P + 1]."""
+    middles = (steps[1:] + steps[:-1]) / 2
+    ends = (steps[:1] - 0.5, steps[-1:] + 0.5)
+    return np.concatenate((ends[0], middles, ends[1]))
 
 
 def _draw_digits(axes: Axes, twin: Twin) -> None:
