@@ -72,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
 def run(args: Arguments) -> None:
     began = time.monotonic()
     console = Console()
+    # Or the twins would train on without their parent.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     folders = [args.runs / name for name in TWINS]
     trainers = [Trainer(name, args) for name in TWINS]
     try:
@@ -90,6 +92,13 @@ def run(args: Arguments) -> None:
     console.print(_summary(twins))
     for line in _verdict(twins):
         console.print(line)
+    for trainer, twin in zip(trainers, twins, strict=True):
+        if (step := int(twin.steps[-1])) < trainer.steps:
+            console.print(
+                f"{TITLES[twin.name]} is unfinished, at step {step} of {trainer.steps}: the same "
+                "command again goes on from there",
+                soft_wrap=True,
+            )
     console.print(f"picture {picture.resolve()}\nreport  {report.resolve()}", soft_wrap=True)
     console.print(f"took {time.monotonic() - began:.0f} s")
 
