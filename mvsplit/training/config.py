@@ -84,12 +84,40 @@ class ReactionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run lies on the processes of torchrun; one process alone ignores it (docs/parallel.md).
+
+    Attributes:
+        unit: successive blocks whose weights are gathered, and their gradients scattered, together.
+        reshard: let a unit's weights go after its forward pass and gather them again in backward;
+            False keeps them, for speed.
+        prefetch: units that are gathered ahead of the one that runs.
+        replicas: parts that the processes are divided into; the network is sharded within a part,
+            and each part holds all of it.
+        timeout: seconds without a move of one process after which all stop and it is named.
+    """
+
+    unit: int = 4
+    reshard: bool = True
+    prefetch: int = 1
+    replicas: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        where = "train.parallel"
+        for name in ("unit", "replicas"):
+            _require(self, name, getattr(self, name) >= 1, "must be at least 1", where)
+        _require(self, "prefetch", self.prefetch >= 0, "must not be negative", where)
+        _require(self, "timeout", 0 < self.timeout < math.inf, "must be greater than 0", where)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a network is trained (paper §4 where the defaults are its own).
 
     Attributes:
         steps: optimiser steps of the whole run.
-        batch_size: samples a step, whatever they are cut into.
+        batch_size: samples a step, whatever they are cut into, over all processes.
         accumulate: pieces that a batch is cut into to save memory; a divisor of `batch_size`.
         lr: learning rate; None for 1e-3 / (0.2·√width), the µP rule of paper §4.
         lr_factor: multiplies the learning rate.
@@ -102,6 +130,7 @@ class TrainConfig:
         seed: of initial weights, order of the data, dropped captions, noise and times.
         save_every: steps between checkpoints; the last step is always saved.
         keep: how many checkpoints stay on the disk.
+        keep_every: checkpoints of the multiples of so many steps stay too; 0 for none.
         probe_every: steps between looks into every layer; 0 for none.
         probe: the fields of such a look: the cheap ones, or all.
         record_steps: steps that the flight recorder keeps in memory.
@@ -110,6 +139,7 @@ class TrainConfig:
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         time_shift: shift of the training times; 1 leaves them uniform.
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
+        parallel: how the run lies on several processes.
     """
 
     steps: int
@@ -127,6 +157,7 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 1000
     keep: int = 3
+    keep_every: int = 0
     probe_every: int = 100
     probe: Literal["cheap", "all"] = "cheap"
     record_steps: int = 32
@@ -135,11 +166,12 @@ class TrainConfig:
     caption_dropout: float = 0.1
     time_shift: float = 1.0
     device: str = "auto"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("warmup", "weight_decay", "seed", "probe_every"):
+        for name in ("warmup", "weight_decay", "seed", "probe_every", "keep_every"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
         for name in ("lr_factor", "eps", "clip", "time_shift"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
@@ -187,8 +219,9 @@ CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
-        *("accumulate", "device", "on_alarm"),
+        *("accumulate", "device", "on_alarm", "keep_every"),
         *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
+        *(f"parallel.{item.name}" for item in dataclasses.fields(ParallelConfig)),
     )
 ) | {"data.path", "data.verify", "data.prefetch"}
 
