@@ -76,12 +76,30 @@ def sample_times(
     return shift_time(uniform, shift).to(source if device is None else device)
 
 
-def schedule(steps: int, shift: float = 1.0) -> Tensor:
-    """Sampling times from 1 down to exactly 0: i/N for i = N…0, shifted (paper §5). [N + 1], fp64.
+def log_snr(t: float) -> float:
+    """λ = log(α/σ) = log((1 − t)/t) of the path, half the logarithm of its signal-to-noise ratio:
+    −∞ at noise, ∞ at data."""
+    if t <= 0:
+        return math.inf
+    return -math.inf if t >= 1 else math.log((1 - t) / t)
+
+
+def schedule(steps: int, shift: float = 1.0, start: float = 1.0) -> Tensor:
+    """Sampling times from `start` down to exactly 0. [N + 1], fp64.
+
+    From noise they are i/N for i = N…0, shifted (paper §5). From a later point of the path they are
+    just as many, i/N times the time that the shift sends to `start`, shifted.
 
     Raises:
-        UserError: fewer than one step, or a `shift` that is not positive.
+        UserError: fewer than one step, a `shift` that is not positive, a start outside (0, 1].
     """
     if steps < 1:
         raise UserError(f"steps={steps}: must be at least 1")
-    return shift_time(torch.arange(steps, -1, -1, dtype=torch.float64) / steps, shift)
+    if not 0 < start <= 1:
+        raise UserError(f"start={start}: must be greater than 0 and at most 1; 1 is noise")
+    uniform = torch.arange(steps, -1, -1, dtype=torch.float64) / steps
+    if start == 1:
+        return shift_time(uniform, shift)
+    times = shift_time(uniform * (start / (shift - (shift - 1) * start)), shift)
+    times[0] = start
+    return times
