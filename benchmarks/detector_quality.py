@@ -47,6 +47,7 @@ def judge(row: dict[str, Any], records: Iterable[Record]) -> dict[str, Any]:
     events: list[Event] = [e for record in records for e in detector.update(record)]
     alarms = [e for e in events if e.level == "alarm"]
     first = alarms[0] if alarms else None
+    named = next((e for e in alarms if e.verdict == EXPECTED.get(row["truth"]["label"])), None)
     truth = row["truth"]
     return {
         "run": row["name"],
@@ -54,12 +55,25 @@ def judge(row: dict[str, Any], records: Iterable[Record]) -> dict[str, Any]:
         "truth": truth["label"],
         "verdict": first.verdict if first else None,
         "step": first.step if first else None,
-        "layer": first.layer if first else None,
+        "named_step": named.step if named else None,
+        "right": _is_right(truth["label"], [e.verdict for e in alarms]),
+        "layer": next((e.layer for e in alarms if e.layer is not None), None),
         "lead_to_lock_in": _lead(first, truth["lock_in_step"]),
         "lead_to_spike": _lead(first, truth["spike_step"]),
         "other_alarms": sorted({e.verdict for e in alarms[1:]} - {first.verdict if first else ""}),
         "warnings": sorted({e.verdict for e in events if e.level == "warning"}),
     }
+
+
+def _is_right(label: str, alarms: Sequence[str]) -> bool | None:
+    """Whether the alarms say of a run what became of it. A collapse may be called something else
+    before it shows what it is; a run that diverged is never to be called a collapse."""
+    if label not in EXPECTED:
+        return None
+    expected = EXPECTED[label]
+    if expected is None:
+        return not alarms
+    return expected in alarms and (label == "collapsed" or "mean-mode" not in alarms)
 
 
 def _lead(alarm: Event | None, step: int | None) -> int | None:
@@ -77,12 +91,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "collapsed": len(collapsed),
         "caught": sum(r["verdict"] is not None for r in collapsed),
-        "right_verdict": sum(r["verdict"] == "mean-mode" for r in collapsed),
+        "right_verdict": sum(r["right"] for r in collapsed),
+        "only_stalled": sum(r["verdict"] is None and "stalled" in r["warnings"] for r in collapsed),
         "diverged": len(diverged),
         "diverged_caught": sum(r["verdict"] is not None for r in diverged),
-        "diverged_right_verdict": sum(r["verdict"] == "divergence" for r in diverged),
+        "diverged_right_verdict": sum(r["right"] for r in diverged),
         "healthy": len(healthy),
         "false_alarms": sum(r["verdict"] is not None for r in healthy),
+        "false_stalled": sum("stalled" in r["warnings"] for r in healthy),
         "recovered": len(recovered),
         "recovered_alarmed": sum(r["verdict"] is not None for r in recovered),
         "lead_to_lock_in_median": statistics.median(leads) if leads else None,

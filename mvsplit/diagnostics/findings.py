@@ -156,12 +156,13 @@ class StepHistory:
         self.lines = 0
         self.stirred = False
         self._loss, self._grad, self._writer = (Baseline(_MEDIUM) for _ in range(3))
-        self._recent, self._long = Baseline(_SHORT), Baseline(_LONG)
+        self._recent = Baseline(_SHORT)
         self._share, self._logit = Baseline(_LONG), Baseline(_LONG)
         self._share_most = 0.0
         self._best, self._noise = _MANY, 0.0
         self._early: float | None = None  # the loss once settled, for what does not move
         self._elevated = 0
+        self._shocked, self._shock_grad = 0, 1.0
         # The spikes before a rise of the loss and at its beginning, not those of its noise.
         self._spikes: deque[float] = deque([1.0], maxlen=_MEDIUM + self.t.bare_lines)
         self._lr: float | None = None
@@ -198,6 +199,7 @@ class StepHistory:
         if s.lr is None or not before or s.lr <= self.t.lr_jump * before:
             return
         self._jump, self._jump_line = s.lr / before, self.lines
+        self.stirred = True  # what it does to the layers shows at the next step
         if not self.settling:
             found = {"lr": s.lr, "lr_before": before, "rise": self._jump}
             message = f"The learning rate rose {self._jump:.3g} times, to {s.lr:.3g}, in one step."
@@ -210,7 +212,7 @@ class StepHistory:
             return
         usual = self._share.median if len(self._share) >= _SHORT else self._share_most
         fall = usual / max(share, usual / _MANY) if usual else 1.0
-        self.stirred |= fall > self.t.starved**0.5 and not self.settling
+        self.stirred |= fall > self.t.starved**0.5
         if self.settling:
             dead = share < self.t.starved_at_start and fall > _SHORT
         else:
@@ -242,6 +244,7 @@ class StepHistory:
         if self._elevated < self.t.bare_lines:
             self._spikes.append(grad)
         in_loss = rise > self.t.spike_loss and sigmas > self.t.spike_sigmas
+        yield from self._shock(s, layers, grad, in_loss)
         if grad <= self.t.spike_grad and not in_loss:
             return
         found = {"grad_rise": grad, "loss_rise": rise, **layers.evidence()}
@@ -252,11 +255,7 @@ class StepHistory:
             )
             yield self._event(s, "alarm", "mean-mode", message, found, layers.front)
         elif in_loss and self.lines - self._jump_line <= self.t.lr_memory:
-            message = (
-                f"The loss is {rise:.3g} times the usual, {self.lines - self._jump_line} lines "
-                f"after the learning rate rose {self._jump:.3g} times."
-            )
-            yield self._event(s, "warning", "learning-rate", message, found | {"rise": self._jump})
+            yield self._too_fast(s, found)
         elif in_loss:
             message = (
                 f"One step stands out: loss {rise:.3g} times the usual, gradient {grad:.3g} times. "
@@ -266,6 +265,40 @@ class StepHistory:
         elif grad > 2 * self.t.spike_grad:
             message = f"The gradient is {grad:.3g} times the usual for one step; the loss is not."
             yield self._event(s, "info", "data-outlier", message, found)
+
+    def _too_fast(self, s: StepSignals, found: dict[str, float]) -> Event:
+        """The first step after a jump of the learning rate at which the run breaks: which way it
+        will go, its layers do not show yet, and few runs come back from there."""
+        both = found["grad_rise"] > self.t.spike_grad
+        lines = self.lines - self._jump_line
+        message = (
+            f"The loss is {found['loss_rise']:.3g} times the usual and the gradients are "
+            f"{found['grad_rise']:.3g} times, {lines} {'line' if lines == 1 else 'lines'} after "
+            f"the learning rate rose {self._jump:.3g} times"
+        )
+        message += ": this network does not bear that rate." if both else "."
+        level: Level = "alarm" if both else "warning"
+        return self._event(s, level, "learning-rate", message, found | {"rise": self._jump})
+
+    def _shock(
+        self, s: StepSignals, layers: LayerHistory, grad: float, in_loss: bool
+    ) -> Iterator[Event]:
+        """A loss that jumped with the gradient and stays: all that a bare log shows of a run that
+        breaks, and long before its level tells which way."""
+        if s.loss is not None and (in_loss or self._shocked):
+            self._shocked = self._shocked + 1 if self._loss.times(s.loss) > self.t.shock else 0
+            self._shock_grad = max(grad, self._shock_grad) if self._shocked > 1 else grad
+        broken = self._shocked == self.t.shock_lines and self._shock_grad > self.t.spike_grad
+        if s.loss is None or not broken or not self._is_bare(layers):
+            return
+        rise = self._loss.times(s.loss)
+        found = {"loss": s.loss, "loss_rise": rise, "grad_rise": self._shock_grad}
+        message = (
+            f"The loss jumped together with the gradient ({self._shock_grad:.3g} times the usual) "
+            f"and is {rise:.3g} times the usual {self._shocked} lines later; the log holds too "
+            f"little to say whether it is a mean-mode collapse."
+        )
+        yield self._event(s, "alarm", "divergence", message, found)
 
     def _loss_rise(self, s: StepSignals) -> tuple[float, float]:
         if s.loss is None or not self._loss.full:
@@ -297,7 +330,7 @@ class StepHistory:
         stays = self._elevated >= self.t.elevated_lines and now > 0.97 * self._loss.median
         if stays or self._back_at_start(layers, now):
             yield self._risen(s, layers, now)
-        elif self._has_not_moved(now):
+        elif self._has_not_moved():
             message = (
                 f"The loss has not moved in {self.lines} lines: {now:.4g}, after "
                 f"{self._early:.4g} in the beginning."
@@ -305,11 +338,15 @@ class StepHistory:
             found = {"loss": now, "loss_early": self._early or 0.0}
             yield self._event(s, "warning", "stalled", message, found)
 
-    def _has_not_moved(self, now: float) -> bool:
+    def _has_not_moved(self) -> bool:
+        """Whether the loss is where it was after the first lines. A network that collapsed in its
+        first steps looks so, and one whose rate is too small; a log of the loss cannot tell."""
         if self._early is None or self.lines < self.t.stalled_lines or self.first_loss is None:
             return False
-        still = self._long.median > self.t.stalled * self._early and self._best > 0.9 * self._early
-        return still and now > self.t.back_to_start * self.first_loss
+        if self._loss.median <= self.t.stalled_of_start * self.first_loss:
+            return False  # it has learned something, and rests
+        least = self.t.stalled * self._early
+        return self._loss.median > least and self._best > (2 * self.t.stalled - 1) * self._early
 
     def _risen(self, s: StepSignals, layers: LayerHistory, now: float) -> Event:
         found = {"loss": now, "loss_best": self._best, "grad_rise": max(self._spikes)}
@@ -364,12 +401,12 @@ class StepHistory:
     def _remember_loss(self, loss: float) -> None:
         if self.first_loss is None:
             self.first_loss = loss
-        for baseline in (self._loss, self._recent, self._long):
+        for baseline in (self._loss, self._recent):
             baseline.add(loss)
         if self._recent.full and self._recent.median < self._best and not self.settling:
             self._best, self._noise = self._recent.median, self._recent.sigma
-        if self._early is None and self._long.full:
-            self._early = self._long.median
+        if self._early is None and self.lines >= 2 * _MEDIUM and self._loss.full:
+            self._early = self._loss.median
 
     def _event(
         self,

@@ -25,8 +25,10 @@ class Thresholds:
         back_to_start: share of the first loss to which a collapsed network returns.
         bare_spike, bare_lines: in a log without more: the spike of the gradient norm that, if the
             loss is then back at its start for so many lines, means mean-mode.
-        stalled_lines, stalled: lines after which a loss that is still this share of its first
-            values has not moved.
+        shock, shock_lines: in such a log, a loss that jumped with the gradient and is still this
+            many times the usual after so many lines.
+        stalled_lines, stalled: lines after which a loss that is still this share of what it was
+            after the first 40 has not moved, if it is above `stalled_of_start` of its first value.
         logit, logit_rise: attention logits that saturate a softmax, and their rise.
     """
 
@@ -51,7 +53,10 @@ class Thresholds:
     back_to_start: float = 0.75
     bare_spike: float = 8.0
     bare_lines: int = 12
-    stalled_lines: int = 150
+    shock: float = 1.4
+    shock_lines: int = 3
+    stalled_lines: int = 80
     stalled: float = 0.97
+    stalled_of_start: float = 0.6
     logit: float = 50.0
     logit_rise: float = 3.0

@@ -124,7 +124,8 @@ def test_a_divergence_with_live_queries_is_not_mean_mode():
 
 def test_loss_and_gradient_norm_alone_tell_a_spike_with_return_to_the_start():
     bare = only(collapse(100), "loss", "grad_norm")
-    assert verdicts(bare) == ["mean-mode"]
+    assert verdicts(bare) == ["divergence", "mean-mode"]
+    assert next(e.step for e in events(bare) if e.level == "alarm") == 102
     assert verdicts(only(healthy(300), "loss", "grad_norm")) == []
     calm = [r | {"grad_norm": 1.0} for r in bare]
     assert verdicts(calm) == ["divergence"]
@@ -165,6 +166,62 @@ def test_attention_logits_that_grow():
     records += [{"step": 60 + s, "loss": 1.0, "max_logit": 20.0 * 1.5**s} for s in range(8)]
     found = [e for e in events(records) if e.verdict == "attention-logits"]
     assert [e.level for e in found] == ["warning", "alarm"]
+
+
+def broken_by_its_rate(factor, steps=30):
+    """From step 100 on the rate is 30 times as high; from 101 on loss and gradients `factor`."""
+    for record in healthy(100 + steps):
+        if record["step"] > 99:
+            record["lr"] *= 30
+        if record["step"] > 100:
+            record |= {n: factor * v for n, v in record.items() if n not in ("step", "lr")}
+        yield record
+
+
+def test_a_run_that_its_new_rate_breaks_is_an_alarm_at_the_first_step_that_shows_it():
+    alarm = next(e for e in events(broken_by_its_rate(5)) if e.level == "alarm")
+    assert (alarm.step, alarm.verdict) == (101, "learning-rate")
+    assert alarm.evidence["rise"] == pytest.approx(30)
+    assert alarm.evidence["loss_rise"] == pytest.approx(5, rel=0.2)
+
+
+def test_a_run_that_bears_its_new_rate_gives_no_alarm():
+    records = list(broken_by_its_rate(1.4))
+    assert verdicts(records) == []
+    assert verdicts([{n: v for n, v in r.items() if n != "lr"} for r in records]) == []
+
+
+def test_a_jump_of_the_rate_asks_for_a_look_at_the_next_step():
+    detector, asked = Detector(), []
+    for record in broken_by_its_rate(1.0):
+        detector.update(record)
+        asked += [record["step"]] if detector.stirred else []
+    assert asked == [100]
+
+
+def test_a_bare_log_that_jumps_for_one_line_or_without_its_gradient_is_no_divergence():
+    def jump(lines, gradient):
+        for record in only(healthy(140), "loss", "grad_norm"):
+            if 100 <= record["step"] < 100 + lines:
+                record["loss"] *= 3
+                record["grad_norm"] *= gradient
+            yield record
+
+    assert verdicts(jump(2, 10)) == []
+    assert verdicts(jump(3, 2)) == []
+    assert verdicts(jump(3, 10)) == ["divergence"]
+
+
+def test_a_network_that_learned_the_mean_of_its_targets_and_no_more_is_stalled_soon():
+    noise = random.Random(0)
+    records = [
+        {"step": s, "loss": (1.55 + 0.5 * math.exp(-s / 4)) * (1 + 0.02 * noise.gauss(0, 1))}
+        for s in range(120)
+    ]
+    (event,) = events(records)
+    assert (event.verdict, event.level) == ("stalled", "warning")
+    assert event.step == 79
+    assert events({**r, "loss": r["loss"] - 0.004 * r["step"]} for r in records) == []
 
 
 def test_a_loss_that_never_moved_is_stalled():
