@@ -34,5 +34,5 @@ class EMA:
         return {
             name: part
             for average, group in zip(self._averages, self.groups, strict=True)
-            for name, part in group.cut(average).items()
+            for name, part in group.named(average).items()
         }

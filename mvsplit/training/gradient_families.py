@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvsplit.models import DiT
 from mvsplit.training.nonfinite import families
-from mvsplit.training.optimizer import FlatGroup
+from mvsplit.training.optimizer import FlatGroup, over_ranks
 
 FAMILIES = ("Embed", "Q", "K", "V", "Attn_WO", "FFN_W13", "FFN_W2", "gains", "Final")
 
@@ -36,7 +36,9 @@ _bands: WeakKeyDictionary[FlatGroup, list[_Band]] = WeakKeyDictionary()
 
 def family_norms(model: DiT, groups: Iterable[FlatGroup]) -> dict[str, Tensor]:
     """L2 norms of the gradients in `groups`, by family: [L] for those that every layer has, [1] for
-    Embed and Final. Scalars stay on the device; nothing waits for it."""
+    Embed and Final. Scalars stay on the device; nothing waits for it. Where parameters are spread
+    over ranks, every rank has to call it."""
+    groups = list(groups)
     found: dict[str, list[Tensor]] = {}
     for group in groups:
         if group not in _bands:
@@ -44,11 +46,9 @@ def family_norms(model: DiT, groups: Iterable[FlatGroup]) -> dict[str, Tensor]:
         for band in _bands[group]:
             norms = torch.linalg.vector_norm(band.rows, dim=1)
             found.setdefault(band.family, []).append(norms)
-    return {
-        family: torch.linalg.vector_norm(torch.stack(found[family]), dim=0)
-        for family in FAMILIES
-        if family in found
-    }
+    names = [family for family in FAMILIES if family in found]
+    here = [torch.linalg.vector_norm(torch.stack(found[name]), dim=0) for name in names]
+    return dict(zip(names, over_ranks(groups, here), strict=True))
 
 
 def _cut(model: DiT, group: FlatGroup) -> list[_Band]:
@@ -59,13 +59,28 @@ def _cut(model: DiT, group: FlatGroup) -> list[_Band]:
     bands = []
     for names in same.values():
         starts = [group.places[name][0] for name in names]
-        shape = group.places[names[0]][1]
         distances = {b - a for a, b in pairwise(starts)} or {1}
         if len(distances) > 1:
             raise ValueError(f"{names[0]} lies at uneven distances: {sorted(distances)}")
-        numbers = torch.arange(shape.numel()).view(shape)  # to find where a family's rows lie
-        for family, part in families(model, names[0], numbers, rows=0).items():
-            size, stride = (len(starts), part.numel()), (distances.copy().pop(), 1)
-            first = starts[0] + int(part.reshape(-1)[0])
-            bands.append(_Band(family, group.grads.as_strided(size, stride, first)))
+        for family, part in families(model, names[0], _numbers(group, names[0]), rows=0).items():
+            part = part[part >= 0]
+            if part.numel():  # else another rank holds them
+                size, stride = (len(starts), part.numel()), (distances.copy().pop(), 1)
+                band = group.grads.as_strided(size, stride, starts[0] + int(part[0]))
+            else:
+                band = group.grads.new_empty(len(starts), 0)
+            bands.append(_Band(family, band))
     return bands
+
+
+def _numbers(group: FlatGroup, name: str) -> Tensor:
+    """The places of a parameter's numbers after its first one, to find where a family's rows lie;
+    -1 for numbers that other ranks hold."""
+    shape = group.places[name][1]
+    numbers = torch.arange(shape.numel()).view(shape)
+    if group.spread is None:
+        return numbers
+    first, whole = group.spread.rows(name)
+    held = torch.full(whole, -1)
+    held[first : first + len(numbers)] = numbers
+    return held

@@ -9,14 +9,15 @@ depth. What is saved is cut out of the buffers by parameter name and knows nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.spread import Spread, is_spread, joined_norms, local
 
 # Every parameter starts at a multiple of 64 bytes (fp32), as a tensor of its own would.
 _ALIGNMENT = 16
@@ -35,12 +36,15 @@ class FlatGroup:
         places: for each parameter name, its first element in the buffers and its shape.
         values: [N] the parameters; between them a few zeros that stay zero.
         grads: [N] their gradients.
+        spread: where the parameters are spread over ranks, what ties the buffers to them; the
+            buffers and `places` are then of this rank's shards.
     """
 
     kind: Kind
     places: dict[str, tuple[int, torch.Size]]
     values: Tensor
     grads: Tensor
+    spread: Spread | None = None
 
     @property
     def decays(self) -> bool:
@@ -54,6 +58,11 @@ class FlatGroup:
             for name, (start, shape) in self.places.items()
         }
 
+    def named(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The same as tensors like the parameters: DTensors where these are spread over ranks."""
+        parts = self.cut(buffer)
+        return parts if self.spread is None else self.spread.wrap(parts)
+
 
 def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[FlatGroup]:
     """Moves all parameters into flat buffers: those with weight decay (2-D), the rest, and those of
@@ -62,6 +71,9 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
     once the model is on its device, and again when parameters have come or gone. Zero
     `FlatGroup.grads` in place instead of dropping the gradients of the model.
+
+    Parameters that are spread over ranks stay where they are, and the buffers hold this rank's
+    shards of them (`mvsplit.training.spread`).
     """
     kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {"decayed": [], "rest": [], "joined": []}
     for name, parameter in model.named_parameters():
@@ -73,10 +85,16 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
 def _flatten(named: list[tuple[str, nn.Parameter]], kind: Kind) -> FlatGroup:
     places, end = {}, 0
     for name, parameter in named:
-        places[name] = (end, parameter.shape)
-        end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-    values = named[0][1].new_zeros(end).detach()
-    group = FlatGroup(kind, places, values, torch.zeros_like(values))
+        held = local(parameter)
+        places[name] = (end, held.shape)
+        end += -(-held.numel() // _ALIGNMENT) * _ALIGNMENT
+    values = local(named[0][1]).new_zeros(end).detach()
+    grads_here = torch.zeros_like(values)
+    if is_spread(named[0][1]):
+        group = FlatGroup(kind, places, values, grads_here, Spread(dict(named)))
+        cast(Spread, group.spread).pull_values(group.cut(values))
+        return group
+    group = FlatGroup(kind, places, values, grads_here)
     parts, grads = group.cut(group.values), group.cut(group.grads)
     for name, parameter in named:
         parts[name].copy_(parameter.detach())
@@ -93,10 +111,18 @@ def clip_gradients_(groups: Iterable[FlatGroup], norm: float, limit: float) -> N
 
 
 def global_norm(groups: Iterable[FlatGroup]) -> Tensor:
-    """The L2 norm of all gradients together, a scalar on the device."""
-    return torch.linalg.vector_norm(
+    """The L2 norm of all gradients together, on all ranks; a scalar on the device."""
+    groups = list(groups)
+    here = torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(group.grads) for group in groups])
     )
+    return over_ranks(groups, [here])[0]
+
+
+def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]:
+    """Norms of gradients in `groups`, each of what this rank holds, as those of the whole."""
+    spread = groups[0].spread
+    return norms if spread is None else joined_norms(norms, spread.groups)
 
 
 class AdamW:
@@ -127,11 +153,26 @@ class AdamW:
         """One update from the gradients in the groups."""
         for settings in self._inner.param_groups:
             settings["lr"] = lr
+        for group in self.groups:
+            if group.spread is not None:
+                group.spread.pull_values(group.cut(group.values))
         self._inner.step()
+        for group in self.groups:
+            if group.spread is not None:
+                group.spread.push_values(group.cut(group.values))
 
     def zero_grad(self) -> None:
         for group in self.groups:
-            group.grads.zero_()
+            if group.spread is None:
+                group.grads.zero_()
+            else:
+                group.spread.drop_grads()
+
+    def collect_grads(self) -> None:
+        """Takes over the gradients of a backward pass, where they are not in the groups anyway."""
+        for group in self.groups:
+            if group.spread is not None:
+                group.spread.pull_grads(group.cut(group.grads))
 
     def moments(self) -> dict[str, Tensor]:
         """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`."""
@@ -139,7 +180,7 @@ class AdamW:
             f"{moment}.{name}": part
             for moment in ("exp_avg", "exp_avg_sq")
             for group in self.groups
-            for name, part in group.cut(self._inner.state[group.values][moment]).items()
+            for name, part in group.named(self._inner.state[group.values][moment]).items()
         }
 
     def updates(self) -> dict[str, int]:
@@ -153,8 +194,9 @@ class AdamW:
 
     def forget(self) -> None:
         """Begins with fresh moments."""
-        for moment in self.moments().values():
-            moment.zero_()
+        for group in self.groups:
+            self._inner.state[group.values]["exp_avg"].zero_()
+            self._inner.state[group.values]["exp_avg_sq"].zero_()
         self.set_updates(dict.fromkeys(self.updates(), 0))
 
     def regrouped(self, groups: list[FlatGroup]) -> AdamW:

@@ -1,0 +1,82 @@
+"""Parallelism, in one ordered function that the model knows nothing of: sharding by FSDP2.
+
+Blocks are sharded in units of several: a collective per block would cost more in calls than in
+bytes at a thousand layers. The units are gathered ahead in an order that is given, not found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mvsplit.diagnostics.ranks import is_distributed
+from mvsplit.errors import UserError
+from mvsplit.models import DiT
+from mvsplit.training.config import ParallelConfig, TrainConfig
+from mvsplit.training.distributed import world
+
+
+def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
+    """Lays `model` out for training, in place; its parameters keep their names. Alone, a process
+    gets it back as it is.
+
+    The order matters: what is sharded must be what runs.
+
+    Raises:
+        UserError: the processes cannot be divided as `train.parallel` says.
+    """
+    if is_distributed():
+        shard(model, config, _mesh(config.parallel, device))
+
+
+def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
+    """Divides every parameter over the ranks of `mesh`, by rows."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Gathered as what the arithmetic runs in: autocast would keep a copy of every whole weight for
+    # backward. Inputs stay as they are: the rotary tables are fp32.
+    low = torch.bfloat16 if config.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    units = _units(list(cast(Iterable[nn.Module], model.blocks)), config.parallel.unit)
+    for unit in units:
+        fully_shard(
+            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    heads = [cast(Any, unit[0]) for unit in units]  # what stands for a unit
+    for i, head in enumerate(heads):
+        ahead = config.parallel.prefetch
+        head.set_modules_to_forward_prefetch(heads[i + 1 : i + 1 + ahead])
+        head.set_modules_to_backward_prefetch(heads[max(0, i - ahead) : i][::-1])
+
+
+def sync_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass sends its gradients to the ranks that hold them, or adds them
+    up here until one does."""
+    if is_distributed():
+        cast(Any, model).set_requires_gradient_sync(wanted)
+
+
+def _units(blocks: Sequence[nn.Module], size: int) -> list[list[nn.Module]]:
+    return [list(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+def _mesh(config: ParallelConfig, device: torch.device) -> Any:
+    """The ranks in a row, or in rows that hold the whole network each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks, replicas = world(), config.replicas
+    if ranks % replicas:
+        raise UserError(
+            f"train.parallel.replicas={replicas} does not divide the {ranks} processes of "
+            f"torchrun; choose a divisor"
+        )
+    if replicas == 1:
+        return init_device_mesh(device.type, (ranks,))
+    names = ("replica", "shard")
+    return init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=names)
