@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -64,10 +64,10 @@ def train(
         started = time.perf_counter()
         while state.step < config.steps and stop.received is None and not run.stopped:
             step = state.step + 1
-            with run.probe(step) as probe:
+            with run.look(step):
                 metrics = run.guarded_step()
             now = time.perf_counter()
-            run.log(step, metrics, now - started, probe)
+            run.log(step, metrics, now - started)
             started = now
             run.react(step)
             if state.step == step and step % config.save_every == 0:
@@ -93,6 +93,8 @@ class _Run:
         self.observers = (*observers, recorder, self._alarms, self._watch)
         self.stopped = False  # by an alarm
         self._first = state.step  # at which this process began
+        self._probe: LayerProbe | None = None  # of the step that is being taken
+        self._looking = ExitStack()
 
     def resume(self) -> None:
         """Restores the newest whole checkpoint, and says so, and what was damaged."""
@@ -119,14 +121,18 @@ class _Run:
         if snapshot is None and needs_a_start(self.config):
             self.save()
 
-    def probe(self, step: int) -> Any:
-        """A look into every layer if one is due at `step`, or if the last step left the usual; else
-        a context that gives None."""
+    @contextmanager
+    def look(self, step: int) -> Iterator[None]:
+        """For the passes of a step: looks into every layer if that is due at `step`, or if the last
+        step left the usual. What it saw is read before the update is made."""
         every = self.config.probe_every
-        if not every or (step % every and not self._watch.stirred):
-            return nullcontext()
+        due = every and (step % every == 0 or self._watch.stirred)
         fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
-        return LayerProbe(self.state.taps, fields=fields)
+        self._probe = LayerProbe(self.state.taps, fields=fields) if due else None
+        with ExitStack() as self._looking:
+            if self._probe is not None:
+                self._looking.enter_context(self._probe)
+            yield
 
     def guarded_step(self) -> dict[str, Any]:
         """A step; if a value was not finite, that is recorded before the run stops."""
@@ -140,9 +146,15 @@ class _Run:
             raise NonFiniteError(message) from error
 
     def _before_update(self, gradients: Gradients) -> bool:
-        """Whether the update may be made, once everybody has seen the gradients."""
+        """Whether the update may be made, once everybody has seen the gradients and the layers."""
+        self._looking.close()  # the passes are over, and no update has touched their gradients
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
+        if self._probe is not None:
+            layers = {"step": gradients.step, **self._probe.arrays()}
+            self.folder.layers.append(layers)
+            for observer in self.observers:
+                observer.on_probe(self.state, layers)
         return not holds_back(self.config.on_alarm, self._alarms.verdict)
 
     def react(self, step: int) -> None:
@@ -155,27 +167,19 @@ class _Run:
             config=self.config,
             checkpoints=self.folder.checkpoints,
             step=step,
-            held_back=self.state.step < step,
             verdict=alarm["verdict"],
             tell=self._tell,
         )
         self.stopped = not react(scene)
         self.folder.note_rule(self.state.model.config.rule)
 
-    def log(
-        self, step: int, metrics: dict[str, Any], seconds: float, probe: LayerProbe | None
-    ) -> None:
-        """A line of metrics.jsonl, and of layers.jsonl after a probe."""
+    def log(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
+        """A line of metrics.jsonl."""
         tokens = metrics.pop("tokens")
         line = {"step": step, **metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
         self.folder.metrics.append(line)
         for observer in self.observers:
             observer.on_step(self.state, line)
-        if probe is not None:
-            layers = {"step": step, **probe.arrays()}
-            self.folder.layers.append(layers)
-            for observer in self.observers:
-                observer.on_probe(self.state, layers)
 
     def save(self) -> None:
         snapshot = self.state.snapshot()

@@ -23,7 +23,8 @@ class Observer:
         """A step was taken; `metrics` is its line of metrics.jsonl."""
 
     def on_probe(self, state: TrainState, layers: dict[str, Any]) -> None:
-        """Every layer was looked into; `layers` is the line of layers.jsonl."""
+        """Every layer was looked into during step `state.step + 1`, after `on_gradients` and before
+        the update is made; `layers` is the line of layers.jsonl."""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Something happened; `event` is the line of events.jsonl, with a readable `message`."""

@@ -1,9 +1,9 @@
 """What a run does on an alarm: record it, stop, leave the update out, go back, or protect itself.
 
-The watch raises an alarm before the update of the step is made, from the gradients, or after it,
-from a look into every layer. All policies but `record` hold an update back that is not made yet. In
-both cases the policy acts between two steps, and events.jsonl gets a line with its numbers.
-`docs/policies.md` says which policy is for what, and what was tried.
+The watch raises an alarm before the update of the step is made, from its gradients and, where every
+layer was looked into, from those. All policies but `record` hold that update back; then the policy
+acts, between two steps, and events.jsonl gets a line with its numbers. `docs/policies.md` says
+which policy is for what, and what was tried.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from mvsplit.training.observer import Observer
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import protect
 
-# What MV-Split is a cure for; protect answers the rest by going back with a lower rate.
-CURED_BY_SURGERY = frozenset({"mean-mode", "divergence"})
+# What MV-Split is a cure for; protect answers the rest by going back with a lower rate. A rate that
+# breaks a network breaks it by one of the other two, which its layers show a few steps later.
+CURED_BY_SURGERY = frozenset({"mean-mode", "divergence", "learning-rate"})
 
 
 class Alarms(Observer):
@@ -60,8 +61,7 @@ class Scene:
         state: changed by the action.
         config: how the run is trained.
         checkpoints: the folder of its checkpoints.
-        step: the step that gave the alarm.
-        held_back: whether the update of that step was not made.
+        step: the step that gave the alarm; its update was not made, but under `record`.
         verdict: of the alarm.
         tell: writes an event: its name, its message, its numbers.
     """
@@ -70,7 +70,6 @@ class Scene:
     config: TrainConfig
     checkpoints: Path
     step: int
-    held_back: bool
     verdict: str
     tell: Callable[..., None]
 
@@ -107,11 +106,10 @@ def _record(scene: Scene) -> bool:
 
 
 def _stop(scene: Scene) -> bool:
-    done = "before its update" if scene.held_back else "after its update"
     scene.tell(
         "stopped",
-        f"stopped by the {scene.verdict} alarm of step {scene.step}, {done}; to go on, give the "
-        f"same command with --on-alarm record, skip, rollback or protect",
+        f"stopped by the {scene.verdict} alarm of step {scene.step}, before its update; to go on, "
+        f"give the same command with --on-alarm record, skip, rollback or protect",
         verdict=scene.verdict,
         at_step=scene.step,
     )
@@ -119,16 +117,12 @@ def _stop(scene: Scene) -> bool:
 
 
 def _skip(scene: Scene) -> bool:
-    """Counts the step without its update. An alarm that came after the update has nothing to skip,
-    and says so."""
-    if scene.held_back:
-        state = scene.state
-        state.step = scene.step
-        state.reactions = replace(state.reactions, skips=state.reactions.skips + 1)
-        message = f"step {scene.step}: its update was left out ({scene.verdict})"
-    else:
-        message = f"step {scene.step}: its update was made before the alarm ({scene.verdict})"
-    scene.tell("skipped", message, verdict=scene.verdict, skips=scene.state.reactions.skips)
+    """Counts the step without its update."""
+    state = scene.state
+    state.step = scene.step
+    state.reactions = replace(state.reactions, skips=state.reactions.skips + 1)
+    message = f"step {scene.step}: its update was left out ({scene.verdict})"
+    scene.tell("skipped", message, verdict=scene.verdict, skips=state.reactions.skips)
     return True
 
 
@@ -176,7 +170,7 @@ def _protect(scene: Scene) -> bool:
         if goes_on and protected and state.reactions.protected_at is None:
             _operate(scene)
         return goes_on
-    if reaction.go_back or not scene.held_back:  # after the update there is less to preserve
+    if reaction.go_back:
         _go_back(scene)
     _operate(scene)
     return True

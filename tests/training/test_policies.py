@@ -279,13 +279,15 @@ def test_going_back_behind_the_surgery_operates_again(tmp_path: Path, alarm_at: 
     runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_an_alarm_after_the_update(tmp_path: Path, alarm_at: AlarmAt) -> None:
-    """From a look into the layers: too late to leave the update out, not too late to go back."""
+def test_an_alarm_from_a_look_comes_before_the_update(tmp_path: Path, alarm_at: AlarmAt) -> None:
     alarm_at(6, by_look=True)
-    train(experiment("skip"), tmp_path / "skip")
-    assert "was made before the alarm" in events(tmp_path / "skip", "skipped")[0]["message"]
+    weights = Weights()
+    train(experiment("skip"), tmp_path / "skip", observers=[weights])
+    assert [e["step"] for e in events(tmp_path / "skip", "skipped")] == [6]
+    assert torch.equal(weights.seen[5], weights.seen[4])  # after steps 6 and 5
+    assert not torch.equal(weights.seen[6], weights.seen[5])
     train(experiment("protect", go_back=False), tmp_path / "protect")
-    assert events(tmp_path / "protect", "protected")[0]["to_step"] == 3
+    assert events(tmp_path / "protect", "protected")[0]["to_step"] == 5
 
 
 def test_a_rule_that_cannot_be_protected_is_one_line(tmp_path: Path, alarm_at: AlarmAt) -> None:
