@@ -34,6 +34,8 @@ class Loader:
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         position: samples consumed so far.
         prefetch: batches that a thread makes ahead of time; 0 makes each when it is asked for.
+        rank, world: `next_batch` gives the rank-th of `world` equal runs of a batch's rows, a
+            process's share; the position counts whole batches all the same.
 
     Raises UserError for values that are not possible.
     """
@@ -48,6 +50,8 @@ class Loader:
         caption_dropout: float = 0.0,
         position: int = 0,
         prefetch: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} holds no sample; use at least 1")
@@ -55,6 +59,10 @@ class Loader:
             raise UserError(f"caption_dropout: {caption_dropout} is no share; use 0 … 1")
         if position < 0:
             raise UserError(f"position: {position} lies before the first sample; use at least 0")
+        if not 0 <= rank < world or batch_size % world:
+            raise UserError(
+                f"batch_size: {batch_size} has no share {rank} of {world}; use a multiple of it"
+            )
         self.dataset = dataset
         self.embedder = embedder
         self.batch_size = batch_size
@@ -63,14 +71,19 @@ class Loader:
         self.position = position
         buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else []
         self._order = BucketOrder(buckets, batch_size, seed) if len(buckets) > 1 else None
-        self._prefetch = Prefetch(self.batch_at, batch_size, prefetch) if prefetch else None
+        each = batch_size // world
+        self._share = slice(rank * each, (rank + 1) * each)
+        self._prefetch = Prefetch(self._share_at, batch_size, prefetch) if prefetch else None
 
     def next_batch(self) -> Batch:
-        """The batch at `position`, which then moves past it."""
-        make = self._prefetch.take if self._prefetch else self.batch_at
+        """This process's share of the batch at `position`, which then moves past the batch."""
+        make = self._prefetch.take if self._prefetch else self._share_at
         batch = make(self.position)
         self.position += self.batch_size
         return batch
+
+    def _share_at(self, position: int) -> Batch:
+        return self.batch_at(position, self._share)
 
     def batch_at(self, position: int, rows: slice = slice(None)) -> Batch:
         """The batch whose first sample is number `position`; changes nothing.

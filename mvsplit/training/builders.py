@@ -21,7 +21,8 @@ from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
-from mvsplit.training.config import DataConfig, Experiment
+from mvsplit.training.config import DataConfig, Experiment, TrainConfig
+from mvsplit.training.distributed import launched_device, rank, world
 from mvsplit.training.ema import EMA
 from mvsplit.training.optimizer import (
     AdamW,
@@ -29,6 +30,7 @@ from mvsplit.training.optimizer import (
     peak_learning_rate,
     warmup_then_constant,
 )
+from mvsplit.training.parallelize import parallelize
 from mvsplit.training.randomness import generator_for, seed_globals
 from mvsplit.training.state import TrainState
 
@@ -37,13 +39,17 @@ def build_state(experiment: Experiment) -> TrainState:
     """Everything at step 0; sets the global random generators.
 
     Raises:
-        UserError: the data do not fit the model, or the device does not exist.
+        UserError: the data do not fit the model, the device does not exist, or the batch cannot be
+            divided among the processes.
     """
     model_config, config = experiment.model, experiment.train
     seed_globals(config.seed)
+    _check_shares(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)
     model = DiT(model_config, generator_for(config.seed, "weights")).to(device)
+    taps = taps_for_dit(model)
+    parallelize(model, config, device)
     groups = flatten_parameters(model)
     peak = peak_learning_rate(config, model_config.width)
     return TrainState(
@@ -52,7 +58,7 @@ def build_state(experiment: Experiment) -> TrainState:
         schedule=warmup_then_constant(peak, config.warmup),
         ema=EMA(groups, config.ema_decay) if config.ema_decay else None,
         loader=loader,
-        taps=taps_for_dit(model),
+        taps=taps,
         device=device,
     )
 
@@ -65,6 +71,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = launched_device(name)
     try:
         torch.zeros(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
@@ -87,7 +94,19 @@ def build_loader(experiment: Experiment) -> Loader:
         seed=train.seed,
         caption_dropout=train.caption_dropout,
         prefetch=config.prefetch,
+        rank=rank(),
+        world=world(),
     )
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces."""
+    if config.batch_size % (world() * config.accumulate):
+        raise UserError(
+            f"train.batch_size={config.batch_size} is not divisible by train.accumulate="
+            f"{config.accumulate} times the {world()} processes of torchrun; choose a multiple of "
+            f"{world() * config.accumulate}"
+        )
 
 
 def build_data(config: DataConfig) -> Dataset:

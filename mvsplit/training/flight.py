@@ -195,7 +195,7 @@ def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
         "clip_factor": min(1.0, config.clip / norm) if norm > 0 else 1.0,
         "position": gradients.position,
         "seeds": {n: derive_seed(config.seed, n, gradients.step) for n in ("noise", "times")},
-        "indices": gradients.batch.indices.tolist(),
+        "indices": gradients.indices,
         "sample_losses": gradients.sample_losses,
         "family_norms": gradients.family_norms,
     }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
+from mvsplit.training.spread import whole
 
 _FAMILIES = (
     (r"(patch_in|text_in)\.", "Embed"),
@@ -76,6 +77,7 @@ def first_in_activations(model: DiT, forward: Callable[[], Any]) -> str | None:
 
 def _first(model: DiT, named: list[tuple[str, Tensor]], rows: int = 0) -> str | None:
     for name, value in named:
+        value = whole(value)
         if not bool(torch.isfinite(value).all()):
             for family, part in families(model, name, value, rows).items():
                 if not bool(torch.isfinite(part).all()):

@@ -19,6 +19,7 @@ from mvsplit.diagnostics.taps import gradient_norm_tensors, read
 from mvsplit.flow import flow_losses, interpolate, sample_times
 from mvsplit.models import DiT
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.distributed import at, from_each, rank, rows_of_each, world
 from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import (
     NonFiniteError,
@@ -27,6 +28,7 @@ from mvsplit.training.nonfinite import (
     first_in_weights,
 )
 from mvsplit.training.optimizer import clip_gradients_, global_norm
+from mvsplit.training.parallelize import sync_gradients
 from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import anneal
@@ -44,13 +46,18 @@ class Piece:
 
 
 def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -> Iterator[Piece]:
-    """Cuts the batch of a step; chance is drawn for all of it first, so the cut changes nothing."""
+    """Cuts this rank's share of the batch of a step; chance is drawn for the whole batch first, so
+    that neither this cut nor that into shares changes anything."""
     data = batch.latents.to(device)
+    samples = len(data) * world()
     stream = partial(generator_for, config.seed, device=device)
-    noise = torch.randn(data.shape, generator=stream("noise", step), device=device)
+    noise = torch.randn((samples, *data.shape[1:]), generator=stream("noise", step), device=device)
     times = sample_times(
-        len(data), shift=config.time_shift, generator=stream("times", step), device=device
+        samples, shift=config.time_shift, generator=stream("times", step), device=device
     )
+    if samples > len(data):
+        share = slice(rank() * len(data), (rank() + 1) * len(data))
+        noise, times = noise[share], times[share]
     text = batch.text.to(device)
     valid = None if batch.text_valid is None else batch.text_valid.to(device)
     size = len(data) // config.accumulate
@@ -72,9 +79,10 @@ class Gradients:
     Attributes:
         step: the step that is being taken; `TrainState.step` is one less until the update is made.
         position: of the loader, before the batch.
-        batch: what the step reads.
+        batch: what the step reads, this rank's share.
+        indices: the places of the samples of the whole batch in the data set.
         metrics: `loss`, `grad_norm` before clipping, `lr`, and the norms of `train_step`.
-        sample_losses: of each sample of the batch.
+        sample_losses: of each sample of the whole batch.
         family_norms: the gradient norm of every layer by family (paper App. F); Embed and Final
             have one entry.
     """
@@ -82,6 +90,7 @@ class Gradients:
     step: int
     position: int
     batch: Batch
+    indices: list[int]
     metrics: dict[str, float]
     sample_losses: list[float]
     family_norms: dict[str, list[float]]
@@ -101,10 +110,12 @@ def piece_losses(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
 
 def add_gradients(model: DiT, config: TrainConfig, parts: list[Piece]) -> Tensor:
     """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
-    returns the loss of each sample, [B]."""
+    returns the loss of each sample, [B]. Ranks send each other their gradients once."""
     samples = sum(len(piece.data) for piece in parts)
     found = []
-    for piece in parts:
+    for number, piece in enumerate(parts, start=1):
+        at(f"forward and backward of piece {number}")
+        sync_gradients(model, number == len(parts))
         losses = piece_losses(model, piece, config)
         (losses.mean() / (samples / len(losses))).backward()
         found.append(losses.detach())
@@ -115,7 +126,9 @@ def accumulate_gradients(state: TrainState, config: TrainConfig, parts: list[Pie
     """The gradients of the mean loss over all pieces instead of those that were there; returns the
     loss of each sample, [B]."""
     state.optimizer.zero_grad()
-    return add_gradients(state.model, config, parts)
+    losses = add_gradients(state.model, config, parts)
+    state.optimizer.collect_grads()
+    return losses
 
 
 def train_step(
@@ -138,25 +151,28 @@ def train_step(
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
     """
     step, position = state.step + 1, state.loader.position
+    at(f"the batch of step {step}")
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
     losses = accumulate_gradients(state, config, parts)
-    metrics, sample_losses, norms = _read_all(state, losses)
+    metrics, found = _read_all(state, losses, batch)
     lr = state.learning_rate(step)
-    numbers = metrics | {"lr": lr, "tokens": _tokens(state.model, batch)}
+    numbers = metrics | {"lr": lr, "tokens": found.tokens}
     if before_update is not None:
         gradients = Gradients(
             step=step,
             position=position,
             batch=batch,
+            indices=found.indices,
             metrics=metrics | {"lr": lr},
-            sample_losses=sample_losses,
-            family_norms=norms,
+            sample_losses=found.losses,
+            family_norms=found.family_norms,
         )
         if before_update(gradients) is False:
             return numbers
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         raise NonFiniteError(_explain(state.model, config, parts, step, metrics))
+    at("the update")
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
     state.optimizer.step(lr)
     state.step = step
@@ -166,18 +182,40 @@ def train_step(
     return numbers
 
 
-def _read_all(
-    state: TrainState, losses: Tensor
-) -> tuple[dict[str, float], list[float], dict[str, list[float]]]:
-    """The numbers of a step, the loss of each sample and the norms of each family: waits for the
-    device, once."""
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """What a step knows of the whole batch, on every rank: of each sample its loss and its place in
+    the data set, the tokens, and the norms of each family."""
+
+    losses: list[float]
+    indices: list[int]
+    tokens: int
+    family_norms: dict[str, list[float]]
+
+
+def _read_all(state: TrainState, losses: Tensor, batch: Batch) -> tuple[dict[str, float], _Whole]:
+    """The numbers of a step: waits for the device, once where one process is alone."""
+    indices, tokens = batch.indices, _tokens(state.model, batch)
+    if world() > 1:
+        losses, indices, tokens = _of_all_ranks(losses, indices, tokens)
     scalars = {"loss": losses.mean(), "grad_norm": global_norm(state.optimizer.groups)}
     scalars |= gradient_norm_tensors(state.taps)
     norms = family_norms(state.model, state.optimizer.groups)
     numbers = iter(read([*scalars.values(), losses, *norms.values()]))
     metrics = {name: next(numbers) for name in scalars}
     sample_losses = list(islice(numbers, len(losses)))
-    return metrics, sample_losses, {f: list(islice(numbers, len(n))) for f, n in norms.items()}
+    families = {f: list(islice(numbers, len(n))) for f, n in norms.items()}
+    return metrics, _Whole(
+        losses=sample_losses, indices=indices.tolist(), tokens=tokens, family_norms=families
+    )
+
+
+def _of_all_ranks(losses: Tensor, indices: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
+    """The losses and indices of the samples of all ranks, and their tokens together."""
+    numbers = (losses, indices.to(losses.device), torch.full_like(losses, tokens / len(losses)))
+    rows = rows_of_each(torch.stack([n.double() for n in numbers], dim=1))  # [B, 3], exact in fp64
+    losses, indices, each = rows.unbind(1)
+    return losses.float(), indices.long(), round(float(each.sum()))
 
 
 def _tokens(model: DiT, batch: Batch) -> int:
@@ -195,10 +233,10 @@ def _explain(
     if weight is not None:
         origin = f"the weights of {weight} are not finite"
     elif not math.isfinite(metrics["loss"]):
-        found = (
+        found = [
             first_in_activations(model, partial(piece_losses, model, p, config)) for p in parts
-        )
-        place = next((p for p in found if p), None)
+        ]
+        place = next((p for places in from_each(found) for p in places if p), None)
         origin = f"first in the output of {place}" if place else "every activation is finite"
     else:
         place = first_in_gradients(model)
