@@ -1,21 +1,30 @@
-"""Sampling: Euler, guidance, noise of its own for each picture, and pictures on disk."""
+"""Sampling: samplers, guidance, given pictures, noise of its own for each picture, and pictures on
+disk."""
 
+from mvsplit.sampling.edit import Edit, sample_edit
 from mvsplit.sampling.generate import Generated, SamplingConfig, generate
 from mvsplit.sampling.guidance import classifier_free
 from mvsplit.sampling.images import PictureFolder, make_grid, read_record, save_png, to_pictures
 from mvsplit.sampling.noise import sample_noise
-from mvsplit.sampling.samplers import Velocity, euler
+from mvsplit.sampling.samplers import SAMPLERS, Velocity, ab2, dpmpp_2m, euler, get_sampler, heun
 
 __all__ = [
+    "SAMPLERS",
+    "Edit",
     "Generated",
     "PictureFolder",
     "SamplingConfig",
     "Velocity",
+    "ab2",
     "classifier_free",
+    "dpmpp_2m",
     "euler",
     "generate",
+    "get_sampler",
+    "heun",
     "make_grid",
     "read_record",
+    "sample_edit",
     "sample_noise",
     "save_png",
     "to_pictures",

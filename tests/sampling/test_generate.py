@@ -106,8 +106,16 @@ def test_batches_come_one_after_the_other(model, embedder):
 
 def test_diverged_weights_are_named_and_not_drawn(model, embedder):
     broken = DiT(model.config).requires_grad_(False)
-    broken.head.bias.fill_(torch.inf)
-    with pytest.raises(UserError, match=r"picture 0 .* not finite"):
+    broken.load_state_dict(model.state_dict())
+    broken.blocks[1].ffn.w2.weight[3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"picture 0 .* not finite; blocks\.1\.ffn\.w2\.weight of"):
+        latents(broken, embedder, 4)
+
+
+def test_an_overflow_is_told_from_diverged_weights(model, embedder):
+    broken = DiT(model.config).requires_grad_(False)
+    broken.head.weight.fill_(3e38)
+    with pytest.raises(UserError, match=r"picture 0 .* not finite; all weights are finite, so"):
         latents(broken, embedder, 4)
 
 
@@ -124,3 +132,66 @@ def test_diverged_weights_are_named_and_not_drawn(model, embedder):
 def test_options_out_of_range_are_refused(option, message):
     with pytest.raises(UserError, match=message):
         SamplingConfig(**option)
+
+
+def test_only_the_prompts_of_a_batch_are_encoded_with_it(model, embedder):
+    asked = []
+
+    class Recording:
+        def encode(self, prompts):
+            asked.append(list(prompts))
+            return embedder.encode(prompts)
+
+    list(generate(model, Recording(), PROMPTS, SHAPE, SamplingConfig(steps=1, batch_size=3)))
+    assert asked == [[*PROMPTS[:3], ""], [*PROMPTS[3:6], ""], [*PROMPTS[6:], ""]]
+
+
+class Small:
+    """A network on a device whose memory holds `most` samples."""
+
+    def __init__(self, model, most):
+        self.model, self.most, self.parameters = model, most, model.parameters
+
+    def __call__(self, latents, text, valid=None):
+        if len(latents) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
+        return self.model(latents, text, valid)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_says_so(model, embedder):
+    config = SamplingConfig(steps=4, batch_size=7)
+    with pytest.warns(UserWarning, match="does not fit") as said:
+        batches = list(generate(Small(model, 5), embedder, PROMPTS, SHAPE, config))
+    assert [batch.indices for batch in batches] == [[i] for i in range(7)]
+    made = torch.cat([batch.latents for batch in batches])
+    torch.testing.assert_close(made, latents(model, embedder, 7), rtol=0, atol=1e-5)
+    assert [str(w.message) for w in said] == [
+        "batch_size=7 does not fit into the device's memory (CUDA out of memory); going on with 3",
+        "batch_size=3 does not fit into the device's memory (CUDA out of memory); going on with 1",
+    ]
+
+
+def test_one_picture_too_large_for_the_memory_is_an_error_with_advice(model, embedder):
+    stream = generate(Small(model, 1), embedder, ["one"], SHAPE, SamplingConfig(steps=4))
+    with pytest.raises(UserError, match=r"one picture does not fit .*out of memory\); use --dtype"):
+        next(stream)
+
+
+def test_previews_are_the_states_on_the_way(model, embedder):
+    seen = []
+    config = SamplingConfig(steps=3, batch_size=4)
+    batches = list(
+        generate(
+            model,
+            embedder,
+            PROMPTS,
+            SHAPE,
+            config,
+            preview=lambda indices, done, z: seen.append((indices, done, z)),
+        )
+    )
+    assert [(indices[0], done) for indices, done, _ in seen] == [
+        (0, 1), (0, 2), (0, 3), (4, 1), (4, 2), (4, 3),
+    ]  # fmt: skip
+    assert torch.equal(seen[2][2], batches[0].latents)
+    assert (seen[1][2] - seen[2][2]).abs().max() > 0.01
