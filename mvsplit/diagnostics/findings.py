@@ -27,6 +27,7 @@ class LayerHistory:
         self.latest: LayerSignals | None = None
         self._line = 0  # of metrics, at the latest look
         self._looks = 0
+        self._alike_before = False  # so the look before the latest
         self._distance, self._ratio = Baseline(_LOOKS), Baseline(_LOOKS)
 
     def settling(self, lines: int) -> bool:
@@ -35,6 +36,7 @@ class LayerHistory:
 
     def look(self, signals: LayerSignals, settling: bool, line: int) -> Iterator[Event]:
         """What a line of layers says by itself."""
+        self._alike_before = self._alike
         self.latest, self._line = signals, line
         self._looks += 1
         if signals.broken is not None:
@@ -60,8 +62,16 @@ class LayerHistory:
         ratio = _MANY if s.mode_ratio is None else s.mode_ratio
         if s.similarity > t.alike_at_start and ratio > t.mode_ratio_at_start:
             return s.mode_ratio is not None or self._worsened(s)
-        passed = s.similarity > t.alike and ratio > t.mode_ratio
-        return passed and not settling and self._worsened(s)
+        sure = ratio > t.mode_ratio_at_once or self._alike_before
+        return self._alike and sure and not settling and self._worsened(s)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether the latest look alone speaks of a collapse."""
+        s = self.latest
+        if s is None or s.similarity is None or s.similarity <= self.t.alike:
+            return False
+        return s.mode_ratio is None or s.mode_ratio > self.t.mode_ratio
 
     def near(self, line: int) -> bool:
         """Whether a recent look showed a network close to a collapse, and closer than usual."""

@@ -13,6 +13,7 @@ class Thresholds:
         settle: lines after a start, a resume or a rollback in which large changes are normal.
         hold: lines for which a verdict, once given, is not repeated.
         alike, mode_ratio: similarity of the deep tokens, and G_mean / G_ctr, of a collapse.
+        mode_ratio_at_once: the ratio from which one look is enough; below it, two in a row.
         alike_at_start, mode_ratio_at_start: the same while the run settles.
         worse: by how much either must have changed for the worse since the run was calm.
         near_alike, near_mode_ratio: the same of a network that is close to it.
@@ -36,6 +37,7 @@ class Thresholds:
     hold: int = 40
     alike: float = 0.9
     mode_ratio: float = 10.0
+    mode_ratio_at_once: float = 30.0
     alike_at_start: float = 0.99
     mode_ratio_at_start: float = 100.0
     worse: float = 2.0
