@@ -10,13 +10,14 @@ Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from mvsplit.kernels.block_parts import BlockSettings, BlockWeights
 from mvsplit.kernels.reference import (
     FullGains,
     Gains,
@@ -29,30 +30,9 @@ from mvsplit.kernels.reference import (
     swiglu_backward,
     swiglu_forward,
 )
-from mvsplit.kernels.segments import Segments
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-class BlockWeights(NamedTuple):
-    """The four matrices of a block, without biases; as many key/value heads as heads."""
-
-    qkv: Tensor  # [3D, D]
-    proj: Tensor  # [D, D], W_O
-    w13: Tensor  # [2F, D]
-    w2: Tensor  # [D, F]
-
-
-class BlockSettings(NamedTuple):
-    """What a block needs beside tensors that learn."""
-
-    cos: Tensor  # [T, K/2]
-    sin: Tensor  # [T, K/2]
-    segments: Segments
-    heads: int
-    qk_eps: float
-    eps: tuple[float, float]  # of the norms after attention and after the FFN
 
 
 def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -70,7 +50,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, settings: BlockSettings, *tensors: Any) -> Tensor:
         weights = BlockWeights(*tensors[:4])
         gains_a, gains_f = FullGains(*tensors[4:7]), FullGains(*tensors[7:])
-        cos, sin, segments, heads, qk_eps, eps = settings
+        cos, sin, segments, heads, qk_eps, eps, *_ = settings
 
         n = qk_norm_rope_forward(linear(x, weights.qkv), cos, sin, heads, heads, qk_eps)
         q, k = n.y.transpose(1, 2).chunk(2, dim=1)
@@ -96,7 +76,7 @@ class _Block(torch.autograd.Function):
         gains_a, gains_f = FullGains(*saved[4:7]), FullGains(*saved[7:10])
         a, f = Merged(*saved[10:14]), Merged(*saved[14:18])
         x, qk, qk_r, v, mixed, logsumexp, f_a, packed, hidden, f_f = saved[18:]
-        cos, sin, segments, _, _, _ = ctx.settings
+        cos, sin, segments, *_ = ctx.settings
         learns_a, learns_f = any(ctx.needs_input_grad[6:9]), any(ctx.needs_input_grad[9:12])
 
         of_f = merge_backward(grad, f, f_f if learns_f else None, *gains_f, segments)

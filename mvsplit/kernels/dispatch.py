@@ -97,12 +97,12 @@ def split_merge(
     from mvsplit.kernels.fused.split_merge import split_merge as fused
 
     segments = Segments.whole(x) if segments is None else segments
-    if _needs_no_mean(beta, alpha, leak):
+    if needs_no_mean(beta, alpha, leak):
         return scaled_merge(x, f, beta, segments, eps, norm)
     return fused(x, f, beta, alpha, leak, segments, eps, norm)
 
 
-def _needs_no_mean(beta: Gain, alpha: Gain, leak: Gain | None) -> bool:
+def needs_no_mean(beta: Gain, alpha: Gain, leak: Gain | None) -> bool:
     """β = α and λ = 0, known without looking into tensors."""
     if leak is None or isinstance(leak, Tensor) or leak != 0:
         return False

@@ -36,6 +36,7 @@ class Segments:
     slices: tuple[slice, ...] = field(init=False, repr=False)
     mask: Tensor | None = field(init=False, repr=False)
     _matrices: dict[tuple, tuple[Tensor, Tensor]] = field(init=False, repr=False)
+    _biases: dict[torch.dtype, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(n < 0 for n in self.lengths):
@@ -50,6 +51,7 @@ class Segments:
         object.__setattr__(self, "slices", slices)
         object.__setattr__(self, "mask", self._real_tokens())
         object.__setattr__(self, "_matrices", {})
+        object.__setattr__(self, "_biases", {})
 
     @classmethod
     def whole(cls, x: Tensor) -> Segments:
@@ -98,6 +100,18 @@ class Segments:
             self._matrices[key] = members, members.transpose(1, 2) / counts
         members, averages = self._matrices[key]
         return members.expand(like.shape[0], -1, -1), averages.expand(like.shape[0], -1, -1)
+
+    def key_bias(self, like: Tensor) -> Tensor | None:
+        """What attention adds to its scores: 0 for real keys, −∞ for padding, [B, 1, T, T] in the
+        dtype of `like`; None where every token is real. Computed once for each dtype."""
+        if self.mask is None:
+            return None
+        if like.dtype not in self._biases:
+            row = torch.zeros(self.mask.shape, dtype=like.dtype, device=self.mask.device)
+            row.masked_fill_(~self.mask, -torch.inf)
+            total = self.mask.shape[1]
+            self._biases[like.dtype] = row[:, None, None, :].expand(-1, 1, total, -1).contiguous()
+        return self._biases[like.dtype]
 
     def _real_tokens(self) -> Tensor | None:
         if self.valid is None:

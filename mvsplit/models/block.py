@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 
-from mvsplit.kernels import Segments, qk_norm_rope, swiglu
-from mvsplit.kernels.cpu_block import BlockSettings, BlockWeights, block
+from mvsplit.kernels import Segments, backend, qk_norm_rope, swiglu
+from mvsplit.kernels.attention import attend
+from mvsplit.kernels.block_parts import BlockSettings, BlockWeights, Recompute
+from mvsplit.kernels.cpu_block import block as cpu_block
 from mvsplit.models.config import DiTConfig
 from mvsplit.residuals import PostNorm, Rule, build_rule
 
@@ -31,10 +34,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         """x [B, T, D], tables [T, K/2] → [B, T, D]."""
         q, k, v = qk_norm_rope(self.qkv(x), cos, sin, self.heads, self.kv_heads, self.eps)
-        keys = None if segments.mask is None else segments.mask[:, None, None, :]
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=keys, enable_gqa=self.heads != self.kv_heads
-        )
+        out = attend(q, k, v, segments)
         return self.proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -51,7 +51,16 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x ← rule(x, attention(x)), then x ← rule(x, FFN(x)). [B, T, D] → [B, T, D]."""
+    """x ← rule(x, attention(x)), then x ← rule(x, FFN(x)). [B, T, D] → [B, T, D].
+
+    Attributes:
+        recompute: what the backward computes again instead of keeping it.
+        adds_gradients: whether the gradients of the matrices may be added to their `.grad` in
+            place, unseen by autograd's hooks: for a trainer that owns these buffers.
+    """
+
+    recompute: Recompute = "nothing"
+    adds_gradients: bool = False
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -64,19 +73,23 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         if self.runs_as_one_node(x, segments):
             return self._as_one_node(x, cos, sin, segments)
+        if self.recompute == "nothing" or not torch.is_grad_enabled():
+            return self._by_parts(x, cos, sin, segments)
+        return checkpoint(self._by_parts, x, cos, sin, segments, use_reentrant=False)
+
+    def _by_parts(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         f = self.attention(self.rule_attention.enter(x), cos, sin, segments)
         x = self.rule_attention.merge(x, f, segments)
         f = self.ffn(self.rule_ffn.enter(x))
         return self.rule_ffn.merge(x, f, segments)
 
     def runs_as_one_node(self, x: Tensor, segments: Segments) -> bool:
-        """Whether the block runs as one autograd node (`kernels/cpu_block.py`): on a CPU, without
-        padding, biases or mixed precision, while nobody watches or has replaced one of its parts.
-        Its parts run one by one otherwise, and compute the same."""
+        """Whether the block runs as one autograd node: on a CPU (`kernels/cpu_block.py`) without
+        padding or mixed precision, on a GPU (`kernels/fused/block.py`) in half precision; without
+        biases, and while nobody watches or has replaced one of its parts. Its parts run one by one
+        otherwise, and compute the same."""
         return (
-            x.is_cpu
-            and x.dtype in (torch.float32, torch.float64)
-            and segments.mask is None
+            (_fits_the_gpu(x) if x.is_cuda else _fits_the_cpu(x, segments))
             and type(self.attention) is Attention
             and type(self.ffn) is SwiGLU
             and all(map(_is_a_plain_matrix, self._matrices()))
@@ -84,7 +97,6 @@ class Block(nn.Module):
             and self.attention.heads == self.attention.kv_heads
             and not any(map(_is_watched, self._parts()))
             and not _has_any_global_hook()
-            and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )
 
@@ -97,10 +109,38 @@ class Block(nn.Module):
 
     def _as_one_node(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         rules = cast(tuple[PostNorm, PostNorm], (self.rule_attention, self.rule_ffn))
-        eps = (rules[0].eps, rules[1].eps)
-        settings = BlockSettings(cos, sin, segments, self.attention.heads, self.attention.eps, eps)
+        settings = BlockSettings(
+            cos,
+            sin,
+            segments,
+            self.attention.heads,
+            self.attention.eps,
+            (rules[0].eps, rules[1].eps),
+            self.recompute,
+            self.adds_gradients,
+        )
         weights = BlockWeights(*(matrix.weight for matrix in self._matrices()))
-        return block(x, weights, rules[0].gains(), rules[1].gains(), settings)
+        run = _gpu_block() if x.is_cuda else cpu_block
+        return run(x, weights, rules[0].gains(), rules[1].gains(), settings)
+
+
+def _fits_the_cpu(x: Tensor, segments: Segments) -> bool:
+    return (
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and segments.mask is None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fits_the_gpu(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16) and backend(x) == "triton"
+
+
+def _gpu_block() -> Callable[..., Tensor]:
+    from mvsplit.kernels.fused.block import block  # Triton is imported only where it is used
+
+    return block
 
 
 def _is_a_plain_matrix(module: nn.Module) -> bool:

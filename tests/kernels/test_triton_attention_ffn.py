@@ -106,4 +106,5 @@ def test_registered_ops(device):
     packed = draw(2, 3, 10, seed=2).to(device).requires_grad_()
     torch.library.opcheck(glu._forward_op, (packed,))
     grad = draw(2, 3, 5, seed=3).to(device)
-    torch.library.opcheck(glu._backward_op, (grad, packed.detach()))
+    for again in (False, True):
+        torch.library.opcheck(glu._backward_op, (grad, packed.detach(), again))

@@ -1,5 +1,8 @@
 """SwiGLU on the packed projection: silu(gate) ⊙ value, gate first, one pass each way.
 
+Backward can write the output once more while it has its factors in registers, so that a network
+need not keep it for the gradient of the next matrix.
+
 Shapes: N rows (all leading axes), F hidden width.
 """
 
@@ -29,7 +32,7 @@ def swiglu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def swiglu_bwd_kernel(
-    p_grad, p_packed, p_dpacked, n, s_grad, s_packed,
+    p_grad, p_packed, p_dpacked, p_out, n, s_grad, s_packed,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, o_f, m = _tile(n, F, ROWS, COLUMNS)
@@ -43,6 +46,8 @@ def swiglu_bwd_kernel(
     dgate = grad * value * (sigmoid + silu * (1 - sigmoid))
     tl.store(p_dpacked, dgate.to(p_dpacked.dtype.element_ty), mask=m)
     tl.store(p_dpacked + F, (grad * silu).to(p_dpacked.dtype.element_ty), mask=m)
+    if p_out is not None:
+        tl.store(p_out + row * F + o_f, (silu * value).to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -81,24 +86,29 @@ def _fake_forward(packed: Tensor) -> Tensor:
     return torch.empty(shape, dtype=packed.dtype, device=packed.device)
 
 
-def _launch_backward(grad: Tensor, packed: Tensor) -> Tensor:
-    out = _fake_backward(grad, packed)
-    if out.numel():
+def _launch_backward(grad: Tensor, packed: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    dpacked, out = _fake_backward(grad, packed, again)
+    if dpacked.numel():
         grads, rows = _rows(grad), _rows(packed)
         grid, meta = _geometry(rows.shape[0], grad.shape[-1])
         swiglu_bwd_kernel[grid](
-            grads, rows, out, rows.shape[0], grads.stride(0), rows.stride(0), **meta
-        )
-    return out
+            grads, rows, dpacked, out if again else None, rows.shape[0], grads.stride(0),
+            rows.stride(0), **meta,
+        )  # fmt: skip
+    return dpacked, out
 
 
-def _fake_backward(grad: Tensor, packed: Tensor) -> Tensor:
-    return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+def _fake_backward(grad: Tensor, packed: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    shape = grad.shape if again else (0,)
+    return dpacked, torch.empty(shape, dtype=packed.dtype, device=packed.device)
 
 
 _forward_op = register("swiglu(Tensor packed) -> Tensor", _launch_forward, _fake_forward)
 _backward_op = register(
-    "swiglu_backward(Tensor grad, Tensor packed) -> Tensor", _launch_backward, _fake_backward
+    "swiglu_backward(Tensor grad, Tensor packed, bool again) -> (Tensor dpacked, Tensor out)",
+    _launch_backward,
+    _fake_backward,
 )
 
 
@@ -107,7 +117,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return _backward_op(grad, *ctx.saved_tensors)
+    return _backward_op(grad, *ctx.saved_tensors, False)[0]
 
 
 differentiate(_forward_op, _backward, _setup_context)
@@ -116,3 +126,8 @@ differentiate(_forward_op, _backward, _setup_context)
 def swiglu(packed: Tensor) -> Tensor:
     """`mvsplit.kernels.reference.swiglu` in one pass. [..., 2F] → [..., F]."""
     return _forward_op(packed)
+
+
+def swiglu_backward(grad: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the packed projection [..., 2F] and, again, the output [..., F]."""
+    return _backward_op(grad, packed, True)

@@ -1,0 +1,120 @@
+"""Attention by measurement: PyTorch's own kernels, tried once for each shape on the GPU in hand.
+
+Which of them is fastest depends on the GPU, the shape and whether padding is masked; on an H200
+cuDNN's is 1.4–1.8 times faster than the one that PyTorch takes by itself. So the candidates run a
+few times forward and backward on the first tensors of a shape, the fastest serves from then on, and
+the choice is logged. On a CPU there is nothing to choose.
+
+Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from mvsplit.kernels.segments import Segments
+
+_logger = logging.getLogger(__name__)
+_CANDIDATES = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_REPEATS = 5
+
+# (B, H, G, T, K), dtype, masked, differentiated, device index
+_Key = tuple[tuple[int, ...], torch.dtype, bool, bool, int]
+_chosen: dict[_Key, SDPBackend] = {}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """softmax(QKᵀ/√K)V over all real tokens; padding is no key.
+
+    Args:
+        q: [B, H, T, K].
+        k, v: [B, G, T, K] with H a multiple of G.
+        segments: of the T tokens; their mask says which are real.
+
+    Returns:
+        [B, H, T, K]; rows of padding hold values without meaning.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if not q.is_cuda or torch.compiler.is_compiling():
+        mask = None if segments.mask is None else segments.mask[:, None, None, :]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    mask = segments.key_bias(q)
+    backend = _choose(q, k, v, mask)
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def attention_backend(q: Tensor, k: Tensor, segments: Segments) -> str | None:
+    """The name of the kernel that inputs like these have been given; None as long as none has."""
+    found = _chosen.get(_key(q, k, segments.mask is not None))
+    return None if found is None else next(n for n, b in _CANDIDATES.items() if b is found)
+
+
+def _key(q: Tensor, k: Tensor, masked: bool) -> _Key:
+    shape = (*q.shape[:2], k.shape[1], *q.shape[2:])
+    return shape, q.dtype, masked, q.requires_grad, q.device.index or 0
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
+    key = _key(q, k, mask is not None)
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return SDPBackend.FLASH_ATTENTION if mask is None else SDPBackend.EFFICIENT_ATTENTION
+        _chosen[key] = _fastest(q, k, v, mask)
+    return _chosen[key]
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
+    """Times every candidate that takes these inputs, and says in the log what was found."""
+    times: dict[str, float] = {}
+    for name, backend in _CANDIDATES.items():
+        if name == "math" and times:
+            break  # the last resort
+        try:
+            times[name] = _milliseconds(_trial(q, k, v, mask, backend))
+        except RuntimeError as error:  # says that it does not take such inputs
+            _logger.debug("attention %s: %s", name, error)
+    best = min(times, key=lambda name: times[name])
+    shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
+    masked = "masked" if mask is not None else "unmasked"
+    _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
+    return _CANDIDATES[best]
+
+
+def _trial(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: SDPBackend
+) -> Callable[[], object]:
+    q, k, v = (t.detach().requires_grad_(q.requires_grad) for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+
+    def once() -> object:
+        with torch.enable_grad(), sdpa_kernel(backend):
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            return torch.autograd.grad(out, (q, k, v), out) if q.requires_grad else out
+
+    return once
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """The shortest of a few runs, after one that does not count."""
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)

@@ -1,0 +1,45 @@
+"""What a block that runs as one autograd node is made of, on any device."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from mvsplit.kernels.segments import Segments
+
+Recompute = Literal["nothing", "packed", "all"]
+RECOMPUTE: tuple[Recompute, ...] = ("nothing", "packed", "all")
+
+
+class BlockWeights(NamedTuple):
+    """The four matrices of a block, without biases; as many key/value heads as heads."""
+
+    qkv: Tensor  # [3D, D]
+    proj: Tensor  # [D, D], W_O
+    w13: Tensor  # [2F, D]
+    w2: Tensor  # [D, F]
+
+
+class BlockSettings(NamedTuple):
+    """What a block needs beside tensors that learn.
+
+    Attributes:
+        cos, sin: rotary tables [T, K/2].
+        segments: of the tokens.
+        heads: H.
+        qk_eps: ε of the norm of queries and keys.
+        eps: ε of the norms after attention and after the FFN.
+        recompute: what the backward computes again instead of keeping it (GPU).
+        adds: whether the gradients of the matrices are added to their `.grad` in place, where that
+            exists, instead of being handed to autograd (GPU).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    segments: Segments
+    heads: int
+    qk_eps: float
+    eps: tuple[float, float]
+    recompute: Recompute = "nothing"
+    adds: bool = False

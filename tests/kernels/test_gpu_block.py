@@ -1,0 +1,176 @@
+"""The block as one node on a GPU (through Triton's interpreter on a CPU) against fp64."""
+
+import pytest
+import torch
+
+from mvsplit.kernels import Segments, forced_backend
+from mvsplit.kernels.block_parts import RECOMPUTE, BlockSettings, BlockWeights
+from mvsplit.models import Block, DiTConfig
+from mvsplit.models.rope import rope_tables
+from mvsplit.residuals import RuleConfig
+
+pytest.importorskip("triton")
+
+WIDTH, HEADS, TOKENS, BATCH = 32, 2, 7, 3
+LENGTHS = (4, 3)
+RULES = {
+    "plain": RuleConfig(name="plain"),
+    "mvsplit": RuleConfig(name="mvsplit", beta=0.7, alpha=0.3),
+    "free leak": RuleConfig(name="mvsplit", beta=0.7, alpha=0.3, leak=0.2, tied_leak=False),
+    "layerscale": RuleConfig(name="layerscale", gamma=0.4),
+    "rezero": RuleConfig(name="rezero"),
+    "deepnorm": RuleConfig(name="deepnorm"),
+}
+
+
+def make_block(rule):
+    torch.manual_seed(1)
+    config = DiTConfig(
+        depth=1, width=WIDTH, heads=HEADS, ffn_width=48, channels=1, text_width=4, rule=rule
+    )
+    block = Block(config)
+    for name, parameter in block.named_parameters():
+        scale = 0.3 if "rule" in name else WIDTH**-0.5
+        parameter.data = parameter.data * ("rule" in name) + scale * torch.randn_like(parameter)
+    return block
+
+
+def tables():
+    return rope_tables(2, 2, 3, WIDTH // HEADS, 10000.0, torch.device("cpu"))
+
+
+def draw(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    shape = (BATCH, TOKENS, WIDTH)
+    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x.to(dtype), grad.to(dtype)
+
+
+def segments(valid):
+    counts = None if valid is None else torch.tensor([[4, n] for n in valid])
+    return Segments(LENGTHS, counts)
+
+
+def truth(block, valid):
+    """Output and gradients by the parts in fp64, and the gradients' names."""
+    block = block.double()
+    x, grad = draw()
+    x.requires_grad_()
+    with forced_backend("reference"):
+        out = block._by_parts(x, *(t.double() for t in tables()), segments(valid))
+    wanted = dict(block.named_parameters())
+    found = torch.autograd.grad((out * grad).sum(), [x, *wanted.values()])
+    return out.detach(), found[0], dict(zip(wanted, found[1:], strict=True))
+
+
+def by_node(block, valid, device, *, recompute, adds=False, dtype=torch.float32):
+    from mvsplit.kernels.fused.block import block as run
+
+    block = block.float().to(device)
+    x, grad = (t.to(device) for t in draw(dtype))
+    x.requires_grad_()
+    counts = segments(valid).valid
+    places = Segments(LENGTHS, None if counts is None else counts.to(device))
+    rules = block.rule_attention, block.rule_ffn
+    cos, sin = (t.to(device) for t in tables())
+    eps = (rules[0].eps, rules[1].eps)
+    settings = BlockSettings(cos, sin, places, HEADS, block.attention.eps, eps, recompute, adds)
+    weights = BlockWeights(*(m.weight for m in block._matrices()))
+    if adds:
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+    out = run(x, weights, rules[0].gains(), rules[1].gains(), settings)
+    (out * grad).sum().backward()
+    grads = {name: p.grad for name, p in block.named_parameters()}
+    if adds:
+        for name, p in block.named_parameters():
+            grads[name] = p.grad - 1 if p.ndim == 2 else p.grad
+    return out.detach(), x.grad, grads
+
+
+def error(value, wanted):
+    value = value.double().cpu()
+    return float(((value - wanted).norm() / wanted.norm().clamp(min=1)).nan_to_num(nan=1e9))
+
+
+def compare(found, wanted, tolerance):
+    assert error(found[0], wanted[0]) < tolerance
+    assert error(found[1], wanted[1]) < tolerance
+    for name, grad in wanted[2].items():
+        assert error(found[2][name], grad) < tolerance, name
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("rule", RULES)
+def test_output_and_every_gradient(rule, recompute, device, poisoned_memory):
+    wanted = truth(make_block(RULES[rule]), None)
+    found = by_node(make_block(RULES[rule]), None, device, recompute=recompute)
+    compare(found, wanted, 2e-5)  # fp32 through some ten operations
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "all"])
+def test_padding_is_masked(recompute, device, poisoned_memory):
+    valid = [3, 0, 1]
+    wanted = truth(make_block(RULES["mvsplit"]), valid)
+    found = by_node(make_block(RULES["mvsplit"]), valid, device, recompute=recompute)
+    compare(found, wanted, 2e-5)
+    assert found[0][1, 4:].abs().max() == 0
+
+
+def test_gradients_are_added_in_place(device):
+    wanted = truth(make_block(RULES["mvsplit"]), None)
+    found = by_node(make_block(RULES["mvsplit"]), None, device, recompute="packed", adds=True)
+    compare(found, wanted, 2e-5)
+
+
+@pytest.mark.parametrize("recompute", ["packed", "all"])
+def test_recomputing_changes_no_bit(recompute, device):
+    kept = by_node(make_block(RULES["mvsplit"]), None, device, recompute="nothing")
+    again = by_node(make_block(RULES["mvsplit"]), None, device, recompute=recompute)
+    assert torch.equal(kept[0], again[0])
+    assert torch.equal(kept[1], again[1])
+    for name, grad in kept[2].items():
+        assert torch.equal(grad, again[2][name]), name
+
+
+def test_frozen_matrices_get_no_gradient(device):
+    block = make_block(RULES["mvsplit"])
+    block.ffn.requires_grad_(False)
+    _, dx, grads = by_node(block, None, device, recompute="nothing")
+    wanted = truth(make_block(RULES["mvsplit"]), None)
+    assert grads["ffn.w2.weight"] is None
+    assert error(dx, wanted[1]) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_bf16_on_the_gpu_as_good_as_its_parts(weight_dtype):
+    """In bf16 the node is no further from fp64 than the parts run one by one are."""
+    wanted = truth(make_block(RULES["mvsplit"]), [3, 0, 1])
+    node = by_node(
+        make_block(RULES["mvsplit"]), [3, 0, 1], "cuda", recompute="packed", adds=True,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    block = make_block(RULES["mvsplit"]).to("cuda", weight_dtype)
+    x, grad = (t.to("cuda") for t in draw(torch.bfloat16))
+    x.requires_grad_()
+    places = Segments(LENGTHS, segments([3, 0, 1]).valid.cuda())
+    with torch.autocast("cuda", torch.bfloat16):
+        out = block._by_parts(x, *(t.cuda() for t in tables()), places)
+    (out * grad).sum().backward()
+    parts = (out.detach(), x.grad, {n: p.grad for n, p in block.named_parameters()})
+    assert error(node[0], wanted[0]) < max(8e-3, 1.3 * error(parts[0], wanted[0]))
+    assert error(node[1], wanted[1]) < max(8e-3, 1.3 * error(parts[1], wanted[1]))
+    for name, grad in wanted[2].items():
+        limit = max(2e-2, 1.3 * error(parts[2][name], grad))
+        assert error(node[2][name], grad) < limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_block_uses_the_node_on_the_gpu():
+    block = make_block(RULES["mvsplit"]).cuda()
+    x = draw(torch.bfloat16)[0].cuda()
+    assert block.runs_as_one_node(x, segments(None))
+    assert not block.runs_as_one_node(x.float(), segments(None))
