@@ -75,7 +75,7 @@ class CenteredAdjoints:
         self._active.close()
 
     def _note_segments(self, tap: LayerTap, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._segments[tap.layer] = segments_among(args, kwargs)
+        self._segments[tap.layer] = segments_among(args, kwargs, tap)
 
     def _center(self, tap: LayerTap, _: nn.Module, args: Any, update: Tensor) -> Tensor:
         return _CenterAdjoint.apply(update, self._segments[tap.layer])

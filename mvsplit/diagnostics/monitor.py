@@ -180,7 +180,7 @@ class Monitor:
 
         Raises:
             Stopped: an alarm, under the policy `stop`.
-            UserError: no watched weight has a gradient.
+            UserError: no weight has a gradient.
         """
         self.steps += 1
         numbers = self._read(loss, scale)
@@ -218,12 +218,11 @@ class Monitor:
     def _read(self, loss: Tensor | float, scale: float) -> dict[str, float]:
         """The numbers of the step, with one wait for the device."""
         families = self._families()
-        if not families:
-            raise UserError(
-                "no watched weight has a gradient; call step() after backward() and before "
-                "zero_grad()"
-            )
         gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        if not gradients:
+            raise UserError(
+                "no weight has a gradient; call step() after backward() and before zero_grad()"
+            )
         device = gradients[0].device
         groups = {"grad_norm": [part_of(gradient) for gradient in gradients], **families}
         each = iter(norms([part for parts in groups.values() for part in parts]))
@@ -268,8 +267,14 @@ def _missing(taps: Sequence[LayerTap]) -> tuple[str, ...]:
     lacks = []
     if not any(tap.query is not None and tap.key is not None for tap in taps):
         lacks.append("no queries and keys: their gradients are not measured")
-    names = {branch.name for tap in taps for branch in tap.branches}
-    for branch, words in (("attn", "attention"), ("ffn", "FFN")):
-        if branch not in names:
+    branches = [branch for tap in taps for branch in tap.branches]
+    for name, words in (("attn", "attention"), ("ffn", "FFN")):
+        named = [branch for branch in branches if branch.name == name]
+        if not named:
             lacks.append(f"no {words} writer: its gradients are not measured")
+        elif not any(branch.called for branch in named):
+            lacks.append(
+                f"PyTorch's own {words} hides what its writer reads: of it the gradient norm is "
+                f"measured, not its mean and centered part"
+            )
     return tuple(lacks)

@@ -166,12 +166,13 @@ class LayerProbe:
         ]
         for branch in tap.branches:
             if branch.trunk_at is not None and self._needs_trunk(branch):
-                read_trunk = partial(self._on_trunk, branch)
+                read_trunk = partial(self._on_trunk, tap, branch)
                 handles.append(
                     branch.trunk_at.register_forward_pre_hook(read_trunk, with_kwargs=True)
                 )
-            on_write = partial(self._on_write, tap, branch)
-            handles.append(branch.writer.register_forward_hook(on_write))
+            if branch.called:
+                on_write = partial(self._on_write, tap, branch)
+                handles.append(branch.writer.register_forward_hook(on_write))
         return handles
 
     def _needs_trunk(self, branch: BranchTap) -> bool:
@@ -181,22 +182,24 @@ class LayerProbe:
         return not self.fields.isdisjoint(fields)
 
     def _on_enter(self, tap: LayerTap, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._segments.setdefault(tap.layer, segments_among(args, kwargs))
+        self._segments.setdefault(tap.layer, segments_among(args, kwargs, tap))
         self._layer = tap
 
     def _on_leave(self, tap: LayerTap, _: nn.Module, args: Any, output: Any) -> None:
         self._layer = None
         segments = self._segments[tap.layer]
-        x = _trunk_among(output, segments.total)
-        if self.fields.isdisjoint(TRUNK_FIELDS):
+        x = _trunk_among(output, segments.total, tap)
+        if x is None or self.fields.isdisjoint(TRUNK_FIELDS):
             return
         with _quietly(x):
             tcs = partial(metrics.token_cosine_similarity, x)
             self._put("tcs", tap, _sample_mean(tcs, x, segments, at_least=2))
             self._put("rho", tap, _sample_mean(partial(metrics.mean_ratio, x), x, segments))
 
-    def _on_trunk(self, branch: BranchTap, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._trunks[branch] = _first_tensor(args, kwargs).detach()
+    def _on_trunk(
+        self, tap: LayerTap, branch: BranchTap, _: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        self._trunks[branch] = tap.oriented(_first_tensor(args, kwargs)).detach()
 
     def _on_write(
         self, tap: LayerTap, branch: BranchTap, _: nn.Module, args: Any, update: Tensor
@@ -204,7 +207,7 @@ class LayerProbe:
         segments, x = self._segments[tap.layer], self._trunks.pop(branch, None)
         if x is not None and update.numel() == x.numel():
             with _quietly(x):
-                u = update.reshape(x.shape)
+                u = tap.oriented(update).reshape(x.shape)
                 for field, metric in _BRANCH_METRICS.items():
                     values = _sample_mean(partial(metric, u, x), x, segments)
                     self._put(f"{field}_{branch.name}", tap, values)
@@ -216,6 +219,7 @@ class LayerProbe:
     def _on_adjoint(self, tap: LayerTap, branch: BranchTap, y: Tensor, delta: Tensor) -> None:
         """y [..., E] went into the writer, and δ [..., D] came back to its output."""
         segments = self._segments[tap.layer]
+        y, delta = tap.oriented(y), tap.oriented(delta)
         if y.dim() == 3 and y.shape[1] != segments.total:
             segments = Segments.whole(y)  # a writer that serves more tokens than the trunk's
         y = y.reshape(-1, segments.total, y.shape[-1])
@@ -374,22 +378,29 @@ def _first_samples(segments: Segments, samples: int) -> Segments:
     return Segments(segments.lengths, segments.valid[:samples])
 
 
-def _trunk_among(output: Any, total: int) -> Tensor:
-    """The output of a block, or the last of several that has the trunk's number of tokens: blocks
-    with a text stream return (text, image), others (trunk, weights)."""
-    if isinstance(output, Tensor):
-        return output
-    return [o for o in output if isinstance(o, Tensor) and o.shape[1:2] == (total,)][-1]
+def _trunk_among(output: Any, total: int, tap: LayerTap) -> Tensor | None:
+    """The output of a block, or the last of several, that has the trunk's number of tokens: blocks
+    with a text stream return (text, image), others (trunk, weights). None where the block changed
+    that number, or returned something else."""
+    outputs = (output,) if isinstance(output, Tensor) else output
+    trunks = [tap.oriented(o) for o in outputs if isinstance(o, Tensor) and o.dim() == 3]
+    return next((x for x in reversed(trunks) if x.shape[1] == total), None)
 
 
-def segments_among(args: Any, kwargs: Any) -> Segments:
+def segments_among(args: Any, kwargs: Any, tap: LayerTap) -> Segments:
     """The segments that a block is given, else one over all tokens of its first tensor."""
     given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
-    return given[0] if given else Segments.whole(_first_tensor(args, kwargs))
+    return given[0] if given else Segments.whole(tap.oriented(_first_tensor(args, kwargs)))
 
 
 def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    return next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if found is None:
+        raise UserError(
+            "a watched block is called without a tensor; name blocks that take the trunk [B, T, D] "
+            "by TapNames(blocks=…)"
+        )
+    return found
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from mvsplit.diagnostics.taps import BranchTap, LayerTap, ParameterRows, taps_fo
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiT
 
-QUERIES = ("to_q", "q_proj", "query", "wq")
-KEYS = ("to_k", "k_proj", "key", "wk")
-PACKED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "query_key_value")
-ATTENTION_WRITERS = ("to_out.0", "o_proj", "proj", "out_proj", "wo", "dense")
+QUERIES = ("to_q", "q_proj", "query", "wq", "c_q")
+KEYS = ("to_k", "k_proj", "key", "wk", "c_k")
+PACKED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn")
+ATTENTION_WRITERS = ("to_out.0", "o_proj", "proj", "out_proj", "wo", "dense", "c_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class TapNames:
         blocks: a ModuleList or Sequential of blocks, "transformer.layers".
         writer_attn, writer_ffn: W_O and W_2, "attn.out".
         query, key: Q and K projections that are not packed.
+        batch_first: whether the trunk is [B, T, D] and not [T, B, D]; None for what PyTorch's own
+            attention in a block says, and [B, T, D] where there is none.
     """
 
     blocks: str | None = None
@@ -37,12 +39,14 @@ class TapNames:
     writer_ffn: str | None = None
     query: str | None = None
     key: str | None = None
+    batch_first: bool | None = None
 
 
 def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]:
     """The taps of every block of a transformer, in the order in which the model registers them.
 
-    The trunk of a block with two streams is the first that it is given. A block whose attention
+    The trunk of a block with two streams is the first that it is given. PyTorch's own
+    nn.MultiheadAttention shows the gradients of its parts and nothing else. A block whose attention
     and FFN share one writer (Flux's single-stream blocks) reports it as the FFN's. A block without
     attention is watched where `names.blocks` says that it is one, for what it has.
 
@@ -112,7 +116,14 @@ def _first_linear(module: nn.Module, names: tuple[str, ...]) -> nn.Linear | None
 
 def _find_attention(block: nn.Module) -> nn.Module | None:
     """The first module of a block that makes queries: its self-attention."""
-    return next((m for m in block.modules() if _first_linear(m, QUERIES + PACKED)), None)
+    return next(
+        (
+            m
+            for m in block.modules()
+            if isinstance(m, nn.MultiheadAttention) or _first_linear(m, QUERIES + PACKED)
+        ),
+        None,
+    )
 
 
 def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
@@ -120,7 +131,7 @@ def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
     query, key, width = _find_queries(attention) if attention else (None, None, None)
     writers = {
         "attn": _first_linear(attention, ATTENTION_WRITERS) if attention else None,
-        "ffn": _find_ffn_writer(block, width) if width else None,
+        "ffn": _find_ffn_writer(block, width or _input_width(block)),
     }
     if names.query:
         query = _rows(_get(block, names.query))
@@ -132,12 +143,39 @@ def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
         if writer is not None:
             # Only the first branch is sure to join the trunk as it entered the block.
             trunk_at = block if name == "attn" else None
-            branches.append(BranchTap(name=name, writer=writer, trunk_at=trunk_at))  # type: ignore[arg-type]
-    return LayerTap(layer=layer, block=block, branches=tuple(branches), query=query, key=key)
+            called = not isinstance(attention, nn.MultiheadAttention) or override is not None
+            branches.append(
+                BranchTap(
+                    name=name,  # type: ignore[arg-type]
+                    writer=writer,
+                    trunk_at=trunk_at,
+                    called=called or name == "ffn",
+                )
+            )
+    return LayerTap(
+        layer=layer,
+        block=block,
+        branches=tuple(branches),
+        query=query,
+        key=key,
+        batch_first=_is_batch_first(block) if names.batch_first is None else names.batch_first,
+    )
 
 
-def _rows(projection: nn.Module, start: int = 0, stop: int | None = None) -> ParameterRows:
-    return ParameterRows(projection=projection, start=start, stop=stop)
+def _is_batch_first(block: nn.Module) -> bool:
+    attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
+    return all(attention.batch_first for attention in attentions)
+
+
+def _input_width(block: nn.Module) -> int | None:
+    """The width of what the first linear map of a block without attention reads."""
+    return next((m.in_features for m in block.modules() if isinstance(m, nn.Linear)), None)
+
+
+def _rows(
+    projection: nn.Module, start: int = 0, stop: int | None = None, weight: str = "weight"
+) -> ParameterRows:
+    return ParameterRows(projection=projection, start=start, stop=stop, weight=weight)
 
 
 def _find_queries(
@@ -145,6 +183,14 @@ def _find_queries(
 ) -> tuple[ParameterRows, ParameterRows | None, int]:
     """Q and K of an attention, and the width of its input. Of a packed projection Q has as many
     rows as the writer has inputs, K and V share the rest."""
+    if isinstance(attention, nn.MultiheadAttention):
+        width = attention.embed_dim
+        if attention.in_proj_weight is None:
+            query, key = (_rows(attention, weight=f"{name}_proj_weight") for name in "qk")
+        else:
+            query = _rows(attention, 0, width, weight="in_proj_weight")
+            key = _rows(attention, width, 2 * width, weight="in_proj_weight")
+        return query, key, width
     packed, query = _first_linear(attention, PACKED), _first_linear(attention, QUERIES)
     if packed is not None:
         writer = _first_linear(attention, ATTENTION_WRITERS)
@@ -156,9 +202,10 @@ def _find_queries(
     return _rows(query), None if key is None else _rows(key), query.in_features
 
 
-def _find_ffn_writer(block: nn.Module, width: int) -> nn.Linear | None:
-    """The last map of the first child that leads from the trunk's width and back to it; or, where
-    attention and FFN run side by side, the block's own map from more than its width to it."""
+def _find_ffn_writer(block: nn.Module, width: int | None) -> nn.Linear | None:
+    """The last map of the first child that leads from the trunk's width and back to it; or of the
+    block's own maps; or, where attention and FFN run side by side, the block's own map from more
+    than its width to it."""
     for child in block.children():
         linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
         if len(linears) >= 2 and not _find_attention(child):
@@ -166,4 +213,6 @@ def _find_ffn_writer(block: nn.Module, width: int) -> nn.Linear | None:
             if first.in_features == width == last.out_features:
                 return last
     own = [m for m in block.children() if isinstance(m, nn.Linear)]
-    return next((m for m in own if m.out_features == width < m.in_features), None)
+    if len(own) >= 2 and own[0].in_features == width == own[-1].out_features:
+        return own[-1]
+    return next((m for m in own if width and m.out_features == width < m.in_features), None)

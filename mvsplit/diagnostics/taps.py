@@ -25,16 +25,19 @@ BranchName = Literal["attn", "ffn"]
 class ParameterRows:
     """Rows of the weight of a linear map: all of it, or the part of a packed one that is Q or K.
 
-    It names the map, for sharding puts another tensor in the place of its weight.
+    It names the map, for sharding puts another tensor in the place of its weight, which is the
+    parameter of the name `weight`.
     """
 
     projection: nn.Module
     start: int = 0
     stop: int | None = None
+    weight: str = "weight"
 
     def gradient(self) -> GradientPart | None:
         """What this rank holds of the gradient's rows, a view; None before a backward pass."""
-        return _gradient(self.projection, self.start, self.stop)
+        gradient = cast(Tensor, getattr(self.projection, self.weight)).grad
+        return None if gradient is None else part_of(gradient, self.start, self.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,33 +49,36 @@ class BranchTap:
         writer: the token-wise linear map that ends the branch, W_O or W_2; its output is U.
         trunk_at: a module whose first input is the trunk X that the branch joins; None where no
             module sees it, and then what compares U with X is not measured.
+        called: whether the writer is called as a module; else only its gradient can be seen.
     """
 
     name: BranchName
     writer: nn.Module
     trunk_at: nn.Module | None
+    called: bool = True
 
     def gradient(self) -> GradientPart | None:
         """What this rank holds of the gradient of the writer's weight; None before a backward
         pass."""
-        return _gradient(self.writer)
+        return ParameterRows(projection=self.writer).gradient()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTap:
-    """One layer: `block` takes the trunk [B, T, D] as its first input and returns the next trunk,
-    alone or in a tuple. What a layer does not have is None or left out."""
+    """One layer: `block` takes the trunk [B, T, D], or [T, B, D] where it is not `batch_first`, as
+    its first input and returns the next trunk, alone or in a tuple. What a layer does not have is
+    None or left out."""
 
     layer: int
     block: nn.Module
     branches: tuple[BranchTap, ...]
     query: ParameterRows | None = None
     key: ParameterRows | None = None
+    batch_first: bool = True
 
-
-def _gradient(linear: nn.Module, start: int = 0, stop: int | None = None) -> GradientPart | None:
-    gradient = cast(Tensor, linear.weight).grad
-    return None if gradient is None else part_of(gradient, start, stop)
+    def oriented(self, x: Tensor) -> Tensor:
+        """What lies as the trunk does, [B, T, ...]."""
+        return x if self.batch_first or x.dim() < 3 else x.transpose(0, 1)
 
 
 def taps_for_dit(model: DiT) -> list[LayerTap]:
