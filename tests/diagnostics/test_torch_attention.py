@@ -66,7 +66,8 @@ def test_queries_and_keys_of_other_widths() -> None:
     (tap,) = find_taps(model)
     x, context = torch.randn(2, 4, WIDTH), torch.randn(2, 3, 6)
     block.attention(x, context, context)[0].sum().backward()
-    assert tap.query is not None and tap.key is not None
+    assert tap.query is not None
+    assert tap.key is not None
     for rows, weight in (
         (tap.query, block.attention.q_proj_weight),
         (tap.key, block.attention.k_proj_weight),
@@ -133,4 +134,5 @@ def test_a_block_that_is_given_no_tensor_is_named_as_the_mistake() -> None:
     taps = find_taps(model, TapNames(blocks="layers"))
     with pytest.raises(UserError, match="without a tensor"), LayerProbe(taps):
         block(None)
-    assert not block._forward_pre_hooks and not block[1]._forward_hooks
+    assert not block._forward_pre_hooks
+    assert not block[1]._forward_hooks
