@@ -66,7 +66,12 @@ def _paper(depth: int, beta: float) -> Experiment:
         ),
         data=DataConfig(dataset="shapes", size=64),
         train=TrainConfig(
-            steps=100_000, batch_size=1024, accumulate=32, warmup=1000, precision="bf16"
+            steps=100_000,
+            batch_size=1024,
+            accumulate=32,
+            warmup=1000,
+            precision="bf16",
+            sample_shift=4.0,  # paper §5
         ),
     )
 

@@ -14,9 +14,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from mvsplit.cli.given import read_edit
 from mvsplit.cli.subject import Options, Subject, open_subject
+from mvsplit.data import DATASETS
 from mvsplit.errors import UserError
-from mvsplit.sampling import PictureFolder, SamplingConfig, generate, to_pictures
+from mvsplit.sampling import SAMPLERS, Edit, PictureFolder, SamplingConfig, generate, to_pictures
 
 GRID_AT_MOST = 256  # pictures; more would not be seen anyway
 
@@ -26,12 +28,24 @@ class Arguments(Options):
     """Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl.
 
     Attributes:
-        prompt: what to draw; "" for no condition.
+        prompt: what to draw; "" for no condition. A run knows the words of its data (see above).
         num_images: how many pictures.
         seed: of the noise; picture k has the same noise in any batch size.
-        steps: Euler steps, each two evaluations of the network.
-        guidance: strength of classifier-free guidance; 1 is none.
-        shift: time shift; that of the run's training if not given.
+        steps: of the sampler.
+        sampler: euler and ab2 and dpmpp-2m evaluate the velocity once a step, heun twice
+            (docs/samplers.md compares them).
+        guidance: strength of classifier-free guidance; 1 is none. An evaluation with guidance runs
+            the network twice, on the prompt and on none.
+        guidance_interval: times low < t ≤ high at which there is guidance; 0 is data, 1 is noise.
+        guidance_rescale: share in [0, 1] by which guided velocities get the deviation of unguided
+            ones.
+        shift: time shift; if not given, that of the run (train.sample_shift, or its training's), of
+            a pipeline's scheduler, or 4 for released weights, as in the paper.
+        image: a picture to begin with; it is cut and resized to what the network draws.
+        strength: in (0, 1], how much of it is noise at the beginning; 0.6 if not given, 1 with a
+            mask.
+        mask: of the size of the picture; white is drawn anew, black stays as it is (with an
+            autoencoder: its latents stay).
         batch_size: pictures at a time.
         out: a new folder for the pictures; one in RUN/samples, or in samples for weights, if not
             given.
@@ -41,8 +55,14 @@ class Arguments(Options):
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
     seed: int = 0
     steps: int = 35
+    sampler: str = "euler"
     guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     shift: float | None = None
+    image: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
     batch_size: int = 16
     out: Path | None = None
 
@@ -57,42 +77,94 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: no such run or checkpoint, a prompt it does not know, an option out of range.
     """
-    run(tyro.cli(Arguments, args=list(arguments), prog="mvsplit sample"))
+    prog = "mvsplit sample"
+    run(tyro.cli(Arguments, args=list(arguments), prog=prog, description=describe()))
     return 0
+
+
+def describe() -> str:
+    """What the command does and what it can be asked for, for its help."""
+    words = {
+        name: ", ".join(data.vocabulary)
+        for name, data in DATASETS.items()
+        if hasattr(data, "vocabulary")
+    }
+    lines = [f"Words of a run on {name}: {known}." for name, known in words.items()]
+    return "\n\n".join(
+        (
+            "Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl.",
+            f"Samplers: {', '.join(SAMPLERS)}.",
+            *lines,
+            "A run on a cache and released weights take any words.",
+        )
+    )
 
 
 def run(args: Arguments) -> None:
     """Draws the pictures and says where they are, also when it is interrupted."""
     subject = open_subject(args)
-    shift = subject.shift if args.shift is None else args.shift
-    config = SamplingConfig(
-        steps=args.steps,
-        guidance=args.guidance,
-        shift=shift,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
+    config = _config(args, subject)
+    edit = read_edit(args.image, args.mask, args.strength, subject)
     subject.embedder.encode([args.prompt])  # an unknown word is an error before a folder is made
     pictures = PictureFolder(args.out or _new_folder(subject, args))
-    record = {
-        "prompt": args.prompt,
-        "seed": args.seed,
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "shift": shift,
-        **subject.record,
-    }
+    record = _record(args, config, edit, subject)
+    print(_summary(args, config, edit, subject), flush=True)
     try:
-        _draw(subject, config, args.num_images, pictures, record)
+        _draw(subject, config, args.num_images, edit, pictures, record)
     finally:
         saved = len(list(pictures.path.glob("[0-9]*.png")))
         print(f"{saved} of {args.num_images} pictures are in {pictures.path}")
+
+
+def _config(args: Arguments, subject: Subject) -> SamplingConfig:
+    return SamplingConfig(
+        steps=args.steps,
+        sampler=args.sampler,
+        guidance=args.guidance,
+        guidance_interval=args.guidance_interval,
+        guidance_rescale=args.guidance_rescale,
+        shift=subject.shift if args.shift is None else args.shift,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+
+
+def _record(
+    args: Arguments, config: SamplingConfig, edit: Edit | None, subject: Subject
+) -> dict[str, Any]:
+    """All that decides a picture, but for its index."""
+    record = {
+        "prompt": args.prompt,
+        "seed": config.seed,
+        "steps": config.steps,
+        "sampler": config.sampler,
+        "guidance": config.guidance,
+        "guidance_interval": list(config.guidance_interval),
+        "guidance_rescale": config.guidance_rescale,
+        "shift": config.shift,
+        **subject.record,
+    }
+    if edit is not None:
+        record |= {"image": str(args.image), "strength": edit.strength}
+        record |= {} if args.mask is None else {"mask": str(args.mask)}
+    return record
+
+
+def _summary(args: Arguments, config: SamplingConfig, edit: Edit | None, subject: Subject) -> str:
+    """What is used, and how often the network runs."""
+    source = f" ({subject.shift_source})" if args.shift is None else ""
+    passes = config.passes(1.0 if edit is None else edit.strength)
+    return (
+        f"{config.sampler}, {config.steps} steps, guidance {config.guidance:g}, shift "
+        f"{config.shift:g}{source}: {passes} passes of the network a picture"
+    )
 
 
 def _draw(
     subject: Subject,
     config: SamplingConfig,
     count: int,
+    edit: Edit | None,
     folder: PictureFolder,
     record: dict[str, Any],
 ) -> None:
@@ -106,14 +178,18 @@ def _draw(
             [record["prompt"]] * count,
             subject.shape,
             config,
+            edit=edit,
             on_step=lambda *, pictures: bar.advance(task, pictures),
         )
-        for batch in batches:
-            made = to_pictures(subject.decode(batch.latents))
-            for index, picture in zip(batch.indices, made, strict=True):
-                folder.add(index, picture, {**record, "index": index})
-            first += made[: GRID_AT_MOST - len(first)]
-    folder.add_grid(first, record)
+        try:
+            for batch in batches:
+                made = to_pictures(subject.codec.decode(batch.latents))
+                for index, picture in zip(batch.indices, made, strict=True):
+                    folder.add(index, picture, {**record, "index": index})
+                first += made[: GRID_AT_MOST - len(first)]
+        finally:  # what is finished is shown together, also after Ctrl-C
+            if first:
+                folder.add_grid(first, record)
 
 
 def _progress() -> Progress:

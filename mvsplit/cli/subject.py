@@ -4,23 +4,22 @@ encoder."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from mvsplit.data import Embedder
+from mvsplit.data.encoders import LatentEncoder, Pixels
 from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
 from mvsplit.models import DiT
-from mvsplit.training import load_run
-from mvsplit.training.builders import build_data, build_decoder, resolve_device
+from mvsplit.training import Experiment, load_run
+from mvsplit.training.builders import build_codec, build_data, resolve_device
 
 RELEASED_SHIFT = 4.0  # paper §5
 DEFAULT_SIDE = 256  # pixels, of the released model
@@ -38,8 +37,9 @@ class Subject:
     Attributes:
         model, embedder: the network and what encodes its prompts.
         shape: (C, H, W) of its latents.
-        decode: latents [B, C, H, W] to pictures in [−1, 1].
-        shift: of the time, as in training.
+        codec: pictures in [−1, 1] to latents [B, C, H, W] and back.
+        shift: of the time, where nothing else is asked for.
+        shift_source: whose that is.
         title: for the progress bar.
         folder, name: where pictures go by default, and how their folder begins.
         record: what identifies it in the pictures' records.
@@ -48,8 +48,9 @@ class Subject:
     model: DiT
     embedder: Embedder
     shape: tuple[int, int, int]
-    decode: Callable[[Tensor], Tensor]
+    codec: LatentEncoder
     shift: float
+    shift_source: str
     title: str
     folder: Path
     name: str
@@ -122,12 +123,14 @@ def _of_run(run: Path, args: Options) -> Subject:
     loaded = load_run(args.source, ema=args.ema, device=device)
     data = build_data(replace(loaded.experiment.data, verify=False))  # only its shape is asked
     weights = "averaged" if args.ema else "as trained"
+    shift, shift_source = _shift_of_run(loaded.experiment)
     return Subject(
         model=loaded.model,
         embedder=loaded.embedder,
         shape=(data.channels, data.height, data.width),
-        decode=build_decoder(data, device),
-        shift=loaded.experiment.train.time_shift,
+        codec=build_codec(data, device),
+        shift=shift,
+        shift_source=shift_source,
         title=f"step {loaded.step}",
         folder=run / "samples",
         name=f"step_{loaded.step:08d}",
@@ -148,12 +151,14 @@ def _of_weights(args: Options) -> Subject:
     model.requires_grad_(False).eval()
     multiple = _require_fit(model, vae, text, args)
     height, width = _side(args.resolution, multiple * model.config.patch)
+    shift, shift_source = _shift_of_weights(args.source)
     return Subject(
         model=model,
         embedder=text,
         shape=(model.config.channels, height // multiple, width // multiple),
-        decode=(lambda latents: latents) if vae is None else vae.decode,
-        shift=_shift(args.source),
+        codec=Pixels() if vae is None else vae,
+        shift=shift,
+        shift_source=shift_source,
         title=args.source.name,
         folder=Path("samples"),
         name=args.source.stem,
@@ -224,10 +229,19 @@ def _require_fit(model: DiT, vae: Flux2Autoencoder | None, text: QwenEncoder, ar
     return 1 if vae is None else vae.multiple
 
 
-def _shift(source: Path) -> float:
+def _shift_of_run(experiment: Experiment) -> tuple[float, str]:
+    """train.sample_shift, which a preset may set; else that of the training times."""
+    if experiment.train.sample_shift is None:
+        return experiment.train.time_shift, "of the run's training"
+    return experiment.train.sample_shift, "of the run's sample_shift"
+
+
+def _shift_of_weights(source: Path) -> tuple[float, str]:
     """That of a pipeline's scheduler; the paper's for other weights."""
     config = source / "scheduler" / "scheduler_config.json"
-    return float(_read(config).get("shift", 1.0)) if config.is_file() else RELEASED_SHIFT
+    if config.is_file():
+        return float(_read(config).get("shift", 1.0)), "of the pipeline's scheduler"
+    return RELEASED_SHIFT, "the paper's"
 
 
 def _read(path: Path) -> dict[str, Any]:

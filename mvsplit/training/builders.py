@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from mvsplit.data import (
     Cache,
@@ -17,6 +15,7 @@ from mvsplit.data import (
     load_latent_encoder,
     load_text_encoder,
 )
+from mvsplit.data.encoders import LatentEncoder, Pixels
 from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
@@ -138,14 +137,14 @@ def build_embedder(config: DataConfig, dataset: Dataset, width: int) -> WordEmbe
     )
 
 
-def build_decoder(dataset: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What turns latents [B, C, h, w] of the data set into pictures [B, C or 3, H, W].
+def build_codec(dataset: Dataset, device: torch.device) -> LatentEncoder:
+    """What turns pictures [B, C or 3, H, W] into latents of the data set, and these into pictures.
 
     Raises:
         UserError: the VAE that made a cache cannot be loaded, or is another by now.
     """
     if not isinstance(dataset, Cache):
-        return lambda latents: latents
+        return Pixels()
     settings = dataset.manifest.settings
     vae = load_latent_encoder(settings.vae_name, device)
     if vae.fingerprint() != settings.vae:
@@ -153,7 +152,7 @@ def build_decoder(dataset: Dataset, device: torch.device) -> Callable[[Tensor], 
             f"vae: {settings.vae_name} is {vae.fingerprint()}, the cache was made with "
             f"{settings.vae}; put the weights of then there"
         )
-    return vae.decode
+    return vae
 
 
 def check_fit(model: DiTConfig, dataset: Dataset) -> None:

@@ -138,6 +138,7 @@ class TrainConfig:
         reaction: the numbers of that.
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         time_shift: shift of the training times; 1 leaves them uniform.
+        sample_shift: shift of the times when pictures are drawn; None for that of the training.
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
         parallel: how the run lies on several processes.
     """
@@ -165,6 +166,7 @@ class TrainConfig:
     reaction: ReactionConfig = field(default_factory=ReactionConfig)
     caption_dropout: float = 0.1
     time_shift: float = 1.0
+    sample_shift: float | None = None
     device: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -178,6 +180,8 @@ class TrainConfig:
         _require(self, "lr", self.lr is None or self.lr > 0, "must be greater than 0")
         for name in ("lr", "lr_factor", "weight_decay", "eps", "time_shift"):
             _require(self, name, getattr(self, name) != math.inf, "must be finite")
+        shift = self.sample_shift
+        _require(self, "sample_shift", shift is None or 0 < shift < math.inf, "must be positive")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
@@ -219,7 +223,7 @@ CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
-        *("accumulate", "device", "on_alarm", "keep_every"),
+        *("accumulate", "device", "on_alarm", "keep_every", "sample_shift"),
         *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
         *(f"parallel.{item.name}" for item in dataclasses.fields(ParallelConfig)),
     )

@@ -58,9 +58,14 @@ def error_line(capsys) -> str:
 def test_pictures_records_and_grid(run, capsys):
     assert draw(run, "--seed", "3") == 0
     folder = run / "samples" / "step_00000002_seven_seed3"
-    assert capsys.readouterr().out == f"5 of 5 pictures are in {folder}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "euler, 2 steps, guidance 2, shift 1 (of the run's training): 4 passes of the network a "
+        "picture",
+        f"5 of 5 pictures are in {folder}",
+    ]
     expected = {
-        "prompt": "seven", "seed": 3, "steps": 2, "guidance": 2.0, "shift": 1.0,
+        "prompt": "seven", "seed": 3, "steps": 2, "sampler": "euler", "guidance": 2.0,
+        "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0, "shift": 1.0,
         "run": str(run), "step": 2, "weights": "averaged",
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -91,12 +96,17 @@ def test_options_reach_the_sampler(run, tmp_path):
         "seed": ["--seed", "1"],
         "guidance": ["--guidance", "6"],
         "shift": ["--shift", "5"],
+        "sampler": ["--sampler", "heun"],
+        "interval": ["--guidance", "6", "--guidance-interval", "0", "0.6"],
+        "rescale": ["--guidance", "6", "--guidance-rescale", "1"],
     }
     for name, options in variants.items():
         assert draw(run, *options, "--out", str(tmp_path / name), count=2) == 0
     made = {name: pixels(tmp_path / name) for name in variants}
     for name in variants.keys() - {"base"}:
         assert abs(made[name] - made["base"]).max() > 0, name
+    for name in ("interval", "rescale"):
+        assert abs(made[name] - made["guidance"]).max() > 0, name
     assert read_record(tmp_path / "trained" / "00000.png")["weights"] == "as trained"
 
 
@@ -124,9 +134,96 @@ def test_what_was_drawn_before_ctrl_c_stays(run, capsys, monkeypatch):
     monkeypatch.setattr(command, "to_pictures", interrupt_second)
     assert draw(run, "--batch-size", "2") == 130
     folder = run / "samples" / "step_00000002_seven_seed0"
-    assert capsys.readouterr().out == f"2 of 5 pictures are in {folder}\n"
+    assert capsys.readouterr().out.endswith(f"picture\n2 of 5 pictures are in {folder}\n")
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [read_record(folder / line["file_name"])["index"] for line in lines] == [0, 1]
+    assert Image.open(folder / "grid.png").width == 2 * 64 + 2
+
+
+def test_the_help_names_samplers_and_words(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Samplers: euler, heun, ab2, dpmpp-2m." in text
+    assert "Words of a run on digits: zero, one, two" in text
+    assert "triangle, triangles, two, white, yellow." in text
+
+
+def test_a_run_may_have_a_shift_of_its_own_for_drawing(run, tmp_path, capsys):
+    config = run / "config.json"
+    tree = json.loads(config.read_text())
+    tree["train"]["sample_shift"] = 5.0
+    config.write_text(json.dumps(tree))
+    assert draw(run, "--out", str(tmp_path / "own"), count=1) == 0
+    assert "shift 5 (of the run's sample_shift): 4 passes" in capsys.readouterr().out
+    assert draw(run, "--shift", "5", "--out", str(tmp_path / "asked"), count=1) == 0
+    assert "shift 5: 4 passes" in capsys.readouterr().out
+    assert (pixels(tmp_path / "own") == pixels(tmp_path / "asked")).all()
+
+
+# A given picture
+
+
+@pytest.fixture
+def given(tmp_path) -> Path:
+    """Real digits' grey levels at 8×8, and a mask whose right half is to be drawn."""
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(levels).save(tmp_path / "given.png")
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path / "given.png"
+
+
+def enlarged(path: Path) -> np.ndarray:
+    return np.kron(np.asarray(Image.open(path)), np.ones((8, 8))).astype(int)
+
+
+def test_a_weak_strength_gives_the_picture_and_a_full_one_forgets_it(run, given, tmp_path):
+    for strength in ("0.001", "0.6", "1"):
+        options = ["--image", str(given), "--strength", strength]
+        assert draw(run, *options, "--out", str(tmp_path / strength), count=2) == 0
+    assert draw(run, "--out", str(tmp_path / "plain"), count=2) == 0
+    assert abs(pixels(tmp_path / "0.001") - enlarged(given)).max() <= 1
+    assert abs(pixels(tmp_path / "0.6") - enlarged(given)).max() > 5
+    assert (pixels(tmp_path / "1") == pixels(tmp_path / "plain")).all()
+    record = read_record(tmp_path / "0.6" / "00000.png")
+    assert (record["image"], record["strength"]) == (str(given), 0.6)
+
+
+def test_the_black_part_of_a_mask_stays_to_the_grey_level(run, given, tmp_path):
+    mask = str(given.with_name("mask.png"))
+    options = ["--image", str(given), "--mask", mask, "--out", str(tmp_path / "out")]
+    assert draw(run, *options, count=2) == 0
+    drawn = pixels(tmp_path / "out")
+    assert (drawn[:, :, :32] == enlarged(given)[:, :32]).all()
+    assert abs(drawn[0] - drawn[1])[:, 32:].max() > 20
+    record = read_record(tmp_path / "out" / "00000.png")
+    assert (record["strength"], record["mask"]) == (1.0, mask)
+
+
+def test_a_larger_picture_is_cut_around_its_centre_and_resized(run, given, tmp_path):
+    """Eight times as large, with margins left and right, and in colours."""
+    wide = np.full((64, 96, 3), 200, dtype=np.uint8)
+    wide[:, 16:80] = enlarged(given)[:, :, None]
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    options = ["--image", str(tmp_path / "wide.png"), "--strength", "0.001"]
+    assert draw(run, *options, "--out", str(tmp_path / "out"), count=1) == 0
+    assert abs(pixels(tmp_path / "out")[0] - enlarged(given)).max() <= 1
+
+
+def test_masks_that_do_not_fit_are_one_line(run, given, tmp_path, capsys):
+    Image.new("L", (8, 7), 255).save(tmp_path / "small.png")
+    Image.new("L", (8, 8), 127).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for mask, message in (
+        ("small", "small.png: has 8×7 pixels, the picture 8×8; give one of the picture's size"),
+        ("black", "black.png: is black; paint white what is to be drawn anew"),
+        ("text", "text.png: cannot be read as a picture"),
+    ):
+        assert draw(run, "--image", str(given), "--mask", str(tmp_path / f"{mask}.png")) == 2
+        assert message in error_line(capsys)
+    assert not (run / "samples").exists()
 
 
 # Refusals
@@ -179,6 +276,12 @@ def test_a_foreign_checkpoint_is_named(run, capsys):
         (["--shift", "-1"], "shift=-1.0: must be greater than 0"),
         (["--seed", "-1"], "seed=-1: must not be negative"),
         (["--batch-size", "0"], "batch_size=0: must be at least 1"),
+        (["--sampler", "oiler"], "sampler='oiler' is unknown; did you mean euler"),
+        (["--guidance-interval", "0.9", "0.1"], "guidance_interval=0.9 0.1: give two times"),
+        (["--guidance-rescale", "2"], "guidance_rescale=2.0: must be in [0, 1]"),
+        (["--strength", "0.5"], "strength=0.5: needs a picture; give it with --image"),
+        (["--mask", "a.png"], "mask=a.png: needs a picture; give it with --image"),
+        (["--image", "none.png"], "image=none.png: cannot be read as a picture"),
         (["--device", "abacus"], "device='abacus' cannot be used here"),
     ],
 )

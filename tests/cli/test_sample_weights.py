@@ -15,7 +15,7 @@ from mvsplit.cli import main
 from mvsplit.data.text_encoder import QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.hub import write_weights
-from mvsplit.sampling import classifier_free, euler, sample_noise
+from mvsplit.sampling import Edit, classifier_free, euler, sample_edit, sample_noise
 from mvsplit.training import train
 from tests.hub.tiny import library, tiny_dit, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from tests.training import runs
@@ -77,7 +77,10 @@ def expected(padding: str, prompt: str = "a b", *, shift: float = 4.0) -> np.nda
 def test_pictures_are_those_of_the_parts(parts, tmp_path, capsys, padding):
     out = tmp_path / "out"
     assert draw(parts, "--padding", padding, "--out", str(out)) == 0
-    assert capsys.readouterr().out == f"2 of 2 pictures are in {out}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "euler, 3 steps, guidance 2, shift 4 (the paper's): 6 passes of the network a picture",
+        f"2 of 2 pictures are in {out}",
+    ]
     assert pixels(out).shape == (2, 64, 80, 3)
     assert abs(pixels(out) - expected(padding)).max() <= 1  # a value may lie between two levels
     assert np.ptp(pixels(out)) > 20
@@ -105,6 +108,40 @@ def test_its_shift_is_that_of_the_scheduler(parts, tmp_path):
     assert draw(tmp_path, *own, weights="pipeline") == 0
     assert abs(pixels(tmp_path / "out") - expected("mask", shift=1.0)).max() <= 1
     assert abs(expected("mask", shift=1.0) - expected("mask")).max() > 1
+
+
+def test_a_given_picture_goes_through_the_autoencoder(parts, tmp_path):
+    """A latent is 16 pixels a side; where a pixel of it is to be drawn, it is."""
+    levels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "given.png")
+    mask = np.zeros((64, 80), dtype=np.uint8)
+    mask[20, 40] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    vae = Flux2Autoencoder(tiny_vae())
+    pixels_in = torch.from_numpy(levels / np.float32(127.5) - 1).permute(2, 0, 1)[None]
+    picture = vae.encode(pixels_in)[0]
+    known = torch.ones(4, 5, dtype=torch.bool)
+    known[1, 2] = False
+
+    encoder = QwenEncoder(tiny_tokenizer(), tiny_text_encoder())
+    text, valid = encoder.encode(["a b", "a b", ""])
+    counts = {"text_valid": valid[:2], "null_valid": valid[2:]}
+    velocity = classifier_free(tiny_dit(), text[:2], text[2:], 2.0, **counts)
+    for name, edit in (
+        ("weak", Edit(picture=picture, strength=0.3)),
+        ("mask", Edit(picture=picture, known=known)),
+    ):
+        noise = sample_noise([0, 1], (128, 4, 5), seed=0)
+        latents = sample_edit(euler, velocity, noise, edit, steps=3, shift=4.0)
+        images = vae.decode(latents).permute(0, 2, 3, 1)
+        drawn = ((images + 1) * 127.5).round().clamp(0, 255).int().numpy()
+        options = {
+            "weak": ["--strength", "0.3"],
+            "mask": ["--mask", str(tmp_path / "mask.png")],
+        }[name]
+        out = ["--image", str(tmp_path / "given.png"), "--out", str(tmp_path / name)]
+        assert draw(parts, *out, *options) == 0
+        assert abs(pixels(tmp_path / name) - drawn).max() <= 1
 
 
 def test_without_out_pictures_go_to_samples_here(parts, tmp_path, monkeypatch):

@@ -98,6 +98,8 @@ def test_missing_field_and_no_json() -> None:
         ("betas", (0.9, 1.0)),
         ("caption_dropout", 1.5),
         ("time_shift", 0.0),
+        ("sample_shift", 0.0),
+        ("sample_shift", math.inf),
         ("keep", 0),
         ("precision", "fp16"),
         ("probe", "none"),
