@@ -13,10 +13,15 @@ import torch
 from mvsplit.errors import UserError
 from mvsplit.hub.fill import fill_in
 from mvsplit.hub.released import load_released
-from mvsplit.hub.stored import INDEX, Stored, read_weights
+from mvsplit.hub.stored import INDEX, Stored, in_memory, read_weights
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
-from mvsplit.training.checkpoint import DamagedCheckpoint, list_checkpoints, verified_file
+from mvsplit.training.checkpoint import (
+    DamagedCheckpoint,
+    list_checkpoints,
+    read_checkpoint,
+    verified_file,
+)
 from mvsplit.training.config import read_model_config
 from mvsplit.training.run_folder import read_experiment
 
@@ -82,7 +87,11 @@ def _from_checkpoint(path: Path, ema: bool, options: dict[str, Any]) -> DiT:
         file = verified_file(checkpoint, "ema" if ema and averaged else "model")
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; give another checkpoint of the run") from error
-    return _ours(config, read_weights(file).tensors, str(file), options)
+    if file.is_dir():  # of several processes
+        tensors = in_memory(read_checkpoint(checkpoint, [file.name]).tensors[file.name])
+    else:
+        tensors = read_weights(file).tensors
+    return _ours(config, tensors, str(file), options)
 
 
 def _newest(run: Path) -> Path:

@@ -5,29 +5,33 @@
         state.json        everything that is not a tensor
         manifest.json     bytes and SHA-256 of each file, written last
 
-A checkpoint is written under a hidden name, forced to the disk, and renamed. Nothing is pickled.
+Several processes write a folder of shards in the place of each tensor file (`checkpoint_shards`). A
+checkpoint is written under a hidden name, forced to the disk, and renamed. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mvsplit.data.atomic import sha256
 from mvsplit.errors import UserError
+from mvsplit.training.distributed import from_each, from_first, rank, share
 from mvsplit.training.files import fsync
+from mvsplit.training.spread import local, part_like
 
 FORMAT = "mvsplit-checkpoint"
-VERSION = 1
+VERSION, SHARDED_VERSION = 1, 2
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -43,11 +47,65 @@ class Snapshot:
         step: optimiser steps taken.
         tensors: for each file, its tensors by name.
         values: everything else, as JSON can hold it.
+        sharded: whether every rank holds a part of the tensors only.
     """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     values: dict[str, Any]
+    sharded: bool = False
+
+    def copy_to(self, name: str, targets: Mapping[str, Tensor]) -> None:
+        """Copies every tensor of the file `name` into the one of the same name in `targets`.
+
+        Raises:
+            UserError: a name that only one of them has, or two shapes that differ.
+        """
+        file = f"{name}.safetensors"
+        if not self.sharded:
+            copy_tensors(self.tensors.get(name, {}), targets, file)
+            return
+        from mvsplit.training.checkpoint_shards import ShardedFiles
+
+        assert isinstance(self.tensors, ShardedFiles)
+        _refuse_others(
+            {key: t.shape for key, t in targets.items()}, self.tensors.shapes(name), file
+        )
+        self.tensors.copy_to(name, targets)
+
+
+@torch.no_grad()
+def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str) -> None:
+    """Copies every tensor of `source` into the one of the same name in `target`, of which a rank
+    may hold a part only.
+
+    Raises:
+        UserError: a name that only one of them has, or two shapes that differ.
+    """
+    shapes = ({key: tensor.shape for key, tensor in side.items()} for side in (target, source))
+    _refuse_others(*shapes, where)
+    for name, tensor in target.items():
+        local(tensor).copy_(part_like(source[name], tensor))
+
+
+def _refuse_others(
+    wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size], where: str
+) -> None:
+    for verb, names in (
+        ("lacks", wanted.keys() - found.keys()),
+        ("has the unknown", found.keys() - wanted.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{where} {verb} {min(names)}{more}; the checkpoint is of another model"
+            )
+    for name, shape in wanted.items():
+        if shape != found[name]:
+            raise UserError(
+                f"{where}: {name} has shape {list(found[name])}, expected {list(shape)}; the "
+                f"checkpoint is of another model"
+            )
 
 
 def checkpoint_name(step: int) -> str:
@@ -68,8 +126,13 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep`.
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, *, keep: int, keep_every: int = 0, group: Any = None
+) -> Path:
+    """Writes a checkpoint, then removes all but the newest `keep` and the multiples of `keep_every`.
+
+    Args:
+        group: of a sharded snapshot, the processes that hold it, all of which have to call this.
 
     Raises:
         UserError: it cannot be written, the disk being full for example; the older ones stay.
@@ -77,20 +140,72 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     final = folder / checkpoint_name(snapshot.step)
     temporary = folder / f".{final.name}.tmp"
     try:
-        folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
-        temporary.mkdir()
-        _write(temporary, snapshot)
-        if final.exists():
-            _remove(final)
-        temporary.rename(final)
-        fsync(folder)
+        if snapshot.sharded:
+            _write_sharded(temporary, final, snapshot, group)
+        else:
+            _begin(temporary)
+            _publish(temporary, final, snapshot, _write(temporary, snapshot.tensors), VERSION)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(_cannot_save(folder, snapshot.step, error)) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        _remove(old)
+    if rank() == 0:
+        _prune(folder, keep, keep_every)
     return final
+
+
+def _begin(temporary: Path) -> None:
+    """An empty folder to write into."""
+    temporary.parent.mkdir(exist_ok=True)
+    remove_leftovers(temporary.parent)
+    temporary.mkdir()
+
+
+def _write_sharded(temporary: Path, final: Path, snapshot: Snapshot, group: Any) -> None:
+    # Imported where it can occur only, for the import takes a while.
+    from mvsplit.training.checkpoint_shards import Files, write_shards
+
+    def publish(files: Files) -> None:
+        _publish(temporary, final, snapshot, files, SHARDED_VERSION)
+
+    write_shards(
+        temporary,
+        snapshot.tensors,
+        rank=rank(),
+        group=group,
+        begin=lambda: _begin(temporary),
+        publish=publish,
+    )
+
+
+def _publish(
+    temporary: Path, final: Path, snapshot: Snapshot, files: dict[str, Any], version: int
+) -> None:
+    """Completes a folder whose tensor files are on the disk, and gives it its name."""
+    state = {"step": snapshot.step, **snapshot.values}
+    (temporary / "state.json").write_text(json.dumps(state))
+    files = {"state.json": _fingerprint(temporary / "state.json"), **files}
+    manifest = {"format": FORMAT, "version": version, "files": files}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    for path in (temporary / "state.json", temporary / "manifest.json", temporary):
+        fsync(path)
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    fsync(final.parent)
+
+
+def _prune(folder: Path, keep: int, keep_every: int) -> None:
+    for old in list_checkpoints(folder)[:-keep]:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        try:
+            _remove(old)
+        except OSError as error:
+            raise UserError(
+                f"cannot remove the old checkpoint {old}: {error.strerror}; make {folder} writable, "
+                f"or raise --keep, then give the same command again"
+            ) from error
 
 
 def _cannot_save(folder: Path, step: int, error: Exception) -> str:
@@ -102,24 +217,19 @@ def _cannot_save(folder: Path, step: int, error: Exception) -> str:
     )
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
-    for name, tensors in snapshot.tensors.items():
-        save_file(tensors, folder / f"{name}.safetensors")
-    state = {"step": snapshot.step, **snapshot.values}
-    (folder / "state.json").write_text(json.dumps(state))
-    for path in folder.glob("*.safetensors"):  # which its writer makes readable by the owner only
-        shutil.copymode(folder / "state.json", path)
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
-    manifest = {"format": FORMAT, "version": VERSION, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for path in (*folder.iterdir(), folder):
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Writes the tensor files; returns their fingerprints by name."""
+    readable = folder.stat().st_mode & 0o666
+    for name, named in tensors.items():
+        path = folder / f"{name}.safetensors"
+        save_file(dict(named), path)
+        path.chmod(readable)  # its writer lets only the owner read it
         fsync(path)
+    return {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _remove(path: Path) -> None:
@@ -130,44 +240,75 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a kill during a save or a removal left behind."""
+    """Removes what a kill during a save or a removal left behind.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
     for path in folder.glob(".step_*"):
         shutil.rmtree(path)
 
 
 def read_checkpoint(path: Path, files: Iterable[str] | None = None) -> Snapshot:
-    """The checkpoint at `path`, on the CPU; only the named tensor files if `files` is given.
+    """The checkpoint at `path`, on the CPU; only the named tensor files if `files` is given. That
+    of several processes is read when it is asked for its tensors.
 
     Raises:
         UserError: it is not one of ours, or lacks one of `files`.
         DamagedCheckpoint: it is ours, but a file is truncated, changed or missing.
     """
     manifest = _read_manifest(path)
-    stored = [n.removesuffix(".safetensors") for n in manifest if n.endswith(".safetensors")]
-    wanted = stored if files is None else list(files)
-    for name in wanted:
-        if name not in stored:
-            raise UserError(f"{path} holds no {name!r}; it has {', '.join(stored)}")
-    for name in ("state.json", *(f"{n}.safetensors" for n in wanted)):
-        _verify(path / name, manifest)
-    values = json.loads((path / "state.json").read_text())
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in wanted}
-    return Snapshot(step=values.pop("step"), tensors=tensors, values=values)
+    wanted = _wanted(path, manifest, files)
+    for name in _parts(manifest, ["state.json", *wanted]):
+        _verify(path, name, manifest)
+    return _open(path, wanted)
 
 
 def verified_file(path: Path, name: str) -> Path:
-    """The tensor file `name` of the checkpoint at `path`, its bytes compared with the manifest.
+    """The tensor file `name` of the checkpoint at `path`, or the folder of its shards, the bytes
+    compared with the manifest.
 
     Raises:
         UserError: it is not one of ours, or has no such file.
         DamagedCheckpoint: it is ours, but the file is truncated, changed or missing.
     """
     manifest = _read_manifest(path)
-    file = path / f"{name}.safetensors"
-    if file.name not in manifest:
-        raise UserError(f"{path} holds no {name!r}; it has {', '.join(sorted(manifest))}")
-    _verify(file, manifest)
-    return file
+    parts = _parts(manifest, _wanted(path, manifest, [name]))
+    for part in parts:
+        _verify(path, part, manifest)
+    return path / Path(parts[0]).parts[0]
+
+
+def _wanted(path: Path, manifest: Mapping[str, Any], files: Iterable[str] | None) -> list[str]:
+    """The tensor files to read: all, or those of `files`, which must be there."""
+    stored = list(dict.fromkeys(_stem(name) for name in manifest if name != "state.json"))
+    wanted = stored if files is None else list(files)
+    for name in wanted:
+        if name not in stored:
+            raise UserError(f"{path} holds no {name!r}; it has {', '.join(stored)}")
+    return wanted
+
+
+def _stem(name: str) -> str:
+    """model for model.safetensors and for model/00001.safetensors."""
+    return name.removesuffix(".safetensors").partition("/")[0]
+
+
+def _parts(manifest: Mapping[str, Any], wanted: Iterable[str]) -> list[str]:
+    """The files on the disk that hold the `wanted` ones."""
+    return [name for w in wanted for name in manifest if _stem(name) == w]
+
+
+def _open(path: Path, wanted: list[str]) -> Snapshot:
+    """A checkpoint whose bytes are known to be right."""
+    values = json.loads((path / "state.json").read_text())
+    step = values.pop("step")
+    if any((path / name).is_dir() for name in wanted):
+        from mvsplit.training.checkpoint_shards import ShardedFiles
+
+        return Snapshot(step=step, tensors=ShardedFiles(path, wanted), values=values, sharded=True)
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in wanted}
+    return Snapshot(step=step, tensors=tensors, values=values)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -181,25 +322,56 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: manifest.json is damaged") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of mvsplit; move it elsewhere")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (VERSION, SHARDED_VERSION):
         raise UserError(
             f"{path} has checkpoint version {manifest.get('version')}, this program reads "
-            f"{VERSION}; use the version of mvsplit that wrote it"
+            f"{VERSION} and {SHARDED_VERSION}; use the version of mvsplit that wrote it"
         )
     return manifest["files"]
 
 
-def _verify(path: Path, manifest: dict[str, Any]) -> None:
-    expected = manifest.get(path.name)
-    if expected is None or not path.exists():
-        raise DamagedCheckpoint(f"{path.parent}: {path.name} is missing")
-    size = path.stat().st_size
+def _verify(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """Compares the file `name` of the checkpoint at `path` with what the manifest says of it."""
+    file, expected = path / name, manifest.get(name)
+    if expected is None or not file.exists():
+        raise DamagedCheckpoint(f"{path}: {name} is missing")
+    size = file.stat().st_size
     if size < expected["bytes"]:
         raise DamagedCheckpoint(
-            f"{path.parent}: {path.name} is truncated ({size} of {expected['bytes']} bytes)"
+            f"{path}: {name} is truncated ({size} of {expected['bytes']} bytes)"
         )
-    if _fingerprint(path) != expected:
-        raise DamagedCheckpoint(f"{path.parent}: {path.name} is damaged (checksum)")
+    if _fingerprint(file) != expected:
+        raise DamagedCheckpoint(f"{path}: {name} is damaged (checksum)")
+
+
+def read_newest(
+    paths: Sequence[Path], files: Iterable[str] | None = None
+) -> tuple[Snapshot | None, list[DamagedCheckpoint]]:
+    """The last of `paths` that is whole, and the damaged ones after it. The ranks of a run share
+    the work of comparing bytes, and agree.
+
+    Raises:
+        UserError: one that is not ours.
+    """
+    damaged: list[DamagedCheckpoint] = []
+    for path in reversed(paths):
+        damage = next((d for d in from_each(_damage(path, files)) if d), None)
+        if damage is None:
+            return _open(path, _wanted(path, _read_manifest(path), files)), damaged
+        damaged.append(DamagedCheckpoint(damage))
+    return None, damaged
+
+
+def _damage(path: Path, files: Iterable[str] | None) -> str | None:
+    """What is wrong with this rank's share of a checkpoint's files, if anything."""
+    try:
+        manifest = _read_manifest(path)
+        wanted = _wanted(path, manifest, files)
+        for name in share(_parts(manifest, ["state.json", *wanted])):
+            _verify(path, name, manifest)
+    except DamagedCheckpoint as error:
+        return str(error)
+    return None
 
 
 def load_latest(
@@ -212,12 +384,9 @@ def load_latest(
     Raises:
         UserError: one that is not ours, or damaged ones only.
     """
-    damaged: list[DamagedCheckpoint] = []
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            return read_checkpoint(path, files), damaged
-        except DamagedCheckpoint as error:
-            damaged.append(error)
+    snapshot, damaged = read_newest(from_first(lambda: list_checkpoints(folder)), files)
+    if snapshot is not None:
+        return snapshot, damaged
     if damaged:
         raise UserError(
             f"{damaged[0]}, and there is no older checkpoint; restore it, or start in a new "

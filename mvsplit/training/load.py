@@ -22,7 +22,6 @@ from mvsplit.training.checkpoint import (
 )
 from mvsplit.training.config import Experiment
 from mvsplit.training.run_folder import read_experiment
-from mvsplit.training.state import copy_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ def load_run(
     with torch.device("meta"):  # no initial values, and no draw from the global generator
         model = DiT(replace(experiment.model, rule=rule))
     model.to_empty(device=torch.device(device)).requires_grad_(False).eval()
-    copy_tensors(snapshot.tensors[name], dict(model.state_dict()), f"{name}.safetensors")
+    snapshot.copy_to(name, dict(model.state_dict()))
     embedder = _load_embedder(experiment, snapshot.values["embedder"])
     return LoadedRun(model=model, embedder=embedder, experiment=experiment, step=snapshot.step)
 

@@ -35,7 +35,7 @@ from mvsplit.training.flight import Flight
 from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
 from mvsplit.training.optimizer import global_norm
-from mvsplit.training.state import TrainState, copy_tensors
+from mvsplit.training.state import TrainState
 from mvsplit.training.step import Piece, add_gradients, piece_losses, pieces, train_step
 
 MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
@@ -116,7 +116,7 @@ def _restore(state: TrainState, flight: Flight) -> None:
         return
     # Weights alone are enough where no step lies between, and the flight holds the batch.
     weights = dict(state.model.state_dict())
-    copy_tensors(snapshot.tensors["model"], weights, "model.safetensors")
+    snapshot.copy_to("model", weights)
     state.step = snapshot.step
 
 

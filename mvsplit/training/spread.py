@@ -38,6 +38,14 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if is_spread(tensor) else tensor
 
 
+def part_like(whole: Tensor, target: Tensor) -> Tensor:
+    """Of a whole tensor, the rows that this rank holds of `target`, which is as large."""
+    if not is_spread(target):
+        return whole
+    first = _first_row(target)
+    return whole[first : first + len(local(target))]
+
+
 class Spread:
     """The parameters whose shards lie in a flat buffer.
 
@@ -85,13 +93,7 @@ class Spread:
 
     def rows(self, name: str) -> tuple[int, torch.Size]:
         """The first row of a parameter that this rank holds, and the shape of all of it."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        whole: Any = self.parameters[name]
-        _, offset = compute_local_shape_and_global_offset(
-            whole.shape, whole.device_mesh, whole.placements
-        )
-        return offset[0], whole.shape
+        return _first_row(self.parameters[name]), self.parameters[name].shape
 
 
 def joined_norms(norms: Sequence[Tensor], groups: Iterable[Any]) -> list[Tensor]:
@@ -102,6 +104,16 @@ def joined_norms(norms: Sequence[Tensor], groups: Iterable[Any]) -> list[Tensor]
         distributed.all_reduce(squares, group=group)
     parts = squares.sqrt().split([norm.numel() for norm in norms])
     return [part.to(n.dtype).view(n.shape) for part, n in zip(parts, norms, strict=True)]
+
+
+def _first_row(spread: Any) -> int:
+    """The first row of a tensor that this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        spread.shape, spread.device_mesh, spread.placements
+    )
+    return offset[0]
 
 
 def _sharding_groups(parameter: Any) -> tuple[Any, ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mvsplit.data import Loader
 from mvsplit.diagnostics.taps import LayerTap
@@ -17,6 +16,7 @@ from mvsplit.models import DiT
 from mvsplit.models.surgery import gain_names, set_rule
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot
+from mvsplit.training.distributed import rank, world
 from mvsplit.training.ema import EMA
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
@@ -57,13 +57,15 @@ class TrainState:
         return self.schedule(step) * self.reactions.factor(step)
 
     def snapshot(self) -> Snapshot:
-        """All of the above, as views where that is possible."""
+        """All of the above, as views where that is possible; of a run on several ranks, what this
+        one holds. Their global generators are alike, and the first rank's stand for all."""
         random_tensors, random_values = global_states()
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.moments(),
-            "random": random_tensors,
         }
+        if rank() == 0:
+            tensors["random"] = random_tensors
         if self.ema is not None:
             tensors["ema"] = self.ema.parameters()
         values: dict[str, Any] = {
@@ -74,7 +76,7 @@ class TrainState:
             "embedder": self.loader.embedder.spec(),
             "random": random_values,
         }
-        return Snapshot(step=self.step, tensors=tensors, values=values)
+        return Snapshot(step=self.step, tensors=tensors, values=values, sharded=world() > 1)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Becomes what `snapshot` was taken of.
@@ -92,7 +94,7 @@ class TrainState:
         if self.ema is not None:
             targets["ema"] = self.ema.parameters()
         for name, target in targets.items():
-            copy_tensors(snapshot.tensors.get(name, {}), target, f"{name}.safetensors")
+            snapshot.copy_to(name, target)
         self.optimizer.set_updates(snapshot.values["updates"])
         self.loader.load_state_dict(snapshot.values["data"])
         restore_globals(snapshot.tensors["random"], snapshot.values["random"])
@@ -113,30 +115,10 @@ class TrainState:
         rule = RuleConfig(**snapshot.values["rule"])
         joined = "joined" in snapshot.values["updates"]
         if rule != self.model.config.rule or joined != ("joined" in self.optimizer.updates()):
+            if world() > 1:
+                raise UserError(
+                    f"the checkpoint's network was given the rule {rule.name} while it ran, and is "
+                    f"already laid out on {world()} processes; go on with it on one"
+                )
             set_rule(self.model, rule)
             self.regroup(gain_names(self.model) if joined else ())
-
-
-@torch.no_grad()
-def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], where: str) -> None:
-    """Copies every tensor of `source` into the one of the same name in `target`.
-
-    Raises:
-        UserError: a name that only one of them has, or two shapes that differ.
-    """
-    _refuse(where, "lacks", target.keys() - source.keys())
-    _refuse(where, "has the unknown", source.keys() - target.keys())
-    for name, tensor in target.items():
-        if tensor.shape != source[name].shape:
-            raise UserError(
-                f"{where}: {name} has shape {list(source[name].shape)}, expected "
-                f"{list(tensor.shape)}; the checkpoint is of another model"
-            )
-        tensor.copy_(source[name])
-
-
-def _refuse(where: str, verb: str, names: Iterable[str]) -> None:
-    names = sorted(names)
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"{where} {verb} {names[0]}{more}; the checkpoint is of another model")
