@@ -15,11 +15,11 @@ from tests.oracles import complex_rotation, normalise, split_merge
 
 pytest.importorskip("triton")
 
-from mvsplit.kernels.fused import stream_attention, stream_gemm, stream_merge  # noqa: E402
-from mvsplit.kernels.fused.stream import CHUNK, Stream  # noqa: E402
-from mvsplit.kernels.fused.stream_attention import Blocks  # noqa: E402
-from mvsplit.kernels.fused.stream_gemm import Tile  # noqa: E402
-from mvsplit.kernels.fused.stream_merge import Rows  # noqa: E402
+from mvsplit.kernels.fused import stream_attention, stream_gemm, stream_merge
+from mvsplit.kernels.fused.stream import CHUNK, Stream
+from mvsplit.kernels.fused.stream_attention import Blocks
+from mvsplit.kernels.fused.stream_gemm import Tile
+from mvsplit.kernels.fused.stream_merge import Rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,4 +1,4 @@
-"""Attention over the padded stream for the sampling engine, with column sums of the trunk beside it.
+"""Attention over the padded stream for the sampling engine, and column sums of the trunk beside it.
 
 A few hundred tokens leave most of a GPU idle, so the blocks that the grid has room for add up the
 columns of the trunk, which the merge after this branch needs. Padding is no key.
@@ -52,7 +52,7 @@ def stream_attention_kernel(
     MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
-    if SUMS:
+    if SUMS:  # noqa: SIM102 (`and` would need p_sum even where there is none)
         if tl.program_id(0) < n_sums:
             column_sums(tl.program_id(0), p_x, p_sum, s_x, image_rows, sample_rows, D, SLAB)
             return

@@ -153,7 +153,7 @@ def swiglu_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
-    if SUMS:
+    if SUMS:  # noqa: SIM102 (`and` would need p_sum even where there is none)
         if tl.program_id(0) < n_sums:
             column_sums(tl.program_id(0), p_x, p_sum, s_a, image_rows, sample_rows, D, SLAB)
             return
