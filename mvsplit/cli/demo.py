@@ -153,7 +153,7 @@ class Trainer:
         return statistics.median(times) if times else 0.0
 
     def row(self) -> tuple[str, ...]:
-        """Name, step, loss, similarity of the deep tokens, query gradient."""
+        """Name, step, loss, similarity of the deep tokens, query gradient, alarm."""
         metrics = last_record(self.folder / "metrics.jsonl") or {}
         layers = last_record(self.folder / "layers.jsonl") or {}
         deep = layers.get("tcs", [])[-max(self.depth // 4, 1) :]
@@ -163,7 +163,15 @@ class Trainer:
             f"loss {metrics['loss']:.3f}" if metrics else "starting",
             f"deep similarity {sum(deep) / len(deep):.3f}" if deep else "",
             f"query gradient {metrics['grad_query']:.1e}" if metrics else "",
+            self._alarm(),
         )
+
+    def _alarm(self) -> str:
+        """The first alarm of the watch, in a few words."""
+        log = self.folder / "events.jsonl"
+        events = read_jsonl(log, latest=False) if log.exists() else ()
+        first = next((e for e in events if e.get("level") == "alarm" and "verdict" in e), None)
+        return f"ALARM at step {first['at_step']}: {first['verdict']}" if first else ""
 
 
 def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -25,7 +26,12 @@ _COLOURS = {"info": "dim", "warning": "yellow", "alarm": "bold red"}
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    files: tyro.conf.Positional[tuple[Path, ...]]  # logs of one run, or its folder
+    # Logs of one run, or its folder.
+    files: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FILE…", help_behavior_hint=""),
+    ]
     json: bool = False  # print {"events": […]} and nothing else
 
 

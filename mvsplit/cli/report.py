@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,8 +15,12 @@ from mvsplit.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders, shown side by side
-    out: Path | None = None  # where the page goes; default: report.html in the first run
+    # Run folders, shown side by side.
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…", help_behavior_hint="")
+    ]
+    # Where the page goes; report.html in the first run if not given.
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
 
 
 def main(arguments: Sequence[str]) -> int:

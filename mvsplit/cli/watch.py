@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,7 +22,10 @@ _HIGHEST_PORT = 65535
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders, shown side by side
+    # Run folders, shown side by side.
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…", help_behavior_hint="")
+    ]
     port: int = 8008  # where to serve; the next free one if it is taken, 0: any
 
 

@@ -160,6 +160,7 @@ class Monitor:
         self._schedule = Schedule(cadence or Cadence())
         self._sinks: list[Sink] = [*sinks, *([] if run_dir is None else [_Logs(Path(run_dir))])]
         self._probe: LayerProbe | None = None
+        self._announced = False
 
     def look(self) -> AbstractContextManager[Any]:
         """The context for the forward and backward passes of the step that begins."""
@@ -182,6 +183,9 @@ class Monitor:
             Stopped: an alarm, under the policy `stop`.
             UserError: no weight has a gradient.
         """
+        if not self._announced:
+            self._announced = True
+            self._log("events", self._announcement())
         self.steps += 1
         numbers = self._read(loss, scale)
         if lr is not None:
@@ -210,6 +214,13 @@ class Monitor:
         if not apply:
             self._log("events", self._skipped(alarms[0].verdict if alarms else "non-finite"))
         return Report(events=tuple(events), apply=apply, numbers=numbers)
+
+    def _announcement(self) -> dict[str, Any]:
+        """That somebody looks on: a log without it and without a verdict was not watched."""
+        message = f"watching {len(self.taps)} layers of {type(self._model).__name__}"
+        message += "".join(f"; {words}" for words in self.missing)
+        head = {"event": "watching", "time": time.time(), "step": self.steps, "level": "info"}
+        return head | {"message": message}
 
     def _skipped(self, verdict: str) -> dict[str, Any]:
         message = f"The update of step {self.steps} is left out, because of {verdict}."

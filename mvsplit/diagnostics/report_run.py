@@ -45,7 +45,7 @@ class RunRecord:
     series: dict[str, Series] = field(default_factory=dict)
     maps: dict[str, LayerMap] = field(default_factory=dict)
     events: list[Record] = field(default_factory=list)
-    watched: bool = False  # a detector wrote at least one event
+    watched: bool = False  # a detector looked on: it said so, or gave a verdict
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was left out, and why
 
@@ -141,14 +141,14 @@ class EventsBuilder:
     def __init__(self) -> None:
         self._serious: list[Record] = []
         self._others: list[Record] = []
-        self.watched = False  # a detector wrote at least one event
+        self.watched = False
         self.ended = False  # the run said so, and was not resumed since
         self.omitted = 0
 
     def add(self, record: Record) -> None:
         if record.get("event") in (*_ENDS, "resumed"):
             self.ended = record["event"] in _ENDS
-        self.watched = self.watched or "verdict" in record
+        self.watched |= "verdict" in record or record.get("event") == "watching"
         if record.get("event") == _NON_FINITE:
             record.setdefault("level", "alarm")
         serious = record.get("level") in ("warning", "alarm")

@@ -7,29 +7,44 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
+from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.ranks import arrays_over_ranks
+from mvsplit.errors import UserError
 from mvsplit.training.builders import build_state
 from mvsplit.training.checkpoint import (
     checkpoint_name,
     list_checkpoints,
     load_latest,
     remove_leftovers,
-    save_checkpoint,
     set_aside_after,
 )
+from mvsplit.training.checkpoint_saver import Saver
 from mvsplit.training.config import Experiment, TrainConfig
+from mvsplit.training.distributed import (
+    at,
+    either,
+    from_each,
+    from_first,
+    joined,
+    on_stall,
+    rank,
+)
 from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.observer import Observer
 from mvsplit.training.policies import Alarms, Scene, holds_back, needs_a_start, react
-from mvsplit.training.run_folder import RunFolder
+from mvsplit.training.run_folder import RunFolder, open_run
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import Gradients, train_step
 from mvsplit.training.watch import Watch
+
+# What a rank tells the others between two steps, as bits of one number.
+_SIGNALS: dict[Signals | None, int] = {SIGTERM: 1, SIGINT: 2}
+_FAILED = 4  # a save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +62,8 @@ def train(
 ) -> Outcome:
     """Trains, or goes on where the run folder's newest whole checkpoint was taken.
 
-    On SIGTERM or Ctrl-C the step is finished and saved.
+    On SIGTERM or Ctrl-C the step is finished and saved. Under torchrun every process calls this,
+    and the first one alone writes and has `observers`.
 
     Raises:
         UserError: the folder is in use or belongs to another experiment, the configuration is not
@@ -55,14 +71,18 @@ def train(
         NonFiniteError: the loss or the gradient was not finite; the update was not made.
     """
     config = experiment.train
-    with RunFolder(run_dir, experiment) as folder, StopSignal() as stop:
+    with ExitStack() as stack:
+        stack.enter_context(joined(config.parallel.timeout))
+        folder = stack.enter_context(open_run(run_dir, experiment))
+        stop = stack.enter_context(StopSignal())
         state = build_state(experiment)
         run = _Run(folder, config, state, observers)
+        stack.enter_context(run.saver)
         run.resume()
         for observer in run.observers:
             observer.on_start(state, experiment)
         started = time.perf_counter()
-        while state.step < config.steps and stop.received is None and not run.stopped:
+        while run.goes_on(stop.received):
             step = state.step + 1
             with run.look(step):
                 metrics = run.guarded_step()
@@ -72,8 +92,8 @@ def train(
             run.react(step)
             if state.step == step and step % config.save_every == 0:
                 run.save()
-        run.finish(stop.received)
-    return Outcome(step=state.step, signal=stop.received, alarm=run.stopped)
+        run.finish()
+    return Outcome(step=state.step, signal=run.signal, alarm=run.stopped)
 
 
 class _Run:
@@ -89,9 +109,13 @@ class _Run:
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
         self._watch, self._alarms = Watch(self._tell), Alarms()
-        # The recorder knows a step before the watch may raise an alarm about it.
-        self.observers = (*observers, recorder, self._alarms, self._watch)
+        # The recorder knows a step before the watch may raise an alarm about it. The watch judges on
+        # every rank, from the same numbers.
+        alone = (*observers, recorder) if rank() == 0 else ()
+        self.observers = (*alone, self._alarms, self._watch)
+        self.saver = Saver(folder.checkpoints, keep=config.keep, keep_every=config.keep_every)
         self.stopped = False  # by an alarm
+        self.signal: Signals | None = None  # that any rank has received
         self._first = state.step  # at which this process began
         self._probe: LayerProbe | None = None  # of the step that is being taken
         self._looking = ExitStack()
@@ -99,16 +123,17 @@ class _Run:
     def resume(self) -> None:
         """Restores the newest whole checkpoint, and says so, and what was damaged."""
         folder, state = self.folder, self.state
-        remove_leftovers(folder.checkpoints)
+        from_first(lambda: remove_leftovers(folder.checkpoints))
         snapshot, damaged = load_latest(folder.checkpoints)
         if snapshot is not None:
             state.restore(snapshot)
             self._first = state.step
-            set_aside_after(folder.checkpoints, state.step)
+            from_first(lambda: set_aside_after(folder.checkpoints, state.step))
         begun_before = (folder.path / "config.json").exists()
         logged = {} if snapshot is None else snapshot.values["logged"]
         folder.begin(state.device, logged, rule=state.model.config.rule)
-        self._watch.remember(folder.history())
+        on_stall(lambda message: self._tell("stalled", message))
+        self._watch.remember(from_first(lambda: list(folder.history())))
         for error in damaged:
             self._tell("damaged", f"{error}; set aside, going back to step {state.step}")
         if snapshot is not None:
@@ -118,8 +143,27 @@ class _Run:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
             self._tell("started", f"started {folder.path}")
+        self._tell("watching", self._watch_words(), level="info")
         if snapshot is None and needs_a_start(self.config):
             self.save()
+
+    def goes_on(self, received: Signals | None) -> bool:
+        """Whether there is another step to take; the ranks agree, whichever got a signal."""
+        if (saved := self.saver.finished()) is not None:
+            self._tell("saved", f"saved {saved}")
+        word = either(_SIGNALS.get(received, 0) | _FAILED * self.saver.failed)
+        if word & _FAILED:
+            self.settle()
+        self.signal = next((s for s, bit in _SIGNALS.items() if word & bit), None)
+        return self.state.step < self.config.steps and self.signal is None and not self.stopped
+
+    def _watch_words(self) -> str:
+        every = self.config.probe_every
+        looks = f"all of them every {every} steps and when those stir" if every else "no looks"
+        return (
+            f"watching {len(self.state.taps)} layers: the gradients of the deepest quarter at each "
+            f"step, {looks}; on an alarm: {self.config.on_alarm}"
+        )
 
     @contextmanager
     def look(self, step: int) -> Iterator[None]:
@@ -139,6 +183,7 @@ class _Run:
         try:
             return train_step(self.state, self.config, before_update=self._before_update)
         except NonFiniteError as error:
+            self.settle()
             saved = list_checkpoints(self.folder.checkpoints)
             good = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
             message = f"{error}; {good}; try a lower learning rate or another rule in a new run"
@@ -151,7 +196,8 @@ class _Run:
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
         if self._probe is not None:
-            layers = {"step": gradients.step, **self._probe.arrays()}
+            arrays = arrays_over_ranks(self._probe.arrays(), self.state.device)
+            layers = {"step": gradients.step, **arrays}
             self.folder.layers.append(layers)
             for observer in self.observers:
                 observer.on_probe(self.state, layers)
@@ -162,6 +208,7 @@ class _Run:
         alarm = self._alarms.take()
         if alarm is None:
             return
+        self.settle()  # so that the policy finds what was saved before
         scene = Scene(
             state=self.state,
             config=self.config,
@@ -175,6 +222,7 @@ class _Run:
 
     def log(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
         """A line of metrics.jsonl."""
+        at("the logs")
         tokens = metrics.pop("tokens")
         line = {"step": step, **metrics, "seconds": seconds, "tokens_per_second": tokens / seconds}
         self.folder.metrics.append(line)
@@ -182,20 +230,40 @@ class _Run:
             observer.on_step(self.state, line)
 
     def save(self) -> None:
+        """Begins to save the state as it is now; the steps go on meanwhile."""
+        at("the save")
+        self.settle()
         snapshot = self.state.snapshot()
         snapshot.values["logged"] = self.folder.logged()
-        path = save_checkpoint(self.folder.checkpoints, snapshot, keep=self.config.keep)
-        self._tell("saved", f"saved {path}")
+        self.saver.begin(snapshot)
 
-    def finish(self, signal: Signals | None) -> None:
+    def settle(self) -> None:
+        """Waits for the save that is under way, if any.
+
+        Raises:
+            UserError: it failed, on whichever rank.
+        """
+        saved, failure = None, None
+        try:
+            saved = self.saver.wait()
+        except UserError as error:
+            failure = str(error)
+        for message in filter(None, from_each(failure)):
+            raise UserError(message)
+        if saved is not None:
+            self._tell("saved", f"saved {saved}")
+
+    def finish(self) -> None:
         """Saves the last step, unless it is saved, and says why the run ends."""
         step, steps = self.state.step, self.config.steps
-        if step and checkpoint_missing(self.folder, step):
+        self.settle()
+        if step and from_first(lambda: checkpoint_missing(self.folder, step)):
             self.save()
-        if signal is not None:
+            self.settle()
+        if self.signal is not None:
             done = f"after step {step} of {steps}, saved" if step else "before the first step"
-            message = f"stopped by {signal.name} {done}; give the same command again to go on"
-            self._tell("interrupted", message, signal=signal.name)
+            message = f"stopped by {self.signal.name} {done}; give the same command again to go on"
+            self._tell("interrupted", message, signal=self.signal.name)
         elif self.stopped:
             return  # the policy has said why
         elif step == self._first:

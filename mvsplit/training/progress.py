@@ -15,13 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mvsplit.diagnostics.events import LEVELS
 from mvsplit.training.config import Experiment
 from mvsplit.training.observer import Observer
 from mvsplit.training.state import TrainState
 
 # Without a terminal: a line at least every so many seconds, and at the last step.
 PLAIN_INTERVAL = 10.0
-_QUIET_EVENTS = ("saved",)
+_QUIET_EVENTS = ("saved", "watching")
 
 
 class ProgressLine(Observer):
@@ -71,7 +72,7 @@ class ProgressLine(Observer):
             self.close()
         # A failure is an exception too, which whoever catches it reports.
         if event["event"] not in (*_QUIET_EVENTS, "nonfinite"):
-            self._say(event["message"])
+            self._say(_words(event))
 
     def close(self) -> None:
         """Ends the live line; needed only where the run ended by an exception."""
@@ -95,3 +96,12 @@ class ProgressLine(Observer):
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _words(event: dict[str, Any]) -> str:
+    """The message of an event; that of a verdict with its step and level before it."""
+    if "verdict" not in event or event["event"] not in LEVELS:
+        return event["message"]
+    place = "" if event.get("layer") is None else f", layer {event['layer']}"
+    step, level, verdict = event["at_step"], event["event"].upper(), event["verdict"]
+    return f"step {step}: {level} {verdict}{place}: {event['message']}"

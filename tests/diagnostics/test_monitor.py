@@ -127,7 +127,10 @@ def test_a_run_folder_holds_metrics_layers_and_events(holder, tmp_path):
     assert [line["step"] for line in lines["metrics"]] == list(range(1, 8))
     assert [line["step"] for line in lines["layers"]] == [2, 6]
     assert len(lines["layers"][0]["tcs"]) == 4
-    assert {line["verdict"] for line in lines["events"]} == {"non-finite"}
+    started, *verdicts = lines["events"]
+    assert (started["event"], started["step"], started["level"]) == ("watching", 0, "info")
+    assert "watching 4 layers of" in started["message"]
+    assert {line["verdict"] for line in verdicts} == {"non-finite"}
 
 
 def test_skip_leaves_out_every_update_that_is_not_finite(holder):

@@ -198,6 +198,13 @@ def test_alarms_are_kept_where_events_are_many(tmp_path):
     assert "4,800 later events" in run.notes[0]
 
 
+@pytest.mark.parametrize(("event", "watched"), [("watching", True), ("saved", False)])
+def test_a_healthy_run_counts_as_watched_where_somebody_said_so(tmp_path, event, watched):
+    write_lines(tmp_path / "events.jsonl", [{"step": 0, "event": event, "level": "info"}])
+    (run,) = page_data(write_report([tmp_path], tmp_path / "r.html"))["runs"]
+    assert run["watched"] is watched
+
+
 def test_all_events_of_a_step_are_kept_and_their_numbers_fit_json(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_text(

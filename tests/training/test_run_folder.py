@@ -68,7 +68,7 @@ def test_what_a_run_leaves(whole_run: Path) -> None:
     assert layers[0]["layer"] == [0, 1]
     assert len(layers[0]["tcs"]) == 2
     assert [e["event"] for e in runs.lines(whole_run / "events.jsonl")] == (
-        ["started", "saved", "saved", "saved", "finished"]
+        ["started", "watching", "saved", "saved", "saved", "finished"]
     )
 
 

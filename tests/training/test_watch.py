@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from mvsplit.training import NonFiniteError, Observer, train
+from mvsplit.training.progress import ProgressLine
 from mvsplit.training.watch import Watch
 from tests.training.runs import experiment, lines
 
@@ -67,3 +70,15 @@ def test_a_run_that_breaks_has_the_alarm_in_its_events_and_a_flight(tmp_path):
     (alarm,) = [event for event in events if event.get("level") == "alarm"]
     assert (alarm["event"], alarm["verdict"], alarm["at_step"]) == ("alarm", "non-finite", 4)
     assert [path.name for path in (tmp_path / "run" / "flights").iterdir()] == ["step_00000004"]
+
+
+def test_a_verdict_is_printed_with_its_step_its_level_and_its_name() -> None:
+    text = StringIO()
+    line = ProgressLine(Console(file=text, width=200))
+    event = {"event": "alarm", "level": "alarm", "step": 21, "at_step": 22, "verdict": "mean-mode"}
+    line.on_event(event | {"layer": 53, "message": "The tokens are alike."})
+    line.on_event({"event": "resumed", "step": 3, "message": "resumed runs/x at step 3"})
+    assert text.getvalue().splitlines() == [
+        "step 22: ALARM mean-mode, layer 53: The tokens are alike.",
+        "resumed runs/x at step 3",
+    ]

@@ -73,7 +73,7 @@ const Glance = (() => {
       return {
         badge: "",
         label: "no verdict",
-        text: "The log holds no verdict of a detector: it saw nothing, or none was running.",
+        text: "No detector says that it looked on while this log was written; mvsplit monitor replay looks now.",
       };
     if (!first)
       return {
