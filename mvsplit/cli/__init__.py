@@ -6,6 +6,7 @@ when it is asked for, so that `mvsplit --help` does not wait for torch.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -36,11 +37,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        print(f"mvsplit: {error}", file=sys.stderr)
+        if _speaks(str(error)):
+            print(f"mvsplit: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("mvsplit: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _speaks(message: str) -> bool:
+    """Whether this process is the one to say it: of several under torchrun, the first that comes."""
+    if "RANK" not in os.environ:
+        return True
+    from mvsplit.training.distributed import first_to_say
+
+    return first_to_say(message)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,4 +1,7 @@
-"""`mvsplit train PRESET [--field value …]`: trains a named experiment, or goes on with it."""
+"""`mvsplit train PRESET [--field value …]`: trains a named experiment, or goes on with it.
+
+On several processes: `torchrun --nproc-per-node N -m mvsplit train PRESET …` (docs/parallel.md).
+"""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def build_state(experiment: Experiment) -> TrainState:
     """
     model_config, config = experiment.model, experiment.train
     seed_globals(config.seed)
-    _check_shares(config)
+    _check_processes(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)
     model = DiT(model_config, generator_for(config.seed, "weights")).to(device)
@@ -98,8 +98,14 @@ def build_loader(experiment: Experiment) -> Loader:
     )
 
 
-def _check_shares(config: TrainConfig) -> None:
-    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces."""
+def _check_processes(config: TrainConfig) -> None:
+    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces, or
+    where a policy would change a network that lies on several of them."""
+    if world() > 1 and config.on_alarm == "protect":
+        raise UserError(
+            f"train.on_alarm='protect' changes the network while it runs, which it cannot on "
+            f"{world()} processes; choose rollback, or train on one"
+        )
     if config.batch_size % (world() * config.accumulate):
         raise UserError(
             f"train.batch_size={config.batch_size} is not divisible by train.accumulate="

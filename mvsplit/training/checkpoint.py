@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ class Snapshot:
         from mvsplit.training.checkpoint_shards import ShardedFiles
 
         assert isinstance(self.tensors, ShardedFiles)
-        _refuse_others(
-            {key: t.shape for key, t in targets.items()}, self.tensors.shapes(name), file
-        )
+        _refuse_others(_shapes(targets), self.tensors.shapes(name), file)
         self.tensors.copy_to(name, targets)
 
 
@@ -82,10 +81,13 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor], whe
     Raises:
         UserError: a name that only one of them has, or two shapes that differ.
     """
-    shapes = ({key: tensor.shape for key, tensor in side.items()} for side in (target, source))
-    _refuse_others(*shapes, where)
+    _refuse_others(_shapes(target), _shapes(source), where)
     for name, tensor in target.items():
         local(tensor).copy_(part_like(source[name], tensor))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _refuse_others(
@@ -129,7 +131,7 @@ def step_of(path: Path) -> int:
 def save_checkpoint(
     folder: Path, snapshot: Snapshot, *, keep: int, keep_every: int = 0, group: Any = None
 ) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep` and the multiples of `keep_every`.
+    """Writes a checkpoint, then removes all but the newest `keep` and multiples of `keep_every`.
 
     Args:
         group: of a sharded snapshot, the processes that hold it, all of which have to call this.
@@ -149,7 +151,7 @@ def save_checkpoint(
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(_cannot_save(folder, snapshot.step, error)) from error
-    if rank() == 0:
+    if rank() == 0:  # an error of this is not the save's
         _prune(folder, keep, keep_every)
     return final
 
@@ -199,13 +201,20 @@ def _prune(folder: Path, keep: int, keep_every: int) -> None:
     for old in list_checkpoints(folder)[:-keep]:
         if keep_every and step_of(old) % keep_every == 0:
             continue
-        try:
+        with _tidying(folder):
             _remove(old)
-        except OSError as error:
-            raise UserError(
-                f"cannot remove the old checkpoint {old}: {error.strerror}; make {folder} writable, "
-                f"or raise --keep, then give the same command again"
-            ) from error
+
+
+@contextmanager
+def _tidying(folder: Path) -> Iterator[None]:
+    """Says in one line what keeps old or half checkpoints from being put out of the way."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot tidy up {folder}: {error.strerror} ({error.filename}); make it writable, then "
+            f"give the same command again"
+        ) from error
 
 
 def _cannot_save(folder: Path, step: int, error: Exception) -> str:
@@ -243,10 +252,11 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what a kill during a save or a removal left behind.
 
     Raises:
-        OSError: it cannot be removed.
+        UserError: it cannot be removed.
     """
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path)
+    with _tidying(folder):
+        for path in folder.glob(".step_*"):
+            shutil.rmtree(path)
 
 
 def read_checkpoint(path: Path, files: Iterable[str] | None = None) -> Snapshot:
@@ -397,9 +407,14 @@ def load_latest(
 
 def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> None:
     """Renames the checkpoints past `step` to NAME.suffix, so that they neither come back nor count
-    among those to keep."""
-    for path in list_checkpoints(folder):
-        if step_of(path) > step:
-            aside = path.with_name(f"{path.name}.{suffix}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    among those to keep.
+
+    Raises:
+        UserError: they cannot be renamed.
+    """
+    with _tidying(folder):
+        for path in list_checkpoints(folder):
+            if step_of(path) > step:
+                aside = path.with_name(f"{path.name}.{suffix}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)

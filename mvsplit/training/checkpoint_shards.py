@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint that several processes write: torch.distributed.checkpoint, in safetensors.
+"""The tensors of a checkpoint of several processes: torch.distributed.checkpoint, in safetensors.
 
     step_00001000/model/00000.safetensors, 00001.safetensors, …    one a rank
     step_00001000/ema/…, optimizer/…, random/…

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import mvsplit
+from mvsplit.training.distributed import world
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         ),
         "threads": torch.get_num_threads(),
+        "processes": world(),
         "revision": git_revision(),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from mvsplit.data.atomic import fsync, write_atomically
 from mvsplit.errors import UserError
 
-__all__ = ["JsonLines", "fsync", "keep_lines", "read_lines", "write_atomically"]
+__all__ = ["JsonLines", "NoLines", "fsync", "keep_lines", "read_lines", "write_atomically"]
 
 
 class JsonLines:
@@ -43,6 +43,19 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoLines(JsonLines):
+    """A log that somebody else writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, 0
+
+    def append(self, line: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

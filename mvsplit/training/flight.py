@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +42,7 @@ from mvsplit.training.checkpoint import (
     step_of,
 )
 from mvsplit.training.config import Experiment, from_json, to_json
+from mvsplit.training.distributed import world
 from mvsplit.training.files import fsync, read_lines
 from mvsplit.training.observer import Observer
 from mvsplit.training.randomness import derive_seed
@@ -166,24 +166,32 @@ class FlightRecorder(Observer):
         assert self._state is not None
         assert self._experiment is not None
         assert self._batch is not None
-        _write_batch(folder / "batch.safetensors", self._batch)
+        _write_batch(folder / "batch.safetensors", self._whole_batch())
         model = self._state.model
         experiment = dataclasses.replace(self._experiment, model=model.config)
         (folder / "config.json").write_text(to_json(experiment), encoding="utf-8")
         (folder / "state").mkdir()
-        if self._state.step < step:  # the update is not made yet
+        # The weights before the step are here whole if the update is not made yet.
+        if self._state.step < step and world() == 1:
             weights = Snapshot(
                 step=self._state.step, tensors={"model": dict(model.state_dict())}, values={}
             )
             save_checkpoint(folder / "state", weights, keep=1)
         else:
             _link_newest(_before(self.run / "checkpoints", step), folder / "state")
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         flight = {"format": FORMAT, "version": VERSION, "step": step, "reason": reason}
-        flight |= {"world": world, "records": list(self._records)}
+        flight |= {"world": world(), "records": list(self._records)}
         (folder / "flight.json").write_text(json.dumps(flight), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             fsync(path)
+
+    def _whole_batch(self) -> Batch:
+        """What all ranks read at the last step."""
+        assert self._state is not None
+        assert self._batch is not None
+        if world() == 1:
+            return self._batch
+        return self._state.loader.batch_at(self._records[-1]["position"])
 
 
 def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
@@ -271,7 +279,7 @@ def _reachable(
     if not checkpoints:
         return records  # from the start
     start = checkpoints[-1]
-    if not (start / "optimizer.safetensors").exists():
+    if not list(start.glob("optimizer*")):
         return [record for record in records if record["step"] == last]
     return [record for record in records if record["step"] > step_of(start)]
 

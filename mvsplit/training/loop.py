@@ -109,8 +109,8 @@ class _Run:
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
         self._watch, self._alarms = Watch(self._tell), Alarms()
-        # The recorder knows a step before the watch may raise an alarm about it. The watch judges on
-        # every rank, from the same numbers.
+        # The recorder knows a step before the watch may raise an alarm about it. The watch judges
+        # on every rank, from the same numbers.
         alone = (*observers, recorder) if rank() == 0 else ()
         self.observers = (*alone, self._alarms, self._watch)
         self.saver = Saver(folder.checkpoints, keep=config.keep, keep_every=config.keep_every)

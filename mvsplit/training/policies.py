@@ -15,14 +15,14 @@ from typing import Any
 
 from mvsplit.errors import UserError
 from mvsplit.training.checkpoint import (
-    DamagedCheckpoint,
     Snapshot,
     list_checkpoints,
-    read_checkpoint,
+    read_newest,
     set_aside_after,
     step_of,
 )
 from mvsplit.training.config import ReactionConfig, TrainConfig
+from mvsplit.training.distributed import from_first
 from mvsplit.training.observer import Observer
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import protect
@@ -217,7 +217,7 @@ def _go_back(scene: Scene) -> None:
         rollbacks=reactions.rollbacks + 1,
         protected_at=state.reactions.protected_at,
     )
-    set_aside_after(scene.checkpoints, state.step, suffix="undone")
+    from_first(lambda: set_aside_after(scene.checkpoints, state.step, suffix="undone"))
 
 
 def last_good(scene: Scene) -> Snapshot:
@@ -228,15 +228,15 @@ def last_good(scene: Scene) -> Snapshot:
     Raises:
         UserError: there is none that can be read.
     """
-    config, saved = scene.config, list_checkpoints(scene.checkpoints)
+    config, saved = scene.config, from_first(lambda: list_checkpoints(scene.checkpoints))
     regular = [path for path in saved if step_of(path) % config.save_every == 0]
     latest = scene.step - config.reaction.margin
     good = [path for path in regular if step_of(path) <= latest] or regular[:1]
-    for path in reversed(good):
-        try:
-            return read_checkpoint(path)
-        except DamagedCheckpoint as error:
-            scene.tell("damaged", f"{error}; looking for an older one")
+    snapshot, damaged = read_newest(good)
+    for error in damaged:
+        scene.tell("damaged", f"{error}; looking for an older one")
+    if snapshot is not None:
+        return snapshot
     raise UserError(
         f"{scene.checkpoints}: no checkpoint to go back to from step {scene.step}; keep more of "
         f"them with --keep, or choose --on-alarm skip"

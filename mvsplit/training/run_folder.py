@@ -25,8 +25,15 @@ import torch
 from mvsplit.errors import UserError
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
+from mvsplit.training.distributed import from_first
 from mvsplit.training.environment import describe_environment
-from mvsplit.training.files import JsonLines, keep_lines, read_lines, write_atomically
+from mvsplit.training.files import (
+    JsonLines,
+    NoLines,
+    keep_lines,
+    read_lines,
+    write_atomically,
+)
 
 
 class RunFolder:
@@ -121,6 +128,32 @@ class RunFolder:
         log = JsonLines(self.path / name, keep_lines(self.path / name, lines))
         self._stack.callback(log.close)
         return log
+
+
+class FollowedFolder(RunFolder):
+    """The folder of a run on all ranks but the first: nothing is written."""
+
+    def __init__(self, path: Path | str, experiment: Experiment) -> None:
+        self.path, self.experiment = Path(path), experiment
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        self._stack = ExitStack()
+
+    def begin(self, device: torch.device, logged: Mapping[str, int], *, rule: RuleConfig) -> None:
+        self.metrics = self.layers = self.events = NoLines(self.path)
+
+    def note_rule(self, rule: RuleConfig) -> None:
+        pass
+
+
+def open_run(path: Path | str, experiment: Experiment) -> RunFolder:
+    """The folder of a run, held by the first of its ranks.
+
+    Raises:
+        UserError: as `RunFolder`, on every rank.
+    """
+    held: list[RunFolder] = []
+    from_first(lambda: held.append(RunFolder(path, experiment)))
+    return held[0] if held else FollowedFolder(path, experiment)
 
 
 def read_experiment(path: Path | str) -> Experiment:

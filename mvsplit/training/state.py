@@ -97,7 +97,7 @@ class TrainState:
             snapshot.copy_to(name, target)
         self.optimizer.set_updates(snapshot.values["updates"])
         self.loader.load_state_dict(snapshot.values["data"])
-        restore_globals(snapshot.tensors["random"], snapshot.values["random"])
+        restore_globals(dict(snapshot.tensors["random"]), snapshot.values["random"])
         self.reactions = Reactions(**snapshot.values["reactions"])
         self.step = snapshot.step
 
