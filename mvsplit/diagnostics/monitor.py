@@ -38,7 +38,7 @@ from mvsplit.diagnostics.ranks import (
 )
 from mvsplit.diagnostics.shards import GradientPart, norms, part_of
 from mvsplit.diagnostics.sinks import Sink
-from mvsplit.diagnostics.structure import TapNames, find_taps
+from mvsplit.diagnostics.structure import TapNames, find_taps, unwrapped
 from mvsplit.diagnostics.taps import LayerTap, deepest_quarter, family_gradients
 from mvsplit.errors import UserError, nearest
 
@@ -61,7 +61,7 @@ class Cadence:
     """
 
     calm: int = 100
-    start: int = 5
+    start: int = 1
     burst: int = 10
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ class Monitor:
 
     def _announcement(self) -> dict[str, Any]:
         """That somebody looks on: a log without it and without a verdict was not watched."""
-        message = f"watching {len(self.taps)} layers of {type(self._model).__name__}"
+        message = f"watching {len(self.taps)} layers of {type(unwrapped(self._model)).__name__}"
         message += "".join(f"; {words}" for words in self.missing)
         head = {"event": "watching", "time": time.time(), "step": self.steps, "level": "info"}
         return head | {"message": message}

@@ -53,7 +53,7 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     Raises:
         UserError: no blocks were found, or a given name does not exist.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if isinstance(model, DiT) and names is None:
         return taps_for_dit(model)
     names = names or TapNames()
@@ -63,18 +63,18 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
             f"no transformer blocks were found in {type(model).__name__}; name their list, for "
             f"example TapNames(blocks='transformer.layers')"
         )
-    return [_tap(layer, _unwrapped(block), names) for layer, block in enumerate(blocks)]
+    return [_tap(layer, unwrapped(block), names) for layer, block in enumerate(blocks)]
 
 
 # Where DistributedDataParallel, torch.compile and PyTorch's checkpoint wrapper keep what they wrap.
 _WRAPPED = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside wrappers that hold nothing else."""
     children = dict(module.named_children())
     if len(children) == 1 and (name := next(iter(children))) in _WRAPPED:
-        return _unwrapped(children[name])
+        return unwrapped(children[name])
     return module
 
 
@@ -184,13 +184,7 @@ def _find_queries(
     """Q and K of an attention, and the width of its input. Of a packed projection Q has as many
     rows as the writer has inputs, K and V share the rest."""
     if isinstance(attention, nn.MultiheadAttention):
-        width = attention.embed_dim
-        if attention.in_proj_weight is None:
-            query, key = (_rows(attention, weight=f"{name}_proj_weight") for name in "qk")
-        else:
-            query = _rows(attention, 0, width, weight="in_proj_weight")
-            key = _rows(attention, width, 2 * width, weight="in_proj_weight")
-        return query, key, width
+        return _find_own_queries(attention)
     packed, query = _first_linear(attention, PACKED), _first_linear(attention, QUERIES)
     if packed is not None:
         writer = _first_linear(attention, ATTENTION_WRITERS)
@@ -200,6 +194,20 @@ def _find_queries(
     assert query is not None  # `_find_attention` chose this module for its queries
     key = _first_linear(attention, KEYS)
     return _rows(query), None if key is None else _rows(key), query.in_features
+
+
+def _find_own_queries(
+    attention: nn.MultiheadAttention,
+) -> tuple[ParameterRows, ParameterRows, int]:
+    """`_find_queries` of PyTorch's own attention: packed in one parameter, or in one each where
+    keys have another width."""
+    width = attention.embed_dim
+    if attention.in_proj_weight is None:
+        query, key = (_rows(attention, weight=f"{name}_proj_weight") for name in "qk")
+    else:
+        query = _rows(attention, 0, width, weight="in_proj_weight")
+        key = _rows(attention, width, 2 * width, weight="in_proj_weight")
+    return query, key, width
 
 
 def _find_ffn_writer(block: nn.Module, width: int | None) -> nn.Linear | None:
