@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speaks(message: str) -> bool:
-    """Whether this process is the one to say it: of several under torchrun, the first that comes."""
+    """Whether this process is the one to say it: of those of torchrun, the first that comes."""
     if "RANK" not in os.environ:
         return True
     from mvsplit.training.distributed import first_to_say
