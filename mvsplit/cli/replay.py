@@ -17,8 +17,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.replay import open_logs, replay
+from mvsplit.diagnostics.signals import LAYERED, SCALARS
 from mvsplit.errors import UserError
 
 _COLOURS = {"info": "dim", "warning": "yellow", "alarm": "bold red"}
@@ -47,20 +49,24 @@ def main(arguments: Sequence[str]) -> int:
     if not options.files:
         raise UserError("files: name at least one log, for example runs/tiny/metrics.jsonl")
     logs = open_logs(options.files)
-    events = list(replay(logs))
+    detector = Detector()
+    events = list(replay(logs, detector))
     if options.json:
         print(json.dumps({"events": [event.as_dict() for event in events]}, allow_nan=False))
     else:
-        _print_table(events)
+        _print_table(events, detector.understood)
+    if not detector.understood:
+        known = ", ".join((*SCALARS, *LAYERED))
+        print(f"mvsplit: no line holds a step and any of {known}", file=sys.stderr)
     for log in logs:
         if log.dropped.total:
             print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)
     return 0
 
 
-def _print_table(events: Sequence[Event]) -> None:
+def _print_table(events: Sequence[Event], lines: int) -> None:
     if not events:
-        print("Nothing to report.")
+        print(f"Nothing to report in {lines:,} lines.")
         return
     table = Table("step", "level", "verdict", "layer", "what", box=None, pad_edge=False)
     for event in events:

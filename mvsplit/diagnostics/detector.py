@@ -33,6 +33,7 @@ class Detector:
             for event in detector.update(record): ...
 
     Attributes:
+        understood: how many records held a field that it reads.
         stirred: whether the latest line of metrics left the usual, so that a look into the layers
             is worth its cost.
     """
@@ -40,6 +41,7 @@ class Detector:
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()
         self.stirred = False
+        self.understood = 0
         self._steps = findings.StepHistory(self.thresholds)
         self._layers = findings.LayerHistory(self.thresholds)
         self._order = Order()
@@ -53,6 +55,7 @@ class Detector:
         scalars, layers = StepSignals.of(record), LayerSignals.of(record)
         if scalars is None and layers is None:
             return []
+        self.understood += 1
         place = self._order.place(record)
         if place == "late":
             return []

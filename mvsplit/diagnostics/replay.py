@@ -13,9 +13,9 @@ from mvsplit.diagnostics.order import Order
 from mvsplit.errors import UserError
 
 
-def replay(logs: Sequence[JsonLines]) -> Iterator[Event]:
+def replay(logs: Sequence[JsonLines], detector: Detector | None = None) -> Iterator[Event]:
     """The events of one run whose lines are spread over `logs`, as they would have come."""
-    detector = Detector()
+    detector = detector or Detector()
     for record in merged(logs):
         yield from detector.update(record)
 

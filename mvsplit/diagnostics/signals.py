@@ -55,7 +55,7 @@ class StepSignals:
             return None
         writer = _norm(numbers, WRITERS)
         attention = _norm(numbers, QUERY_KEY)
-        lr = as_number(record.get("lr"))
+        lr = as_number(record.get("lr", record.get("learning_rate")))
         return cls(
             step=record["step"],
             loss=numbers.get("loss"),
@@ -147,7 +147,9 @@ def _mode_ratios(record: Record, branch: str) -> list[float | None]:
     """G_mean / G_ctr of each layer (paper Eq. 5), None where there is no gradient at all."""
     means, rests = (_numbers(record.get(f"{name}_{branch}")) for name in ("g_mean", "g_ctr"))
     return [
-        None if mean is None or rest is None or mean + rest <= 0 else mean / max(rest, 1e-9 * mean)
+        None
+        if mean is None or rest is None or mean + rest <= 0
+        else mean / max(rest, 1e-9 * mean, 1e-300)
         for mean, rest in zip(means, rests, strict=False)
     ]
 

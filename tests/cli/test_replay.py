@@ -37,9 +37,18 @@ def test_the_output_is_one_object_with_exactly_these_fields(tmp_path, capsys):
     }
 
 
-def test_an_empty_file_has_no_events(tmp_path, capsys):
-    (tmp_path / "empty.jsonl").touch()
-    assert replayed(capsys, str(tmp_path / "empty.jsonl")) == ([], "")
+@pytest.mark.parametrize("records", [[], [{"step": 1, "train_loss": 2.0}, {"loss": 3.0}]])
+def test_a_log_that_holds_nothing_to_judge_says_so(tmp_path, capsys, records):
+    log = write(tmp_path / "a.jsonl", records, end="")
+    events, err = replayed(capsys, log)
+    assert events == []
+    assert "no line holds a step and any of loss, grad_norm, " in err
+
+
+def test_the_learning_rate_under_its_long_name(tmp_path, capsys):
+    records = [{**r, "learning_rate": 1e-3 * (10 if r["step"] > 40 else 1)} for r in CALM]
+    (event,), err = replayed(capsys, write(tmp_path / "a.jsonl", records))
+    assert (event["step"], event["verdict"], err) == (41, "learning-rate", "")
 
 
 def test_a_cut_off_line_and_noise_are_left_out_and_counted(tmp_path, capsys):
@@ -82,7 +91,7 @@ def test_a_rollback_stands_at_one_place_in_both_logs(tmp_path, capsys):
 
 def test_the_table_says_when_there_is_nothing_and_what_there_is(tmp_path, capsys):
     assert cli.main(["monitor", "replay", write(tmp_path / "a.jsonl", CALM)]) == 0
-    assert capsys.readouterr().out == "Nothing to report.\n"
+    assert capsys.readouterr().out == "Nothing to report in 60 lines.\n"
     log = write(tmp_path / "b.jsonl", [{"step": 1234, "loss": float("inf")}])
     assert cli.main(["monitor", "replay", log]) == 0
     out = capsys.readouterr().out
