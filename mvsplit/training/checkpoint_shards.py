@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ class ShardedFiles(Mapping[str, Mapping[str, Tensor]]):
     def copy_to(self, name: str, targets: Mapping[str, Tensor]) -> None:
         """Reads the tensors of a file into those of the same names."""
         reader = HuggingFaceStorageReader(str(self.path / name))
-        load_shards(dict(targets), storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():  # that there are no other processes is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load_shards(dict(targets), storage_reader=reader, no_dist=True)
 
     def _stored(self, name: str) -> dict[str, Any]:
         reader = HuggingFaceStorageReader(str(self.path / name))
