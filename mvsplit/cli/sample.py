@@ -18,7 +18,15 @@ from mvsplit.cli.given import read_edit
 from mvsplit.cli.subject import Options, Subject, open_subject
 from mvsplit.data import DATASETS
 from mvsplit.errors import UserError
-from mvsplit.sampling import SAMPLERS, Edit, PictureFolder, SamplingConfig, generate, to_pictures
+from mvsplit.sampling import (
+    SAMPLERS,
+    Edit,
+    PictureFolder,
+    SamplingConfig,
+    accelerated,
+    generate,
+    to_pictures,
+)
 
 GRID_AT_MOST = 256  # pictures; more would not be seen anyway
 
@@ -170,10 +178,11 @@ def _draw(
 ) -> None:
     """Saves every picture as soon as its batch is done, then the grid."""
     first: list[Image.Image] = []
+    network = accelerated(subject.model, say=lambda choice: print(f"network: {choice}", flush=True))
     with _progress() as bar:
         task = bar.add_task(f"drawing with {subject.title}", total=count * config.steps)
         batches = generate(
-            subject.model,
+            network,
             subject.embedder,
             [record["prompt"]] * count,
             subject.shape,

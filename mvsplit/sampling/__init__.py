@@ -2,6 +2,7 @@
 disk."""
 
 from mvsplit.sampling.edit import Edit, sample_edit
+from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.generate import Generated, SamplingConfig, generate
 from mvsplit.sampling.guidance import classifier_free
 from mvsplit.sampling.images import PictureFolder, make_grid, read_record, save_png, to_pictures
@@ -11,11 +12,13 @@ from mvsplit.sampling.samplers import SAMPLERS, Velocity, ab2, dpmpp_2m, euler, 
 __all__ = [
     "SAMPLERS",
     "Edit",
+    "Engine",
     "Generated",
     "PictureFolder",
     "SamplingConfig",
     "Velocity",
     "ab2",
+    "accelerated",
     "classifier_free",
     "dpmpp_2m",
     "euler",

@@ -31,6 +31,7 @@ from mvsplit.models import Attention, Block, DiT, SwiGLU
 from mvsplit.models.block import _is_a_plain_matrix, _is_just_gains, _is_watched
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
+WORTH_TUNING = 100_000_000  # parameters; to measure takes longer than a few pictures of fewer
 _Evaluation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _logger = logging.getLogger(__name__)
 
@@ -45,42 +46,54 @@ class Engine:
         model: on the device and in the dtype in which it is to run.
         graphs: how many shapes are kept; the one used longest ago makes room. A graph holds the
             buffers of one evaluation.
+        tune: whether to measure, once for each shape and device, how to do each stage; None: where
+            the model has 100 million parameters, or an earlier measurement is on disk. Others
+            run by their own ops in a graph.
         cache: the file of choices; `engine.json` in $MVSPLIT_CACHE or the user's cache folder if
             None.
+        say: told every choice once, in words; logged if None, as a warning where it is a slow one.
+
+    Raises:
+        UserError: no graph is to be kept.
 
     Attributes:
         model: the model.
         choice: in words, what ran last.
     """
 
-    def __init__(self, model: DiT, *, graphs: int = 4, cache: Path | None = None) -> None:
+    def __init__(
+        self, model: DiT, *, graphs: int = 4, tune: bool | None = None, cache: Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
         if graphs < 1:
             raise UserError(f"graphs={graphs}: must be at least 1")
         self.model = model
         self.choice = "not run yet"
         self._most, self._cache = graphs, cache
+        self._tune = sum(p.numel() for p in model.parameters()) >= WORTH_TUNING
+        self._tune = self._tune if tune is None else tune
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._parts = _Parts(model)
         self._broken: str | None = None
-        self._said: set[str] = set()
+        self._say, self._said = say or _log, set[str]()
 
     def __call__(self, latents: Tensor, text: Tensor, text_valid: Tensor | None = None) -> Tensor:
         """As `DiT.forward`: velocity [B, C, H, W]. Raises UserError as it does."""
         obstacle = self._obstacle(latents, text)
         if obstacle is not None:
-            self._say(f"the model itself, because {obstacle}")
+            self._announce(f"the model itself, because {obstacle}")
             return self.model(latents, text, text_valid)
         self.model._check(latents, text, text_valid)
         key = (latents.shape, latents.dtype, text.shape, text.dtype, text_valid is not None)
         if self._parts.changed():
             self._graphs.clear()
             self._parts = _Parts(self.model)
-            self._say("parts of the model were replaced: captured anew")
+            self._announce("parts of the model were replaced: captured anew")
         if key not in self._graphs and not self._capture(key, latents, text, text_valid):
             return self.model(latents, text, text_valid)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
-        self._say(graph.choice)
+        self._announce(graph.choice)
         return graph(latents, text, text_valid)
 
     def _obstacle(self, latents: Tensor, text: Tensor) -> str | None:
@@ -110,9 +123,12 @@ class Engine:
             with torch.no_grad():
                 evaluation, choice = self._evaluation(latents, text, valid)
                 graph = _Graph(evaluation, choice, latents, text, valid)
+        except torch.OutOfMemoryError:  # a smaller batch may fit; the model itself would not
+            self._graphs.clear()
+            raise
         except RuntimeError as error:  # of the driver, of memory, of an op that cannot be captured
             self._broken = f"a CUDA graph could not be made: {str(error).splitlines()[0]}"
-            self._say(f"the model itself, because {self._broken}")
+            self._announce(f"the model itself, because {self._broken}")
             return False
         self._graphs[key] = graph
         _logger.info("engine: ready in %.1f s", time.perf_counter() - started)
@@ -131,8 +147,10 @@ class Engine:
         path = self._cache or cache_file()
         network = Network(self.model, latents, text, padded=valid is not None)
         plan = load_plan(network, path)
+        if plan is None and not self._tune:
+            return self.model, "the model's own ops in one CUDA graph, because it is small"
         if plan is None:
-            self._say("measuring what is fastest at this shape")
+            self._announce("measuring what is fastest at this shape")
             plan = Tuner(network).best_plan()
             if plan is None:
                 return self.model, "the model's own ops in one CUDA graph: values are not finite"
@@ -140,13 +158,27 @@ class Engine:
         fixed = plan
         return lambda z, t, v: network(z, t, v, fixed), "fused kernels in one CUDA graph"
 
-    def _say(self, choice: str) -> None:
-        """Logs a choice once; a warning where the model runs by itself on CUDA."""
+    def _announce(self, choice: str) -> None:
+        """Says a choice, the first time that it is made."""
         self.choice = choice
         if choice not in self._said:
             self._said.add(choice)
-            slow = choice.startswith("the model") and not choice.endswith("runs on cpu")
-            _logger.log(logging.WARNING if slow else logging.INFO, "engine: %s", choice)
+            self._say(choice)
+
+
+def _log(choice: str) -> None:
+    level = logging.WARNING if choice.startswith("the model") else logging.INFO
+    _logger.log(level, "engine: %s", choice)
+
+
+def accelerated(
+    model: nn.Module | Engine, *, say: Callable[[str], None] | None = None
+) -> nn.Module | Engine:
+    """An engine for a DiT on CUDA, told to `say` what it chooses; anything else as it is, for which
+    an engine gains nothing."""
+    if isinstance(model, DiT) and next(model.parameters()).is_cuda:
+        return Engine(model, say=say)
+    return model
 
 
 def fused_obstacle(model: DiT) -> str | None:

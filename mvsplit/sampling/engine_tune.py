@@ -295,7 +295,8 @@ def _key(network: Network) -> str:
     from mvsplit.kernels.fused import stream
 
     c = network.config
-    shape = (network.stream.batch, *network.stream.layout, network.valid is not None)
+    rows = network.stream  # prompts of 1 to 32 tokens share a choice
+    shape = (rows.batch, rows.image_rows, rows.sample_rows, network.segments.mask is None)
     model = (c.width, c.heads, c.groups, c.ffn_width, c.rule.name, min(c.depth, LAYERS))
     device = network.trunk.device
     version = (CACHE_VERSION, stream.CHUNK, torch.__version__, triton.__version__)

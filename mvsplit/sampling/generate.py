@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mvsplit.data import Embedder
 from mvsplit.errors import UserError
 from mvsplit.sampling.edit import Edit, sample_edit
+from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.guidance import EVERYWHERE, classifier_free, in_interval
 from mvsplit.sampling.noise import sample_noise
 from mvsplit.sampling.samplers import Callback, Velocity, get_sampler
@@ -99,7 +100,7 @@ Preview = Callable[[list[int], int, Tensor], None]
 
 
 def generate(
-    model: nn.Module,
+    model: nn.Module | Engine,
     embedder: Embedder,
     prompts: Sequence[str],
     shape: Sequence[int],
@@ -109,7 +110,7 @@ def generate(
     on_step: OnStep | None = None,
     preview: Preview | None = None,
 ) -> Iterator[Generated]:
-    """Latents for `prompts`, in order, one batch at a time; the network runs as it is given.
+    """Latents for `prompts`, in order, one batch at a time.
 
     Picture k depends on the prompt, the seed and k, not on the batch it is in: its noise is its
     own, and the padding of a batch's text is masked. What remains is the rounding of matrix
@@ -120,7 +121,8 @@ def generate(
     that follow are as small.
 
     Args:
-        model: a `DiT`, on the device and in the dtype in which it is to run.
+        model: a `DiT`, on the device and in the dtype in which it is to run, or its `Engine`. A DiT
+            on CUDA gets an engine for this call.
         embedder: of the text that the model was trained with.
         prompts: one for each picture; "" is unconditional.
         shape: (C, H, W) of a latent.
@@ -134,13 +136,17 @@ def generate(
         UserError: a prompt that the embedder does not know, when its batch comes; one picture that
             does not fit into memory; latents that are not finite.
     """
+    network = accelerated(model)
+    model = network.model if isinstance(network, Engine) else network
     start, size = 0, config.batch_size
     while start < len(prompts):
         indices = list(range(len(prompts)))[start : start + size]
         noted = _noting(on_step, preview, indices)
         try:
             batch = [prompts[i] for i in indices]
-            latents = _one_batch(model, embedder, batch, indices, shape, config, edit, noted)
+            latents = _one_batch(
+                network, model, embedder, batch, indices, shape, config, edit, noted
+            )
         except torch.OutOfMemoryError as error:
             size = _halved(len(indices), error)
             continue  # outside of the handler, whose traceback holds the tensors
@@ -150,6 +156,7 @@ def generate(
 
 
 def _one_batch(
+    network: nn.Module | Engine,
     model: nn.Module,
     embedder: Embedder,
     prompts: Sequence[str],
@@ -160,7 +167,7 @@ def _one_batch(
     callback: Callback | None,
 ) -> Tensor:
     weight = next(model.parameters())
-    velocity = _velocity(model, embedder, prompts, config, weight)
+    velocity = _velocity(network, embedder, prompts, config, weight)
     noise = sample_noise(indices, shape, seed=config.seed, device=weight.device)
     sample = get_sampler(config.sampler).sample
     with torch.no_grad():
@@ -180,7 +187,7 @@ def _one_batch(
 
 
 def _velocity(
-    model: nn.Module,
+    network: nn.Module | Engine,
     embedder: Embedder,
     prompts: Sequence[str],
     config: SamplingConfig,
@@ -188,7 +195,7 @@ def _velocity(
 ) -> Velocity:
     text, valid = _encode(embedder, prompts, weight)
     return classifier_free(
-        model,
+        network,
         text[:-1],
         text[-1:],
         config.guidance,
