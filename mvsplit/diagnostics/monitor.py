@@ -194,7 +194,8 @@ class Monitor:
         self._log("metrics", {"step": self.steps, **numbers})
         if self._probe is not None:
             device = next(self._model.parameters()).device
-            arrays = {"step": self.steps, **arrays_over_ranks(self._probe.arrays(), device)}
+            arrays = arrays_over_ranks(self._probe.arrays(), self._fields, device)
+            arrays = {"step": self.steps, **arrays}
             self._probe = None
             events += self.detector.update(arrays)
             self._log("layers", arrays)

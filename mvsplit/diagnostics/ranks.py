@@ -30,24 +30,32 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def arrays_over_ranks(arrays: Arrays, device: torch.device) -> Arrays:
+def arrays_over_ranks(arrays: Arrays, fields: Sequence[str], device: torch.device) -> Arrays:
     """The arrays of `LayerProbe.arrays`, each number the mean over the ranks that measured it, by
     one all-reduce; `layer` is left as it is.
 
-    The look is of the samples of each rank; the norm of a writer's mean or centered gradient is
-    therefore that of one rank's share of the batch, averaged.
+    A look is of the samples of each rank. So G_mean and G_ctr are (1/R) Σ_r ‖ΔW^(r)‖ of the R
+    shares ΔW^(r), and not ‖(1/R) Σ_r ΔW^(r)‖ of the whole, which is never larger: it is the same
+    where the shares are alike, as those of ΔW_μ are in a collapse, and 1/√R of it where they are
+    independent, as those of ΔW_c mostly are. G_mean / G_ctr is then too small by up to √R.
+
+    Args:
+        fields: those that the probe was asked for, the same on every rank; each rank may have
+            measured other ones of them.
     """
     if not is_distributed():
         return arrays
-    names = sorted(name for name in arrays if name != "layer")
-    columns = [arrays[name] for name in names]
+    names = sorted(set(fields))
+    absent: list[float | None] = [None] * len(arrays["layer"])
+    columns = [arrays.get(name, absent) for name in names]
     values = [[0.0 if v is None else v for v in column] for column in columns]
     known = [[0.0 if v is None else 1.0 for v in column] for column in columns]
     sums = torch.tensor([values, known], dtype=torch.float32, device=device)  # [2, F, L]
     distributed.all_reduce(sums)
     total, count = sums.tolist()
     means = [list(map(_mean, *pair)) for pair in zip(total, count, strict=True)]
-    return arrays | dict(zip(names, means, strict=True))
+    measured = {n: m for n, m in zip(names, means, strict=True) if m != absent}
+    return {"layer": arrays["layer"]} | measured
 
 
 def _mean(total: float, count: float) -> float | None:

@@ -17,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mvsplit.diagnostics import metrics
 from mvsplit.diagnostics.monitor import Cadence, Monitor
-from mvsplit.diagnostics.ranks import arrays_over_ranks
+from mvsplit.diagnostics.ranks import arrays_over_ranks, mean_over_ranks
 from mvsplit.diagnostics.shards import norms, part_of
 from mvsplit.diagnostics.taps import FAMILIES, gradient_norms, taps_for_dit
 from mvsplit.models import DiT, DiTConfig
@@ -69,6 +70,7 @@ def on_rank(rank: int) -> dict[str, object]:
         "large": _large(mesh),
         "fsdp": _fsdp(rank, mesh),
         "arrays": _arrays(rank),
+        "shares": _shares(rank),
         "monitored": _monitored_on_rank(rank, mesh),
     }
 
@@ -213,6 +215,8 @@ def test_arrays_are_averaged_over_the_ranks_that_measured_them(ranks):
         assert rank["arrays"]["tcs"][:2] == [1.5, 2.0]  # of 1 and 2; of 2 alone
         assert rank["arrays"]["tcs"][2] is None
         assert math.isnan(rank["arrays"]["rho"][0])
+        assert rank["arrays"]["mu_eff"] == [0.5, 0.5, 0.5]  # of the rank that has it
+        assert "leakage" not in rank["arrays"]
 
 
 def _arrays(rank: int) -> dict[str, list[float | None]]:
@@ -221,4 +225,26 @@ def _arrays(rank: int) -> dict[str, list[float | None]]:
         "tcs": [1.0 + rank, None if rank == 0 else 2.0, None],
         "rho": [math.nan if rank else 1.0, 1.0, 1.0],
     }
-    return arrays_over_ranks(own, torch.device("cpu"))
+    if rank:
+        own["mu_eff"] = [0.5, 0.5, 0.5]
+    fields = ("tcs", "rho", "mu_eff", "leakage")
+    return arrays_over_ranks(own, fields, torch.device("cpu"))
+
+
+def test_norms_of_shares_are_no_smaller_than_that_of_the_whole(ranks):
+    """The same where the shares are alike, √2 times where they are orthogonal."""
+    found = ranks[0]["shares"]
+    assert found["reported"] == pytest.approx([1.0, 1.0], rel=1e-5)
+    assert found["whole"] == pytest.approx([1.0, 0.5**0.5], rel=1e-5)
+
+
+def _shares(rank: int) -> dict[str, list[float]]:
+    """G_mean of a writer on two ranks, whose adjoints are alike, or at right angles."""
+    y = torch.ones(1, 1, 1)
+    alike, apart = torch.ones(1, 1, 1), torch.eye(2)[rank].reshape(1, 1, 2)
+    own = [float(metrics.mean_gradient_norm(y, delta)) for delta in (alike, apart)]
+    arrays = {"layer": [0, 1], "g_mean_attn": [*own]}
+    reported = arrays_over_ranks(arrays, ["g_mean_attn"], torch.device("cpu"))["g_mean_attn"]
+    gradients = [delta.reshape(-1, 1) @ y.reshape(1, 1) for delta in (alike, apart)]
+    whole = [float(mean_over_ranks(gradient).norm()) for gradient in gradients]
+    return {"reported": reported, "whole": whole}
