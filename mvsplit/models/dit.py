@@ -68,10 +68,7 @@ class DiT(nn.Module):
         )
         for block in self.blocks:
             x = block(x, cos, sin, segments)
-        image = x[:, segments.slices[0]]
-        if not self.normalised:
-            image = rms_norm(image, self.config.norm_eps)
-        return unpatchify(self.head(image), patch, height, width)
+        return self.read_out(x, segments, height, width)
 
     def embed(
         self, latents: Tensor, text: Tensor, text_valid: Tensor | None
@@ -89,6 +86,13 @@ class DiT(nn.Module):
         image_tokens = rms_norm(self.patch_in(patches), eps)
         text_tokens = rms_norm(self.text_in(text), eps)
         return torch.cat((image_tokens, text_tokens), dim=1), segments
+
+    def read_out(self, x: Tensor, segments: Segments, height: int, width: int) -> Tensor:
+        """The velocity [B, C, H, W] from the stream [B, T, D] that leaves the last block."""
+        image = x[:, segments.slices[0]]
+        if not self.normalised:
+            image = rms_norm(image, self.config.norm_eps)
+        return unpatchify(self.head(image), self.config.patch, height, width)
 
     def _check(self, latents: Tensor, text: Tensor, text_valid: Tensor | None) -> None:
         c = self.config

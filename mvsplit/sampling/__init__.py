@@ -1,6 +1,7 @@
 """Sampling: samplers, guidance, given pictures, noise of its own for each picture, and pictures on
 disk."""
 
+from mvsplit.sampling.depth import skip_least, without_blocks
 from mvsplit.sampling.edit import Edit, sample_edit
 from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.generate import Generated, SamplingConfig, generate
@@ -30,5 +31,7 @@ __all__ = [
     "sample_edit",
     "sample_noise",
     "save_png",
+    "skip_least",
     "to_pictures",
+    "without_blocks",
 ]

@@ -161,6 +161,16 @@ def test_a_run_may_have_a_shift_of_its_own_for_drawing(run, tmp_path, capsys):
     assert (pixels(tmp_path / "own") == pixels(tmp_path / "asked")).all()
 
 
+def test_blocks_are_left_out_on_demand_only(run, tmp_path):
+    for count in ("0", "1", "3"):
+        assert draw(run, "--skip-blocks", count, "--out", str(tmp_path / count), count=2) == 0
+    assert draw(run, "--out", str(tmp_path / "plain"), count=2) == 0
+    assert (pixels(tmp_path / "0") == pixels(tmp_path / "plain")).all()
+    assert abs(pixels(tmp_path / "1") - pixels(tmp_path / "3")).max() > 0
+    assert "skipped_blocks" not in read_record(tmp_path / "0" / "00000.png")
+    assert len(read_record(tmp_path / "3" / "00000.png")["skipped_blocks"]) == 3
+
+
 # A given picture
 
 
@@ -281,6 +291,7 @@ def test_a_foreign_checkpoint_is_named(run, capsys):
         (["--guidance-rescale", "2"], "guidance_rescale=2.0: must be in [0, 1]"),
         (["--strength", "0.5"], "strength=0.5: needs a picture; give it with --image"),
         (["--mask", "a.png"], "mask=a.png: needs a picture; give it with --image"),
+        (["--skip-blocks", "4"], "skip_blocks=4: must be at least 0 and less than the 4 blocks"),
         (["--image", "none.png"], "image=none.png: cannot be read as a picture"),
         (["--device", "abacus"], "device='abacus' cannot be used here"),
     ],
