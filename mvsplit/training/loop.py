@@ -196,7 +196,9 @@ class _Run:
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
         if self._probe is not None:
-            arrays = arrays_over_ranks(self._probe.arrays(), self.state.device)
+            arrays = arrays_over_ranks(
+                self._probe.arrays(), sorted(self._probe.fields), self.state.device
+            )
             layers = {"step": gradients.step, **arrays}
             self.folder.layers.append(layers)
             for observer in self.observers:
