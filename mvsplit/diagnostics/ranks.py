@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, distributed
@@ -30,7 +30,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def arrays_over_ranks(arrays: Arrays, fields: Sequence[str], device: torch.device) -> Arrays:
+def arrays_over_ranks(arrays: Arrays, fields: Collection[str], device: torch.device) -> Arrays:
     """The arrays of `LayerProbe.arrays`, each number the mean over the ranks that measured it, by
     one all-reduce; `layer` is left as it is.
 
