@@ -5,9 +5,11 @@ gradient norms of W_O, W_2, Q and K, read together with the clip's norm), and in
 every layer. The cost at a cadence of one probe in N steps is (tier one + (probe − plain)/N) over
 the plain step.
 
-Gate: the watched steps give the same gradients as the plain one, bit for bit where the kernels are
-deterministic, and the peak memory inside a probe exceeds that of a plain step by less than one
-[B, T, D] tensor a layer would take.
+A block that nobody looks into runs as one node on the GPU; one that is probed runs part by part, so
+a probe pays for that too.
+
+Gate: a probed step gives the gradients of the same parts unprobed, as closely as those repeat
+themselves: in bf16 the attention backward adds in no fixed order, which 400 layers amplify.
 
     python benchmarks/watch_cost.py [--depth 400 --width 1024 --batch 4] [--json FILE]
 
@@ -61,6 +63,8 @@ class Bench:
             self.data = torch.randn(args.batch, 128, side, side)
             self.noise = torch.randn_like(self.data)
             self.text = torch.randn(args.batch, 64, args.width, dtype=torch.bfloat16)
+        for block in self.model.blocks:
+            block.adds_gradients = True
         self.groups = flatten_parameters(self.model)
         self.taps = taps_for_dit(self.model)
         self.tokens = args.batch * (side * side + 64)
@@ -119,14 +123,24 @@ def peak_gib(bench: Bench, step: Callable[[], None]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def check(bench: Bench) -> float:
-    """Largest relative difference of a gradient buffer between a plain and a probed step."""
+def check(bench: Bench) -> tuple[float, float]:
+    """Largest relative difference of a gradient buffer between two steps by parts, then between
+    such a step and a probed one."""
+    hooks = [b.ffn.register_forward_hook(lambda *_: None) for b in bench.model.blocks]
     bench.gradients()
-    plain = [group.grads.clone() for group in bench.groups]
+    first = [group.grads.clone() for group in bench.groups]
+    bench.gradients()
+    repeated = _difference(bench, first)
+    for hook in hooks:
+        hook.remove()
     with LayerProbe(bench.taps, fields=FIELDS):
         bench.gradients()
-    pairs = zip(bench.groups, plain, strict=True)
-    return max((p.sub_(g.grads).norm() / g.grads.norm()).item() for g, p in pairs)
+    return repeated, _difference(bench, first)
+
+
+def _difference(bench: Bench, wanted: list[Tensor]) -> float:
+    pairs = zip(bench.groups, wanted, strict=True)
+    return max(((g.grads - w).norm() / w.norm()).item() for g, w in pairs)
 
 
 def main() -> None:
@@ -138,9 +152,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     bench = Bench(args)
-    difference = check(bench)
-    if not difference < 1e-2:  # bf16 attention backward adds in no fixed order
-        raise SystemExit(f"a probe changes the gradients by {difference:.1e}; no time is taken")
+    repeated, difference = check(bench)
+    if not difference <= 1.5 * repeated + 1e-6:
+        raise SystemExit(
+            f"a probe changes the gradients by {difference:.1e}, a repetition by {repeated:.1e}; "
+            "no time is taken"
+        )
     bench.add_optimizer()
     steps = {
         "plain": bench.plain,
@@ -166,7 +183,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "tokens_per_step": bench.tokens,
-        "gradient_difference": difference,
+        "gradient_difference": {"repeated": repeated, "probed": difference},
         "seconds": median,
         "peak_gib": {name: peak_gib(bench, step) for name, step in steps.items()},
         "cadence": CADENCE,

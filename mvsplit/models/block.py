@@ -54,12 +54,14 @@ class Block(nn.Module):
     """x ← rule(x, attention(x)), then x ← rule(x, FFN(x)). [B, T, D] → [B, T, D].
 
     Attributes:
-        recompute: what the backward computes again instead of keeping it.
+        recompute: what the backward of the node computes again instead of keeping it.
+        recompute_parts: whether backward computes the block again where its parts run one by one.
         adds_gradients: whether the gradients of the matrices may be added to their `.grad` in
             place, unseen by autograd's hooks: for a trainer that owns these buffers.
     """
 
     recompute: Recompute = "nothing"
+    recompute_parts: bool = False
     adds_gradients: bool = False
 
     def __init__(self, config: DiTConfig) -> None:
@@ -73,9 +75,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         if self.runs_as_one_node(x, segments):
             return self._as_one_node(x, cos, sin, segments)
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
-            return self._by_parts(x, cos, sin, segments)
-        return checkpoint(self._by_parts, x, cos, sin, segments, use_reentrant=False)
+        if self.recompute_parts and torch.is_grad_enabled():
+            return checkpoint(self._by_parts, x, cos, sin, segments, use_reentrant=False)
+        return self._by_parts(x, cos, sin, segments)
 
     def _by_parts(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         f = self.attention(self.rule_attention.enter(x), cos, sin, segments)

@@ -23,6 +23,7 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.training.config import DataConfig, Experiment, TrainConfig
 from mvsplit.training.distributed import launched_device, rank, world
 from mvsplit.training.ema import EMA
+from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import (
     AdamW,
     flatten_parameters,
@@ -46,7 +47,7 @@ def build_state(experiment: Experiment) -> TrainState:
     _check_processes(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)
-    model = DiT(model_config, generator_for(config.seed, "weights")).to(device)
+    model = _build_model(model_config, config, device)
     taps = taps_for_dit(model)
     parallelize(model, config, device)
     groups = flatten_parameters(model)
@@ -59,7 +60,14 @@ def build_state(experiment: Experiment) -> TrainState:
         loader=loader,
         taps=taps,
         device=device,
+        planner=Planner(model, config, device),
     )
+
+
+def _build_model(model_config: DiTConfig, config: TrainConfig, device: torch.device) -> DiT:
+    """The network at its start, drawn on the device: billions of numbers take minutes on a CPU."""
+    with device:
+        return DiT(model_config, generator_for(config.seed, "weights", device=device))
 
 
 def resolve_device(name: str) -> torch.device:

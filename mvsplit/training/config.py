@@ -126,7 +126,12 @@ class TrainConfig:
         betas, eps: of AdamW.
         clip: largest global gradient norm.
         ema_decay: of the averaged weights; 0 keeps none.
-        precision: fp32, or bf16 arithmetic on fp32 weights.
+        precision: fp32, or bf16 arithmetic.
+        weights: of the blocks' matrices: fp32, or bf16 rounded stochastically with moments of 3
+            bytes an element, 7 bytes a parameter in all instead of 16 (needs precision=bf16 and
+            one process).
+        recompute: what the backward of a block computes again instead of keeping it, on a GPU:
+            nothing, its packed FFN projection, all, or auto: as little as memory allows.
         seed: of initial weights, order of the data, dropped captions, noise and times.
         save_every: steps between checkpoints; the last step is always saved.
         keep: how many checkpoints stay on the disk.
@@ -155,6 +160,8 @@ class TrainConfig:
     clip: float = 1.0
     ema_decay: float = 0.9999
     precision: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["auto", "nothing", "packed", "all"] = "auto"
     seed: int = 0
     save_every: int = 1000
     keep: int = 3
@@ -186,6 +193,12 @@ class TrainConfig:
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
         _require(self, "precision", self.precision in ("fp32", "bf16"), "choose fp32 or bf16")
+        _require(self, "weights", self.weights in ("fp32", "bf16"), "choose fp32 or bf16")
+        fits = self.weights == "fp32" or self.precision == "bf16"
+        _require(self, "weights", fits, "needs train.precision=bf16")
+        choices = ("auto", "nothing", "packed", "all")
+        known = self.recompute in choices
+        _require(self, "recompute", known, f"choose one of: {', '.join(choices)}")
         _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
         known = self.on_alarm in POLICIES
         _require(self, "on_alarm", known, f"choose one of: {', '.join(POLICIES)}")
@@ -223,7 +236,7 @@ CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (
         *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
-        *("accumulate", "device", "on_alarm", "keep_every", "sample_shift"),
+        *("accumulate", "recompute", "device", "on_alarm", "keep_every", "sample_shift"),
         *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
         *(f"parallel.{item.name}" for item in dataclasses.fields(ParallelConfig)),
     )

@@ -16,18 +16,19 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class EMA:
-    """One averaged copy of every parameter; starts as the parameters themselves."""
+    """One averaged copy of every parameter in fp32, in which small steps count; starts as the
+    parameters themselves."""
 
     def __init__(self, groups: list[FlatGroup], decay: float) -> None:
         self.groups = groups
         self.decay = decay
-        self._averages = [group.values.clone() for group in groups]
+        self._averages = [group.values.clone().float() for group in groups]
 
     def update(self, step: int) -> None:
         """a ← d·a + (1 − d)·w with d of step n, after the weights w of step n are known."""
         weight = 1 - decay_at(step, self.decay)
         for average, group in zip(self._averages, self.groups, strict=True):
-            average.lerp_(group.values, weight)
+            average.lerp_(group.values.to(average.dtype), weight)
 
     def parameters(self) -> dict[str, Tensor]:
         """The averages as views, by parameter name."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvsplit.models import DiT
 from mvsplit.training.nonfinite import families
-from mvsplit.training.optimizer import FlatGroup, over_ranks
+from mvsplit.training.optimizer import FlatGroup, norm_of, over_ranks
 
 FAMILIES = ("Embed", "Q", "K", "V", "Attn_WO", "FFN_W13", "FFN_W2", "gains", "Final")
 
@@ -44,7 +44,7 @@ def family_norms(model: DiT, groups: Iterable[FlatGroup]) -> dict[str, Tensor]:
         if group not in _bands:
             _bands[group] = _cut(model, group)
         for band in _bands[group]:
-            norms = torch.linalg.vector_norm(band.rows, dim=1)
+            norms = norm_of(band.rows, dim=1)
             found.setdefault(band.family, []).append(norms)
     names = [family for family in FAMILIES if family in found]
     here = [torch.linalg.vector_norm(torch.stack(found[name]), dim=0) for name in names]

@@ -16,14 +16,15 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from mvsplit.kernels.low_adamw import BLOCK, LowSettings, LowState, low_adamw_
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.spread import Spread, is_spread, joined_norms, local
 
-# Every parameter starts at a multiple of 64 bytes (fp32), as a tensor of its own would.
+# Every parameter starts at a multiple of 64 bytes (fp32), as a tensor of its own would; in bf16, at
+# a block of elements that share a scale.
 _ALIGNMENT = 16
 
-
-Kind = Literal["decayed", "rest", "joined"]
+Kind = Literal["decayed", "low", "rest", "joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,8 @@ class FlatGroup:
     """Parameters end to end in one buffer, and their gradients in another.
 
     Attributes:
-        kind: decayed (2-D, under weight decay), rest, or joined (those of the rest that came to the
-            model later).
+        kind: decayed (2-D, under weight decay), low (the same in bf16), rest, or joined (those of
+            the rest that came to the model later).
         places: for each parameter name, its first element in the buffers and its shape.
         values: [N] the parameters; between them a few zeros that stay zero.
         grads: [N] their gradients.
@@ -49,7 +50,7 @@ class FlatGroup:
     @property
     def decays(self) -> bool:
         """Whether weight decay applies."""
-        return self.kind == "decayed"
+        return self.kind in ("decayed", "low")
 
     def cut(self, buffer: Tensor) -> dict[str, Tensor]:
         """The parts of `buffer` [N] by parameter name, as views of the parameters' shapes."""
@@ -75,19 +76,27 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
     Parameters that are spread over ranks stay where they are, and the buffers hold this rank's
     shards of them (`mvsplit.training.spread`).
     """
-    kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {"decayed": [], "rest": [], "joined": []}
+    kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {
+        "decayed": [],
+        "low": [],
+        "rest": [],
+        "joined": [],
+    }
     for name, parameter in model.named_parameters():
-        kind: Kind = "decayed" if parameter.ndim == 2 else "joined" if name in joined else "rest"
+        kind: Kind = "joined" if name in joined else "rest"
+        if parameter.ndim == 2:
+            kind = "low" if parameter.dtype == torch.bfloat16 else "decayed"
         kinds[kind].append((name, parameter))
     return [_flatten(named, kind) for kind, named in kinds.items() if named]
 
 
 def _flatten(named: list[tuple[str, nn.Parameter]], kind: Kind) -> FlatGroup:
     places, end = {}, 0
+    alignment = BLOCK if kind == "low" else _ALIGNMENT
     for name, parameter in named:
         held = local(parameter)
         places[name] = (end, held.shape)
-        end += -(-held.numel() // _ALIGNMENT) * _ALIGNMENT
+        end += -(-held.numel() // alignment) * alignment
     values = local(named[0][1]).new_zeros(end).detach()
     grads_here = torch.zeros_like(values)
     if is_spread(named[0][1]):
@@ -113,10 +122,14 @@ def clip_gradients_(groups: Iterable[FlatGroup], norm: float, limit: float) -> N
 def global_norm(groups: Iterable[FlatGroup]) -> Tensor:
     """The L2 norm of all gradients together, on all ranks; a scalar on the device."""
     groups = list(groups)
-    here = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(group.grads) for group in groups])
-    )
+    here = torch.linalg.vector_norm(torch.stack([norm_of(group.grads) for group in groups]))
     return over_ranks(groups, [here])[0]
+
+
+def norm_of(x: Tensor, dim: int | None = None) -> Tensor:
+    """The L2 norm over all elements or one axis, in fp32 or better."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
 
 
 def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]:
@@ -126,23 +139,27 @@ def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel;
+    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`)."""
 
     def __init__(self, groups: list[FlatGroup], config: TrainConfig) -> None:
         self.groups = groups
         self._config = config
-        for group in groups:
+        self._full = [group for group in groups if group.kind != "low"]
+        self._low = {g: LowState.zeros(g.values) for g in groups if g.kind == "low"}
+        self._low_updates = 0
+        for group in self._full:
             group.values.grad = group.grads
         self._inner = torch.optim.AdamW(
             [
                 {"params": [g.values], "weight_decay": config.weight_decay if g.decays else 0.0}
-                for g in groups
+                for g in self._full
             ],
             betas=config.betas,
             eps=config.eps,
             fused=True,
         )
-        for group in groups:
+        for group in self._full:
             self._inner.state[group.values] = {
                 "step": torch.zeros((), dtype=torch.float32, device=group.values.device),
                 "exp_avg": torch.zeros_like(group.values),
@@ -157,6 +174,14 @@ class AdamW:
             if group.spread is not None:
                 group.spread.pull_values(group.cut(group.values))
         self._inner.step()
+        if self._low:
+            self._low_updates += 1
+        config = self._config
+        settings_low = LowSettings(
+            lr, *config.betas, config.eps, config.weight_decay, self._low_updates
+        )
+        for group, state in self._low.items():
+            low_adamw_(group.values, group.grads, state, settings_low)
         for group in self.groups:
             if group.spread is not None:
                 group.spread.push_values(group.cut(group.values))
@@ -175,28 +200,38 @@ class AdamW:
                 group.spread.pull_grads(group.cut(group.grads))
 
     def moments(self) -> dict[str, Tensor]:
-        """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`."""
-        return {
+        """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`; of a bf16
+        group the first as `exp_avg_codes.PARAMETER` and `exp_avg_scales.PARAMETER`."""
+        found = {
             f"{moment}.{name}": part
             for moment in ("exp_avg", "exp_avg_sq")
-            for group in self.groups
+            for group in self._full
             for name, part in group.named(self._inner.state[group.values][moment]).items()
         }
+        for group, state in self._low.items():
+            found |= {f"exp_avg_codes.{n}": part for n, part in group.cut(state.codes).items()}
+            found |= {f"exp_avg_sq.{n}": part for n, part in group.cut(state.second).items()}
+            for name, (start, shape) in group.places.items():
+                blocks = slice(start // BLOCK, -(-(start + shape.numel()) // BLOCK))
+                found[f"exp_avg_scales.{name}"] = state.scales[blocks]
+        return found
 
     def updates(self) -> dict[str, int]:
         """By group, how many updates the moments have seen, which their bias correction needs."""
-        return {g.kind: int(self._inner.state[g.values]["step"]) for g in self.groups}
+        counts = {g.kind: int(self._inner.state[g.values]["step"]) for g in self._full}
+        return counts | {g.kind: self._low_updates for g in self._low}
 
     def set_updates(self, counts: Mapping[str, int]) -> None:
         """The inverse of `updates`."""
-        for group in self.groups:
+        for group in self._full:
             self._inner.state[group.values]["step"].fill_(counts[group.kind])
+        if self._low:
+            self._low_updates = counts["low"]
 
     def forget(self) -> None:
         """Begins with fresh moments."""
-        for group in self.groups:
-            self._inner.state[group.values]["exp_avg"].zero_()
-            self._inner.state[group.values]["exp_avg_sq"].zero_()
+        for moment in self.moments().values():
+            local(moment).zero_()
         self.set_updates(dict.fromkeys(self.updates(), 0))
 
     def regrouped(self, groups: list[FlatGroup]) -> AdamW:

@@ -14,22 +14,38 @@ from torch import nn
 
 from mvsplit.diagnostics.ranks import is_distributed
 from mvsplit.errors import UserError
-from mvsplit.models import DiT
+from mvsplit.models import Block, DiT
 from mvsplit.training.config import ParallelConfig, TrainConfig
 from mvsplit.training.distributed import world
 
 
 def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
-    """Lays `model` out for training, in place; its parameters keep their names. Alone, a process
-    gets it back as it is.
+    """Lays `model` out for training, in place; its parameters keep their names.
 
-    The order matters: what is sharded must be what runs.
+    The order matters: what is sharded must be what runs. What is computed again is decided when the
+    first batch shows its shape (`memory_plan`).
 
     Raises:
-        UserError: the processes cannot be divided as `train.parallel` says.
+        UserError: the processes cannot be divided as `train.parallel` says, or keep bf16 weights.
     """
+    if config.weights == "bf16":
+        lower_weights(model)
     if is_distributed():
+        if config.weights == "bf16":
+            raise UserError("train.weights=bf16 needs a single process; choose fp32 under torchrun")
         shard(model, config, _mesh(config.parallel, device))
+    else:
+        for block in cast(Iterable[Block], model.blocks):
+            block.adds_gradients = device.type == "cuda"  # into the buffers of the optimiser
+
+
+def lower_weights(model: DiT) -> None:
+    """Turns the matrices of the blocks, all but a few of the weights, into bf16."""
+    for block in cast(Iterable[Block], model.blocks):
+        for part in (block.attention, block.ffn):
+            for matrix in part.children():
+                if isinstance(matrix, nn.Linear):
+                    matrix.weight.data = matrix.weight.data.bfloat16()
 
 
 def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:

@@ -18,6 +18,7 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.distributed import rank, world
 from mvsplit.training.ema import EMA
+from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
 from mvsplit.training.reactions import Reactions
@@ -39,7 +40,7 @@ class TrainState:
     | what was done about alarms | `reactions` |
     | step | `step` |
 
-    `taps` and `device` are rebuilt.
+    `taps`, `device` and `planner` are rebuilt.
     """
 
     model: DiT
@@ -49,6 +50,7 @@ class TrainState:
     loader: Loader
     taps: list[LayerTap]
     device: torch.device
+    planner: Planner | None = None
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
 

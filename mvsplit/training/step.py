@@ -125,6 +125,8 @@ def add_gradients(model: DiT, config: TrainConfig, parts: list[Piece]) -> Tensor
 def accumulate_gradients(state: TrainState, config: TrainConfig, parts: list[Piece]) -> Tensor:
     """The gradients of the mean loss over all pieces instead of those that were there; returns the
     loss of each sample, [B]."""
+    if state.planner is not None:
+        state.planner.before(max(_tokens(state.model, p.data, p.text) for p in parts))
     state.optimizer.zero_grad()
     losses = add_gradients(state.model, config, parts)
     state.optimizer.collect_grads()
@@ -195,7 +197,7 @@ class _Whole:
 
 def _read_all(state: TrainState, losses: Tensor, batch: Batch) -> tuple[dict[str, float], _Whole]:
     """The numbers of a step: waits for the device, once where one process is alone."""
-    indices, tokens = batch.indices, _tokens(state.model, batch)
+    indices, tokens = batch.indices, _tokens(state.model, batch.latents, batch.text)
     if world() > 1:
         losses, indices, tokens = _of_all_ranks(losses, indices, tokens)
     scalars = {"loss": losses.mean(), "grad_norm": global_norm(state.optimizer.groups)}
@@ -218,10 +220,10 @@ def _of_all_ranks(losses: Tensor, indices: Tensor, tokens: int) -> tuple[Tensor,
     return losses.float(), indices.long(), round(float(each.sum()))
 
 
-def _tokens(model: DiT, batch: Batch) -> int:
-    """Tokens that the network processes for the batch, padding included."""
-    samples, _, height, width = batch.latents.shape
-    return samples * (height * width // model.config.patch**2 + batch.text.shape[1])
+def _tokens(model: DiT, latents: Tensor, text: Tensor) -> int:
+    """Tokens that the network processes for such a batch, padding included."""
+    samples, _, height, width = latents.shape
+    return samples * (height * width // model.config.patch**2 + text.shape[1])
 
 
 def _explain(

@@ -1,0 +1,154 @@
+"""How much every block keeps between forward and backward, so that a step fits into memory.
+
+What a block can compute again costs about the same time for each byte, so the plan takes the fewest
+bytes that are needed: first the packed FFN projection of some blocks, then all of some. Blocks that
+keep nothing come first: when backward reaches them, the others have let go of what they kept.
+
+Units: bytes; a token's share of one block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from mvsplit.kernels.block_parts import RECOMPUTE, Recompute
+from mvsplit.models import Block, DiT, DiTConfig
+from mvsplit.training.config import TrainConfig
+
+_logger = logging.getLogger(__name__)
+_SPARE = 0.02  # of the device's memory, for fragmentation and libraries
+_PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the backward of each block computes again, and the bytes that all blocks then keep.
+
+    Attributes:
+        levels: a level for each block.
+        kept: bytes between forward and backward.
+        working: bytes that one block needs in its backward beside them.
+        fits: whether both are within what was allowed.
+    """
+
+    levels: tuple[Recompute, ...]
+    kept: int
+    working: int
+    fits: bool
+
+    def sentence(self) -> str:
+        """What is computed again, for people."""
+        counts = Counter(self.levels)
+        parts = [f"{counts[level]} × {level}" for level in RECOMPUTE if counts[level]]
+        return (
+            f"recompute: {', '.join(parts)}; {self.kept / 2**30:.1f} GiB of activations and "
+            f"{self.working / 2**30:.1f} GiB to work in"
+        )
+
+
+def kept_bytes(config: DiTConfig, level: Recompute) -> int:
+    """Bytes that a block keeps of each token in half precision, its input included
+    (`kernels/fused/block.py`)."""
+    width, hidden = config.width, config.ffn_width
+    heads = config.heads + config.groups
+    least = 2 * width + 4  # x, and 1/RMS of the last merge
+    if level == "all":
+        return least
+    branches = 2 * 7 * width + 4 * (heads + config.heads) + 4  # q, k, v, mixed, f, y, f; statistics
+    return least + branches + (4 * hidden if level == "nothing" else 0)
+
+
+def working_bytes(config: DiTConfig) -> int:
+    """Bytes of each token that the backward of one block needs for a while, when it has computed
+    everything again."""
+    width, hidden = config.width, config.ffn_width
+    gradients = 2 * (4 * width + 2 * hidden + hidden + hidden)
+    return kept_bytes(config, "nothing") + gradients
+
+
+def cast_bytes(config: DiTConfig) -> int:
+    """Bytes of one block's matrices in half precision."""
+    packed = (config.heads + 2 * config.groups) * config.head_width
+    return 2 * config.width * (packed + config.width + 3 * config.ffn_width)
+
+
+def make_plan(config: DiTConfig, tokens: int, allowed: int) -> Plan:
+    """The plan that computes the least again.
+
+    Args:
+        config: the network.
+        tokens: of one piece of a batch, padding included.
+        allowed: bytes for what is kept and what backward works in.
+    """
+    depth = config.depth
+    each: dict[Recompute, int] = {level: tokens * kept_bytes(config, level) for level in RECOMPUTE}
+    ends = tokens * 12 * config.channels * config.patch**2  # latents, noise, velocity, in fp32
+    working = tokens * working_bytes(config) + 2 * cast_bytes(config) + ends
+    room = allowed - working - depth * each["all"]
+    whole = _clamped(room, depth, each["packed"] - each["all"])  # blocks that keep most
+    room -= whole * (each["packed"] - each["all"])
+    more = _clamped(room, whole, each["nothing"] - each["packed"])  # of these, those that keep all
+    counts: dict[Recompute, int] = {
+        "all": depth - whole,
+        "packed": whole - more,
+        "nothing": more,
+    }
+    levels = tuple(level for level, count in counts.items() for _ in range(count))
+    kept = sum(each[level] for level in levels)
+    return Plan(
+        levels=levels,
+        kept=kept,
+        working=working,
+        fits=kept + working <= allowed,
+    )
+
+
+def _clamped(room: int, most: int, each: int) -> int:
+    return max(0, min(most, room // each))
+
+
+def allowed_bytes(device: torch.device) -> int:
+    """What may still be allocated on a GPU, but for a little."""
+    free, total = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + idle - _SPARE * total)
+
+
+class Planner:
+    """Gives the blocks of a model what they may keep, when the first batch shows its shape, and
+    again when a larger one comes. On a CPU nothing is computed again."""
+
+    def __init__(self, model: DiT, config: TrainConfig, device: torch.device) -> None:
+        self._blocks = cast(Sequence[Block], model.blocks)
+        self._config, self._model, self._device = config, model.config, device
+        self._tokens = 0
+
+    def before(self, tokens: int) -> None:
+        """To be called before the forward pass of a piece of `tokens` tokens."""
+        if tokens <= self._tokens or self._device.type != "cuda":
+            return
+        self._tokens = tokens
+        allowed = allowed_bytes(self._device)
+        if self._config.recompute != "auto":
+            levels = [self._config.recompute] * len(self._blocks)
+        else:
+            plan = make_plan(self._model, tokens, allowed)
+            levels = list(plan.levels)
+            _logger.info("%s tokens at a time: %s", tokens, plan.sentence())
+            if not plan.fits:
+                _logger.warning(
+                    "%s tokens at a time will hardly fit: raise train.accumulate=%s, or choose "
+                    "train.weights=bf16",
+                    tokens,
+                    self._config.accumulate,
+                )
+        parts = _PARTS * tokens * len(levels) * kept_bytes(self._model, "nothing")
+        for block, level in zip(self._blocks, levels, strict=True):
+            block.recompute = level
+            block.recompute_parts = parts > allowed

@@ -1,0 +1,115 @@
+"""bf16 weights with moments of three bytes, and what a block may keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvsplit.errors import UserError
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.training import build_state, train
+from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
+from tests.training import runs
+
+LOW = {"precision": "bf16", "weights": "bf16"}
+
+
+def test_half_and_half_is_the_whole(tmp_path: Path) -> None:
+    train(runs.experiment(**LOW), tmp_path / "whole")
+    train(runs.experiment(steps=4, **LOW), tmp_path / "run")
+    train(runs.experiment(**LOW), tmp_path / "run")
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_follows_full_precision(tmp_path: Path) -> None:
+    """The loss falls as it does with fp32 weights."""
+    train(runs.experiment(steps=30, precision="bf16"), tmp_path / "full")
+    train(runs.experiment(steps=30, **LOW), tmp_path / "low")
+    full, low = (runs.log_of(tmp_path / name) for name in ("full", "low"))
+    mean_full, mean_low = (sum(line["loss"] for line in log[-5:]) / 5 for log in (full, low))
+    assert low[-1]["loss"] < 0.8 * low[0]["loss"]
+    assert abs(mean_low / mean_full - 1) < 0.05
+
+
+def test_only_the_matrices_of_blocks_are_low() -> None:
+    state = build_state(runs.experiment(**LOW))
+    low = {n for n, p in state.model.named_parameters() if p.dtype == torch.bfloat16}
+    matrices = ("attention.qkv", "attention.proj", "ffn.w13", "ffn.w2")
+    assert low == {f"blocks.{i}.{m}.weight" for i in range(2) for m in matrices}
+    kinds = {g.kind: g for g in state.optimizer.groups}
+    assert set(kinds["low"].places) == low
+    assert state.ema is not None
+    assert all(t.dtype == torch.float32 for t in state.ema.parameters().values())
+
+
+def test_low_weights_need_low_precision() -> None:
+    with pytest.raises(UserError, match=r"train\.weights=bf16: needs train\.precision=bf16"):
+        runs.experiment(weights="bf16")
+
+
+def wide(depth: int = 40) -> DiTConfig:
+    return DiTConfig(depth=depth, width=1024, heads=8, ffn_width=3072, channels=16, text_width=1024)
+
+
+def test_the_plan_recomputes_no_more_than_it_must() -> None:
+    config, tokens = wide(), 1000
+    each = {level: tokens * kept_bytes(config, level) for level in ("nothing", "packed", "all")}
+    plan = make_plan(config, tokens, 10**12)
+    assert plan.levels == ("nothing",) * 40
+    assert plan.kept == 40 * each["nothing"]
+    one_less = make_plan(config, tokens, plan.kept + plan.working - 1)
+    assert sorted(one_less.levels) == ["nothing"] * 39 + ["packed"]
+    none = make_plan(config, tokens, 40 * each["all"] + plan.working)
+    assert none.levels == ("all",) * 40
+    assert none.fits
+    assert not make_plan(config, tokens, 40 * each["all"] + plan.working - 1).fits
+
+
+def test_the_plan_fits_into_what_is_allowed() -> None:
+    config, tokens = wide(400), 8320
+    for gigabytes in range(12, 130, 7):
+        plan = make_plan(config, tokens, gigabytes * 10**9)
+        assert plan.fits
+        assert plan.kept + plan.working <= gigabytes * 10**9
+        assert list(plan.levels) == sorted(plan.levels, key=("all", "packed", "nothing").index)
+
+
+def test_bytes_of_a_token() -> None:
+    """The table of `kernels/fused/block.py`: 28, 16 and 2 KiB at D = 1024, and statistics."""
+    config = wide()
+    for level, kibibytes in (("nothing", 28), ("packed", 16), ("all", 2)):
+        extra = kept_bytes(config, level) - kibibytes * 1024  # type: ignore[arg-type]
+        assert 0 <= extra <= 128
+    assert working_bytes(config) > kept_bytes(config, "nothing")
+
+
+def test_what_the_node_keeps_is_what_the_plan_says() -> None:
+    """The tensors of a real block, counted (through Triton's interpreter)."""
+    pytest.importorskip("triton")
+    from mvsplit.kernels import Gains, Segments
+    from mvsplit.kernels.block_parts import BlockSettings, BlockWeights
+    from mvsplit.kernels.fused.block import _forward, _merges, _thinned
+
+    config = DiTConfig(depth=1, width=32, heads=2, ffn_width=96, channels=1, text_width=4)
+    block = DiT(config).blocks[0]
+    x = torch.randn(2, 8, 32)
+    tables = torch.ones(8, 8), torch.zeros(8, 8)
+    settings = BlockSettings(*tables, Segments((8,)), 2, 1e-6, (1e-5, 1e-5))
+    weights = BlockWeights(*(m.weight for m in block._matrices()))  # type: ignore[union-attr]
+    gains = Gains(torch.ones(32, requires_grad=True), torch.ones(32), None)
+    with torch.no_grad():
+        _, kept = _forward(x, weights, _merges((*gains, *gains), settings), settings)
+    for level in ("nothing", "packed", "all"):
+        thin = _thinned(kept, level)  # type: ignore[arg-type]
+        halves = [t.numel() for t in _big(thin) if t.shape[-1] > 2]
+        per_token = 2 * (sum(halves) // 16 + 32)  # and x
+        assert abs(per_token - kept_bytes(config, level)) <= 64  # type: ignore[arg-type]
+
+
+def _big(tree: object) -> list[torch.Tensor]:
+    """The tensors with a value for every token and column."""
+    if isinstance(tree, torch.Tensor):
+        return [tree] if tree.dim() >= 3 and tree.shape[1:3].numel() >= 16 else []
+    return [t for part in tree or () for t in _big(part)] if isinstance(tree, tuple) else []
