@@ -92,6 +92,9 @@ def _join() -> Any:
     from torch.distributed.rendezvous import rendezvous  # which takes a while
 
     store, number, count = next(rendezvous("env://"))
+    # The store may outlive the processes; those of a restart must not meet the dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"attempt {attempt}", store)
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(launched_device("cuda"))
@@ -134,7 +137,7 @@ def at(place: str) -> None:
         _watch.at(place)
 
 
-def on_stall(tell: Callable[[str], None]) -> None:
+def on_stall(tell: Callable[[str], object]) -> None:
     """Has the first rank call `tell` with the message, where a rank has stalled."""
     if _watch is not None and rank() == 0:
         _watch.tell = tell

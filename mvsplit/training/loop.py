@@ -132,7 +132,7 @@ class _Run:
         begun_before = (folder.path / "config.json").exists()
         logged = {} if snapshot is None else snapshot.values["logged"]
         folder.begin(state.device, logged, rule=state.model.config.rule)
-        on_stall(lambda message: self._tell("stalled", message))
+        on_stall(lambda message: folder.event("stalled", state.step, message))
         self._watch.remember(from_first(lambda: list(folder.history())))
         for error in damaged:
             self._tell("damaged", f"{error}; set aside, going back to step {state.step}")
@@ -196,9 +196,8 @@ class _Run:
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
         if self._probe is not None:
-            arrays = arrays_over_ranks(
-                self._probe.arrays(), sorted(self._probe.fields), self.state.device
-            )
+            probe, device = self._probe, self.state.device
+            arrays = arrays_over_ranks(probe.arrays(), probe.fields, device)
             layers = {"step": gradients.step, **arrays}
             self.folder.layers.append(layers)
             for observer in self.observers:

@@ -55,8 +55,9 @@ class StallWatch:
 
     def __init__(self, store: Any, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.tell: Callable[[str], None] = lambda message: None
+        self.tell: Callable[[str], object] = lambda message: None
         self._store = store
+        self._interval = min(5.0, max(0.05, timeout / 20))
         self._now: tuple[int, str] = (0, _START)  # replaced whole, so read whole
         self._seen: dict[int, Seen] = {}
         self._closed = threading.Event()
@@ -73,9 +74,9 @@ class StallWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        pulse, wait = 0, min(5.0, max(0.05, self.timeout / 20))
+        pulse = 0
         try:
-            while not self._closed.wait(wait):
+            while not self._closed.wait(self._interval):
                 pulse += 1
                 self._store.set(f"at/{self.rank}", json.dumps([*self._now, pulse]))
                 self._look()
@@ -104,6 +105,8 @@ class StallWatch:
             message = ""
         if self.rank in late:
             faulthandler.dump_traceback(file=sys.stderr)
+        if self.rank > 0:  # the first rank writes it down, before it loses us
+            time.sleep(3 * self._interval)
         self._leave(message)
 
     def _leave(self, message: str) -> None:

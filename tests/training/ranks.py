@@ -25,7 +25,7 @@ def start(
     they say is added to `log`."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _stores.append(store)
-    processes = [
+    processes: list[BaseProcess] = [
         runs.PROCESSES.Process(
             target=_run_rank, args=(rank, world, store.port, arguments, hook, log)
         )
