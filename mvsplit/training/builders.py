@@ -21,7 +21,13 @@ from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.training.config import DataConfig, Experiment, TrainConfig
-from mvsplit.training.distributed import launched_device, rank, world
+from mvsplit.training.distributed import (
+    is_first_of_machine,
+    launched_device,
+    rank,
+    together,
+    world,
+)
 from mvsplit.training.ema import EMA
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import (
@@ -123,12 +129,13 @@ def _check_processes(config: TrainConfig) -> None:
 
 
 def build_data(config: DataConfig) -> Dataset:
-    """The data set. Raises UserError for a name that is unknown or options it does not have."""
+    """The data set, whose checksums one process of a machine computes for all. Raises UserError for
+    a name that is unknown, options it does not have, or data that are damaged."""
     given = {"size": config.size, "seed": config.series, "path": config.path}
     options = {name: value for name, value in given.items() if value is not None}
     if config.dataset == "cache":
-        options["verify"] = config.verify
-    return build_dataset(config.dataset, **options)
+        options["verify"] = config.verify and is_first_of_machine()
+    return together(lambda: build_dataset(config.dataset, **options))
 
 
 def build_embedder(config: DataConfig, dataset: Dataset, width: int) -> WordEmbedder | CachedText:

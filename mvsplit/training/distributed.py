@@ -168,6 +168,26 @@ def from_first(make: Callable[[], T]) -> T:
     return word[0]
 
 
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns on this rank, once it has returned on every rank; or the UserError of any
+    rank, on every rank."""
+    if not is_distributed():
+        return make()
+    made, failure = [], None
+    try:
+        made.append(make())
+    except UserError as error:
+        failure = str(error)
+    for message in filter(None, from_each(failure)):
+        raise UserError(message)
+    return made[0]
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process is the one that does what a machine has to do once."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or launched_world() == 1
+
+
 def from_each(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank."""
     if not is_distributed():

@@ -12,7 +12,6 @@ from typing import Any
 
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.diagnostics.ranks import arrays_over_ranks
-from mvsplit.errors import UserError
 from mvsplit.training.builders import build_state
 from mvsplit.training.checkpoint import (
     checkpoint_name,
@@ -26,11 +25,11 @@ from mvsplit.training.config import Experiment, TrainConfig
 from mvsplit.training.distributed import (
     at,
     either,
-    from_each,
     from_first,
     joined,
     on_stall,
     rank,
+    together,
 )
 from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
@@ -244,14 +243,7 @@ class _Run:
         Raises:
             UserError: it failed, on whichever rank.
         """
-        saved, failure = None, None
-        try:
-            saved = self.saver.wait()
-        except UserError as error:
-            failure = str(error)
-        for message in filter(None, from_each(failure)):
-            raise UserError(message)
-        if saved is not None:
+        if (saved := together(self.saver.wait)) is not None:
             self._tell("saved", f"saved {saved}")
 
     def finish(self) -> None:
@@ -273,6 +265,8 @@ class _Run:
             self._tell("finished", f"finished step {step} of {steps}: {self.folder.path}")
 
     def _tell(self, name: str, message: str, **fields: Any) -> None:
+        if fields.get("level") == "alarm":
+            self.settle()  # so that a flight finds what was saved before
         event = self.folder.event(name, self.state.step, message, **fields)
         for observer in self.observers:
             observer.on_event(event)

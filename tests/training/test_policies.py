@@ -172,8 +172,8 @@ def test_rollback_before_the_first_checkpoint_goes_to_the_start(
 
 def test_rollback_passes_over_a_damaged_checkpoint(tmp_path: Path, alarm_at: AlarmAt) -> None:
     class Damage(Observer):
-        def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
-            if metrics["step"] == 8:
+        def on_event(self, event: dict[str, Any]) -> None:
+            if event["event"] == "saved" and "step_00000006" in event["message"]:
                 (run / "checkpoints/step_00000006/model.safetensors").write_bytes(b"")
 
     alarm_at(8)
