@@ -95,6 +95,8 @@ def _reproduction(found: Explanation) -> str:
         error = max(abs(b - a) / abs(a) if a else math.inf for a, b in pairs)
         close = "within the tolerance" if again.close else "NOT the step that was recorded"
         how = f"recorded loss and gradient norm come back to {error:.1e}, {close}"
+        if found.altered is not None:
+            how += f" (in between, a policy changed the run: {found.altered})"
     return f"run again from the state of step {found.state_step}: {how}"
 
 

@@ -39,7 +39,7 @@ class Reproduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """All that is known of a step, and what its spike is put down to."""
+    """All that is known of a step, and what its spike is put down to; `altered` is of `Flight`."""
 
     source: str
     step: int
@@ -50,6 +50,7 @@ class Explanation:
     state_step: int
     calm: float | None
     reproduction: Reproduction
+    altered: str | None
     trials: list[Trial]
     removed: dict[str, float | None]
     dropped: list[Sample]
@@ -104,6 +105,7 @@ def explain(
         state_step=start,
         calm=calm,
         reproduction=reproduction,
+        altered=flight.altered,
         trials=trials,
         removed={t.name: removed_share(observed, t.grad_norm, calm) for t in trials[1:]},
         dropped=dropped,

@@ -69,6 +69,8 @@ class Flight:
         world: processes that shared a batch; each had a run of successive rows.
         batch: what the step read; None where the loader has to be asked.
         checkpoints: states to start from, by rising step, all before `step`.
+        altered: what a policy did to the run between the newest of these states and the step, so
+            that a replay does not lead there; None where it did nothing.
     """
 
     path: Path
@@ -79,6 +81,7 @@ class Flight:
     world: int
     batch: Batch | None
     checkpoints: list[Path]
+    altered: str | None = None
 
 
 class FlightRecorder(Observer):
@@ -303,6 +306,7 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
     step = _most_unusual(list(lines.values()), list(lines)) if step is None else step
     if step not in lines:
         raise UserError(f"step={step}: {path} has the steps {min(lines)} to {max(lines)}")
+    checkpoints = _before(path / "checkpoints", step)
     return Flight(
         path=path,
         experiment=experiment,
@@ -311,8 +315,19 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
         records=[line for n, line in sorted(lines.items()) if step - HISTORY <= n <= step],
         world=1,
         batch=None,
-        checkpoints=_before(path / "checkpoints", step),
+        checkpoints=checkpoints,
+        altered=_altered(path, step_of(checkpoints[-1]) if checkpoints else 0, step),
     )
+
+
+def _altered(run: Path, start: int, step: int) -> str | None:
+    """What a policy did after `start` that changed the way to `step`."""
+    for event in read_lines(run / "events.jsonl"):
+        went_back = "to_step" in event and start <= event["to_step"] < step
+        left_out = event.get("event") == "skipped" and start < event["step"] < step
+        if went_back or left_out:
+            return event["message"]
+    return None
 
 
 def _most_unusual(lines: list[dict[str, Any]], steps: list[int]) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,9 @@ def test_an_alarm_after_the_update_links_the_checkpoint_before_the_step(tmp_path
 
         def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
             if metrics["step"] == 5:
+                saved = tmp_path / "run" / "checkpoints" / "step_00000003"
+                while not saved.exists():  # the run saves while it goes on
+                    time.sleep(0.01)
                 self.recorder.on_event(flights.ALARM)
 
     train(runs.experiment(), tmp_path / "run", observers=[Late()])

@@ -1,0 +1,66 @@
+"""Steps of runs that a policy altered: explained as they were, or said not to be reproduced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvsplit.diagnostics.events import Event
+from mvsplit.training import train
+from mvsplit.training.config import ReactionConfig
+from mvsplit.training.explanation import explain
+from mvsplit.training.flight import flight_of_run, read_flight
+from tests.training import runs
+
+ALARM = 5  # saved are steps 3 and 6
+
+
+class Alarming:
+    """A detector that raises one alarm, at step `ALARM`."""
+
+    stirred = False
+
+    def __init__(self) -> None:
+        self.left = [ALARM]
+
+    def update(self, record: dict[str, Any]) -> list[Event]:
+        if "layer" in record or record["step"] not in self.left:
+            return []
+        self.left.remove(record["step"])
+        return [Event(step=ALARM, level="alarm", verdict="mean-mode", message="as told")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "lost", "words"),
+    [
+        ("record", [], ""),
+        ("skip", [6], "step 5: its update was left out"),
+        ("rollback", [4, 5, 6], "step 5: back to step 3"),
+        ("protect", [4, 5, 6], "network of step 3 is an MV-Split network"),
+    ],
+)
+def test_only_what_lies_behind_an_alteration_cannot_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, lost: list[int], words: str
+) -> None:
+    monkeypatch.setattr("mvsplit.training.watch.Detector", Alarming)
+    numbers = ReactionConfig(margin=1, gain=0.25, anneal=3)
+    train(runs.experiment(on_alarm=policy, reaction=numbers, keep=3), tmp_path)
+    for step in range(2, 9):
+        found = explain(flight_of_run(tmp_path, step))
+        assert found.reproduction.exact is (step not in lost)
+        assert (found.conclusion.verdict == "not-reproduced") is (step in lost)
+        assert (found.altered is not None) is (step in lost)
+        assert words in (found.altered or words)
+
+
+@pytest.mark.parametrize("policy", ["record", "skip", "rollback", "protect"])
+def test_the_flight_of_the_alarm_is_exact_whatever_was_done_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    monkeypatch.setattr("mvsplit.training.watch.Detector", Alarming)
+    train(runs.experiment(on_alarm=policy, reaction=ReactionConfig(margin=1)), tmp_path)
+    found = explain(read_flight(tmp_path / "flights" / f"step_{ALARM:08d}"))
+    assert (found.step, found.state_step) == (ALARM, ALARM - 1)
+    assert found.reproduction.exact
