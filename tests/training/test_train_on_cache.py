@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from mvsplit.cli import main
+from mvsplit.data import manifest
 from mvsplit.data.manifest import Settings
 from tests.data.photographs import fill
-from tests.training.runs import assert_same_run, lines
+from tests.training import ranks
+from tests.training.runs import assert_same_run, lines, log_of
 
 ENCODE = ["--vae", "pixels", "--text-encoder", "words:32", "--resolution", "16", "--multiple", "4"]
 
@@ -25,11 +28,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def train(place: Path, run: str, *options: str) -> int:
+def command(place: Path, run: str, *options: str) -> list[str]:
     cache = ["--data.dataset", "cache", "--data.path", str(place / "cache")]
     model = ["--model.channels", "3", "--model.patch", "4", "--model.depth", "2"]
     size = ["--batch-size", "4", "--device", "cpu", "--probe-every", "0"]
-    return main(["train", "tiny", "--run-dir", str(place / run), *cache, *model, *size, *options])
+    return ["train", "tiny", "--run-dir", str(place / run), *cache, *model, *size, *options]
+
+
+def train(place: Path, run: str, *options: str) -> int:
+    return main(command(place, run, *options))
 
 
 def test_encode_train_resume_sample(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,9 +77,9 @@ def test_a_cache_of_other_weights_stops_the_run_before_a_step(
     assert train(place, "vae", "--steps", "2") == 0
     path = place / "cache" / "manifest.json"
     before = path.read_text()
-    manifest = json.loads(before)
-    settings = dataclasses.replace(Settings(**manifest["settings"]), vae="flux2:0123abcd")
-    path.write_text(json.dumps({**manifest, "settings": dataclasses.asdict(settings)}))
+    tree = json.loads(before)
+    settings = dataclasses.replace(Settings(**tree["settings"]), vae="flux2:0123abcd")
+    path.write_text(json.dumps({**tree, "settings": dataclasses.asdict(settings)}))
     capsys.readouterr()
     try:
         assert train(place, "vae", "--steps", "4") == 2
@@ -86,6 +93,30 @@ def test_a_cache_of_other_weights_stops_the_run_before_a_step(
         )
     finally:
         path.write_text(before)
+
+
+def only_the_first_computes(rank: int) -> None:
+    """Has the checksum of a shard end the process, on all ranks but the first."""
+    if rank:
+        manifest.sha256 = lambda path: sys.exit(f"rank {rank} has read {path}")
+
+
+def test_two_processes_compute_checksums_once_and_see_the_same_pictures(place: Path) -> None:
+    assert train(place, "one", "--steps", "3") == 0
+    arguments = command(place, "two", "--steps", "3")
+    log = place / "log"
+    assert ranks.finish(ranks.start(arguments, 2, only_the_first_computes, log)) == [0, 0]
+    for ours, alone in zip(*(log_of(place / run) for run in ("two", "one")), strict=True):
+        assert ours == pytest.approx(alone, rel=1e-5, abs=1e-7)
+    shard = next((place / "cache" / "shards").glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    try:
+        started = ranks.start(arguments, 2, only_the_first_computes, log)
+        assert ranks.finish(started) == [2, 2]
+    finally:
+        shard.write_bytes(whole)
+    assert log.read_text().count(f"{shard} is damaged (checksum)") == 1
 
 
 def test_the_preset_for_ones_own_pictures_asks_for_them(
