@@ -212,9 +212,9 @@ def print_table(tuner: Tuner) -> None:
         good = sorted((r for r in rows if r[1] is not None), key=lambda r: r[1])
         bad = [r for r in rows if r[1] is None]
         print(f"{stage}: {len(rows)} candidates, {len(bad)} not possible")
-        for choice, micro, _ in good[:10]:
+        for choice, micro, _ in good[: 30 if stage == "block" else 6]:
             print(f"  {micro:7.1f} µs  {short(choice)}")
-        for choice, micro, _ in good[10:]:
+        for choice, micro, _ in good[6:]:
             if choice.startswith("Ordinary"):
                 print(f"  {micro:7.1f} µs  {short(choice)}")
         for choice, _, reason in bad[:4]:

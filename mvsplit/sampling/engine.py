@@ -98,8 +98,9 @@ class Engine:
 
     def _obstacle(self, latents: Tensor, text: Tensor) -> str | None:
         """Why a graph of the model is not possible, if so."""
-        if not latents.is_cuda:
-            return f"it runs on {latents.device.type}"
+        elsewhere = self._is_elsewhere(latents)
+        if elsewhere is not None:
+            return elsewhere
         if self._broken is not None:
             return self._broken
         if torch.is_grad_enabled() and (
@@ -108,10 +109,15 @@ class Engine:
             return "gradients are asked for (torch.no_grad() is missing)"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
-        if torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is being captured around it"
         if self._parts.watched():
             return "somebody watches its modules by hooks"
+        return None
+
+    def _is_elsewhere(self, latents: Tensor) -> str | None:
+        if not latents.is_cuda:
+            return f"it runs on a {latents.device.type}"
+        if torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured around it"
         return None
 
     def _capture(self, key: tuple, latents: Tensor, text: Tensor, valid: Tensor | None) -> bool:

@@ -10,7 +10,8 @@ Shapes: B samples, N rows of the padded stream (`kernels/fused/stream.py`), T ro
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -44,13 +45,15 @@ class Ordinary:
 
 @dataclass(frozen=True)
 class Writing:
-    """A writer and the merge after it, by the kernels for few rows."""
+    """A writer and the merge after it, by the kernels for few rows; without a tile the product is
+    the ordinary one, and the sums of F and X are a launch of their own."""
 
-    tile: Tile
+    tile: Tile | None
     rows: Rows
 
     def with_pdl(self, pdl: bool) -> Writing:
-        return Writing(self.tile.with_pdl(pdl), self.rows.with_pdl(pdl))
+        tile = None if self.tile is None else self.tile.with_pdl(pdl)
+        return Writing(tile, self.rows.with_pdl(pdl))
 
 
 Choice = Ordinary | Tile | Blocks | Writing
@@ -59,27 +62,34 @@ _CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks}
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice for each stage; the same for all layers."""
+    """One choice for each stage; the same for all layers. With `ahead`, kernels that leave the
+    memory idle ask the L2 cache for the weights of the next product."""
 
     qkv: Choice
     attention: Choice
     proj: Choice
     w13: Choice
     w2: Choice
+    _: KW_ONLY
+    ahead: bool = False
 
     def with_choice(self, stage: str, choice: Choice) -> Plan:
-        return replace(self, **{stage: choice})
+        choices = (choice if stage == s else getattr(self, s) for s in STAGES)
+        return Plan(*choices, ahead=self.ahead)
 
     def with_pdl(self, pdl: bool) -> Plan:
         """Whether the project's own kernels start before the kernel before them has ended."""
-        return Plan(*(getattr(self, stage).with_pdl(pdl) for stage in STAGES))
+        early = (getattr(self, stage).with_pdl(pdl) for stage in STAGES)
+        return Plan(*early, ahead=self.ahead)
 
     def to_json(self) -> dict[str, Any]:
-        return {stage: _choice_to_json(getattr(self, stage)) for stage in STAGES}
+        choices = {stage: _choice_to_json(getattr(self, stage)) for stage in STAGES}
+        return {**choices, "ahead": self.ahead}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Plan:
-        return cls(**{stage: _choice_from_json(fields[stage]) for stage in STAGES})
+        choices = {stage: _choice_from_json(fields[stage]) for stage in STAGES}
+        return cls(**choices, ahead=fields["ahead"])
 
 
 ORDINARY = Plan(*[Ordinary()] * 5)
@@ -87,14 +97,15 @@ ORDINARY = Plan(*[Ordinary()] * 5)
 
 def _choice_to_json(choice: Choice) -> dict[str, Any]:
     if isinstance(choice, Writing):
-        return {"kind": "writing", "tile": asdict(choice.tile), "rows": asdict(choice.rows)}
+        return {"kind": "writing", **asdict(choice)}
     return {"kind": type(choice).__name__.lower(), **asdict(choice)}
 
 
 def _choice_from_json(fields: dict[str, Any]) -> Choice:
     kind, rest = fields["kind"], {k: v for k, v in fields.items() if k != "kind"}
     if kind == "writing":
-        return Writing(Tile(**rest["tile"]), Rows(**rest["rows"]))
+        tile = None if rest["tile"] is None else Tile(**rest["tile"])
+        return Writing(tile, Rows(**rest["rows"]))
     return _CHOICES[kind](**rest)
 
 
@@ -120,7 +131,7 @@ class Network:
         self.packed = new(self.stream.rows, (config.heads + 2 * config.groups) * config.head_width)
         self.attended = new(self.stream.rows, config.heads * config.head_width)
         self.activated = new(self.stream.rows, config.ffn_width)
-        self.sums = new(len(latents), 2, config.width, dtype=torch.float32)
+        self.sums, self.sums_f = new(2, len(latents), 2, config.width, dtype=torch.float32)
         self.valid = new(len(latents), dtype=torch.int32).add_(text.shape[1]) if padded else None
         self.segments = self.stream.segments(self.valid, weight.device)
         tables = rope_tables(
@@ -141,29 +152,41 @@ class Network:
         tokens, _ = self.model.embed(latents, text, valid)
         self.stream.place(tokens, self.trunk)
         self.x = self.trunk
-        for block in self.model.blocks:
-            self.run_block(cast(Block, block), plan)
+        self.run_blocks([cast(Block, block) for block in self.model.blocks], plan)
         image = self.stream.image_tokens(self.x)
         return unpatchify(self.model.head(image), self.config.patch, *self.size)
 
-    def run_block(self, block: Block, plan: Plan) -> None:
-        for stage in STAGES:
-            self.run(stage, block, plan)
+    def run_blocks(self, blocks: Sequence[Block], plan: Plan) -> None:
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            for stage in STAGES:
+                self.run(stage, block, plan, following)
 
-    def run(self, stage: str, block: Block, plan: Plan, compile_only: bool = False) -> None:
+    def run(
+        self, stage: str, block: Block, plan: Plan, following: Block | None = None,
+        compile_only: bool = False,
+    ) -> None:  # fmt: skip
         """One stage of a block; `compile_only` compiles its kernels and launches nothing."""
         choice = getattr(plan, stage)
+        ahead = self._ahead(stage, block, following) if plan.ahead else None
         if stage == "qkv":
             self._qkv(block, choice, compile_only)
         elif stage == "attention":
-            self._attention(block, choice, plan.proj, compile_only)
+            self._attention(block, choice, plan.proj, ahead, compile_only)
         elif stage == "w13":
-            self._w13(block, choice, plan.w2, compile_only)
+            self._w13(block, choice, plan.w2, ahead, compile_only)
         elif stage == "proj":
-            self._write(block.attention.proj, self.mixed, _post(block.rule_attention), choice,
-                        compile_only)  # fmt: skip
+            rule = _post(block.rule_attention)
+            self._write(block.attention.proj, self.mixed, rule, choice, ahead, compile_only)
         else:
-            self._write(block.ffn.w2, self.hidden, _post(block.rule_ffn), choice, compile_only)
+            rule = _post(block.rule_ffn)
+            self._write(block.ffn.w2, self.hidden, rule, choice, ahead, compile_only)
+
+    def _ahead(self, stage: str, block: Block, following: Block | None) -> Tensor | None:
+        """The weights that the L2 cache is to fetch while a stage runs."""
+        if stage == "w2":
+            return None if following is None else following.attention.qkv.weight
+        product = {"attention": block.attention.proj, "proj": block.ffn.w13, "w13": block.ffn.w2}
+        return product[stage].weight if stage in product else None
 
     def result(self, stage: str) -> Tensor:
         """What a stage wrote."""
@@ -189,18 +212,20 @@ class Network:
             qkv = qk_norm_rope(packed, self.cos, self.sin, c.heads, c.groups, c.qk_eps)
             self.q, self.k, self.v = qkv
 
-    def _attention(self, block: Block, choice: Choice, after: Choice, compile_only: bool) -> None:
+    def _attention(
+        self, block: Block, choice: Choice, after: Choice, ahead: Tensor | None, compile_only: bool
+    ) -> None:
         sums = self._sums(_post(block.rule_attention).gains(), after)
         if isinstance(choice, Blocks):
             self.mixed = self.attended
             stream_attention.attention(
                 self.q, self.k, self.v, self.mixed, self.valid, self.x, sums, self.stream, choice,
-                compile_only=compile_only,
+                ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             self.mixed = self._library_attention(cast(Ordinary, choice).name)
             if sums is not None:
-                stream_merge.segment_sums(self.x, sums, self.stream)
+                stream_merge.segment_sums(self.x, sums, self.valid, self.stream)
 
     def _library_attention(self, name: str) -> Tensor:
         mask = self.segments.mask
@@ -212,43 +237,64 @@ class Network:
             )
         return out.transpose(1, 2).flatten(-2).flatten(0, 1)
 
-    def _w13(self, block: Block, choice: Choice, after: Choice, compile_only: bool) -> None:
+    def _w13(
+        self, block: Block, choice: Choice, after: Choice, ahead: Tensor | None, compile_only: bool
+    ) -> None:
         sums = self._sums(_post(block.rule_ffn).gains(), after)
         if isinstance(choice, Tile):
             self.hidden = self.activated
             stream_gemm.swiglu(
-                self.x, block.ffn.w13.weight, self.hidden, sums, self.stream, choice,
-                compile_only=compile_only,
+                self.x, block.ffn.w13.weight, self.hidden, sums, self.valid, self.stream, choice,
+                ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             self.hidden = swiglu(functional.linear(self.x, block.ffn.w13.weight))
             if sums is not None:
-                stream_merge.segment_sums(self.x, sums, self.stream)
+                stream_merge.segment_sums(self.x, sums, self.valid, self.stream)
 
     def _write(
-        self, matrix: nn.Linear, a: Tensor, rule: PostNorm, choice: Choice, compile_only: bool
-    ) -> None:
+        self, matrix: nn.Linear, a: Tensor, rule: PostNorm, choice: Choice, ahead: Tensor | None,
+        compile_only: bool,
+    ) -> None:  # fmt: skip
         gains = rule.gains()
         if isinstance(choice, Writing):
-            out, partial = self._writer_buffers(choice.tile.split)
-            stream_gemm.writer(
-                a, matrix.weight, out, partial if stream_merge.takes_means(gains) else None,
-                self.valid, self.stream, choice.tile, compile_only=compile_only,
-            )  # fmt: skip
+            out, partial = self._product(a, matrix.weight, gains, choice, compile_only)
             stream_merge.merge(
                 self.x, out, self.x, partial if stream_merge.takes_means(gains) else None,
-                self._sums(gains, choice), gains, self.valid, self.stream, rule.eps, choice.rows,
-                compile_only=compile_only,
+                self.sums if stream_merge.leaks(gains) else None, gains, self.valid, self.stream,
+                rule.eps, choice.rows, ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             f = functional.linear(self._by_sample(a), matrix.weight)
             merged = split_merge(self._by_sample(self.x), f, *gains, self.segments, rule.eps)
             self.x = merged.flatten(0, 1)
 
+    def _product(
+        self, a: Tensor, weight: Tensor, gains: Gains, choice: Writing, compile_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        """F in parts, and the column sums that a merge with these gains needs."""
+        means = stream_merge.takes_means(gains)
+        if choice.tile is not None:
+            out, partial = self._writer_buffers(choice.tile.split)
+            stream_gemm.writer(
+                a, weight, out, partial if means else None, self.valid, self.stream, choice.tile,
+                compile_only=compile_only,
+            )  # fmt: skip
+            return out, partial
+        out, _ = self._writer_buffers(1)
+        if not compile_only:
+            torch.mm(a, weight.T, out=out[0])
+        if means:
+            stream_merge.segment_sums(
+                self.x, self.sums, self.valid, self.stream, out[0], self.sums_f,
+                pdl=choice.rows.pdl, compile_only=compile_only,
+            )  # fmt: skip
+        return out, self.sums_f[None]
+
     def _sums(self, gains: Gains, merge: Choice) -> Tensor | None:
-        """Where the column sums of the trunk go, if the merge to come wants them."""
-        wanted = isinstance(merge, Writing) and stream_merge.leaks(gains)
-        return self.sums if wanted else None
+        """Where the column sums of the trunk go, if the merge to come wants them from here."""
+        own = isinstance(merge, Writing) and merge.tile is not None
+        return self.sums if own and stream_merge.leaks(gains) else None
 
     def _writer_buffers(self, split: int) -> tuple[Tensor, Tensor]:
         if split not in self._parts:

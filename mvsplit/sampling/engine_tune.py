@@ -26,7 +26,7 @@ from mvsplit.kernels.fused.stream_merge import Rows
 from mvsplit.models import Block
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordinary, Plan, Writing
 
-CACHE_VERSION = 1  # of what is kept; raise it when kernels or candidates change
+CACHE_VERSION = 2  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
@@ -40,14 +40,13 @@ def _tiles(*rows: tuple[int, int, int, int, int]) -> list[Tile]:
 
 # rows, columns, depth, warps, stages
 _WIDE = _tiles(
-    (64, 128, 64, 4, 4), (64, 128, 128, 4, 3), (64, 256, 64, 4, 3), (64, 256, 64, 8, 4),
-    (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
+    (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 4, 5), (64, 256, 64, 8, 4),
+    (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
 )  # fmt: skip
 _WRITERS = _tiles(
-    (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (64, 64, 128, 4, 4), (64, 128, 64, 4, 4),
-    (64, 128, 128, 4, 3), (128, 64, 64, 4, 4), (128, 64, 128, 4, 3), (128, 128, 64, 8, 4),
-    (128, 128, 128, 8, 3), (128, 256, 64, 8, 3),
+    (64, 64, 64, 4, 4), (64, 64, 64, 4, 6), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4),
+    (64, 128, 128, 4, 3), (128, 64, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3),
 )  # fmt: skip
 _BLOCKS = [
     Blocks(*row)
@@ -56,7 +55,8 @@ _BLOCKS = [
         (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 2, 2), (32, 64, 4, 2),
     )
 ]  # fmt: skip
-_MERGES = [Rows(*row) for row in ((1, 4), (2, 4), (4, 4), (4, 8), (8, 8))]
+_MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
+_FINALISTS = 4  # of each stage, that are tried within a whole block
 
 
 def cache_file() -> Path:
@@ -84,7 +84,7 @@ def candidates(stage: str, network: Network) -> list[Choice]:
     deep = weight.shape[1] >= 2 * weight.shape[0] and network.stream.rows <= 2048
     splits = (1, 2, 3) if deep else (1,)
     tiles = [replace(tile, split=split) for tile in tiles for split in splits]
-    return [*ordinary, *(Writing(tile, Rows()) for tile in tiles)]
+    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles])]
 
 
 def _worthwhile(tile: Tile, stage: str, network: Network) -> bool:
@@ -132,80 +132,76 @@ class Tuner:
             _logger.warning("engine: values are not finite; nothing is compared or chosen")
             return None
         options = {stage: candidates(stage, self.network) for stage in STAGES}
-        self._compile(options)
+        self._compile((s, self._alone(s, choice)) for s in STAGES for choice in options[s])
         self.seconds["compile"] = time.perf_counter() - started
-        plan = ORDINARY
+        plan, finalists = ORDINARY, {}
         for stage in STAGES:
             started = time.perf_counter()
-            plan = plan.with_choice(stage, self._fastest(stage, plan, options[stage]))
-            choice = getattr(plan, stage)
-            if isinstance(choice, Writing):
-                rows = [replace(choice, rows=cut) for cut in _MERGES if cut != choice.rows]
-                best = self._fastest(stage, plan, [choice, *rows], note="rows of the merge: ")
-                plan = plan.with_choice(stage, best)
+            finalists[stage] = self._fastest(stage, options[stage])
+            plan = plan.with_choice(stage, finalists[stage][0])
             self.seconds[stage] = time.perf_counter() - started
         started = time.perf_counter()
-        plan = self._early(plan)
-        self.seconds["early"] = time.perf_counter() - started
+        self._compile((s, p) for p in self._overlaps(plan) for s in STAGES)
+        plan = self._best_block(self._overlaps(plan), lambda p: f"pdl={_early(p)} ahead={p.ahead}")
+        plan = self._in_a_block(plan, finalists)
+        self.seconds["block"] = time.perf_counter() - started
         return plan
 
-    def _compile(self, options: dict[str, list[Choice]]) -> None:
+    def _compile(self, jobs: Iterable[tuple[str, Plan]]) -> None:
         """All kernels at once: ptxas and LLVM run beside each other. What cannot be compiled is
         met again, and said, when it is measured."""
-        jobs = [(s, c) for s, choices in options.items() for c in choices if s != "early"]
-        jobs += [("w2", Writing(Tile(), cut)) for cut in _MERGES]
         device = self.network.trunk.device
 
-        def job(stage: str, choice: Choice) -> None:
+        def compile_one(job: tuple[str, Plan]) -> None:
+            stage, plan = job
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            plan = ORDINARY.with_choice(stage, choice)
-            if stage in ("qkv", "attention"):  # the sums that an own merge will ask for
-                plan = plan.with_choice("proj", Writing(Tile(), Rows()))
-            elif stage == "w13":
-                plan = plan.with_choice("w2", Writing(Tile(), Rows()))
             try:
-                self.network.run(stage, self.blocks[0], plan, compile_only=True)
+                self.network.run(stage, self.blocks[0], plan, self.blocks[-1], compile_only=True)
             except Exception as error:
-                _logger.debug("%s %s does not compile: %s", stage, choice, error)
+                _logger.debug("%s %s does not compile: %s", stage, getattr(plan, stage), error)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda pair: job(*pair), jobs))
+            list(pool.map(compile_one, jobs))
 
     def _prepare(self, plan: Plan) -> None:
         """A whole block by `plan` from the start, so that every stage has inputs."""
         self.network.trunk.copy_(self.start)
         self.network.x = self.network.trunk
-        self.network.run_block(self.blocks[0], plan)
+        self.network.run_blocks(self.blocks[:1], plan)
 
-    def _fastest(self, stage: str, plan: Plan, choices: Iterable[Choice], note: str = "") -> Choice:
-        """The fastest of `choices` that gives what the ordinary ops give."""
+    def _fastest(self, stage: str, choices: Iterable[Choice]) -> list[Choice]:
+        """The fastest few of `choices` that give what the ordinary ops give, the best first."""
         timed: list[tuple[float, int, Choice]] = []
         truth = self._output(stage, ORDINARY)
-        rows = self.table.setdefault(stage, [])
         for i, choice in enumerate(choices):
-            one = self._with_sums(stage, plan.with_choice(stage, choice))
+            plan = self._alone(stage, choice)
             try:
-                error = _relative(self._output(stage, one), truth)
+                error = _relative(self._output(stage, plan), truth)
                 if not error < AGREEMENT:
                     _logger.warning("engine: %s %s is off by %.1e; not used", stage, choice, error)
-                    rows.append((note + str(choice), None, f"off by {error:.1e}"))
+                    self._note(stage, choice, None, f"off by {error:.1e}")
                     continue
-                micro = self._measure(stage, one)
+                micro = self._measure(stage, plan)
             except Exception as error:  # it does not fit on this device; another choice will
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                rows.append((note + str(choice), None, reason))
-                _logger.debug("%s %s: %s", stage, choice, reason)
+                self._note(stage, choice, None, f"{type(error).__name__}: {str(error)[:200]}")
                 continue
-            rows.append((note + str(choice), micro, ""))
+            self._note(stage, choice, micro)
             timed.append((micro, i, choice))
-        micro, _, choice = min(timed)
+        micro, _, choice = min(timed, key=lambda row: row[:2])
         _logger.info("engine: %s by %s, %.1f µs", stage, choice, micro)
-        return choice
+        return [choice for _, _, choice in sorted(timed, key=lambda row: row[:2])[:_FINALISTS]]
 
-    def _with_sums(self, stage: str, plan: Plan) -> Plan:
-        """Attention and w13 are timed with the column sums of an own merge beside them."""
+    def _note(self, stage: str, choice: object, micro: float | None, reason: str = "") -> None:
+        self.table.setdefault(stage, []).append((str(choice), micro, reason))
+        if reason:
+            _logger.debug("%s %s: %s", stage, choice, reason)
+
+    def _alone(self, stage: str, choice: Choice) -> Plan:
+        """One own choice among ordinary ones. Attention and w13 are measured with the column sums
+        of an own merge beside them."""
         after = {"attention": "proj", "w13": "w2"}.get(stage)
+        plan = ORDINARY.with_choice(stage, choice)
         return plan if after is None else plan.with_choice(after, Writing(Tile(), Rows()))
 
     def _output(self, stage: str, plan: Plan) -> Tensor:
@@ -236,23 +232,48 @@ class Tuner:
         self._prepare(plan)
 
         def chain() -> None:
-            for block in self.blocks:
-                self.network.run_block(block, plan)
+            self.network.run_blocks(self.blocks, plan)
 
         return graph_time(chain) / len(self.blocks) * 1e6
 
-    def _early(self, plan: Plan) -> Plan:
-        """With or without programmatic dependent launch, whichever makes a block faster."""
-        rows = self.table.setdefault("block", [])
-        times = {False: self.block_time(plan)}
-        rows.append(("one after the other", times[False], ""))
-        if _is_hopper(self.network.trunk):
+    def _overlaps(self, plan: Plan) -> list[Plan]:
+        """Without and with kernels that start early and weights that are fetched ahead."""
+        new = (False, True) if _is_hopper(self.network.trunk) else (False,)
+        return [replace(plan.with_pdl(pdl), ahead=ahead) for pdl in new for ahead in new]
+
+    def _in_a_block(self, plan: Plan, finalists: dict[str, list[Choice]]) -> Plan:
+        """The finalists of each stage, one stage after the other, within a whole block."""
+        choices = {stage: [c.with_pdl(_early(plan)) for c in finalists[stage]] for stage in STAGES}
+        for stage in STAGES:
+            own = getattr(plan, stage)
+            if isinstance(own, Writing):
+                choices[stage] += [replace(own, rows=cut.with_pdl(_early(plan))) for cut in _MERGES]
+        self._compile((s, plan.with_choice(s, choice)) for s in STAGES for choice in choices[s])
+        for stage in STAGES:
+            others = [c for c in choices[stage] if c != getattr(plan, stage)]
+            plans = [plan, *(plan.with_choice(stage, choice) for choice in others)]
+            plan = self._best_block(plans, lambda p, at=stage: f"{at} {getattr(p, at)}")  # type: ignore[misc]
+        return plan
+
+    def _best_block(self, plans: list[Plan], name: Callable[[Plan], str]) -> Plan:
+        """The plan with the fastest block; the first is known to run."""
+        timed = []
+        for i, plan in enumerate(plans):
             try:
-                times[True] = self.block_time(plan.with_pdl(True))
-                rows.append(("kernels start early", times[True], ""))
+                timed.append((self.block_time(plan), i, plan))
             except Exception as error:  # this Triton or driver has no such launch
-                rows.append(("kernels start early", None, f"{type(error).__name__}: {error}"))
-        return plan.with_pdl(min(times, key=lambda pdl: times[pdl]))
+                self._note("block", name(plan), None, f"{type(error).__name__}: {error}"[:200])
+                if i == 0:
+                    raise
+                continue
+            self._note("block", name(plan), timed[-1][0])
+        micro, _, plan = min(timed, key=lambda row: row[:2])
+        _logger.info("engine: a block in %.1f µs by %s", micro, name(plan))
+        return plan
+
+
+def _early(plan: Plan) -> bool:
+    return any(getattr(getattr(plan, stage), "pdl", False) for stage in STAGES)
 
 
 def _relative(actual: Tensor, truth: Tensor) -> float:

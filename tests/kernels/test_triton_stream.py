@@ -135,14 +135,16 @@ def test_swiglu_and_the_sums_of_the_trunk(case, shape, leaks):
     out = torch.empty(case.stream.rows, hidden, device=case.device)
     sums = torch.empty(case.batch, 2, width, device=case.device) if leaks else None
     rows = case.rows(x)
-    stream_gemm.swiglu(rows, *on(case.device, w), out, sums, case.stream, tile)
+    stream_gemm.swiglu(rows, *on(case.device, w), out, sums, case.valid, case.stream, tile)
     gate, value = (x.double() @ w.double().T).chunk(2, -1)
     close(case.back(out), gate / (1 + (-gate).exp()) * value, 10)
     if sums is not None:
         close(sums, case.sums(x.double()), 10)
         again = torch.empty_like(sums)
-        stream_merge.segment_sums(rows, again, case.stream)
+        f, of_f = case.rows(case.tokens(width, 4, zero=False)), torch.empty_like(sums)
+        stream_merge.segment_sums(rows, again, case.valid, case.stream, f, of_f)
         assert torch.equal(again, sums)
+        close(of_f, case.sums(case.back(f)), 10)
 
 
 WRITERS = [  # columns of A, trunk width, tile

@@ -121,31 +121,54 @@ def segment_of(row, p_valid, image, text, image_rows, sample_rows):
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Under programmatic dependent launch: lets the next kernel start its preparation, and waits
-    until everything that the kernels before this one wrote can be read."""
+def wait_for_inputs(p_ahead, n_lines, PDL: tl.constexpr):
+    """Asks the L2 cache for this block's share of weights that are needed later, which are constant
+    and so need no waiting. Then, under programmatic dependent launch, waits until everything that
+    the kernels before this one wrote can be read, and lets the next kernel start its preparation.
+    """
+    if p_ahead is not None:
+        share = tl.cdiv(n_lines, tl.num_programs(0))
+        for i in range(0, share, 256):
+            o_line = tl.program_id(0) * share + i + tl.arange(0, 256)
+            o_line = tl.minimum(o_line, n_lines - 1).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+                [p_ahead.to(tl.int64) + o_line * 128],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
+def lines(ahead: Tensor | None) -> int:
+    """Cache lines of a dense tensor."""
+    return 1 if ahead is None else -(-ahead.nbytes // 128)
+
+
 @triton.jit
 def column_sums(
-    i_task, p_x, p_sum, s_x, image_rows, sample_rows, D: tl.constexpr, SLAB: tl.constexpr
-):
-    """Sums of X [N, D] over the rows of one segment of one sample, for one slab of columns, into
-    [B, 2, D]. Rows that are no real token are zero, so they are added as well."""
+    i_task, p_x, p_sum, p_valid, s_x, image, text, image_rows, sample_rows,
+    D: tl.constexpr, SLAB: tl.constexpr,
+):  # fmt: skip
+    """Sums of X [N, D] over the real rows of one segment of one sample, for one slab of columns,
+    into [B, 2, D]."""
+    STEP: tl.constexpr = 128  # rows whose loads are under way at once
     n_slabs: tl.constexpr = (D + SLAB - 1) // SLAB
     o_d = (i_task % n_slabs) * SLAB + tl.arange(0, SLAB)
     i_bs = i_task // n_slabs
-    in_text = i_bs % 2 == 1
-    first = (i_bs // 2) * sample_rows + tl.where(in_text, image_rows, 0)
-    rows = tl.where(in_text, sample_rows - image_rows, image_rows)
-    total = tl.zeros([_CHUNK, SLAB], tl.float32)
-    for t in range(0, rows, _CHUNK):
-        o_t = (first + t + tl.arange(0, _CHUNK)).to(tl.int64)
-        p = p_x + o_t[:, None] * s_x + o_d[None, :]
-        total += tl.load(p, mask=(o_d < D)[None, :], other=0.0).to(tl.float32)
+    row = (i_bs // 2) * sample_rows + (i_bs % 2) * image_rows
+    count = image
+    if i_bs % 2 == 1:
+        count = text
+        if p_valid is not None:
+            count = tl.load(p_valid + i_bs // 2)
+    total = tl.zeros([STEP, SLAB], tl.float32)
+    for t in range(0, count, STEP):
+        o_t = t + tl.arange(0, STEP)
+        m = (o_t < count)[:, None] & (o_d < D)[None, :]
+        p = p_x + (row + o_t).to(tl.int64)[:, None] * s_x + o_d[None, :]
+        total += tl.load(p, mask=m, other=0.0).to(tl.float32)
     tl.store(p_sum + i_bs * D + o_d, tl.sum(total, 0), mask=o_d < D)
 
 

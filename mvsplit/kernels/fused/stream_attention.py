@@ -21,11 +21,12 @@ from mvsplit.kernels.fused.stream import (
     SLAB,
     Stream,
     column_sums,
+    lines,
     sum_tasks,
     wait_for_inputs,
 )
 
-_VARYING = ["n_sums", "image", "text", "image_rows", "sample_rows"]
+_VARYING = ["n_attended", "n_lines", "image", "text", "image_rows", "sample_rows"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,22 @@ class Blocks:
 
 @triton.jit(do_not_specialize=_VARYING)
 def stream_attention_kernel(
-    p_q, p_k, p_v, p_out, p_valid, p_x, p_sum, s_x,
+    p_q, p_k, p_v, p_out, p_valid, p_x, p_sum, p_ahead, s_x,
     sq_b, sq_h, sq_t, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
-    n_sums, image, text, image_rows, sample_rows, scale,
+    n_attended, n_lines, image, text, image_rows, sample_rows, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     D: tl.constexpr, SLAB: tl.constexpr, BQ: tl.constexpr, BT: tl.constexpr, SUMS: tl.constexpr,
     MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(PDL)
+    wait_for_inputs(p_ahead, n_lines, PDL)
+    pid = tl.program_id(0)
     if SUMS:  # noqa: SIM102 (`and` would need p_sum even where there is none)
-        if tl.program_id(0) < n_sums:
-            column_sums(tl.program_id(0), p_x, p_sum, s_x, image_rows, sample_rows, D, SLAB)
+        if pid >= n_attended:  # last, so that no query waits for them
+            column_sums(
+                pid - n_attended, p_x, p_sum, p_valid, s_x, image, text, image_rows, sample_rows,
+                D, SLAB,
+            )  # fmt: skip
             return
-    pid = tl.program_id(0) - n_sums
     n_q = tl.cdiv(sample_rows, BQ)
     i_h = pid // n_q % H
     i_b = (pid // n_q // H).to(tl.int64)
@@ -95,7 +99,8 @@ def stream_attention_kernel(
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, valid: Tensor | None, x: Tensor,
-    sums: Tensor | None, stream: Stream, cut: Blocks, *, compile_only: bool = False,
+    sums: Tensor | None, stream: Stream, cut: Blocks, *, ahead: Tensor | None = None,
+    compile_only: bool = False,
 ) -> Any:  # fmt: skip
     """`out` [N, H·K] ← softmax(q·kᵀ/√K)·v over the real tokens of each sample.
 
@@ -103,13 +108,15 @@ def attention(
         q: [B, H, T, K], the last axis dense; k, v: [B, G, T, K].
         valid: [B] int32, real text tokens of each sample; None: all.
         x: the trunk [N, D], and `sums` [B, 2, D] ← its column sums by segment; None: not needed.
+        ahead: weights that are needed next, for the L2 cache to fetch.
     """
     batch, heads, _, width = q.shape
-    n_sums = 0 if sums is None else sum_tasks(stream, x.shape[1])
-    grid = (n_sums + batch * heads * triton.cdiv(stream.sample_rows, cut.queries),)
+    n_attended = batch * heads * triton.cdiv(stream.sample_rows, cut.queries)
+    grid = (n_attended + (0 if sums is None else sum_tasks(stream, x.shape[1])),)
     strides = [s for tensor in (q, k, v) for s in tensor.stride()[:3]]
     arguments = (
-        q, k, v, out, valid, x, sums, x.stride(0), *strides, n_sums, *stream.layout,
+        q, k, v, out, valid, x, sums, ahead, x.stride(0), *strides, n_attended, lines(ahead),
+        *stream.layout,
         math.log2(math.e) / math.sqrt(width),
     )  # fmt: skip
     options = {"launch_pdl": True} if cut.pdl else {}

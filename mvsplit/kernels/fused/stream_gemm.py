@@ -29,11 +29,12 @@ from mvsplit.kernels.fused.stream import (
     Stream,
     column_sums,
     is_real,
+    lines,
     sum_tasks,
     wait_for_inputs,
 )
 
-_VARYING = ["n_rows", "k_size", "n_tiles", "n_sums"]
+_VARYING = ["n_rows", "k_size", "n_tiles", "n_products", "n_lines"]
 _VARYING += ["image", "text", "image_rows", "sample_rows"]
 
 
@@ -117,7 +118,7 @@ def qkv_kernel(
         o_h, o_i, o_p = o_c // (2 * BLOCK_HALF), o_c // 2 % BLOCK_HALF, o_c % 2
     m_w = (o_i < HALF) & (head + o_h < H + 2 * G)
     o_w = tl.where(m_w, (head + o_h) * 2 * HALF + o_p * HALF + o_i, 0).to(tl.int64)
-    wait_for_inputs(PDL)
+    wait_for_inputs(None, 1, PDL)
     acc = _product(
         a, w, row, o_m, head * 2 * HALF, o_w, m_w, 0, k_size, k_size, s_a, s_w, BM, BN, BK, EVEN,
         TMA,
@@ -147,17 +148,21 @@ def qkv_kernel(
 
 @triton.jit(do_not_specialize=_VARYING)
 def swiglu_kernel(
-    a, w, p_out, p_sum, p_x, n_rows, k_size, s_a, s_w, n_tiles, n_sums, image_rows, sample_rows,
+    a, w, p_out, p_sum, p_x, p_valid, p_ahead, n_rows, k_size, s_a, s_w, n_tiles, n_products,
+    n_lines, image, text, image_rows, sample_rows,
     F: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, SUMS: tl.constexpr, SLAB: tl.constexpr, TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(PDL)
+    wait_for_inputs(p_ahead, n_lines, PDL)
+    pid = tl.program_id(0)
     if SUMS:  # noqa: SIM102 (`and` would need p_sum even where there is none)
-        if tl.program_id(0) < n_sums:
-            column_sums(tl.program_id(0), p_x, p_sum, s_a, image_rows, sample_rows, D, SLAB)
+        if pid >= n_products:  # last, so that no product waits for them
+            column_sums(
+                pid - n_products, p_x, p_sum, p_valid, s_a, image, text, image_rows, sample_rows,
+                D, SLAB,
+            )  # fmt: skip
             return
-    pid = tl.program_id(0) - n_sums
     row = (pid % n_tiles) * BM
     first = (pid // n_tiles) * HALF
     o_row = row + tl.arange(0, BM)
@@ -202,7 +207,7 @@ def writer_kernel(
     m_n = o_n < D
     part = tl.cdiv(tl.cdiv(k_size, BK), SPLIT) * BK
     first = i_split * part
-    wait_for_inputs(PDL)
+    wait_for_inputs(None, 1, PDL)
     acc = _product(
         a, w, row, o_m, column, tl.where(m_n, o_n, 0).to(tl.int64), m_n, first,
         tl.minimum(first + part, k_size), k_size, s_a, s_w, BM, BN, BK, EVEN, TMA,
@@ -266,8 +271,8 @@ def qkv(
 
 
 def swiglu(
-    x: Tensor, w: Tensor, out: Tensor, sums: Tensor | None, stream: Stream, tile: Tile,
-    *, compile_only: bool = False,
+    x: Tensor, w: Tensor, out: Tensor, sums: Tensor | None, valid: Tensor | None, stream: Stream,
+    tile: Tile, *, ahead: Tensor | None = None, compile_only: bool = False,
 ) -> Any:  # fmt: skip
     """`out` [N, F] ← silu(gate)⊙value of X·W₁₃ᵀ; `sums` [B, 2, D] ← column sums of X by segment.
 
@@ -275,18 +280,20 @@ def swiglu(
         x: [N, D].
         w: [2F, D], gates first.
         sums: None where the merge that follows leaks no mean.
+        valid: [B] int32, real text tokens of each sample; None: all.
         tile: its columns are half gates, half values.
+        ahead: weights that are needed next, for the L2 cache to fetch.
     """
     hidden, width = w.shape[0] // 2, x.shape[1]
     half = tile.columns // 2
     a, b, even = _operands(x, w, tile, half)
     n_tiles = triton.cdiv(stream.rows, tile.rows)
-    n_sums = 0 if sums is None else sum_tasks(stream, width)
-    grid = (n_sums + n_tiles * triton.cdiv(hidden, half),)
+    n_products = n_tiles * triton.cdiv(hidden, half)
+    grid = (n_products + (0 if sums is None else sum_tasks(stream, width)),)
     launch = _launcher(swiglu_kernel, grid, compile_only)
     return launch(
-        a, b, out, sums, x, stream.rows, width, x.stride(0), w.stride(0), n_tiles, n_sums,
-        stream.image_rows, stream.sample_rows,
+        a, b, out, sums, x, valid, ahead, stream.rows, width, x.stride(0), w.stride(0), n_tiles,
+        n_products, lines(ahead), *stream.layout,
         F=hidden, D=width, HALF=half, BM=tile.rows, BK=tile.depth,
         EVEN=even and hidden % half == 0, SUMS=sums is not None, SLAB=SLAB, TMA=tile.tma,
         PDL=tile.pdl, **tile.options,

@@ -1,7 +1,8 @@
 """The merge of the sampling engine: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm (paper Eq. 7–8).
 
-The means are already there as sums: of F by chunk, from the epilogue of the product that made F,
-and of X by segment. So a block reads a few rows of X and F once and writes the next trunk over X.
+The means are already there as sums: of X by segment, and of F by segment, or by chunk from the
+epilogue of the product that made F. So a block reads a few rows of X and F once and writes the next
+trunk over X.
 
 Shapes: N rows, D width, C chunks, B samples.
 """
@@ -22,6 +23,7 @@ from mvsplit.kernels.fused.stream import (
     Stream,
     column_sums,
     is_real,
+    lines,
     segment_of,
     sum_tasks,
     wait_for_inputs,
@@ -29,6 +31,7 @@ from mvsplit.kernels.fused.stream import (
 from mvsplit.kernels.reference import Gain, Gains
 
 _VARYING = ["n_rows", "image", "text", "image_rows", "sample_rows", "beta", "alpha", "leak"]
+_VARYING += ["n_lines"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,11 @@ def _mean_part(
 
 @triton.jit(do_not_specialize=_VARYING)
 def merge_kernel(
-    p_x, p_f, p_y, p_partial, p_sum, p_beta, p_alpha, p_leak, p_valid,
-    beta, alpha, leak, s_beta, s_alpha, s_leak, n_rows, image, text, image_rows, sample_rows, eps,
+    p_x, p_f, p_y, p_partial, p_sum, p_beta, p_alpha, p_leak, p_valid, p_ahead,
+    beta, alpha, leak, s_beta, s_alpha, s_leak, n_rows, n_lines, image, text, image_rows,
+    sample_rows, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    MEANS: tl.constexpr, LEAKS: tl.constexpr, PDL: tl.constexpr,
+    MEANS: tl.constexpr, CHUNKED: tl.constexpr, LEAKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     o_row = row + tl.arange(0, ROWS)
@@ -76,7 +80,8 @@ def merge_kernel(
     real = is_real(o_row, n_rows, p_valid, image, text, image_rows, sample_rows)
     m = real[:, None] & m_d[None, :]
     o_x = o_row.to(tl.int64)[:, None] * D + o_d[None, :]
-    wait_for_inputs(PDL)
+    wait_for_inputs(p_ahead, n_lines, PDL)
+    i_bs = 2 * (row // sample_rows) + (row % sample_rows >= image_rows).to(tl.int32)
     z = tl.load(p_x + o_x, m, 0.0).to(tl.float32)
     f = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for i_split in tl.static_range(SPLIT):
@@ -85,14 +90,16 @@ def merge_kernel(
     z += b_beta[None, :] * f
     if MEANS:
         b_alpha = load_gain(p_alpha, alpha, s_alpha, o_d, m_d)
-        sum_f = _mean_part(
-            p_partial, first // _CHUNK, rows // _CHUNK, n_rows // _CHUNK, o_d, m_d, D, BLOCK_D,
-            SPLIT,
-        )  # fmt: skip
+        if CHUNKED:
+            sum_f = _mean_part(
+                p_partial, first // _CHUNK, rows // _CHUNK, n_rows // _CHUNK, o_d, m_d, D, BLOCK_D,
+                SPLIT,
+            )  # fmt: skip
+        else:
+            sum_f = tl.load(p_partial + i_bs * D + o_d, m_d, 0.0)
         shift = (b_alpha - b_beta) * (sum_f / count)  # β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF
         if LEAKS:
             b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)
-            i_bs = 2 * (row // sample_rows) + (row % sample_rows >= image_rows).to(tl.int32)
             shift -= b_leak * (tl.load(p_sum + i_bs * D + o_d, m_d, 0.0) / count)
         z = tl.where(m, z + shift[None, :], 0.0)
     r = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / D + eps)
@@ -100,13 +107,19 @@ def merge_kernel(
     tl.store(p_y + o_x, (z * r).to(p_y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["image_rows", "sample_rows"])
+@triton.jit(do_not_specialize=["n_tasks", "image", "text", "image_rows", "sample_rows"])
 def sums_kernel(
-    p_x, p_sum, s_x, image_rows, sample_rows, D: tl.constexpr, SLAB: tl.constexpr,
-    PDL: tl.constexpr,
+    p_x, p_f, p_sum_x, p_sum_f, p_valid, s_x, s_f, n_tasks, image, text, image_rows, sample_rows,
+    D: tl.constexpr, SLAB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(PDL)
-    column_sums(tl.program_id(0), p_x, p_sum, s_x, image_rows, sample_rows, D, SLAB)
+    wait_for_inputs(None, 1, PDL)
+    pid = tl.program_id(0)
+    if pid < n_tasks:
+        column_sums(pid, p_x, p_sum_x, p_valid, s_x, image, text, image_rows, sample_rows, D, SLAB)
+    else:
+        column_sums(
+            pid - n_tasks, p_f, p_sum_f, p_valid, s_f, image, text, image_rows, sample_rows, D, SLAB
+        )
 
 
 def takes_means(gains: Gains) -> bool:
@@ -127,17 +140,20 @@ def _equal_numbers(a: Gain, b: Gain) -> bool:
 
 def merge(
     x: Tensor, f: Tensor, y: Tensor, partial: Tensor | None, sums: Tensor | None, gains: Gains,
-    valid: Tensor | None, stream: Stream, eps: float, cut: Rows, *, compile_only: bool = False,
+    valid: Tensor | None, stream: Stream, eps: float, cut: Rows, *, ahead: Tensor | None = None,
+    compile_only: bool = False,
 ) -> Any:  # fmt: skip
     """`y` [N, D] ← the next trunk; it may be `x` itself. Zero on rows that are no real token.
 
     Args:
         x: trunk [N, D], dense.
         f: branch in parts that add up, [split, N, D].
-        partial: column sums of every part by chunk, [split, C, D]; None where no mean is taken.
+        partial: column sums of every part by chunk, [split, C, D], or of F by segment,
+            [1, B, 2, D]; None where no mean is taken.
         sums: column sums of `x` by segment, [B, 2, D]; None where nothing leaks.
         valid: [B] int32, real text tokens of each sample; None: all.
         cut: its rows divide a chunk.
+        ahead: weights that are needed next, for the L2 cache to fetch.
     """
     full = (gains.beta, gains.alpha, gains.alpha if gains.leak is None else gains.leak)
     pointers = [g if isinstance(g, Tensor) else None for g in full]
@@ -146,12 +162,13 @@ def merge(
     grid = (triton.cdiv(stream.rows, cut.rows),)
     options = {"launch_pdl": True} if cut.pdl else {}
     arguments = (
-        x, f, y, partial, sums, *pointers, valid, *numbers, *map(gain_stride, pointers),
-        stream.rows, *stream.layout, eps,
+        x, f, y, partial, sums, *pointers, valid, ahead, *numbers, *map(gain_stride, pointers),
+        stream.rows, lines(ahead), *stream.layout, eps,
     )  # fmt: skip
     constants = {
         "D": width, "BLOCK_D": block(width), "ROWS": cut.rows, "SPLIT": f.shape[0],
-        "MEANS": partial is not None, "LEAKS": sums is not None, "PDL": cut.pdl,
+        "MEANS": partial is not None, "CHUNKED": partial is not None and partial.dim() == 3,
+        "LEAKS": sums is not None, "PDL": cut.pdl,
         "num_warps": cut.warps,
     }  # fmt: skip
     if compile_only:
@@ -159,11 +176,19 @@ def merge(
     return merge_kernel[grid](*arguments, **constants, **options)
 
 
-def segment_sums(x: Tensor, sums: Tensor, stream: Stream, *, pdl: bool = False) -> None:
-    """`sums` [B, 2, D] ← column sums of `x` [N, D] by segment, as a launch of its own."""
+def segment_sums(
+    x: Tensor, sums: Tensor, valid: Tensor | None, stream: Stream, f: Tensor | None = None,
+    sums_f: Tensor | None = None, *, pdl: bool = False, compile_only: bool = False,
+) -> Any:  # fmt: skip
+    """`sums` [B, 2, D] ← column sums of `x` [N, D] over the real rows of each segment, and `sums_f`
+    those of `f`, if given, in one launch."""
     width = x.shape[1]
+    n_tasks = sum_tasks(stream, width)
     options = {"launch_pdl": True} if pdl else {}
-    sums_kernel[(sum_tasks(stream, width),)](
-        x, sums, x.stride(0), stream.image_rows, stream.sample_rows, D=width, SLAB=SLAB, PDL=pdl,
-        num_warps=4, **options,
-    )  # fmt: skip
+    grid = (n_tasks if f is None else 2 * n_tasks,)
+    f, sums_f = (x, sums) if f is None else (f, sums_f)
+    arguments = (x, f, sums, sums_f, valid, x.stride(0), f.stride(0), n_tasks, *stream.layout)
+    constants = {"D": width, "SLAB": SLAB, "PDL": pdl, "num_warps": 4}
+    if compile_only:
+        return sums_kernel.warmup(*arguments, grid=grid, **constants, **options)
+    return sums_kernel[grid](*arguments, **constants, **options)
