@@ -99,24 +99,27 @@ class Staging:
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The same snapshot in memory of its own."""
-        copies: dict[int, Tensor] = {}  # by the address of the buffer that was copied
+        copies: dict[tuple[int, torch.dtype], Tensor] = {}  # by the address of what was copied
+
+        def copied(tensor: Tensor) -> Tensor:
+            if not (snapshot.sharded and is_spread(tensor)):
+                return self._copy(tensor, copies)
+            return self._like(tensor, self._copy(local(tensor), copies))
+
         tensors = {
-            file: {name: self._copy(tensor, copies) for name, tensor in named.items()}
+            file: {name: copied(tensor) for name, tensor in named.items()}
             for file, named in snapshot.tensors.items()
         }
         return replace(snapshot, tensors=tensors)
 
-    def _copy(self, tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
-        held = local(tensor).detach()
+    def _copy(self, held: Tensor, copies: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
         storage = held.untyped_storage()
-        if storage.data_ptr() not in copies:
+        key = (storage.data_ptr(), held.dtype)
+        if key not in copies:
             buffer = self._buffer(len(copies), storage.nbytes(), pinned=held.is_cuda)
             whole = torch.empty(0, dtype=torch.uint8, device=held.device).set_(storage)
-            copies[storage.data_ptr()] = buffer.copy_(whole)
-        place = copies[storage.data_ptr()].untyped_storage()
-        view = torch.empty(0, dtype=held.dtype)
-        view.set_(place, held.storage_offset(), held.shape, held.stride())
-        return self._like(tensor, view) if is_spread(tensor) else view
+            copies[key] = buffer.copy_(whole).view(held.dtype)
+        return copies[key].as_strided(held.shape, held.stride(), held.storage_offset())
 
     def _buffer(self, number: int, size: int, *, pinned: bool) -> Tensor:
         if number not in self._buffers or self._buffers[number].numel() != size:

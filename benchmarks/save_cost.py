@@ -1,0 +1,156 @@
+"""Claim: saving in the background costs at most 2 % of the time of the steps between two saves.
+
+Windows of as many steps as lie between two saves, in turns: without a save, with one that goes on
+in the background from the window's start (its end is waited for within the window), and with one
+that the steps wait for. The cost is the median, over the turns, of what a window takes longer than
+the one without a save before it.
+
+Gate: the checkpoint holds, bit for bit, the state as it was when the save began, although the steps
+have changed it since.
+
+    python benchmarks/save_cost.py [--preset digits-400l-mvsplit] [--json FILE]
+    python benchmarks/save_cost.py --preset mvsplit-400l --batch 32 --window 1000 --turns 1
+
+Cost: about four minutes on two CPU cores at the default size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mvsplit.presets import get_preset
+from mvsplit.training import build_state, train_step
+from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
+from mvsplit.training.checkpoint_saver import Saver
+
+TARGET = 0.02
+
+
+class Bench:
+    """A run whose checkpoints go to `folder`, one at a time."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        preset = get_preset(args.preset)
+        config = replace(preset.train, device=args.device, probe_every=0)
+        if args.batch:
+            config = replace(config, batch_size=args.batch, accumulate=1)
+        model = replace(preset.model, depth=args.depth or preset.model.depth)
+        self.experiment = replace(preset, model=model, train=config)
+        self.state = build_state(self.experiment)
+        self.saver = Saver(folder, keep=1)
+        self.window = args.window or config.save_every
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            train_step(self.state, self.experiment.train)
+
+    def without(self) -> None:
+        self.steps(self.window)
+
+    def background(self) -> None:
+        self.saver.begin(self.state.snapshot())
+        self.steps(self.window)
+        self.saver.wait()
+
+    def blocking(self) -> None:
+        self.saver.begin(self.state.snapshot())
+        self.saver.wait()
+        self.steps(self.window)
+
+    def begin(self) -> float:
+        """Seconds that the steps wait for the copy."""
+        start = time.perf_counter()
+        self.saver.begin(self.state.snapshot())
+        seconds = time.perf_counter() - start
+        self.saver.wait()
+        return seconds
+
+
+def check(bench: Bench) -> int:
+    """Raises SystemExit if a checkpoint is not the state that it was begun with; else its bytes."""
+    snapshot = bench.state.snapshot()
+    before = copy.deepcopy({f: dict(named) for f, named in snapshot.tensors.items()})
+    bench.saver.begin(snapshot)
+    bench.steps(2)
+    bench.saver.wait()
+    path = list_checkpoints(bench.saver.folder)[-1]
+    saved = read_checkpoint(path).tensors
+    for file, named in before.items():
+        for name, tensor in named.items():
+            if not torch.equal(saved[file][name], tensor.cpu()):
+                raise SystemExit(f"{file}: {name} is not what was to be saved; no time is taken")
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def seconds_of(action) -> float:
+    start = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(bench: Bench, turns: int) -> dict[str, list[float]]:
+    kinds = {"without": bench.without, "background": bench.background, "blocking": bench.blocking}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(turns):
+        for name, action in kinds.items():
+            times[name].append(seconds_of(action))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="digits-400l-mvsplit")
+    for name, value in (("depth", 0), ("batch", 0), ("window", 0), ("turns", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder) / "checkpoints")
+        size = check(bench)
+        copying = min(bench.begin() for _ in range(3))
+        times = measure(bench, args.turns)
+    plain = times["without"]
+    cost = {
+        name: statistics.median(t / p - 1 for t, p in zip(times[name], plain, strict=True))
+        for name in ("background", "blocking")
+    }
+    on_gpu = bench.state.device.type == "cuda"
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "command": f"python benchmarks/save_cost.py --preset {args.preset} --depth {args.depth} "
+        f"--batch {args.batch} --window {args.window} --turns {args.turns}",
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "torch": torch.__version__,
+        "checkpoint_bytes": size,
+        "steps_between_saves": bench.window,
+        "seconds_of_a_window": times,
+        "seconds_of_the_copy": copying,
+        "cost": cost,
+        "target": TARGET,
+        "met": cost["background"] <= TARGET,
+    }
+    step = statistics.median(plain) / bench.window
+    print(f"{size / 1e6:,.1f} MB a checkpoint, {step * 1e3:.1f} ms a step, one in {bench.window}")
+    print(f"{'copy':12}{copying * 1e3:9.1f} ms")
+    for name, share in cost.items():
+        print(f"{name:12}{100 * share:+9.2f} %   (target {100 * TARGET:.0f} %)")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
