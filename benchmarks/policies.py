@@ -53,6 +53,7 @@ from mvsplit.training.step import piece_losses, pieces
 PLAIN = RuleConfig(name="plain")
 REFERENCE = "mvsplit from the start"
 SAMPLES = 1024
+_PLAIN_EVENTS = ("saved", "started", "watching", "finished")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +118,12 @@ REGIMES: dict[str, Regime] = {
         depth=400,
         width=128,
         lr=1e-4,
-        steps=500,
-        jump=200,
+        steps=240,
+        jump=100,
         factor=10,
         batch_size=64,
-        warmup=100,
-        save_every=50,
+        warmup=50,
+        save_every=25,
         dataset="shapes",
         size=32,
         patch=4,
@@ -229,7 +230,7 @@ def run(name: str, trial: Trial, seed: int) -> dict[str, Any]:
         "steps": lines[-1]["step"],
         "batches": len(lines),
         "stopped": stopped,
-        "events": [_short(e) for e in events if e["event"] not in ("saved", "started", "finished")],
+        "events": [_short(e) for e in events if e["event"] not in _PLAIN_EVENTS],
         "losses": [float(f"{line['loss']:.4g}") for line in lines],
         "seconds": round(time.perf_counter() - began, 1),
         "settings": {"regime": dataclasses.asdict(regime), "trial": dataclasses.asdict(trial)},
