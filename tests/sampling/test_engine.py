@@ -3,17 +3,19 @@
 import pytest
 import torch
 
+from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
+from mvsplit.sampling.engine import Engine
 
 pytest.importorskip("triton")
 
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
-from mvsplit.sampling import engine_tune
-from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Plan, Writing
-from mvsplit.sampling.engine_tune import Tuner
+from mvsplit.sampling import engine, engine_tune
+from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Ordinary, Plan, Writing
+from mvsplit.sampling.engine_tune import Tuner, load_plan, save_plan
 
 ON_GPU = torch.cuda.is_available()
 WRITE = Writing(Tile(rows=32, columns=32, depth=32), Rows(rows=4))
@@ -78,6 +80,15 @@ def test_stages_by_the_ordinary_ops_mix_with_ours(stage):
     assert error < FP32_ERROR
 
 
+@pytest.mark.parametrize("valid", [None, [4, 1]], ids=str)
+def test_the_ordinary_product_with_our_merge(valid):
+    model = make()
+    inputs = draw(model, valid=valid)
+    own = Writing(None, Rows(rows=4))
+    plan = OWN.with_choice("proj", own).with_choice("w2", own)
+    assert (evaluate(model, plan, *inputs) - model(*inputs)).abs().max() < FP32_ERROR
+
+
 @pytest.mark.parametrize(
     ("changes", "side", "text"),
     [
@@ -110,18 +121,19 @@ def test_nan_weights_come_out_as_nan():
 
 
 @pytest.fixture
-def timed_by_count(monkeypatch):
-    """Where there is no CUDA graph to time: runs a chain, and counts instead of measuring."""
-    counted = []
+def ours_is_faster(monkeypatch):
+    """Where nothing can be timed: every stage of ours takes a microsecond, an ordinary one two."""
 
-    def graph_time(run):
-        run()
-        counted.append(run)
-        return 1.0 / len(counted)  # later is faster
+    def block_time(self, plan):
+        return sum(2.0 if isinstance(getattr(plan, s), Ordinary) else 1.0 for s in STAGES)
 
-    if not ON_GPU:
-        monkeypatch.setattr(engine_tune, "graph_time", graph_time)
-    return counted
+    def measure(self, stage, plan):
+        return 2.0 if isinstance(getattr(plan, stage), Ordinary) else 1.0
+
+    monkeypatch.setattr(Tuner, "block_time", block_time)
+    monkeypatch.setattr(Tuner, "_measure", measure)
+    monkeypatch.setattr(Tuner, "_compile", lambda self, jobs: list(jobs))
+    monkeypatch.setattr(engine_tune, "candidates", few)
 
 
 def few(stage, network):
@@ -129,12 +141,165 @@ def few(stage, network):
     return [getattr(ORDINARY, stage), own.get(stage, WRITE)]
 
 
-def test_the_tuner_takes_the_fastest_that_agrees(monkeypatch, timed_by_count):
-    monkeypatch.setattr(engine_tune, "candidates", few)
+def test_the_tuner_takes_the_fastest_that_agrees(ours_is_faster):
     model = make()
     latents, text, _ = draw(model)
     tuner = Tuner(Network(model, latents, text, padded=False))
     plan = tuner.best_plan()
-    assert plan.qkv == OWN.qkv
-    assert isinstance(plan.w2, Writing)
-    assert (evaluate(model, plan, latents, text, None) - model(latents, text)).abs().max() < 2e-5
+    assert plan == Plan(OWN.qkv, OWN.attention, WRITE, OWN.w13, WRITE)
+    assert [row[1] for row in tuner.table["qkv"]] == [2.0, 1.0]
+
+
+def test_what_does_not_agree_is_never_taken(monkeypatch, ours_is_faster, caplog):
+    model = make()
+    latents, text, _ = draw(model)
+    run = Network.run
+
+    def broken(self, stage, block, plan, following=None, compile_only=False):
+        run(self, stage, block, plan, following, compile_only)
+        if stage == "w13" and isinstance(plan.w13, Tile) and not compile_only:
+            self.hidden.mul_(1.1)
+
+    monkeypatch.setattr(Network, "run", broken)
+    tuner = Tuner(Network(model, latents, text, padded=False))
+    assert tuner.best_plan().w13 == ORDINARY.w13
+    assert "w13 Tile" in caplog.text
+    assert "off by" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_compared(caplog):
+    model = make()
+    model.blocks[0].ffn.w2.weight.fill_(torch.inf)
+    latents, text, _ = draw(model)
+    assert Tuner(Network(model, latents, text, padded=False)).best_plan() is None
+    assert "not finite" in caplog.text
+
+
+def test_choices_come_back_from_disk_by_shape(tmp_path, caplog):
+    model = make()
+    latents, text, _ = draw(model)
+    if not ON_GPU:
+        pytest.MonkeyPatch().setattr(torch.cuda, "get_device_name", lambda device: "none")
+    network = Network(model, latents, text, padded=False)
+    path = tmp_path / "deep" / "engine.json"
+    assert load_plan(network, path) is None
+    plan = OWN.with_pdl(True)
+    save_plan(network, plan, path)
+    assert load_plan(network, path) == plan
+    longer = Network(model, latents, draw(model, text=40)[1], padded=False)
+    assert load_plan(longer, path) is None
+    save_plan(longer, ORDINARY, path)
+    assert load_plan(network, path) == plan
+    assert load_plan(longer, path) == ORDINARY
+    path.write_text("{")
+    assert load_plan(network, path) is None
+    assert "is not read" in caplog.text
+
+
+class Replayed:
+    """Stands for a CUDA graph where there is none: runs the evaluation every time."""
+
+    def __init__(self, evaluation, choice, *inputs):
+        self.evaluation, self.choice, self.calls = evaluation, choice, 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        return self.evaluation(*inputs)
+
+
+@pytest.fixture
+def engine_of(monkeypatch, tmp_path):
+    """An engine that replays, on CUDA or on a CPU that passes for it."""
+    if not ON_GPU:
+        monkeypatch.setattr(engine, "_Graph", Replayed)
+        monkeypatch.setattr(Engine, "_is_elsewhere", lambda self, latents: None)
+
+    def build(model, **options):
+        said = []
+        path = tmp_path / "engine.json"
+        return Engine(model, cache=path, say=said.append, **options), said
+
+    return build
+
+
+def on_device(*tensors):
+    return [t.cuda() if ON_GPU and t is not None else t for t in tensors]
+
+
+def test_a_model_that_the_kernels_do_not_take_is_replayed_as_it_is(engine_of):
+    for model, reason in (
+        (make(), "take bf16 and fp16, not torch.float32"),
+        (make(dtype=torch.float16, ffn_bias=True), "have biases"),
+        (make("keel", torch.float16), "rule keel is more than gains"),
+        (make(dtype=torch.float16), "it is small"),
+    ):
+        fast, said = engine_of(model)
+        latents, text, _ = draw(model, dtype=model.head.weight.dtype)
+        assert torch.equal(fast(latents, text), model(latents, text))
+        assert fast(latents, text).isfinite().all()
+        assert len(said) == 1
+        assert reason in said[0]
+        assert said[0].startswith("the model's own ops in one CUDA graph")
+
+
+def test_a_bounded_number_of_shapes_is_kept(engine_of):
+    model = make()
+    fast, _ = engine_of(model, graphs=2)
+    for side in ((2, 2), (4, 2), (2, 2), (4, 4), (2, 2)):
+        latents, text, _ = draw(model, side=side)
+        assert torch.equal(fast(latents, text), model(latents, text))
+    assert len(fast._graphs) == 2
+    assert [g.calls for g in fast._graphs.values()] == [1, 3] or ON_GPU
+    with pytest.raises(UserError, match="graphs=0: must be at least 1"):
+        Engine(model, graphs=0)
+
+
+def test_replaced_parts_are_captured_anew_and_changes_in_place_need_nothing(engine_of):
+    model = make()
+    fast, said = engine_of(model)
+    inputs = draw(model)
+    fast(*inputs)
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
+    assert torch.equal(fast(*inputs), model(*inputs))
+    assert len(said) == 1
+    model.blocks[0].ffn.w2.weight = torch.nn.Parameter(torch.zeros(32, 40), requires_grad=False)
+    assert torch.equal(fast(*inputs), model(*inputs))
+    assert said[1:] == ["parts of the model were replaced: captured anew"]
+    model.blocks[1].ffn.w13 = torch.nn.Linear(32, 80, bias=False).requires_grad_(False)
+    assert torch.equal(fast(*inputs), model(*inputs))
+    assert len(fast._graphs) == 1
+
+
+def test_where_a_graph_cannot_be_the_model_runs_itself_and_it_is_said_once(engine_of):
+    model = make()
+    fast, said = engine_of(model)
+    latents, text, _ = draw(model)
+    handle = model.blocks[0].ffn.register_forward_hook(lambda *_: None)
+    fast(latents, text)
+    fast(latents, text)
+    handle.remove()
+    fast(latents.requires_grad_(), text).sum().backward()
+    assert latents.grad.abs().sum() > 0
+    assert said == [
+        "the model itself, because somebody watches its modules by hooks",
+        "the model itself, because gradients are asked for (torch.no_grad() is missing)",
+    ]
+
+
+def test_a_capture_that_fails_leaves_the_model_and_memory_that_ends_the_caller(
+    engine_of, monkeypatch
+):
+    model = make()
+    latents, text, _ = draw(model)
+
+    for error in (torch.OutOfMemoryError("full"), RuntimeError("operation not permitted")):
+        monkeypatch.setattr(engine, "_Graph", lambda *_, error=error: (_ for _ in ()).throw(error))
+        fast, said = engine_of(model)
+        if isinstance(error, torch.OutOfMemoryError):
+            with pytest.raises(torch.OutOfMemoryError):
+                fast(latents, text)
+        else:
+            assert torch.equal(fast(latents, text), model(latents, text))
+            assert said == [
+                "the model itself, because a CUDA graph could not be made: operation not permitted"
+            ]
