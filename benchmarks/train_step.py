@@ -1,0 +1,459 @@
+"""Claim: the training step of 400 layers at half of an H200's peak, and 1000 layers on one GPU.
+
+Correctness first: gradients against fp32, and loss curves of 100 steps against those of fp32. Then
+the optimiser step, clipping by the true global norm included, on 256 image and 64 text tokens a
+sample at D = 1024: ours with fp32 and with bf16 weights, a plain block under torch.compile with
+checkpointing in the same run, and 1000 layers with bf16 weights. Model FLOPs count 6N and
+attention, nothing that is computed again; the peak is 989 TFLOP/s.
+
+    python benchmarks/train_step.py [--stages gate curves step …] [--budget 240] [--json FILE]
+
+Results are written after every stage; a stage that does not fit into the budget is not begun, and
+listed as such. Cost: about four minutes on one H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from mvsplit.kernels import Segments
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.residuals import RuleConfig
+from mvsplit.training import DataConfig, Experiment, TrainConfig, train
+from mvsplit.training.files import read_lines
+from mvsplit.training.memory_plan import Planner
+from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
+from mvsplit.training.parallelize import parallelize
+from mvsplit.training.step import Piece, add_gradients
+
+PEAK = 989e12
+IMAGE, TEXT = 256, 64
+RELEASED = {"400 layers, batch 128": 6865}  # tokens/s, paper's released code on an H200
+
+
+@dataclass(frozen=True)
+class Size:
+    """How wide the networks of this run are; small for a trial on a CPU."""
+
+    width: int = 1024
+    heads: int = 8
+    side: int = 16
+    text: int = TEXT
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2 + self.text
+
+    def model(self, depth: int, beta: float = 0.05, **other: Any) -> DiTConfig:
+        return DiTConfig(
+            depth=depth,
+            width=self.width,
+            heads=self.heads,
+            ffn_width=3 * self.width,
+            channels=128,
+            text_width=self.width,
+            rule=RuleConfig(name="mvsplit", beta=beta),
+            **other,
+        )
+
+
+class Trainer:
+    """A network with its optimiser, and batches of noise; the same code as a run's step."""
+
+    def __init__(self, model: DiTConfig, config: TrainConfig, size: Size, device: str) -> None:
+        self.config, self.size, self.device = config, size, torch.device(device)
+        torch.manual_seed(0)
+        with self.device:
+            generator = torch.Generator(self.device).manual_seed(0)
+            self.model = DiT(model, generator)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        parallelize(self.model, config, self.device)
+        self.groups = flatten_parameters(self.model)
+        self.optimizer = AdamW(self.groups, config)
+        self.planner = Planner(self.model, config, self.device)
+
+    def piece(self, samples: int, seed: int = 0) -> Piece:
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device)
+
+        size = self.size
+        return Piece(
+            data=draw(samples, 128, size.side, size.side),
+            noise=draw(samples, 128, size.side, size.side),
+            times=torch.rand(samples, generator=generator, device=self.device),
+            text=draw(samples, size.text, size.width),
+            text_valid=None,
+        )
+
+    def step(self, parts: list[Piece], lr: float = 0.0) -> tuple[float, float]:
+        """Loss and gradient norm; `lr` 0 leaves the weights, for a step that can be repeated."""
+        self.planner.before(max(len(p.data) for p in parts) * self.size.tokens)
+        self.optimizer.zero_grad()
+        losses = add_gradients(self.model, self.config, parts)
+        loss, norm = torch.stack([losses.mean(), global_norm(self.groups)]).tolist()
+        clip_gradients_(self.groups, norm, self.config.clip)
+        self.optimizer.step(lr)
+        return loss, norm
+
+    def flops(self, samples: int) -> float:
+        """Of the model for an optimiser step: 6N and attention."""
+        c, tokens = self.model.config, self.size.tokens
+        return samples * tokens * (6 * self.parameters + 12 * c.depth * tokens * c.width)
+
+    def levels(self) -> dict[str, int]:
+        found = [block.recompute for block in self.model.blocks]
+        return {level: found.count(level) for level in sorted(set(found))}
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def rates(trainer: Trainer, samples: int, took: float) -> dict[str, Any]:
+    return {
+        "seconds": took,
+        "tokens_per_second": samples * trainer.size.tokens / took,
+        "mfu": trainer.flops(samples) / took / PEAK,
+        "peak_gib": peak_gib(),
+        "recompute": trainer.levels(),
+    }
+
+
+# Gates
+
+
+def gate(size: Size, device: str) -> dict[str, Any]:
+    """Gradients of six layers: the node in bf16 is as near to fp32 as the parts in bf16 are."""
+    config = TrainConfig(steps=1, batch_size=1, precision="fp32")
+    model = size.model(6, 0.5, writers="standard")
+    found: dict[str, list[Tensor]] = {}
+    for name, precision, weights, parts in (
+        ("fp32", "fp32", "fp32", True),
+        ("parts", "bf16", "fp32", True),
+        ("node", "bf16", "fp32", False),
+        ("node, bf16 weights", "bf16", "bf16", False),
+    ):
+        trainer = Trainer(
+            model, replace(config, precision=precision, weights=weights), size, device
+        )
+        if parts:
+            for block in trainer.model.blocks:
+                block.ffn.register_forward_hook(lambda *_: None)
+        add_gradients(trainer.model, trainer.config, [trainer.piece(4), trainer.piece(4, 1)])
+        found[name] = [p.grad.double().cpu() for p in trainer.model.parameters()]
+    names = [n for n, _ in trainer.model.named_parameters()]
+    errors = {
+        name: {
+            n: float((g - w).norm() / w.norm())
+            for n, g, w in zip(names, grads, found["fp32"], strict=True)
+        }
+        for name, grads in found.items()
+        if name != "fp32"
+    }
+    worst = {name: max(e.values()) for name, e in errors.items()}
+    mean = {name: statistics.fmean(e.values()) for name, e in errors.items()}
+    passed = mean["node"] < 1.1 * mean["parts"] and worst["node"] < 1.3 * worst["parts"]
+    return {"mean_error": mean, "worst_error": worst, "passed": passed}
+
+
+def curves(size: Size, device: str) -> dict[str, Any]:
+    """100 steps on the shapes with the same seed, by `mvsplit.training.train` itself."""
+    width = max(size.width // 4, 64)
+    model = DiTConfig(
+        depth=24,
+        width=width,
+        heads=2,
+        ffn_width=3 * width,
+        channels=3,
+        patch=4,
+        text_width=width,
+        rule=RuleConfig(name="mvsplit", beta=0.2),
+    )
+    data = DataConfig(dataset="shapes", size=32)
+    common = TrainConfig(
+        steps=100, batch_size=64, lr=1e-3, warmup=20, ema_decay=0, probe_every=0, device=device
+    )
+    variants = {
+        "fp32": common,
+        "fp32, other noise": replace(common, seed=1),
+        "bf16": replace(common, precision="bf16"),
+        "bf16 weights": replace(common, precision="bf16", weights="bf16"),
+    }
+    losses = {}
+    for name, config in variants.items():
+        with tempfile.TemporaryDirectory() as folder:
+            train(Experiment(model=model, data=data, train=config), folder)
+            losses[name] = [line["loss"] for line in read_lines(Path(folder) / "metrics.jsonl")]
+    last = {name: statistics.fmean(values[-20:]) for name, values in losses.items()}
+    noise = abs(last["fp32, other noise"] / last["fp32"] - 1)
+    gaps = {n: last[n] / last["fp32"] - 1 for n in ("bf16", "bf16 weights")}
+    passed = all(abs(gap) < max(noise, 0.02) for gap in gaps.values())
+    return {
+        "mean_of_last_20": last,
+        "gaps": gaps,
+        "between_seeds": noise,
+        "passed": passed,
+        "losses": {n: [round(v, 4) for v in values] for n, values in losses.items()},
+    }
+
+
+# Steps
+
+
+def step(
+    size: Size, device: str, *, weights: str, depth: int, samples: int, pieces: int
+) -> dict[str, Any]:
+    """An optimiser step on `pieces` pieces of `samples` samples."""
+    free()
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights=weights)
+    began = time.perf_counter()
+    trainer = Trainer(size.model(depth), config, size, device)
+    synchronise()
+    built = time.perf_counter() - began
+    parts = [trainer.piece(samples, seed) for seed in range(pieces)]
+    first = seconds(lambda: trainer.step(parts[:1]))
+    took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
+    return {
+        "parameters": trainer.parameters,
+        "samples": samples * pieces,
+        "piece": samples,
+        "build_seconds": built,
+        "first_step_seconds": first,
+        "all": took,
+        **rates(trainer, samples * pieces, statistics.median(took)),
+    }
+
+
+def learn(size: Size, device: str, *, depth: int, samples: int, steps: int) -> dict[str, Any]:
+    """A thousand layers with bf16 weights: steps on one fixed piece, then one of ten pieces."""
+    free()
+    began = time.perf_counter()
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights="bf16")
+    trainer = Trainer(size.model(depth, beta=0.03), config, size, device)
+    fixed = [trainer.piece(samples)]
+    synchronise()
+    built = time.perf_counter() - began
+    losses, took = [], []
+    for number in range(1, steps + 1):
+        lr = 1e-4 * min(1.0, number / 5)
+        took.append(seconds(lambda lr=lr: losses.append(trainer.step(fixed, lr))))
+    parts = [trainer.piece(samples, seed) for seed in range(10)]
+    whole = seconds(lambda: trainer.step(parts))
+    return {
+        "parameters": trainer.parameters,
+        "build_seconds": built,
+        "first_step_seconds": took[0],
+        "step_seconds": statistics.median(took[1:]),
+        "losses": [loss for loss, _ in losses],
+        "norms": [norm for _, norm in losses],
+        "samples": 10 * samples,
+        **rates(trainer, 10 * samples, whole),
+    }
+
+
+def per_layer(size: Size, device: str, *, samples: int) -> dict[str, Any]:
+    """Forward and backward of one piece, seconds a layer at 100 and at 1000 layers, with all of a
+    block computed again at both, without the optimiser."""
+    found = {}
+    for depth in (100, 1000):
+        free()
+        config = TrainConfig(
+            steps=1, batch_size=1, precision="bf16", weights="bf16", recompute="all"
+        )
+        trainer = Trainer(size.model(depth), config, size, device)
+        trainer.planner.before(samples * size.tokens)
+        parts = [trainer.piece(samples)]
+        add_gradients(trainer.model, config, parts)
+        took = [
+            seconds(lambda t=trainer, p=parts: add_gradients(t.model, t.config, p))
+            for _ in range(3)
+        ]
+        found[str(depth)] = statistics.median(took) / depth
+        del trainer
+    return {"seconds_per_layer": found, "ratio": found["1000"] / found["100"]}
+
+
+def profile(size: Size, device: str, *, samples: int) -> dict[str, Any]:
+    """Where the time of a block goes, in µs a block, forward and backward."""
+    free()
+    depth = 10
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16", recompute="nothing")
+    trainer = Trainer(size.model(depth), config, size, device)
+    trainer.planner.before(samples * size.tokens)
+    parts = [trainer.piece(samples)]
+    for _ in range(2):
+        add_gradients(trainer.model, config, parts)
+    took = seconds(lambda: add_gradients(trainer.model, config, parts))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        add_gradients(trainer.model, config, parts)
+        synchronise()
+    kernels = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    table = {
+        f"{e.key[:70]} ×{e.count / depth:g}": round(e.self_device_time_total / depth, 1)
+        for e in kernels[:28]
+    }
+    total = sum(e.self_device_time_total for e in kernels) / depth
+    return {"wall_us": took / depth * 1e6, "kernels_us": total, "by_kernel_us": table}
+
+
+# The rival: the formula as written, one block under torch.compile, checkpointing, autocast
+
+
+class PlainBlock(nn.Module):
+    """The block of the paper as one would write it, for torch.compile."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def merge(self, x: Tensor, f: Tensor, rule: Any, segments: Segments) -> Tensor:
+        rows = []
+        for tokens in segments.slices:
+            xs, fs = x[:, tokens].float(), f[:, tokens].float()
+            mean_f, mean_x = fs.mean(1, keepdim=True), xs.mean(1, keepdim=True)
+            rows.append(xs + rule.beta * (fs - mean_f) + rule.alpha * (mean_f - mean_x))
+        z = torch.cat(rows, 1)
+        return rms_norm(z, z.shape[-1:], None, rule.eps).to(x.dtype)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        a, ffn = self.block.attention, self.block.ffn
+        q, k, v = linear(x, a.qkv.weight).unflatten(-1, (3, a.heads, -1)).unbind(2)
+        q, k = (self.rotate(t, cos, sin, a.eps) for t in (q, k))
+        out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        f = linear(out.transpose(1, 2).flatten(-2), a.proj.weight)
+        x = self.merge(x, f, self.block.rule_attention, segments)
+        gate, value = linear(x, ffn.w13.weight).chunk(2, -1)
+        return self.merge(
+            x, linear(silu(gate) * value, ffn.w2.weight), self.block.rule_ffn, segments
+        )
+
+    def rotate(self, t: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+        x1, x2 = t.float().chunk(2, -1)
+        c, s = cos[:, None], sin[:, None]
+        turned = torch.cat((x1 * c + x2 * s, x2 * c - x1 * s), -1)
+        return rms_norm(turned, turned.shape[-1:], None, eps).to(t.dtype)
+
+
+def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, Any]:
+    """The rival's optimiser step: fp32 weights, every block computed again, AdamW as ours."""
+    free()
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16")
+    trainer = Trainer(size.model(depth), config, size, device)
+    parts = [trainer.piece(samples)]
+    ours, _ = trainer.step(parts)
+    run = torch.compile(PlainBlock.forward, dynamic=False, disable=device == "cpu")
+    for block in trainer.model.blocks:
+        plain = PlainBlock(block)
+        block.forward = lambda *a, p=plain: checkpoint(run, p, *a, use_reentrant=False)
+    theirs: list[float] = []
+    first = seconds(lambda: theirs.append(trainer.step(parts)[0]))
+    took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
+    return {
+        "loss": {"ours": ours, "theirs": theirs[0]},
+        "passed": abs(theirs[0] / ours - 1) < 0.01,
+        "first_step_seconds": first,
+        "all": took,
+        "samples": samples,
+        **rates(trainer, samples, statistics.median(took)),
+        "recompute": {"all": depth},
+    }
+
+
+def stages(size: Size, device: str, small: bool) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """Name, seconds that it takes about, and what it does."""
+    deep, deeper, piece = (3, 4, 2) if small else (400, 1000, 26)
+    full: dict[str, Any] = {"weights": "fp32", "depth": deep, "samples": max(piece // 2, 1)}
+    low: dict[str, Any] = {"weights": "bf16", "depth": deep, "samples": piece}
+    yield "gate", 12, lambda: gate(size, device)
+    yield "step bf16", 25, lambda: step(size, device, pieces=4, **low)
+    yield "profile", 8, lambda: profile(size, device, samples=piece)
+    yield "thousand", 60, lambda: learn(size, device, depth=deeper, samples=piece, steps=12)
+    yield "step fp32", 25, lambda: step(size, device, pieces=8, **full)
+    yield "compiled", 60, lambda: compiled(size, device, depth=deep, samples=2 * piece)
+    yield "curves", 40, lambda: curves(size, device)
+    yield "per layer", 30, lambda: per_layer(size, device, samples=piece)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--stages", nargs="*", help="only these")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = Size(64, 2, 4, 8) if args.small else Size()
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "released_tokens_per_second": RELEASED,
+    }
+    for name, about, run in stages(size, device, args.small):
+        if args.stages and name not in args.stages:
+            continue
+        if time.perf_counter() - began + about > args.budget:
+            result[name] = "not run: beyond the budget"
+            print(name, result[name], flush=True)
+            continue
+        try:
+            result[name] = run()
+        except torch.OutOfMemoryError as error:
+            result[name] = {"out_of_memory": str(error)[:300]}
+        gc.collect()
+        shown = {k: v for k, v in result[name].items() if k != "losses" or name != "curves"}
+        print(f"[{time.perf_counter() - began:6.1f} s] {name}: {json.dumps(shown)}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        if isinstance(result[name], dict) and result[name].get("passed") is False:
+            raise SystemExit(f"{name}: the gate failed; no time is taken")
+
+
+if __name__ == "__main__":
+    main()
