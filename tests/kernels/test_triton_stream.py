@@ -78,7 +78,13 @@ class Case:
         return torch.stack([p.sum(1) for p in parts], 1)
 
 
-@pytest.fixture(params=STREAMS, ids=str)
+def crossed(*shapes):
+    """Every stream with the first shape, and every other shape with a stream that has it all."""
+    pairs = [(stream, shapes[0]) for stream in STREAMS] + [(STREAMS[3], s) for s in shapes[1:]]
+    return pytest.mark.parametrize(("case", "shape"), pairs, indirect=["case"], ids=str)
+
+
+@pytest.fixture
 def case(request, device):
     return Case(request.param, device)
 
@@ -92,15 +98,12 @@ def on(device, *tensors):
     return [t.float().to(device) for t in tensors]
 
 
-HEADS = [  # heads, kv_heads, head width, trunk width, tile
-    (2, 2, 16, 32, SMALL),
+@crossed(  # heads, kv_heads, head width, trunk width, tile
     (4, 2, 8, 96, Tile(rows=32, columns=64, depth=32)),
+    (2, 2, 16, 32, SMALL),
     (3, 1, 12, 40, Tile(rows=64, columns=32, depth=16)),
     (2, 2, 16, 64, dataclasses.replace(SMALL, tma=True)),
-]
-
-
-@pytest.mark.parametrize("shape", HEADS, ids=str)
+)
 def test_qkv_rotates_then_normalises_queries_and_keys(case, shape):
     heads, groups, head, width, tile = shape
     x, w = case.tokens(width, 1), draw((heads + 2 * groups) * head, width, seed=2) / width**0.5
@@ -119,18 +122,14 @@ def test_qkv_rotates_then_normalises_queries_and_keys(case, shape):
     close(case.back(out), expected.flatten(-2), 20)
 
 
-FFNS = [  # trunk width, hidden, tile
-    (32, 32, SMALL),
-    (96, 40, Tile(rows=64, columns=32, depth=32)),
-    (40, 24, Tile(rows=32, columns=64, depth=16)),
-    (64, 48, Tile(rows=32, columns=32, depth=32, tma=True)),
-]
-
-
-@pytest.mark.parametrize("leaks", [False, True])
-@pytest.mark.parametrize("shape", FFNS, ids=str)
-def test_swiglu_and_the_sums_of_the_trunk(case, shape, leaks):
-    width, hidden, tile = shape
+@crossed(  # trunk width, hidden, whether the trunk's mean leaks, tile
+    (96, 40, True, Tile(rows=64, columns=32, depth=32)),
+    (32, 32, False, SMALL),
+    (40, 24, True, Tile(rows=32, columns=64, depth=16)),
+    (64, 48, True, Tile(rows=32, columns=32, depth=32, tma=True)),
+)
+def test_swiglu_and_the_sums_of_the_trunk(case, shape):
+    width, hidden, leaks, tile = shape
     x, w = case.tokens(width, 1), draw(2 * hidden, width, seed=2) / width**0.5
     out = torch.empty(case.stream.rows, hidden, device=case.device)
     sums = torch.empty(case.batch, 2, width, device=case.device) if leaks else None
@@ -147,15 +146,13 @@ def test_swiglu_and_the_sums_of_the_trunk(case, shape, leaks):
         close(of_f, case.sums(case.back(f)), 10)
 
 
-WRITERS = [  # columns of A, trunk width, tile
-    (32, 32, SMALL),
+@crossed(  # columns of A, trunk width, tile
     (96, 64, Tile(rows=64, columns=32, depth=32, split=2)),
+    (32, 32, SMALL),
     (72, 40, Tile(rows=32, columns=16, depth=16, split=3)),
     (64, 96, Tile(rows=64, columns=32, depth=32, split=2, tma=True)),
-]
-
-
-@pytest.mark.parametrize("shape", WRITERS, ids=str)
+    (256, 64, Tile(rows=32, columns=64, depth=64)),
+)
 def test_writer_and_the_sums_of_its_chunks(case, shape):
     inner, width, tile = shape
     a, w = case.tokens(inner, 1, zero=False), draw(width, inner, seed=2) / inner**0.5
@@ -170,9 +167,6 @@ def test_writer_and_the_sums_of_its_chunks(case, shape):
     close(sums, case.sums(expected), 20)
 
 
-GAINS = ("free", "tied", "numbers", "plain", "scalar")
-
-
 def gains_of(kind, width):
     beta, alpha, leak = (draw(width, seed=s) for s in (11, 12, 13))
     return {
@@ -184,15 +178,19 @@ def gains_of(kind, width):
     }[kind]
 
 
-@pytest.mark.parametrize("kind", GAINS)
-@pytest.mark.parametrize(
-    ("width", "split", "cut"), [(64, 1, Rows(rows=2)), (96, 2, Rows(rows=4)), (5, 1, Rows(rows=1))]
+@crossed(  # gains, width, parts of F, whether the sums of F are by segment, cut
+    ("tied", 64, 2, False, Rows(rows=4)),
+    ("free", 96, 1, True, Rows(rows=4)),
+    ("numbers", 40, 1, False, Rows(rows=2)),
+    ("plain", 64, 1, False, Rows(rows=8)),
+    ("scalar", 64, 2, False, Rows(rows=4)),
+    ("free", 5, 1, False, Rows(rows=1)),
+    ("free", 256, 1, False, Rows(rows=2)),
 )
-def test_merge(case, kind, width, split, cut):
-    x, parts = (
-        case.tokens(width, 1),
-        [case.tokens(width, s, zero=False) for s in range(2, 2 + split)],
-    )
+def test_merge(case, shape):
+    kind, width, split, by_segment, cut = shape
+    x = case.tokens(width, 1)
+    parts = [case.tokens(width, 2 + i, zero=False) for i in range(split)]
     gains = gains_of(kind, width)
     rows = case.rows(x)
     f = torch.stack([case.rows(p) for p in parts])
@@ -202,6 +200,8 @@ def test_merge(case, kind, width, split, cut):
     if stream_merge.takes_means(gains):
         masked = [case.rows(torch.where(case.mask[..., None], p, 0)) for p in parts]
         partial = torch.stack([m.view(-1, CHUNK, width).sum(1) for m in masked])
+        if by_segment:
+            partial = case.sums(parts[0]).to(case.device)[None]
     if stream_merge.leaks(gains):
         sums = case.sums(x).to(case.device)
     given = Gains(*(g.to(case.device) if isinstance(g, torch.Tensor) else g for g in gains))
@@ -216,12 +216,13 @@ def test_merge(case, kind, width, split, cut):
     assert (rows[everything] == 0).all()  # the rows that only fill up chunks
 
 
-@pytest.mark.parametrize(
-    ("heads", "groups", "head", "cut"),
-    [(2, 2, 16, Blocks(queries=32, keys=32)), (4, 2, 8, Blocks(queries=16, keys=64)),
-     (3, 1, 12, Blocks(queries=64, keys=16))],
-)  # fmt: skip
-def test_attention_over_real_tokens(case, heads, groups, head, cut):
+@crossed(  # heads, kv_heads, head width, cut
+    (4, 2, 8, Blocks(queries=16, keys=64)),
+    (2, 2, 16, Blocks(queries=32, keys=32)),
+    (3, 1, 12, Blocks(queries=64, keys=16)),
+)
+def test_attention_over_real_tokens(case, shape):
+    heads, groups, head, cut = shape
     packed = case.tokens((heads + 2 * groups) * head, 1, zero=False)
     rows = case.rows(packed).view(case.batch, case.stream.sample_rows, -1, head)
     q, k, v = rows.transpose(1, 2).split((heads, groups, groups), 1)
