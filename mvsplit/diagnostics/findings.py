@@ -173,6 +173,7 @@ class StepHistory:
         self._early: float | None = None  # the loss once settled, for what does not move
         self._elevated = 0
         self._shocked, self._shock_grad = 0, 1.0
+        self._overflows = 0  # lines in a row
         # The spikes before a rise of the loss and at its beginning, not those of its noise.
         self._spikes: deque[float] = deque([1.0], maxlen=_MEDIUM + self.t.bare_lines)
         self._lr: float | None = None
@@ -190,6 +191,7 @@ class StepHistory:
         self.stirred = bool(s.broken)
         if s.broken:
             yield self._non_finite(s)
+        self._overflows = self._overflows + 1 if s.overflowed else 0
         yield from self._learning_rate(s)
         yield from self._starvation(s, layers)
         if not self.settling:
@@ -202,6 +204,11 @@ class StepHistory:
 
     def _non_finite(self, s: StepSignals) -> Event:
         names = " and ".join(s.broken)
+        if s.overflowed and self._overflows < self.t.overflows:
+            message = (
+                f"Not finite at a loss scale of {s.loss_scale:g}, which may be too large: {names}."
+            )
+            return self._event(s, "warning", "non-finite", message, s.broken)
         return self._event(s, "alarm", "non-finite", f"Not finite: {names}.", s.broken)
 
     def _learning_rate(self, s: StepSignals) -> Iterator[Event]:

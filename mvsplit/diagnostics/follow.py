@@ -159,7 +159,7 @@ class FollowedRun:
         """Takes in what was written since the last time; False where there was nothing."""
         logs = [self._metrics.refresh(), self._layers.refresh(), self._events.refresh()]
         config, pictures = self.folder / "config.json", find_pictures(self.folder)
-        others = {p: p.stat().st_mtime_ns for p in (config, *pictures) if p.exists()}
+        others = dict(filter(None, map(_changed_at, (config, *pictures))))
         if not any(logs) and others == self._others:
             return False
         if logs[1]:
@@ -175,6 +175,14 @@ class FollowedRun:
             put_pictures(record, pictures)
         self.record, self._others = record, others
         return True
+
+
+def _changed_at(path: Path) -> tuple[Path, int] | None:
+    """A file and the time of its last change; None where it is gone, as pictures come to be."""
+    try:
+        return path, path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _bytes_before(file: BinaryIO, end: int) -> bytes:

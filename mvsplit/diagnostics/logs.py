@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mvsplit.errors import UserError
 Record = dict[str, Any]
 
 _TAIL = 2**20
+_LONGEST = 2**26  # bytes of a line; a thousand layers in every field take half a mebibyte
 _LARGEST_STEP = 2**53  # above it, neither a float nor JavaScript tells neighbouring steps apart
 
 
@@ -99,11 +101,15 @@ class JsonLines:
     def _parse(self) -> Iterator[Record]:
         with self.path.open("rb") as file:
             file.seek(self.start)
-            position = self.start
-            for line in file:
+            position, too_long = self.start, False
+            for line in iter(partial(file.readline, _LONGEST), b""):
                 position += len(line)
                 if self.end is not None and position > self.end:
                     return
+                goes_on, too_long = too_long, _is_cut(line)
+                if goes_on or too_long:  # counted once, with its last piece
+                    self.dropped.malformed += not too_long
+                    continue
                 record = parse_line(line)
                 if record is None:
                     self._count_unreadable(line)
@@ -153,6 +159,11 @@ def last_record(path: Path | str) -> Record | None:
         lines = file.read().splitlines(keepends=True)
     whole = (parse_line(line) for line in reversed(lines) if line.endswith(b"\n"))
     return next((record for record in whole if record is not None and _has_step(record)), None)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether it is a piece of what is too long to be a line of a log."""
+    return len(line) == _LONGEST and not line.endswith(b"\n")
 
 
 def as_number(value: Any) -> float | None:

@@ -190,6 +190,8 @@ class Monitor:
         numbers = self._read(loss, scale)
         if lr is not None:
             numbers["lr"] = lr
+        if scale != 1:
+            numbers["loss_scale"] = scale
         events = self.detector.update({"step": self.steps, **numbers})
         self._log("metrics", {"step": self.steps, **numbers})
         if self._probe is not None:
@@ -210,7 +212,9 @@ class Monitor:
         if alarms and self.policy == "stop":
             raise Stopped(f"step {self.steps}: {alarms[0].message} The update was not made.")
         # The detector says once that a run is not finite; each such update would spoil the weights.
+        # A gradient that overflowed under a loss scale is left to the scaler, which has to see it.
         broken = not all(math.isfinite(value) for value in numbers.values())
+        broken = broken and ("loss_scale" not in numbers or not math.isfinite(numbers["loss"]))
         apply = self.policy != "skip" or not (alarms or broken)
         if not apply:
             self._log("events", self._skipped(alarms[0].verdict if alarms else "non-finite"))

@@ -215,7 +215,7 @@ def put_pictures(run: RunRecord, paths: Sequence[Path]) -> None:
     for path in paths:
         try:
             run.pictures.append(_picture(path))
-        except (UnidentifiedImageError, OSError):
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
             run.notes.append(f"samples/{_text(path.name)} is no readable picture.")
 
 

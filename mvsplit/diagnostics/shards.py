@@ -26,6 +26,8 @@ def part_of(gradient: Tensor, start: int = 0, stop: int | None = None) -> Gradie
 
         if isinstance(gradient, DTensor):
             return _part_of_dtensor(gradient, start, stop)
+    if gradient.is_sparse:  # an embedding's, of the rows that were read
+        gradient = gradient.coalesce().values()
     return GradientPart(gradient[start:stop])
 
 

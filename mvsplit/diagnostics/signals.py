@@ -30,6 +30,7 @@ class StepSignals:
         writer: L2 norm of the writers' gradients together.
         attention_share: norm of the gradients of W_Q and W_K over that of the writers.
         logit: the largest attention logit.
+        loss_scale: what the loss was multiplied by for half precision; None or 1 for nothing.
         broken: the fields that are not finite.
     """
 
@@ -37,6 +38,7 @@ class StepSignals:
     loss: float | None
     grad_norm: float | None
     lr: float | None
+    loss_scale: float | None
     writer: float | None
     attention_share: float | None
     logit: float | None
@@ -61,11 +63,20 @@ class StepSignals:
             loss=numbers.get("loss"),
             grad_norm=numbers.get("grad_norm"),
             lr=lr if lr is not None and math.isfinite(lr) else None,
+            loss_scale=as_number(record.get("loss_scale")),
             writer=writer,
             attention_share=attention / writer if attention is not None and writer else None,
             logit=max((numbers[n] for n in LOGITS if n in numbers), default=None),
             broken=broken,
         )
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether gradients are not finite because the loss scale was too large for them, as far as
+        one line tells: the loss is finite, and a scaler leaves the update out and lowers its scale.
+        """
+        scaled = self.loss_scale is not None and self.loss_scale > 1
+        return scaled and bool(self.broken) and "loss" not in self.broken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ class Thresholds:
             many times the usual after so many lines.
         stalled_lines, stalled: lines after which a loss that is still this share of what it was
             after the first 40 has not moved, if it is above `stalled_of_start` of its first value.
+        overflows: lines in a row that may overflow under a loss scale before it is an alarm.
         logit, logit_rise: attention logits that saturate a softmax, and their rise.
     """
 
@@ -60,5 +61,6 @@ class Thresholds:
     stalled_lines: int = 80
     stalled: float = 0.97
     stalled_of_start: float = 0.6
+    overflows: int = 10
     logit: float = 50.0
     logit_rise: float = 3.0

@@ -285,3 +285,19 @@ def test_a_baseline_is_the_median_and_quartile_spread_of_its_window():
     assert baseline.median == last[10]
     assert baseline.sigma == pytest.approx((last[15] - last[5]) / 1.349)
     assert baseline.times(2 * last[10]) == 2
+
+
+def overflowing(lines, **fields):
+    for record in healthy(120):
+        if 60 <= record["step"] < 60 + lines:
+            record |= {"grad_norm": math.inf, "loss_scale": 65536.0, **fields}
+        yield record
+
+
+def test_a_gradient_that_overflows_its_loss_scale_is_an_alarm_only_where_it_goes_on():
+    (event,) = events(overflowing(10))
+    assert (event.step, event.level, event.verdict) == (60, "warning", "non-finite")
+    assert "65536" in event.message
+    assert verdicts(overflowing(11)) == ["non-finite"]
+    assert verdicts(overflowing(1, loss=math.nan)) == ["non-finite"]
+    assert verdicts(overflowing(1, loss_scale=1.0)) == ["non-finite"]

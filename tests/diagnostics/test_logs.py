@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from mvsplit.diagnostics.logs import as_number, last_record, read_jsonl
+from mvsplit.diagnostics.logs import Dropped, as_number, last_record, read_jsonl
 from mvsplit.errors import UserError
 
 
@@ -174,3 +174,14 @@ def test_the_last_whole_record_of_a_log_in_the_making(log, content, step):
 
 def test_a_log_that_is_not_there_yet_has_no_last_record(tmp_path):
     assert last_record(tmp_path / "absent.jsonl") is None
+
+
+def test_a_line_too_long_for_a_record_is_left_out_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("mvsplit.diagnostics.logs._LONGEST", 40)
+    long = '{"step": 2, "x": "' + 90 * "a" + '"}'
+    pieces = "x" * 80 + '{"step": 7}'  # the end of which looks like a record
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"step": 1}}\n{long}\n{pieces}\n{{"step": 3}}\n')
+    log = read_jsonl(path, latest=False)
+    assert [record["step"] for record in log] == [1, 3]
+    assert log.dropped == Dropped(malformed=2)

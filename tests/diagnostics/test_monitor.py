@@ -91,7 +91,35 @@ def test_a_scaled_loss_gives_the_same_norms(holder):
         loss = holder.forward(torch.ones(3, 5, 8)).square().mean()
         (loss * scale).backward()
         found.append(Monitor(holder).step(loss, scale=scale).numbers)
+    assert found[1].pop("loss_scale") == 1024
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_an_overflow_under_a_loss_scale_is_left_to_the_scaler(holder, policy):
+    """It has to see the gradients to lower its scale; a loss that is not finite is no overflow."""
+    x = torch.randn(3, 5, 8)
+    monitor = Monitor(holder, policy=policy)
+    loss = holder.forward(x).square().mean()
+    (loss * 1e38 * 1e38).backward()
+    report = monitor.step(loss, scale=2.0**16)
+    assert report.apply
+    assert [(e.level, e.verdict) for e in report.events] == [("warning", "non-finite")]
+    if policy == "skip":
+        assert not monitor.step(loss * math.nan, scale=2.0**16).apply
+    else:
+        with pytest.raises(Stopped):
+            monitor.step(loss * math.nan, scale=2.0**16)
+
+
+def test_an_embedding_with_sparse_gradients_is_part_of_the_norm(holder):
+    holder.table = nn.Embedding(20, 8, sparse=True)
+    rows = torch.tensor([[3, 3, 5, 7, 7]])
+    loss = holder.forward(holder.table(rows)).square().mean()
+    loss.backward()
+    squares = [p.grad.to_dense().double().square().sum() for p in holder.parameters()]
+    found = Monitor(holder).step(loss).numbers["grad_norm"]
+    assert found == pytest.approx(float(sum(squares).sqrt()), rel=1e-6)
 
 
 def test_watching_changes_no_bit_of_the_training(holder):
