@@ -197,10 +197,10 @@ class Monitor:
         if self._probe is not None:
             device = next(self._model.parameters()).device
             arrays = arrays_over_ranks(self._probe.arrays(), self._fields, device)
-            arrays = {"step": self.steps, **arrays}
+            layers = {"step": self.steps, **arrays}
             self._probe = None
-            events += self.detector.update(arrays)
-            self._log("layers", arrays)
+            events += self.detector.update(layers)
+            self._log("layers", layers)
         return self._act(events, numbers)
 
     def _act(self, events: list[Event], numbers: dict[str, float]) -> Report:
