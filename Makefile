@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	@echo "Adding the extra 'hub' for the tests that use diffusers and transformers (a minute)"
+	@echo "Adding the extras 'hub' and 'app' for the tests of diffusers, transformers and the page"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,hub]'
+		--constraint constraints.txt --editable '.[dev,hub,app]'
 	@touch $@
 
 demo: install  ## train the two 400-layer twins on real digits and draw demo.png and report.html

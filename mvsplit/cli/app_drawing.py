@@ -1,0 +1,214 @@
+"""What the page of `mvsplit app` does, without the page: checks a wish and draws it, step by step.
+
+It needs no web library, and knows none.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+
+from mvsplit.cli.subject import Subject
+from mvsplit.errors import UserError
+from mvsplit.sampling import (
+    PictureFolder,
+    SamplingConfig,
+    generate,
+    make_grid,
+    to_pictures,
+)
+
+MOST_PICTURES, MOST_STEPS, MOST_GUIDANCE = 16, 200, 20.0
+MOST_CHARACTERS = 1000  # of a prompt
+LARGEST_SEED = 2**32 - 1
+PREVIEW_EVERY = 0.4  # seconds; a preview costs time, and with an autoencoder much
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What somebody asks the page for. Raises UserError for what it does not draw."""
+
+    prompt: str
+    pictures: int = 4
+    seed: int = 0
+    steps: int = 35
+    guidance: float = 2.0
+    sampler: str = "euler"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("pictures", 1, MOST_PICTURES),
+            ("steps", 1, MOST_STEPS),
+            ("seed", 0, LARGEST_SEED),
+            ("guidance", 0.0, MOST_GUIDANCE),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise UserError(f"{name}={value}: must be from {low:g} to {high:g}")
+        if len(self.prompt) > MOST_CHARACTERS:
+            raise UserError(
+                f"prompt: has {len(self.prompt)} characters; {MOST_CHARACTERS} are allowed"
+            )
+
+    def config(self, shift: float) -> SamplingConfig:
+        return SamplingConfig(
+            steps=int(self.steps),
+            sampler=self.sampler,
+            guidance=float(self.guidance),
+            shift=shift,
+            seed=int(self.seed),
+            batch_size=int(self.pictures),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What the page shows from now on.
+
+    Attributes:
+        status: one line.
+        preview: all pictures of the wish as they stand, while they are drawn.
+        files: the finished pictures; empty until then.
+    """
+
+    status: str
+    preview: Image.Image | None = None
+    files: tuple[Path, ...] = ()
+
+
+class _Left(Exception):
+    """Nobody looks any more."""
+
+
+class Drawing:
+    """Draws wishes one at a time, into a folder of its own for each.
+
+    Args:
+        subject: what draws.
+        network: the network in the form in which it is to run.
+        folder: where the pictures go.
+    """
+
+    def __init__(self, subject: Subject, network: nn.Module | Any, folder: Path) -> None:
+        self._subject, self._network, self._folder = subject, network, folder
+        self._turn = threading.Lock()
+        self._wishes = 0
+
+    def draw(self, wish: Wish) -> Iterator[Shown]:
+        """Previews and, last, the finished pictures. Stops drawing where it is closed before.
+
+        Raises:
+            UserError: a word or a sampler that is not known, or pictures that are not finite.
+        """
+        config = wish.config(self._subject.shift)
+        self._subject.embedder.encode([wish.prompt])  # an unknown word is said at once
+        with self._turn:
+            work = _Work()
+            work.start(lambda: self._latents(wish, config, work))
+            with closing(work):
+                begun, last = time.monotonic(), 0.0
+                for done, latents in work.states():
+                    now = time.monotonic()
+                    if now - last < PREVIEW_EVERY or not latents.isfinite().all():
+                        continue  # what is not finite is an error at the end, which says why
+                    last = now
+                    yield Shown(
+                        status=f"step {done} of {config.steps}", preview=self._grid(latents)
+                    )
+                yield self._finished(wish, config, work.latents, time.monotonic() - begun)
+
+    def _latents(self, wish: Wish, config: SamplingConfig, work: _Work) -> Tensor:
+        (made,) = generate(
+            self._network,
+            self._subject.embedder,
+            [wish.prompt] * int(wish.pictures),
+            self._subject.shape,
+            config,
+            preview=lambda indices, done, z: work.tell(done, z),
+        )
+        return made.latents
+
+    def _grid(self, latents: Tensor) -> Image.Image:
+        return make_grid(to_pictures(self._subject.codec.decode(latents)))
+
+    def _finished(
+        self, wish: Wish, config: SamplingConfig, latents: Tensor, seconds: float
+    ) -> Shown:
+        self._wishes += 1
+        folder = PictureFolder(self._folder / f"{self._wishes:04d}")
+        record = {
+            "prompt": wish.prompt,
+            "seed": config.seed,
+            "steps": config.steps,
+            "sampler": config.sampler,
+            "guidance": config.guidance,
+            "shift": config.shift,
+            **self._subject.record,
+        }
+        pictures = to_pictures(self._subject.codec.decode(latents))
+        files = tuple(
+            folder.add(index, picture, {**record, "index": index})
+            for index, picture in enumerate(pictures)
+        )
+        passes = config.passes()
+        status = f"{len(files)} drawn in {seconds:.1f} s, {passes} passes of the network each"
+        return Shown(status=status, files=files)
+
+
+class _Work:
+    """A drawing in a thread of its own, so that its states can be looked at while it goes on."""
+
+    def __init__(self) -> None:
+        self._states: queue.Queue[tuple[int, Tensor] | None] = queue.Queue()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._latents: Tensor | None = None
+
+    @property
+    def latents(self) -> Tensor:
+        """What came out, once `states` has ended."""
+        assert self._latents is not None
+        return self._latents
+
+    def start(self, draw: Any) -> None:
+        def run() -> None:
+            try:
+                self._latents = draw()
+            except _Left:
+                pass
+            except BaseException as error:  # told to the one who looks, by `states`
+                self._error = error
+            finally:
+                self._states.put(None)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def tell(self, done: int, latents: Tensor) -> None:
+        """Called after each step, in the thread; ends it where nobody looks any more."""
+        if self._closed.is_set():
+            raise _Left
+        self._states.put((done, latents))
+
+    def states(self) -> Iterator[tuple[int, Tensor]]:
+        """(steps done, latents) as they come. Raises what the drawing raised."""
+        while (state := self._states.get()) is not None:
+            yield state
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Ends the drawing after the step it is at, and waits for that."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
