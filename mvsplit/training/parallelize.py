@@ -6,6 +6,7 @@ bytes at a thousand layers. The units are gathered ahead in an order that is giv
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
             unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard
         )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # The velocity is a view, and nobody changes it in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     heads = [cast(Any, unit[0]) for unit in units]  # what stands for a unit
     for i, head in enumerate(heads):
         ahead = config.parallel.prefetch
