@@ -32,7 +32,7 @@ def test_the_loop_watches(tmp_path):
     before = model.blocks[0].ffn.w2.weight.clone()
     exec(LOOP.replace("runs/mine", str(tmp_path)), names)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
-    assert len((tmp_path / "layers.jsonl").read_text().splitlines()) == 1
+    assert [json.loads(line)["step"] for line in (tmp_path / "layers.jsonl").open()] == [1, 3]
     assert not torch.equal(model.blocks[0].ffn.w2.weight, before)
 
 
