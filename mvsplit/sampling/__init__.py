@@ -8,6 +8,7 @@ from mvsplit.sampling.generate import Generated, SamplingConfig, generate
 from mvsplit.sampling.guidance import classifier_free
 from mvsplit.sampling.images import PictureFolder, make_grid, read_record, save_png, to_pictures
 from mvsplit.sampling.noise import sample_noise
+from mvsplit.sampling.previews import Previews
 from mvsplit.sampling.samplers import SAMPLERS, Velocity, ab2, dpmpp_2m, euler, get_sampler, heun
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Engine",
     "Generated",
     "PictureFolder",
+    "Previews",
     "SamplingConfig",
     "Velocity",
     "ab2",
