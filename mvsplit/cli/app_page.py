@@ -25,7 +25,8 @@ _WAITING = 16  # visitors at most; the next is told to come again
 _CSS = """
 .gradio-container {max-width: 1100px !important; width: 100%; margin: 0 auto;}
 #preview img, #gallery img {image-rendering: pixelated;}
-#gallery .grid-wrap {height: auto !important; max-height: none !important;}
+#gallery .grid-wrap {height: auto !important; max-height: none !important; overflow: auto;}
+#gallery {height: auto !important; min-height: 0 !important;}
 @media (max-width: 640px) {
   #gallery .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important;}
 }

@@ -6,6 +6,7 @@ text width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from mvsplit.data.text import position_table, split_words, word_signs
 from mvsplit.errors import UserError
+
+_SHOWN = 40  # characters of a prompt in a message
 
 
 class LatentEncoder(Protocol):
@@ -85,7 +88,7 @@ class OpenWords:
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text [B, T, Dc] float32, zero past the end of a caption, and valid [B] int64."""
-        words = [(split_words(prompt) or [""])[: self.max_tokens] for prompt in prompts]
+        words = [self._words(prompt) for prompt in prompts]
         valid = torch.tensor([len(row) for row in words])
         text = torch.zeros(len(words), max(map(len, words)), self.width)
         for row, sentence in enumerate(words):
@@ -97,6 +100,16 @@ class OpenWords:
 
     def fingerprint(self) -> str:
         return f"words:{self.width}:{self.max_tokens}"
+
+    def _words(self, prompt: str) -> list[str]:
+        words = split_words(prompt) or [""]
+        if len(words) > self.max_tokens:
+            warnings.warn(
+                f"prompt {prompt[:_SHOWN]!r}… has {len(words)} words; the last "
+                f"{len(words) - self.max_tokens} are cut, {self.max_tokens} are read",
+                stacklevel=3,
+            )
+        return words[: self.max_tokens]
 
 
 def load_latent_encoder(name: str, device: torch.device | str = "cpu") -> LatentEncoder:

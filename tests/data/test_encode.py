@@ -352,3 +352,11 @@ def test_encoder_names():
     with pytest.raises(UserError, match="too few"):
         load_text_encoder("words:4")
     assert load_text_encoder("words:48").width == 48
+
+
+def test_a_caption_of_too_many_open_words_says_what_is_cut():
+    words = OpenWords(24, max_tokens=3)
+    with pytest.warns(UserWarning, match="has 5 words; the last 2 are cut, 3 are read"):
+        text, valid = words.encode(["a dog bites a man"])
+    assert torch.equal(text, words.encode(["a dog bites"])[0])
+    assert valid.tolist() == [3]
