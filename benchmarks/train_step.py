@@ -38,10 +38,12 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig, train
 from mvsplit.training.files import read_lines
+from mvsplit.training.graphs import Graphs
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
 from mvsplit.training.parallelize import parallelize
-from mvsplit.training.step import Piece, add_gradients
+from mvsplit.training.pieces import Piece
+from mvsplit.training.step import add_gradients
 
 PEAK = 989e12
 IMAGE, TEXT = 256, 64
@@ -88,6 +90,7 @@ class Trainer:
         self.groups = flatten_parameters(self.model)
         self.optimizer = AdamW(self.groups, config)
         self.planner = Planner(self.model, config, self.device)
+        self.graphs = Graphs(self.model, self.device)
 
     def piece(self, samples: int, seed: int = 0) -> Piece:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -108,7 +111,7 @@ class Trainer:
         """Loss and gradient norm; `lr` 0 leaves the weights, for a step that can be repeated."""
         self.planner.before(max(len(p.data) for p in parts) * self.size.tokens)
         self.optimizer.zero_grad()
-        losses = add_gradients(self.model, self.config, parts)
+        losses = add_gradients(self.model, self.config, parts, self.graphs)
         loss, norm = torch.stack([losses.mean(), global_norm(self.groups)]).tolist()
         clip_gradients_(self.groups, norm, self.config.clip)
         self.optimizer.step(lr)
@@ -380,6 +383,7 @@ def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, 
     free()
     config = TrainConfig(steps=1, batch_size=1, precision="bf16")
     trainer = Trainer(size.model(depth), config, size, device)
+    trainer.graphs = None  # the rival launches its kernels one by one
     parts = [trainer.piece(samples)]
     ours, _ = trainer.step(parts)
     run = torch.compile(PlainBlock.forward, dynamic=False, disable=device == "cpu")

@@ -27,7 +27,7 @@ _CANDIDATES = {
     "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_REPEATS = 5
+_REPEATS = 20
 
 # (B, H, G, T, K), dtype, masked, differentiated, device index
 _Key = tuple[tuple[int, ...], torch.dtype, bool, bool, int]
@@ -107,14 +107,21 @@ def _trial(
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    """The shortest of a few runs, after one that does not count."""
-    run()
-    times = []
-    for _ in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """Of one run, by a CUDA graph of it: launching takes longer than these kernels do."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_REPEATS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    del kept
+    return start.elapsed_time(end) / _REPEATS

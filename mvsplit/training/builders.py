@@ -29,6 +29,7 @@ from mvsplit.training.distributed import (
     world,
 )
 from mvsplit.training.ema import EMA
+from mvsplit.training.graphs import Graphs
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import (
     AdamW,
@@ -67,6 +68,7 @@ def build_state(experiment: Experiment) -> TrainState:
         taps=taps,
         device=device,
         planner=Planner(model, config, device),
+        graphs=Graphs(model, device) if world() == 1 else None,
     )
 
 

@@ -20,9 +20,10 @@ import torch
 from mvsplit.kernels.block_parts import RECOMPUTE, Recompute
 from mvsplit.models import Block, DiT, DiTConfig
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.graphs import NODE_BYTES
 
 _logger = logging.getLogger(__name__)
-_SPARE = 0.02  # of the device's memory, for fragmentation and libraries
+_SPARE = 0.03  # of the device's memory, for fragmentation and libraries
 _PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
 
 
@@ -89,7 +90,7 @@ def make_plan(config: DiTConfig, tokens: int, allowed: int) -> Plan:
     depth = config.depth
     each: dict[Recompute, int] = {level: tokens * kept_bytes(config, level) for level in RECOMPUTE}
     ends = tokens * 12 * config.channels * config.patch**2  # latents, noise, velocity, in fp32
-    working = tokens * working_bytes(config) + 2 * cast_bytes(config) + ends
+    working = tokens * working_bytes(config) + 2 * cast_bytes(config) + ends + depth * NODE_BYTES
     room = allowed - working - depth * each["all"]
     whole = _clamped(room, depth, each["packed"] - each["all"])  # blocks that keep most
     room -= whole * (each["packed"] - each["all"])

@@ -218,8 +218,8 @@ class AdamW:
 
     def updates(self) -> dict[str, int]:
         """By group, how many updates the moments have seen, which their bias correction needs."""
-        counts = {g.kind: int(self._inner.state[g.values]["step"]) for g in self._full}
-        return counts | {g.kind: self._low_updates for g in self._low}
+        counts: dict[str, int] = {g.kind: self._low_updates for g in self._low}
+        return counts | {g.kind: int(self._inner.state[g.values]["step"]) for g in self._full}
 
     def set_updates(self, counts: Mapping[str, int]) -> None:
         """The inverse of `updates`."""

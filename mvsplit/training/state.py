@@ -18,6 +18,7 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.distributed import rank, world
 from mvsplit.training.ema import EMA
+from mvsplit.training.graphs import Graphs
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
@@ -40,7 +41,7 @@ class TrainState:
     | what was done about alarms | `reactions` |
     | step | `step` |
 
-    `taps`, `device` and `planner` are rebuilt.
+    `taps`, `device`, `planner` and `graphs` are rebuilt.
     """
 
     model: DiT
@@ -51,6 +52,7 @@ class TrainState:
     taps: list[LayerTap]
     device: torch.device
     planner: Planner | None = None
+    graphs: Graphs | None = None
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
 
@@ -107,6 +109,8 @@ class TrainState:
         """Lays out anew what is laid out by the parameters of the model, after some came or went:
         the optimiser, with those named in `joined` in a group of their own and with fresh moments,
         and the averages, which begin as the parameters are."""
+        if self.graphs is not None:
+            self.graphs.clear()
         groups = flatten_parameters(self.model, joined)
         self.optimizer = self.optimizer.regrouped(groups)
         if self.ema is not None:

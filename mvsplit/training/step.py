@@ -21,6 +21,7 @@ from mvsplit.models import DiT
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import at, from_each, rank, rows_of_each, world
 from mvsplit.training.gradient_families import family_norms
+from mvsplit.training.graphs import Graphs
 from mvsplit.training.nonfinite import (
     NonFiniteError,
     first_in_activations,
@@ -29,20 +30,10 @@ from mvsplit.training.nonfinite import (
 )
 from mvsplit.training.optimizer import clip_gradients_, global_norm
 from mvsplit.training.parallelize import sync_gradients
+from mvsplit.training.pieces import Piece
 from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import anneal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A part of a global batch with its noise and times, on the device."""
-
-    data: Tensor  # x0 [B, C, H, W]
-    noise: Tensor  # x1 [B, C, H, W]
-    times: Tensor  # t [B]
-    text: Tensor  # [B, T, Dc]
-    text_valid: Tensor | None  # [B]
 
 
 def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -> Iterator[Piece]:
@@ -108,17 +99,23 @@ def piece_losses(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
     return flow_losses(velocity, piece.data, piece.noise)
 
 
-def add_gradients(model: DiT, config: TrainConfig, parts: list[Piece]) -> Tensor:
+def add_gradients(
+    model: DiT, config: TrainConfig, parts: list[Piece], graphs: Graphs | None = None
+) -> Tensor:
     """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
     returns the loss of each sample, [B]. Ranks send each other their gradients once."""
     samples = sum(len(piece.data) for piece in parts)
     found = []
+
+    def run(piece: Piece) -> Tensor:
+        losses = piece_losses(model, piece, config)
+        (losses.mean() / (samples / len(losses))).backward()
+        return losses.detach()
+
     for number, piece in enumerate(parts, start=1):
         at(f"forward and backward of piece {number}")
         sync_gradients(model, number == len(parts))
-        losses = piece_losses(model, piece, config)
-        (losses.mean() / (samples / len(losses))).backward()
-        found.append(losses.detach())
+        found.append(run(piece) if graphs is None else graphs.run(piece, samples, run))
     return torch.cat(found)
 
 
@@ -128,7 +125,7 @@ def accumulate_gradients(state: TrainState, config: TrainConfig, parts: list[Pie
     if state.planner is not None:
         state.planner.before(max(_tokens(state.model, p.data, p.text) for p in parts))
     state.optimizer.zero_grad()
-    losses = add_gradients(state.model, config, parts)
+    losses = add_gradients(state.model, config, parts, state.graphs)
     state.optimizer.collect_grads()
     return losses
 

@@ -56,7 +56,8 @@ def _rescale_writers(state: TrainState, gain: float) -> None:
     moments = state.optimizer.moments()
     averages = {} if state.ema is None else state.ema.parameters()
     for name in names:
-        moments[f"exp_avg.{name}"].mul_(gain)
+        first = "exp_avg" if f"exp_avg.{name}" in moments else "exp_avg_scales"  # of bf16 weights
+        moments[f"{first}.{name}"].mul_(gain)
         moments[f"exp_avg_sq.{name}"].mul_(gain**2)
         if name in averages:
             averages[name].div_(gain)
