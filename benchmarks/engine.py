@@ -6,6 +6,7 @@ the time of whole pictures, beside the plain loop and a torch.compile'd block in
 the time to the first step, cold and from the cache. Weights are random and of full size.
 
     python benchmarks/engine.py [--budget SECONDS] [--stages gate,parts,pictures,…] [--json FILE]
+    python benchmarks/engine.py --table FILE     # the table of docs/sampling.md
 
 Cost: one GPU with 120 GB; about four minutes on an H200. Stages end when the budget does; the
 report is written after each.
@@ -343,6 +344,34 @@ def child(depth: int) -> None:
     print(timed(lambda: sample(engine, 1, torch.bfloat16, steps=1)))
 
 
+def table(found: dict[str, Any]) -> str:
+    """The times of a report as a table in Markdown."""
+    plain_, compiled_ = found["plain"], found["compiled_block_in_one_graph"]
+    low, high = RELEASED["eager_s_per_picture"]
+    rows = (
+        ("released code, eager", f"{low}–{high}", "–"),
+        ("released block in one CUDA graph", f"{RELEASED['one_graph_s_per_picture']}", "–"),
+        ("the model called step by step", f"{plain_['loop_seconds']:.1f}", "–"),
+        (
+            "a torch.compile'd block in one CUDA graph",
+            f"{compiled_['seconds_1']:.2f}",
+            f"{compiled_['seconds_8']:.2f}",
+        ),
+        (
+            "the model's own ops in one CUDA graph",
+            f"{plain_['own_ops_in_one_graph_seconds']:.2f}",
+            "–",
+        ),
+        (
+            "the engine",
+            f"**{found['pictures_1']['seconds']:.2f}**",
+            f"**{found['pictures_8']['seconds']:.2f}**",
+        ),
+    )
+    head = ["| seconds for | one picture | eight |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=220.0)
@@ -350,7 +379,11 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGE_NAMES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path)
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     if args.child:
         child(args.child)
         return

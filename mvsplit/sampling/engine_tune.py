@@ -56,7 +56,7 @@ _BLOCKS = [
     )
 ]  # fmt: skip
 _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
-_FINALISTS = 4  # of each stage, that are tried within a whole block
+_FINALISTS = 6  # of each stage, that are tried within a whole block
 
 
 def cache_file() -> Path:
@@ -81,8 +81,8 @@ def candidates(stage: str, network: Network) -> list[Choice]:
         tiles = tiles + [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
     if stage not in ("proj", "w2"):
         return [*ordinary, *tiles]
-    deep = weight.shape[1] >= 2 * weight.shape[0] and network.stream.rows <= 2048
-    splits = (1, 2, 3) if deep else (1,)
+    deep = weight.shape[1] >= 2 * weight.shape[0]
+    splits = ((1, 2, 3) if deep else (1, 2)) if network.stream.rows <= 2048 else (1,)
     tiles = [replace(tile, split=split) for tile in tiles for split in splits]
     return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles])]
 

@@ -80,6 +80,10 @@ def merge_kernel(
     real = is_real(o_row, n_rows, p_valid, image, text, image_rows, sample_rows)
     m = real[:, None] & m_d[None, :]
     o_x = o_row.to(tl.int64)[:, None] * D + o_d[None, :]
+    if MEANS:
+        b_alpha = load_gain(p_alpha, alpha, s_alpha, o_d, m_d)
+    if LEAKS:
+        b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)
     wait_for_inputs(p_ahead, n_lines, PDL)
     i_bs = 2 * (row // sample_rows) + (row % sample_rows >= image_rows).to(tl.int32)
     z = tl.load(p_x + o_x, m, 0.0).to(tl.float32)
@@ -89,7 +93,6 @@ def merge_kernel(
         f += tl.load(p_plane + o_x, m, 0.0).to(tl.float32)
     z += b_beta[None, :] * f
     if MEANS:
-        b_alpha = load_gain(p_alpha, alpha, s_alpha, o_d, m_d)
         if CHUNKED:
             sum_f = _mean_part(
                 p_partial, first // _CHUNK, rows // _CHUNK, n_rows // _CHUNK, o_d, m_d, D, BLOCK_D,
@@ -99,7 +102,6 @@ def merge_kernel(
             sum_f = tl.load(p_partial + i_bs * D + o_d, m_d, 0.0)
         shift = (b_alpha - b_beta) * (sum_f / count)  # β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF
         if LEAKS:
-            b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)
             shift -= b_leak * (tl.load(p_sum + i_bs * D + o_d, m_d, 0.0) / count)
         z = tl.where(m, z + shift[None, :], 0.0)
     r = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / D + eps)
