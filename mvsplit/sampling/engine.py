@@ -20,10 +20,12 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mvsplit.errors import UserError
 from mvsplit.kernels.dispatch import HAS_TRITON
@@ -109,7 +111,7 @@ class Engine:
             return "gradients are asked for (torch.no_grad() is missing)"
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
-        if self._parts.watched():
+        if _has_any_global_hook() or self._parts.watched():
             return "somebody watches its modules by hooks"
         return None
 
@@ -126,7 +128,7 @@ class Engine:
             self._graphs.popitem(last=False)
         started = time.perf_counter()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _current(latents):
                 evaluation, choice = self._evaluation(latents, text, valid)
                 graph = _Graph(evaluation, choice, latents, text, valid)
         except torch.OutOfMemoryError:  # a smaller batch may fit; the model itself would not
@@ -239,6 +241,11 @@ class _Parts:
         return any(map(_is_watched, self._modules))
 
 
+def _current(x: Tensor) -> AbstractContextManager:
+    """Makes the device of a CUDA tensor the current one, on which kernels are launched."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _address(parameter: nn.Parameter | None) -> int:
     return 0 if parameter is None else parameter.data_ptr()
 
@@ -268,5 +275,6 @@ class _Graph:
         for static, given in zip(self._inputs, inputs, strict=True):
             if static is not None and given is not None:
                 static.copy_(given)
-        self._graph.replay()
-        return self._output.clone()
+        with _current(self._output):
+            self._graph.replay()
+            return self._output.clone()
