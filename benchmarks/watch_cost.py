@@ -1,19 +1,19 @@
 """Claim: watching every layer costs at most 3 % of the step at the default cadence.
 
-One network, one batch, three kinds of step in turns: without the watch, with its first tier (the
-gradient norms of W_O, W_2, Q and K, read together with the clip's norm), and inside a probe of
-every layer. The cost at a cadence of one probe in N steps is (tier one + (probe − plain)/N) over
-the plain step.
+One network and one batch in pieces, three kinds of step in turns, each as a run makes it: without
+the watch, with its first tier (the gradient norms of W_O, W_2, Q and K, read together with the
+clip's norm), and with a probe of every layer, which looks at the first piece. The cost at a cadence
+of one probe in N steps is (tier one + (probe − plain)/N) over the plain step.
 
-A block that nobody looks into runs as one node on the GPU; one that is probed runs part by part, so
-a probe pays for that too.
+Pieces that nobody looks into are replays of a CUDA graph; one that is probed runs part by part, and
+a graph whose memory it needs is recorded anew. A probe pays for all that.
 
 Gate: a probed step gives the gradients of the same parts unprobed, as closely as those repeat
 themselves: in bf16 the attention backward adds in no fixed order, which 400 layers amplify.
 
-    python benchmarks/watch_cost.py [--depth 400 --width 1024 --batch 4] [--json FILE]
+    python benchmarks/watch_cost.py [--depth 400 --batch 26 --pieces 4] [--small] [--json FILE]
 
-Cost: about one minute on one H200 at the default size (5.45 B parameters, 120 GB).
+Cost: about a minute on one H200 at the default size (5.45 B parameters, 130 GB).
 """
 
 from __future__ import annotations
@@ -22,65 +22,38 @@ import argparse
 import datetime
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from train_step import Size, Trainer, free, peak_gib, seconds
 
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.diagnostics.taps import gradient_norm_tensors, read, taps_for_dit
-from mvsplit.flow import flow_loss
-from mvsplit.models import DiT, DiTConfig
-from mvsplit.residuals import RuleConfig
-from mvsplit.training.config import TrainConfig
-from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
+from mvsplit.training import TrainConfig
+from mvsplit.training.optimizer import clip_gradients_, global_norm
+from mvsplit.training.step import add_gradients
 
 CADENCE = 100  # TrainConfig.probe_every
 TARGET = 0.03
 
 
-class Bench:
-    """A network on its device with a fixed batch; every step starts from the same gradients."""
+class Bench(Trainer):
+    """A network with a fixed batch; no step moves its weights, so that every step is the same."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device = torch.device(args.device)
-        config = DiTConfig(
-            depth=args.depth,
-            width=args.width,
-            heads=max(args.width // 128, 1),
-            ffn_width=3 * args.width,
-            channels=128,
-            text_width=args.width,
-            rule=RuleConfig(name="mvsplit"),
-            writers="standard",
-        )
-        torch.manual_seed(0)
-        with self.device:
-            self.model = DiT(config)
-            side = args.side
-            self.data = torch.randn(args.batch, 128, side, side)
-            self.noise = torch.randn_like(self.data)
-            self.text = torch.randn(args.batch, 64, args.width, dtype=torch.bfloat16)
-        for block in self.model.blocks:
-            block.adds_gradients = True
-        self.groups = flatten_parameters(self.model)
+    def __init__(self, size: Size, depth: int, batch: int, pieces: int, device: str) -> None:
+        config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights="bf16")
+        super().__init__(size.model(depth, writers="standard"), config, size, device)
         self.taps = taps_for_dit(self.model)
-        self.tokens = args.batch * (side * side + 64)
+        self.parts = [self.piece(batch, seed) for seed in range(pieces)]
+        self.planner.before(batch * size.tokens)
 
-    def add_optimizer(self) -> None:
-        """Its moments are made last: the gate needs their memory for a copy of the gradients."""
-        self.optimizer = AdamW(self.groups, TrainConfig(steps=1, batch_size=1))
-
-    def gradients(self) -> Tensor:
-        for group in self.groups:
-            group.grads.zero_()
-        with torch.autocast(self.device.type, torch.bfloat16):
-            velocity = self.model(self.data, self.text)
-        loss = flow_loss(velocity, self.data, self.noise)
-        loss.backward()
-        return loss.detach()
+    def gradients(self, parts: list[Any], probe: LayerProbe | None = None) -> None:
+        self.optimizer.zero_grad()
+        after = None if probe is None else probe.rest
+        add_gradients(self.model, self.config, parts, self.graphs, after)
 
     def update(self, *, watched: bool) -> None:
         """One synchronisation either way: the watch's norms are read with the clip's."""
@@ -88,77 +61,59 @@ class Bench:
         found = list(gradient_norm_tensors(self.taps).values()) if watched else []
         total, *_ = read([norm, *found])
         clip_gradients_(self.groups, total, 1.0)
-        self.optimizer.step(0.0)  # the weights stay, so that every step is the same
+        self.optimizer.step(0.0)
 
     def plain(self) -> None:
-        self.gradients()
+        self.gradients(self.parts)
         self.update(watched=False)
 
     def tier_one(self) -> None:
-        self.gradients()
+        self.gradients(self.parts)
         self.update(watched=True)
 
     def probe(self, fields: tuple[str, ...]) -> None:
         with LayerProbe(self.taps, fields=fields) as probe:
-            self.gradients()
+            self.gradients(self.parts, probe)
         self.update(watched=True)
         probe.arrays()
 
 
-def synchronised(bench: Bench, step: Callable[[], None]) -> float:
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if bench.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_gib(bench: Bench, step: Callable[[], None]) -> float:
-    if bench.device.type != "cuda":
-        return float("nan")
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def check(bench: Bench) -> tuple[float, float]:
-    """Largest relative difference of a gradient buffer between two steps by parts, then between
-    such a step and a probed one."""
+    """Largest relative difference of a gradient buffer between two passes by parts, then between
+    such a pass and a probed one."""
+    first, again = bench.parts[:1], bench.parts[:1]
     hooks = [b.ffn.register_forward_hook(lambda *_: None) for b in bench.model.blocks]
-    bench.gradients()
-    first = [group.grads.clone() for group in bench.groups]
-    bench.gradients()
-    repeated = _difference(bench, first)
+    bench.gradients(first)
+    wanted = [group.grads.clone() for group in bench.groups]
+    bench.gradients(again)
+    repeated = _difference(bench, wanted)
     for hook in hooks:
         hook.remove()
     with LayerProbe(bench.taps, fields=FIELDS):
-        bench.gradients()
-    return repeated, _difference(bench, first)
+        bench.gradients(first)
+    return repeated, _difference(bench, wanted)
 
 
 def _difference(bench: Bench, wanted: list[Tensor]) -> float:
     pairs = zip(bench.groups, wanted, strict=True)
-    return max(((g.grads - w).norm() / w.norm()).item() for g, w in pairs)
+    return max(((g.grads.float() - w.float()).norm() / w.float().norm()).item() for g, w in pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("depth", 400), ("width", 1024), ("batch", 4), ("side", 16)):
+    for name, value in (("depth", 400), ("batch", 26), ("pieces", 4), ("repeats", 4)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="narrow, for a trial on a CPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    bench = Bench(args)
+    size = Size(64, 2, 4, 8) if args.small else Size()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bench = Bench(size, args.depth, args.batch, args.pieces, device)
     repeated, difference = check(bench)
+    print(f"gradients: repeated {repeated:.1e}, probed {difference:.1e}", flush=True)
     if not difference <= 1.5 * repeated + 1e-6:
-        raise SystemExit(
-            f"a probe changes the gradients by {difference:.1e}, a repetition by {repeated:.1e}; "
-            "no time is taken"
-        )
-    bench.add_optimizer()
+        raise SystemExit("a probe changes the gradients; no time is taken")
+    free()
     steps = {
         "plain": bench.plain,
         "tier one": bench.tier_one,
@@ -166,10 +121,12 @@ def main() -> None:
         "probe, all": lambda: bench.probe(FIELDS),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
+    bench.plain()  # records the graph
     for _ in range(args.repeats):
         for name, step in steps.items():
-            times[name].append(synchronised(bench, step))
-    median = {name: statistics.median(values[1:] or values) for name, values in times.items()}
+            times[name].append(seconds(step))
+    print(times, flush=True)
+    median = {name: statistics.median(values) for name, values in times.items()}
     plain = median["plain"]
     tier = (median["tier one"] - plain) / plain
     cost = {
@@ -178,14 +135,13 @@ def main() -> None:
     }
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/watch_cost.py --depth {args.depth} --width {args.width} "
-        f"--batch {args.batch}",
-        "device": torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu",
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
-        "tokens_per_step": bench.tokens,
+        "tokens_per_step": args.batch * args.pieces * size.tokens,
         "gradient_difference": {"repeated": repeated, "probed": difference},
         "seconds": median,
-        "peak_gib": {name: peak_gib(bench, step) for name, step in steps.items()},
+        "peak_gib": peak_gib(),
         "cadence": CADENCE,
         "tier_one_share": tier,
         "share_at_cadence": cost,

@@ -124,10 +124,15 @@ class LayerProbe:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._active.close()
-        self._trunks.clear()
+        self.rest()
         if exc_type is None:
             self._read_parameter_gradients()
+
+    def rest(self) -> None:
+        """Stops looking, once a forward and a backward pass are over: passes that follow inside the
+        probe cost what they would outside it. The gradients of parameters are read at the end."""
+        self._active.close()
+        self._trunks.clear()
 
     def arrays(self) -> dict[str, list[float | None]]:
         """The fields over the layers, in the order of the taps, as numbers: the one place that

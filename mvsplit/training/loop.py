@@ -180,7 +180,12 @@ class _Run:
     def guarded_step(self) -> dict[str, Any]:
         """A step; if a value was not finite, that is recorded before the run stops."""
         try:
-            return train_step(self.state, self.config, before_update=self._before_update)
+            return train_step(
+                self.state,
+                self.config,
+                before_update=self._before_update,
+                after_first=None if self._probe is None else self._probe.rest,
+            )
         except NonFiniteError as error:
             self.settle()
             saved = list_checkpoints(self.folder.checkpoints)

@@ -100,10 +100,15 @@ def piece_losses(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
 
 
 def add_gradients(
-    model: DiT, config: TrainConfig, parts: list[Piece], graphs: Graphs | None = None
+    model: DiT,
+    config: TrainConfig,
+    parts: list[Piece],
+    graphs: Graphs | None = None,
+    after_first: Callable[[], None] | None = None,
 ) -> Tensor:
     """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
-    returns the loss of each sample, [B]. Ranks send each other their gradients once."""
+    returns the loss of each sample, [B]. Ranks send each other their gradients once. `after_first`
+    is called when the first piece has been forward and back."""
     samples = sum(len(piece.data) for piece in parts)
     found = []
 
@@ -116,16 +121,23 @@ def add_gradients(
         at(f"forward and backward of piece {number}")
         sync_gradients(model, number == len(parts))
         found.append(run(piece) if graphs is None else graphs.run(piece, samples, run))
+        if number == 1 and after_first is not None:
+            after_first()
     return torch.cat(found)
 
 
-def accumulate_gradients(state: TrainState, config: TrainConfig, parts: list[Piece]) -> Tensor:
+def accumulate_gradients(
+    state: TrainState,
+    config: TrainConfig,
+    parts: list[Piece],
+    after_first: Callable[[], None] | None = None,
+) -> Tensor:
     """The gradients of the mean loss over all pieces instead of those that were there; returns the
     loss of each sample, [B]."""
     if state.planner is not None:
         state.planner.before(max(_tokens(state.model, p.data, p.text) for p in parts))
     state.optimizer.zero_grad()
-    losses = add_gradients(state.model, config, parts, state.graphs)
+    losses = add_gradients(state.model, config, parts, state.graphs, after_first)
     state.optimizer.collect_grads()
     return losses
 
@@ -135,10 +147,12 @@ def train_step(
     config: TrainConfig,
     *,
     before_update: Callable[[Gradients], bool | None] | None = None,
+    after_first: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Takes the next step of the run.
 
     Args:
+        after_first: is called when the first piece of the batch has been forward and back.
         before_update: is told what the step knows before the update is made, non-finite or not;
             where it returns False, the update is not made and the step is not counted.
 
@@ -153,7 +167,7 @@ def train_step(
     at(f"the batch of step {step}")
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
-    losses = accumulate_gradients(state, config, parts)
+    losses = accumulate_gradients(state, config, parts, after_first)
     metrics, found = _read_all(state, losses, batch)
     lr = state.learning_rate(step)
     numbers = metrics | {"lr": lr, "tokens": found.tokens}

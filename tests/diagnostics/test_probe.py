@@ -285,3 +285,22 @@ def test_parameter_rows_without_bounds_are_the_whole_gradient() -> None:
     assert ParameterRows(projection=linear).gradient() is None
     linear.weight.sum().backward()
     assert torch.equal(ParameterRows(projection=linear).gradient().local, torch.ones(3, 2))
+
+
+def test_a_probe_at_rest_lets_passes_run_unwatched() -> None:
+    """What the first pass showed stays, later passes meet no hook, gradients are read at the end."""
+    model = dit()
+    taps = taps_for_dit(model)
+    with LayerProbe(taps) as once:
+        step(model)
+        once.rest()
+        hooks = sum(len(m._forward_hooks) for m in model.modules())
+        step(model)
+    with LayerProbe(taps) as alone:
+        step(model)
+    ours, theirs = once.arrays(), alone.arrays()
+    assert hooks == 0
+    for name, values in theirs.items():
+        factor = 2 / 3 if name.startswith("grad_") else 1  # gradients of two steps, then of three
+        wanted = [v for v in ours[name] if v is not None]
+        assert wanted == pytest.approx([factor * v for v in values if v is not None], rel=1e-5)
