@@ -36,8 +36,9 @@ class LostRank(UserError):
 
 
 def launched_world() -> int:
-    """The processes that torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The processes that torchrun has started; 1 without it, whatever a cluster has set."""
+    complete = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) if complete else 1
 
 
 def launched_rank() -> int:

@@ -20,6 +20,7 @@ import torch
 from mvsplit.kernels.block_parts import RECOMPUTE, Recompute
 from mvsplit.models import Block, DiT, DiTConfig
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.distributed import world
 from mvsplit.training.graphs import NODE_BYTES
 
 _logger = logging.getLogger(__name__)
@@ -79,6 +80,21 @@ def cast_bytes(config: DiTConfig) -> int:
     return 2 * config.width * (packed + config.width + 3 * config.ffn_width)
 
 
+def sharding_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
+    """Bytes that sharding over `ranks` GPUs takes on each during a step, beside the state that is
+    there before the first one: units that are gathered, their gradients on the way, the shards that
+    arrive and, where a batch has several pieces, the gradients that are added up until then."""
+    if ranks == 1:
+        return 0
+    parallel, matrices = config.parallel, cast_bytes(model)
+    units = 2 + parallel.prefetch if parallel.reshard else -(-model.depth // parallel.unit)
+    gathered = units * parallel.unit * matrices
+    sent = 2 * parallel.unit * 3 * matrices  # of two units, in half precision and in fp32
+    arrived = 2 * model.depth * matrices // (ranks // parallel.replicas)
+    added_up = 2 * model.depth * matrices if config.accumulate > 1 else 0
+    return gathered + sent + arrived + added_up
+
+
 def make_plan(config: DiTConfig, tokens: int, allowed: int) -> Plan:
     """The plan that computes the least again.
 
@@ -136,6 +152,7 @@ class Planner:
             return
         self._tokens = tokens
         allowed = allowed_bytes(self._device)
+        allowed -= sharding_bytes(self._model, self._config, world())
         if self._config.recompute != "auto":
             levels = [self._config.recompute] * len(self._blocks)
         else:

@@ -7,9 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from mvsplit.training.distributed import launched_world
+
 
 class StopSignal:
     """Notes the first SIGTERM or SIGINT instead of dying of it; a second one has its usual effect.
+
+    Under torchrun a second one has none: a terminal or a cluster signals all processes, and
+    torchrun hands on what it got itself. It kills what is not gone after its `--shutdown-timeout`.
 
     Outside of the main thread, where Python allows no handlers, it notes nothing.
 
@@ -37,7 +42,8 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
+        if launched_world() == 1:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,11 +55,17 @@ def at_batch(rank: int, number: int, action: str, here: int) -> None:
         Loader.next_batch = disturbed  # type: ignore[assignment, method-assign]
 
 
-_ACTIONS = {
+def terminate_twice() -> None:
+    """Under torchrun a signal to all processes comes twice: torchrun hands it on."""
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+_ACTIONS: dict[str, Any] = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(1000),
-    "end": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "end": terminate_twice,
 }
 
 

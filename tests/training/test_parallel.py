@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from filelock import FileLock
 
 from mvsplit.hub import load_weights, write_weights
+from mvsplit.models import DiT
 from mvsplit.training import load_run
 from mvsplit.training.checkpoint import Snapshot, list_checkpoints, load_latest
+from mvsplit.training.config import ParallelConfig
 from mvsplit.training.flight import read_flight
+from mvsplit.training.memory_plan import sharding_bytes
 from tests.training import ranks, runs
 
 # Sizes that the ranks do not divide: 3 layers in units of 2, a patch of 4·4 values in a head of 10…
@@ -148,6 +152,25 @@ def test_what_cannot_be_divided_is_said_once(
     assert ranks.train([*EVERYWHERE, *options, *place], 2, log=log) == [2, 2]
     assert log.read_text().count(message) == 1
     assert "Traceback" not in log.read_text()
+
+
+def test_what_sharding_needs_beside_the_state() -> None:
+    """Counted over the tensors of the blocks, for 10 blocks in units of 4 on 4 GPUs."""
+    config = replace(runs.MODEL, depth=10)
+    with torch.device("meta"):
+        blocks = DiT(config).blocks
+    matrices = sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2)
+    layout = ParallelConfig(unit=4, prefetch=1)
+    train = replace(runs.TRAIN, parallel=layout)
+    in_bf16, in_fp32 = 2 * matrices, 4 * matrices
+    once = 3 * 4 * in_bf16 + 2 * 4 * (in_bf16 + in_fp32) + 10 * in_fp32 // 4
+    assert sharding_bytes(config, train, 1) == 0
+    assert sharding_bytes(config, train, 4) == once
+    assert sharding_bytes(config, replace(train, accumulate=2), 4) == once + 10 * in_fp32
+    kept = replace(train, parallel=replace(layout, reshard=False))
+    assert sharding_bytes(config, kept, 4) >= once + (10 - 3 * 4) * in_bf16
+    halves = replace(train, parallel=replace(layout, replicas=2))
+    assert sharding_bytes(config, halves, 4) == once + 10 * in_fp32 // 4
 
 
 def test_an_alarm_takes_every_rank_back(tmp_path: Path) -> None:
