@@ -4,14 +4,15 @@
         flight.json          the recorded steps, the last of them the one that gave the alarm
         config.json          the experiment, with the rule that the network has by now
         batch.safetensors    what the last step read
-        state/step_00000030/ a checkpoint to start from
+        state/step_00000030/ the weights before the last step
+        state/step_00000020/ the newest checkpoint before that
 
 A step needs its batch, its noise and times, which follow from (seed, step), and the weights before
 it. An alarm that is raised before the update finds just these weights in memory: they are written,
-exact and without the moments, a quarter of a checkpoint. After the update they are gone, and the
-newest checkpoint before the step is linked instead, which takes no space; the steps between are
-replayed. So nothing is copied while all is well: copies of the state every few steps would cost the
-memory of several networks to save some minutes once.
+exact and without the moments, a quarter of a checkpoint. The newest checkpoint before the step is
+linked, which takes no space, so that the steps between can be replayed. So nothing is copied while
+all is well: copies of the state every few steps would cost the memory of several networks to save
+some minutes once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,10 +181,10 @@ class FlightRecorder(Observer):
                 step=self._state.step, tensors={"model": dict(model.state_dict())}, values={}
             )
             save_checkpoint(folder / "state", weights, keep=1)
-        else:
-            _link_newest(_before(self.run / "checkpoints", step), folder / "state")
+        saved = _before(self.run / "checkpoints", step)
+        _link_newest(saved, folder / "state")
         flight = {"format": FORMAT, "version": VERSION, "step": step, "reason": reason}
-        flight |= {"world": world(), "records": list(self._records)}
+        flight |= {"world": world(), "records": list(self._records), "from_start": not saved}
         (folder / "flight.json").write_text(json.dumps(flight), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             fsync(path)
@@ -225,7 +226,9 @@ def _before(folder: Path, step: int) -> list[Path]:
 
 
 def _link_newest(checkpoints: list[Path], folder: Path) -> None:
-    if checkpoints:
+    """The newest of them, so that steps between it and the flight's are reached too; the weights
+    of the same step lie there already."""
+    if checkpoints and not (folder / checkpoints[-1].name).exists():
         shutil.copytree(checkpoints[-1], folder / checkpoints[-1].name, copy_function=os.link)
 
 
@@ -235,7 +238,8 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
     Args:
         path: the flight's folder.
         step: which of the recorded steps is to be explained; None for the one whose gradient norm
-            stands out most. A flight with the weights before its last step reaches no other step.
+            stands out most. The last is run from the weights before it, those before it from the
+            newest checkpoint, as far as no policy changed the run on the way.
 
     Raises:
         UserError: there is no flight, its files cannot be read, or it does not reach the step.
@@ -252,9 +256,7 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
             f"{flight.get('version')}; use the version of mvsplit that wrote it"
         )
     config, last = path / "config.json", flight["step"]
-    checkpoints = _before(path / "state", last)
-    records = _reachable(flight["records"], last, checkpoints)
-    steps = [record["step"] for record in records]
+    steps = list(_reachable(path, flight))
     if step is not None and step not in steps:
         raise UserError(
             f"step={step}: the flight {path} reaches {', '.join(map(str, steps))}; name the run's "
@@ -275,16 +277,17 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
     )
 
 
-def _reachable(
-    records: list[dict[str, Any]], last: int, checkpoints: list[Path]
-) -> list[dict[str, Any]]:
-    """The recorded steps that can be run again from the state of the flight."""
-    if not checkpoints:
-        return records  # from the start
-    start = checkpoints[-1]
-    if not list(start.glob("optimizer*")):
-        return [record for record in records if record["step"] == last]
-    return [record for record in records if record["step"] > step_of(start)]
+def _reachable(path: Path, flight: dict[str, Any]) -> Iterator[int]:
+    """The recorded steps that can be run again: the last from the weights before it, others from a
+    whole checkpoint, or from the start of the run."""
+    checkpoints = _before(path / "state", flight["step"])
+    whole = [step_of(folder) for folder in checkpoints if list(folder.glob("optimizer*"))]
+    from_start = flight.get("from_start", not checkpoints)
+    start = max(whole, default=0 if from_start else flight["step"])
+    for step in (record["step"] for record in flight["records"]):
+        altered = _altered(path.parent.parent, start, step)
+        if step == flight["step"] or (step > start and altered is None):
+            yield step
 
 
 def flight_of_run(path: Path | str, step: int | None = None) -> Flight:

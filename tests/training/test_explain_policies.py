@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mvsplit.diagnostics.events import Event
+from mvsplit.errors import UserError
 from mvsplit.training import train
 from mvsplit.training.config import ReactionConfig
 from mvsplit.training.explanation import explain
@@ -64,3 +65,22 @@ def test_the_flight_of_the_alarm_is_exact_whatever_was_done_about_it(
     found = explain(read_flight(tmp_path / "flights" / f"step_{ALARM:08d}"))
     assert (found.step, found.state_step) == (ALARM, ALARM - 1)
     assert found.reproduction.exact
+
+
+def test_a_flight_reaches_the_steps_since_the_checkpoint_that_no_policy_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mvsplit.training.watch.Detector", Alarming)
+    train(runs.experiment(on_alarm="record"), tmp_path)
+    path = tmp_path / "flights" / f"step_{ALARM:08d}"
+    (tmp_path / "checkpoints").rename(tmp_path / "gone")  # the links outlive it
+    for step in (4, 5):
+        found = explain(read_flight(path, step))
+        assert found.reproduction.exact
+        assert found.state_step == (3 if step == 4 else 4)
+    log = tmp_path / "events.jsonl"
+    log.write_text('{"event": "skipped", "step": 4, "message": "left out"}\n')
+    assert read_flight(path, 4).step == 4  # before it
+    log.write_text('{"event": "rolled-back", "step": 3, "to_step": 3, "message": "back"}\n')
+    with pytest.raises(UserError, match="reaches 5;"):
+        read_flight(path, 4)
