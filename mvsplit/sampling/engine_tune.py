@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
@@ -312,16 +313,12 @@ def graph_time(run: Callable[[], None]) -> float:
 
 
 def _key(network: Network) -> str:
-    import triton
-
-    from mvsplit.kernels.fused import stream
-
     c = network.config
     rows = network.stream  # prompts of 1 to 32 tokens share a choice
     shape = (rows.batch, rows.image_rows, rows.sample_rows, network.segments.mask is None)
     model = (c.width, c.heads, c.groups, c.ffn_width, c.rule.name, min(c.depth, LAYERS))
     device = network.trunk.device
-    version = (CACHE_VERSION, stream.CHUNK, torch.__version__, triton.__version__)
+    version = (CACHE_VERSION, torch.__version__, TRITON_VERSION)
     name = torch.cuda.get_device_name(device)
     return json.dumps([name, version, str(network.trunk.dtype), model, shape])
 

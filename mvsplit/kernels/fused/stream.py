@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mvsplit.kernels.segments import Segments
 
+TRITON_VERSION = triton.__version__
 CHUNK = 32  # rows; 256 image tokens and 32 text tokens need no padding
 _CHUNK = tl.constexpr(CHUNK)
 
