@@ -37,8 +37,8 @@ def classifier_free(
         null_text: the unconditional prompt, [1 or B, T', Dc].
         scale: w. 1 is no guidance: the network is called on the prompts alone.
         text_valid, null_valid: real tokens, [B] and [1 or B]; None: all tokens count.
-        interval: guidance for low < t ≤ high only, and at t = 0 if low is 0; at other times v = v_c
-            and only the prompts are evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        interval: guidance for low < t ≤ high only; at other times v = v_c and only the prompts are
+            evaluated (Kynkäänniemi et al. 2024, arXiv 2404.07724). `EVERYWHERE` asks for no time.
         rescale: φ of `rescaled`; 0 leaves v as it is.
 
     Raises:
@@ -68,9 +68,9 @@ def classifier_free(
 
 
 def in_interval(t: float, interval: tuple[float, float]) -> bool:
-    """Whether low < t ≤ high; low = 0 takes t = 0 in."""
+    """Whether low < t ≤ high; `EVERYWHERE` holds any t."""
     low, high = interval
-    return low < t <= high or t == low == 0
+    return interval == EVERYWHERE or low < t <= high
 
 
 def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
