@@ -20,7 +20,9 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
+import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +37,7 @@ from record_runs import record, token_floor, truth
 from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.monitor import Cadence, Schedule
+from mvsplit.diagnostics.signals import LayerSignals
 
 _FROM_THE_START = (
     *("front-l32-lr0.012", "front-l64-lr0.012", "plain-l64-d32-lr0.03", "plain-l32-d32-lr0.012"),
@@ -94,6 +97,9 @@ def judge(run: Run, folder: Path) -> dict[str, Any]:
         "lock_in": found["lock_in_step"],
         "steps": run.steps,
         "looks": looks,
+        "jump": _after_jump(run, records),
+        "at_spike": _look_at(records, found["spike_step"]),
+        "two_after_spike": _look_at(records, (found["spike_step"] or -9) + 2),
         "alarms": [{"step": e.step, "verdict": e.verdict, "layer": e.layer} for e in alarms],
         "warnings": [
             {"step": e.step, "verdict": e.verdict} for e in events if e.level == "warning"
@@ -101,6 +107,38 @@ def judge(run: Run, folder: Path) -> dict[str, Any]:
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def _after_jump(run: Run, records: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """How far loss and writer gradient rise over the median of the 20 steps before, in the three
+    steps after a lasting jump of the learning rate."""
+    jumps = [deed for deed in run.interventions if deed.deed == "lr" and deed.amount > 1]
+    if not jumps:
+        return None
+    at = jumps[0].step  # whose update is the first with the new rate
+    steps = {r["step"]: r for r in records if "loss" in r}
+    before = [steps[n] for n in range(at - 19, at + 1)]
+    after = [steps[n] for n in range(at + 1, at + 4)]
+    return {
+        "factor": jumps[0].amount,
+        "loss": _rise([r["loss"] for r in before], [r["loss"] for r in after]),
+        "writer": _rise(list(map(_writer, before)), list(map(_writer, after))),
+    }
+
+
+def _rise(before: Sequence[float], after: Sequence[float]) -> float:
+    return round(max(after) / statistics.median(before), 2)
+
+
+def _writer(line: dict[str, Any]) -> float:
+    return math.hypot(line["grad_writer_attn"], line["grad_writer_ffn"])
+
+
+def _look_at(records: Sequence[dict[str, Any]], step: int | None) -> dict[str, Any] | None:
+    """The similarity of the deep tokens and G_mean / G_ctr at a step."""
+    looks = (LayerSignals.of(r) for r in records if r["step"] == step and "tcs" in r)
+    found = next((look for look in looks if look is not None), None)
+    return found and {"tcs_deep": found.similarity, "mode_ratio": found.mode_ratio}
 
 
 def first(row: dict[str, Any], *verdicts: str) -> int | None:

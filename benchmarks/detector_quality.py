@@ -167,10 +167,37 @@ def page(found: dict[str, Any], live: dict[str, Any]) -> str:
         counts=counts,
         leads=leads,
         mistakes=mistakes or "| none | | | |",
+        **_jumps(live["runs"]),
         live_counts=live_counts,
         live_leads=live_leads,
-        live_looks=f"{max(live[s]['looks_per_step'] for s in ('tuned', 'held out')):.0%}",
+        live_looks=f"{max(live[s]['looks_per_step'] for s in ('tuned', 'held out')) * 100:.0f} %",
     )
+
+
+def _jumps(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the learning rate's jumps do at once, in runs that bear them and in those that die."""
+    jumped = [r for r in rows if r["jump"] is not None]
+    bears = [r["jump"] for r in jumped if r["truth"] == "healthy"]
+    dies = [r["jump"] for r in jumped if r["truth"] in ("collapsed", "diverged")]
+    spiked = [r for r in jumped if r["truth"] == "collapsed" and r["at_spike"]]
+
+    def median(look: str, field: str) -> str:
+        found = statistics.median(r[look][field] for r in spiked if r[look])
+        return f"{found:.0f}" if found >= 10 else f"{found:.2g}"
+
+    return {
+        "spiked": str(len(spiked)),
+        "spike_tcs": median("at_spike", "tcs_deep"),
+        "spike_ratio": median("at_spike", "mode_ratio"),
+        "after_tcs": median("two_after_spike", "tcs_deep"),
+        "after_ratio": median("two_after_spike", "mode_ratio"),
+        "bears": str(len(bears)),
+        "bears_writer": f"{max(jump['writer'] for jump in bears):.1f}",
+        "bears_loss": f"{max(jump['loss'] for jump in bears):.2f}",
+        "dies": str(len(dies)),
+        "dies_loss": f"{min(jump['loss'] for jump in dies):.2f}",
+        "dies_far": str(sum(jump["loss"] > 1.8 for jump in dies)),
+    }
 
 
 def _live_counts(s: dict[str, Any]) -> str:
