@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -78,6 +79,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
 def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
     """Times every candidate that takes these inputs, and says in the log what was found."""
     times: dict[str, float] = {}
+    refused: dict[str, RuntimeError] = {}
     for name, backend in _CANDIDATES.items():
         if name == "math" and times:
             break  # the last resort
@@ -85,6 +87,9 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend
             times[name] = _milliseconds(_trial(q, k, v, mask, backend))
         except RuntimeError as error:  # says that it does not take such inputs
             _logger.debug("attention %s: %s", name, error)
+            refused[name] = error
+    if not times:
+        raise RuntimeError(f"no attention kernel takes {list(q.shape)} {q.dtype}: {refused}")
     best = min(times, key=lambda name: times[name])
     shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     masked = "masked" if mask is not None else "unmasked"
@@ -99,11 +104,16 @@ def _trial(
     grouped = q.shape[1] != k.shape[1]
 
     def once() -> object:
-        with torch.enable_grad(), sdpa_kernel(backend):
+        # Nobody else's hooks, such as those of activation checkpointing, may see the trial.
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same), sdpa_kernel(backend):
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
             return torch.autograd.grad(out, (q, k, v), out) if q.requires_grad else out
 
     return once
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
