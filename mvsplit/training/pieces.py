@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+TEXT_LENGTHS = 16  # text is padded to a multiple of so many tokens on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,3 +20,15 @@ class Piece:
     times: Tensor  # t [B]
     text: Tensor  # [B, T, Dc]
     text_valid: Tensor | None  # [B]
+
+
+def in_few_lengths(text: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Text [B, T, Dc] with masked padding to a multiple of `TEXT_LENGTHS` tokens, and the real
+    tokens of each sample [B]. It changes no result, and a run meets few shapes, for each of which
+    a graph is recorded and attention is chosen."""
+    extra = -text.shape[1] % TEXT_LENGTHS
+    if not extra:
+        return text, valid
+    if valid is None:
+        valid = torch.full((len(text),), text.shape[1], device=text.device)
+    return pad(text, (0, 0, 0, extra)), valid

@@ -10,7 +10,7 @@ import torch
 from mvsplit.models import DiT
 from mvsplit.training import build_state
 from mvsplit.training.graphs import Graphs
-from mvsplit.training.pieces import Piece
+from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
@@ -41,6 +41,18 @@ def test_a_cpu_runs_the_step_as_it_is_written() -> None:
     for _ in range(3):
         graphs.run(piece, 1.0, lambda p: calls.append(p) or p.data)  # type: ignore[func-returns-value]
     assert calls == [piece] * 3
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([3, 17, 1])])
+def test_longer_text_changes_no_result(valid: torch.Tensor | None) -> None:
+    torch.manual_seed(0)
+    model, text = DiT(runs.MODEL), torch.randn(3, 17, 16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    latents = torch.randn(3, 1, 8, 8)
+    longer, counts = in_few_lengths(text, valid)
+    assert longer.shape[1] == 32
+    torch.testing.assert_close(model(latents, longer, counts), model(latents, text, valid))
 
 
 @pytest.mark.gpu
