@@ -24,7 +24,7 @@ from mvsplit.training.distributed import world
 from mvsplit.training.graphs import NODE_BYTES
 
 _logger = logging.getLogger(__name__)
-_SPARE = 0.05  # of the device's memory, for libraries and for what a graph's own pool takes more
+_SPARE = 0.06  # of the device's memory, for libraries and for what a graph's own pool takes more
 _PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
 
 

@@ -88,6 +88,6 @@ def test_a_surgery_drops_the_graph_and_training_goes_on() -> None:
     protect(state, gain=0.0625)
     assert not state.graphs._recorded
     losses += [train_step(state, experiment.train)["loss"] for _ in range(4)]
-    alpha = state.model.blocks[0].get_submodule("rule_ffn").alpha  # type: ignore[union-attr]
+    alpha = state.model.get_parameter("blocks.0.rule_ffn.alpha")
     assert (alpha != 0.0625).all()  # it learns, so the new gains' gradients arrive
     assert all(torch.isfinite(torch.tensor(losses)))
