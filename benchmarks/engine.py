@@ -6,7 +6,7 @@ the time of whole pictures, beside the plain loop and a torch.compile'd block in
 the time to the first step, cold and from the cache. Weights are random and of full size.
 
     python benchmarks/engine.py [--budget SECONDS] [--stages gate,parts,pictures,…] [--json FILE]
-    python benchmarks/engine.py --table FILE     # the table of docs/sampling.md
+    python benchmarks/engine.py --table FILE…    # the table of docs/sampling.md
 
 Cost: one GPU with 120 GB; about four minutes on an H200. Stages end when the budget does; the
 report is written after each.
@@ -107,14 +107,14 @@ def timed(run: Callable[[], object]) -> float:
 class Report:
     """What was found so far, on disk after every stage."""
 
-    def __init__(self, path: Path | None, budget: float) -> None:
+    def __init__(self, path: Path | None, budget: float, stages: str) -> None:
         self.path, self.budget, self.started = path, budget, time.perf_counter()
         self.found: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "command": f"python {' '.join(sys.argv)}",
+            "command": f"python benchmarks/engine.py --stages {stages}",
             "released": RELEASED,
         }
 
@@ -379,16 +379,16 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGE_NAMES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+", help="later reports replace earlier ones")
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text())))
+        print(table({k: v for file in args.table for k, v in json.loads(file.read_text()).items()}))
         return
     if args.child:
         child(args.child)
         return
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    report = Report(args.json, args.budget)
+    report = Report(args.json, args.budget, args.stages)
     deep: list[DiT] = []
 
     def model() -> DiT:

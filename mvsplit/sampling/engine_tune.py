@@ -30,6 +30,8 @@ from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordi
 CACHE_VERSION = 2  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
+BLOCK_REPLAYS = 25
+NOISE = 0.003  # of a block's time; what is not faster by more does not replace what is there
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
 
 _logger = logging.getLogger(__name__)
@@ -236,7 +238,7 @@ class Tuner:
         def chain() -> None:
             self.network.run_blocks(self.blocks, plan)
 
-        return graph_time(chain) / len(self.blocks) * 1e6
+        return graph_time(chain, BLOCK_REPLAYS) / len(self.blocks) * 1e6
 
     def _overlaps(self, plan: Plan) -> list[Plan]:
         """Without and with kernels that start early and weights that are fetched ahead."""
@@ -258,7 +260,7 @@ class Tuner:
         return plan
 
     def _best_block(self, plans: list[Plan], name: Callable[[Plan], str]) -> Plan:
-        """The plan with the fastest block; the first is known to run."""
+        """The plan with the fastest block; the first, known to run, where it is as fast."""
         timed = []
         for i, plan in enumerate(plans):
             try:
@@ -269,7 +271,7 @@ class Tuner:
                     raise
                 continue
             self._note("block", name(plan), timed[-1][0])
-        micro, _, plan = min(timed, key=lambda row: row[:2])
+        micro, _, plan = min(timed, key=lambda row: row[0] * (1 + NOISE * (row[1] > 0)))
         _logger.info("engine: a block in %.1f µs by %s", micro, name(plan))
         return plan
 
@@ -283,7 +285,7 @@ def _relative(actual: Tensor, truth: Tensor) -> float:
     return float("inf") if error != error else error
 
 
-def graph_time(run: Callable[[], None]) -> float:
+def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
     """Median seconds of `run` as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -298,7 +300,7 @@ def graph_time(run: Callable[[], None]) -> float:
             graph.capture_end()
         graph.replay()
         times = []
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             graph.replay()

@@ -114,6 +114,15 @@ def test_awkward_shapes(changes, side, text):
     assert (evaluate(model, OWN, *inputs) - model(*inputs)).abs().max() < FP32_ERROR
 
 
+def test_half_precision_is_as_near_to_the_truth_as_the_models_own_ops():
+    exact, model = make(), make(dtype=torch.float16)
+    exact.load_state_dict(model.state_dict())
+    inputs = draw(model, valid=[5, 2])
+    truth = exact(inputs[0].float(), inputs[1].float(), inputs[2])
+    plain = (model(*inputs) - truth).norm()
+    assert (evaluate(model, OWN, *inputs) - truth).norm() < 1.1 * plain
+
+
 def test_a_second_call_with_other_inputs_and_changed_weights_is_right():
     model = make()
     inputs = draw(model, valid=[5, 2])
