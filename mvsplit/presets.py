@@ -108,7 +108,13 @@ PRESETS: dict[str, Experiment] = {
         ),
         data=DataConfig(dataset="shapes", size=32),
         train=TrainConfig(
-            steps=20_000, batch_size=64, lr=1e-3, warmup=200, ema_decay=0.999, save_every=1000
+            steps=20_000,
+            batch_size=64,
+            lr=1e-3,
+            warmup=200,
+            ema_decay=0.999,
+            save_every=1000,
+            sample_shift=2.0,  # docs/samplers.md
         ),
     ),
     # One's own pictures, from the cache of `mvsplit encode` that data.path names. The widths are

@@ -21,6 +21,7 @@ from mvsplit.cli.subject import Subject
 from mvsplit.errors import UserError
 from mvsplit.sampling import (
     PictureFolder,
+    Previews,
     SamplingConfig,
     generate,
     make_grid,
@@ -76,7 +77,7 @@ class Shown:
 
     Attributes:
         status: one line.
-        preview: all pictures of the wish as they stand, while they are drawn.
+        preview: all pictures of the wish, where the path leads while they are drawn.
         files: the finished pictures; empty until then.
     """
 
@@ -133,7 +134,12 @@ class Drawing:
             [wish.prompt] * int(wish.pictures),
             self._subject.shape,
             config,
-            preview=lambda indices, done, z: work.tell(done, z),
+            preview=Previews(
+                lambda indices, done, z: work.tell(done, z),
+                every=1,
+                steps=config.steps,
+                shift=config.shift,
+            ),
         )
         return made.latents
 

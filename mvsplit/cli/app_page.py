@@ -55,7 +55,7 @@ def build_page(gradio: Any, subject: Subject, drawing: Drawing) -> Any:
                 inputs, status, start, stop = _controls(gradio, subject)
             with gradio.Column(scale=3, min_width=300):
                 preview = gradio.Image(
-                    label="as it stands", elem_id="preview", visible=False, buttons=[]
+                    label="where it leads", elem_id="preview", visible=False, buttons=[]
                 )
                 gallery = gradio.Gallery(
                     show_label=False,

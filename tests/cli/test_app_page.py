@@ -15,7 +15,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,7 +70,9 @@ class App:
 @contextmanager
 def started(folder: Path) -> Iterator[App]:
     """The command on a run of one step, in a process that notes whom it talks to."""
-    train(runs.experiment(steps=1, device="cpu"), folder / "digits")
+    # Deep enough for 200 steps to take seconds, in which a drawing can be previewed and stopped.
+    deep = replace(runs.experiment(steps=1, device="cpu"), model=replace(runs.MODEL, depth=48))
+    train(deep, folder / "digits")
     for name in ("spy", "temporary"):
         (folder / name).mkdir()
     (folder / "spy" / "sitecustomize.py").write_text(SPY)
