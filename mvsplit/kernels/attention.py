@@ -2,8 +2,8 @@
 
 Which of them is fastest depends on the GPU, the shape and whether padding is masked; on an H200
 cuDNN's is 1.4–1.8 times faster than the one that PyTorch takes by itself. So the candidates run a
-few times forward and backward on the first tensors of a shape, the fastest serves from then on, and
-the choice is logged. On a CPU there is nothing to choose.
+few times forward and backward on the first tensors of a shape, and the fastest serves from then on,
+in later processes too (`choices`). The choice is logged. On a CPU there is nothing to choose.
 
 Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
 """
@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
@@ -72,11 +73,23 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return SDPBackend.FLASH_ATTENTION if mask is None else SDPBackend.EFFICIENT_ATTENTION
-        _chosen[key] = _fastest(q, k, v, mask)
+        found = recall("attention", _name(key))
+        if found not in _CANDIDATES:
+            found = _fastest(q, k, v, mask)
+            remember("attention", _name(key), found)
+        _chosen[key] = _CANDIDATES[found]
     return _chosen[key]
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
+def _name(key: _Key) -> str:
+    """The key of a choice on the disk: what it depends on, versions included."""
+    shape, dtype, masked, differentiated, device = key
+    gpu = torch.cuda.get_device_name(device)
+    parts = (gpu, torch.__version__, list(shape), dtype, f"{masked=}", f"{differentiated=}")
+    return "; ".join(map(str, parts))
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
     """Times every candidate that takes these inputs, and says in the log what was found."""
     times: dict[str, float] = {}
     refused: dict[str, RuntimeError] = {}
@@ -94,7 +107,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend
     shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     masked = "masked" if mask is not None else "unmasked"
     _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
-    return _CANDIDATES[best]
+    return best
 
 
 def _trial(

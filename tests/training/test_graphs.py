@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mvsplit.models import DiT
-from mvsplit.training import build_state
+from mvsplit.training import build_state, train
 from mvsplit.training.graphs import Graphs
 from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
@@ -91,3 +92,14 @@ def test_a_surgery_drops_the_graph_and_training_goes_on() -> None:
     alpha = state.model.get_parameter("blocks.0.rule_ffn.alpha")
     assert (alpha != 0.0625).all()  # it learns, so the new gains' gradients arrive
     assert all(torch.isfinite(torch.tensor(losses)))
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_half_and_half_is_the_whole_on_a_gpu(tmp_path: Path, weights: str) -> None:
+    changes = {"precision": "bf16", "weights": weights, "device": "cuda"}
+    train(runs.experiment(**changes), tmp_path / "whole")
+    train(runs.experiment(steps=4, **changes), tmp_path / "run")
+    train(runs.experiment(**changes), tmp_path / "run")
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
