@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mvsplit.diagnostics import findings
 from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.findings import StepHistory
+from mvsplit.diagnostics.findings_layers import LayerHistory
 from mvsplit.diagnostics.logs import Record
 from mvsplit.diagnostics.order import Order
 from mvsplit.diagnostics.signals import LayerSignals, StepSignals
@@ -42,8 +43,8 @@ class Detector:
         self.thresholds = thresholds or Thresholds()
         self.stirred = False
         self.understood = 0
-        self._steps = findings.StepHistory(self.thresholds)
-        self._layers = findings.LayerHistory(self.thresholds)
+        self._steps = StepHistory(self.thresholds)
+        self._layers = LayerHistory(self.thresholds)
         self._order = Order()
         self._said: dict[str, tuple[int, int]] = {}  # verdict → (gravity, line at which last held)
         self._alarmed: set[str] = set()

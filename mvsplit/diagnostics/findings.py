@@ -1,4 +1,4 @@
-"""The detector's rules: what the lines so far, and the newest of them, amount to."""
+"""The detector's rules on lines of metrics, with the looks into the layers behind them."""
 
 from __future__ import annotations
 
@@ -7,149 +7,11 @@ from collections.abc import Iterator
 
 from mvsplit.diagnostics.baseline import Baseline
 from mvsplit.diagnostics.events import Event, Level, Verdict
-from mvsplit.diagnostics.signals import LayerSignals, StepSignals
+from mvsplit.diagnostics.findings_layers import FRESH, MANY, LayerHistory
+from mvsplit.diagnostics.signals import StepSignals
 from mvsplit.diagnostics.thresholds import Thresholds
 
 _SHORT, _MEDIUM, _LONG = 10, 20, 50  # lines of a window
-_LOOKS = 8  # looks into the layers that make up what is usual there
-_FRESH = 60  # lines for which a look speaks for the network
-_MANY = 1e9  # stands for a ratio to nothing
-
-
-class LayerHistory:
-    """What the looks into the layers have shown."""
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        self.t = thresholds
-        self.restart()
-
-    def restart(self) -> None:
-        self.latest: LayerSignals | None = None
-        self._line = 0  # of metrics, at the latest look
-        self._looks = 0
-        self._alike_before = False  # so the look before the latest
-        self._distance, self._ratio = Baseline(_LOOKS), Baseline(_LOOKS)
-
-    def settling(self, lines: int) -> bool:
-        """Whether a log without metrics is still at its start."""
-        return lines == 0 and self._looks < 4
-
-    def look(self, signals: LayerSignals, settling: bool, line: int) -> Iterator[Event]:
-        """What a line of layers says by itself."""
-        self._alike_before = self._alike
-        self.latest, self._line = signals, line
-        self._looks += 1
-        if signals.broken is not None:
-            layer, name = signals.broken
-            yield Event(
-                step=signals.step,
-                level="alarm",
-                verdict="non-finite",
-                layer=layer,
-                message=f"{name} of layer {layer} is not finite.",
-            )
-        if self.collapsed(settling):
-            yield self._alarm(signals)
-        elif self._is_near(signals) and self._worsened(signals):
-            yield self._warning(signals)
-        self._remember(signals)
-
-    def collapsed(self, settling: bool) -> bool:
-        """Whether the latest look shows the tokens alike and the mean mode in command."""
-        s, t = self.latest, self.t
-        if s is None or s.similarity is None:
-            return False
-        ratio = _MANY if s.mode_ratio is None else s.mode_ratio
-        if s.similarity > t.alike_at_start and ratio > t.mode_ratio_at_start:
-            return s.mode_ratio is not None or self._worsened(s)
-        sure = ratio > t.mode_ratio_at_once or self._alike_before
-        return self._alike and sure and not settling and self._worsened(s)
-
-    @property
-    def _alike(self) -> bool:
-        """Whether the latest look alone speaks of a collapse."""
-        s = self.latest
-        if s is None or s.similarity is None or s.similarity <= self.t.alike:
-            return False
-        return s.mode_ratio is None or s.mode_ratio > self.t.mode_ratio
-
-    def near(self, line: int) -> bool:
-        """Whether a recent look showed a network close to a collapse, and closer than usual."""
-        s = self.latest
-        recent = s is not None and line - self._line <= _FRESH
-        return recent and s is not None and self._is_near(s) and self._worsened(s)
-
-    def refutes(self, line: int) -> bool:
-        """Whether a recent look shows that the mean mode is not in command."""
-        s = self.latest
-        if s is None or line - self._line > _FRESH:
-            return False
-        mild = s.mode_ratio is not None and s.mode_ratio < self.t.near_mode_ratio / 2
-        return mild or (s.similarity is not None and s.similarity < self.t.near_alike)
-
-    def evidence(self) -> dict[str, float]:
-        """The numbers of the latest look."""
-        s = self.latest
-        named = {} if s is None else {"tcs_deep": s.similarity, "mode_ratio": s.mode_ratio}
-        return {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def front(self) -> int | None:
-        return None if self.latest is None else self.latest.front
-
-    def _is_near(self, s: LayerSignals) -> bool:
-        if s.similarity is None or s.similarity <= self.t.near_alike:
-            return False
-        return s.mode_ratio is None or s.mode_ratio > self.t.near_mode_ratio
-
-    @property
-    def _has_past(self) -> bool:
-        return len(self._distance) >= 2
-
-    def _worsened(self, s: LayerSignals) -> bool:
-        """Whether it got worse since it was calm: a network may have similar tokens by nature."""
-        if not self._has_past or s.similarity is None:
-            return False
-        closer = self._distance.median / max(1 - s.similarity, 1e-9)
-        return closer > self.t.worse or self._ratio.times(s.mode_ratio or 0.0) > self.t.worse
-
-    def _remember(self, s: LayerSignals) -> None:
-        if self._is_near(s) and self._worsened(s):
-            return  # what is not calm is no standard of calm
-        if s.similarity is not None:
-            self._distance.add(1 - s.similarity)
-        if s.mode_ratio is not None:
-            self._ratio.add(s.mode_ratio)
-
-    def _alarm(self, s: LayerSignals) -> Event:
-        where = "of the deep layers" if s.front is None else f"from layer {s.front} down"
-        modes = ""
-        if s.mode_ratio is not None:
-            modes = f"; the writer gradients' mean part is {s.mode_ratio:.3g} times the centered"
-        return Event(
-            step=s.step,
-            level="alarm",
-            verdict="mean-mode",
-            layer=s.front,
-            message=(
-                f"Mean-mode collapse: the tokens {where} have become alike (cosine similarity "
-                f"{s.similarity:.3f}){modes}."
-            ),
-            evidence=self.evidence(),
-        )
-
-    def _warning(self, s: LayerSignals) -> Event:
-        return Event(
-            step=s.step,
-            level="warning",
-            verdict="mean-mode",
-            layer=s.front,
-            message=(
-                f"The tokens of the deep layers are growing alike (cosine similarity "
-                f"{s.similarity:.2f}); a mean-mode collapse may follow."
-            ),
-            evidence=self.evidence(),
-        )
 
 
 class StepHistory:
@@ -169,7 +31,7 @@ class StepHistory:
         self._recent = Baseline(_SHORT)
         self._share, self._logit = Baseline(_LONG), Baseline(_LONG)
         self._share_most = 0.0
-        self._best, self._noise = _MANY, 0.0
+        self._best, self._noise = MANY, 0.0
         self._early: float | None = None  # the loss once settled, for what does not move
         self._elevated = 0
         self._shocked, self._shock_grad = 0, 1.0
@@ -177,7 +39,7 @@ class StepHistory:
         # The spikes before a rise of the loss and at its beginning, not those of its noise.
         self._spikes: deque[float] = deque([1.0], maxlen=_MEDIUM + self.t.bare_lines)
         self._lr: float | None = None
-        self._jump, self._jump_line = 1.0, -_FRESH
+        self._jump, self._jump_line = 1.0, -FRESH
         self._dead = 0
 
     @property
@@ -228,7 +90,7 @@ class StepHistory:
         if share is None:
             return
         usual = self._share.median if len(self._share) >= _SHORT else self._share_most
-        fall = usual / max(share, usual / _MANY) if usual else 1.0
+        fall = usual / max(share, usual / MANY) if usual else 1.0
         self.stirred |= fall > self.t.starved**0.5
         if self.settling:
             dead = share < self.t.starved_at_start and fall > _SHORT
