@@ -13,7 +13,7 @@ from PIL import Image
 
 import mvsplit.cli.sample as command
 from mvsplit.cli import main
-from mvsplit.sampling import read_record
+from mvsplit.sampling import Engine, read_record
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +307,10 @@ def test_a_folder_with_pictures_is_not_written_into(run, tmp_path, capsys):
     capsys.readouterr()
     assert draw(run, "--out", str(tmp_path / "out"), count=1) == 2
     assert f"out: {tmp_path / 'out'} is taken already" in error_line(capsys)
+
+
+def test_what_an_engine_chose_is_said(run, capsys, monkeypatch):
+    """On CUDA the network is drawn by an engine; here one that can only leave it to the model."""
+    monkeypatch.setattr(command, "accelerated", lambda model, say: Engine(model, say=say))
+    assert draw(run, count=1) == 0
+    assert "network: the model itself, because it runs on a cpu\n" in capsys.readouterr().out
