@@ -8,8 +8,8 @@ regime may raise the learning rate at some step. At the end each network is give
 samples with the same noise and times, and its loss is set against that of the network of the same
 regime and seed that had MV-Split from the start. Trials that are in FILE are not run again.
 
-Cost: digits-32 25 s a trial on one core, digits-64 60 s, digits-400 3 minutes; shapes-400 about a
-minute on an H200.
+Cost: digits-32 25 s a trial on one core, digits-64 60 s, digits-400 3 minutes; shapes-400 some
+three minutes on an H200 that four share.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Regime:
     batch_size: int = 16
     warmup: int = 10
     save_every: int = 20
+    probe_every: int = 10
     dataset: str = "digits"
     size: int | None = None
     patch: int = 2
@@ -96,7 +97,7 @@ class Regime:
             seed=seed,
             save_every=self.save_every,
             keep=4,
-            probe_every=10,
+            probe_every=self.probe_every,
             on_alarm=trial.on_alarm,
             reaction=trial.reaction,
             device=self.device,
@@ -124,6 +125,7 @@ REGIMES: dict[str, Regime] = {
         batch_size=64,
         warmup=50,
         save_every=25,
+        probe_every=25,  # a look costs as much as twenty steps that are replayed
         dataset="shapes",
         size=32,
         patch=4,
