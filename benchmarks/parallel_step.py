@@ -33,6 +33,7 @@ from torch import Tensor
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
+from mvsplit.training.builders import build_model
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.distributed import (
     from_each,
@@ -44,7 +45,6 @@ from mvsplit.training.distributed import (
 )
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
-from mvsplit.training.parallelize import parallelize
 from mvsplit.training.step import Piece, add_gradients
 
 TEXT = 64
@@ -93,10 +93,8 @@ class Trainer:
 
     def __init__(self, model: DiTConfig, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        with device:
-            self.model = DiT(model, torch.Generator(device).manual_seed(0))
+        self.model = build_model(model, config, device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        parallelize(self.model, config, device)
         self.groups = flatten_parameters(self.model)
         self.optimizer = AdamW(self.groups, config)
         self.planner = Planner(self.model, config, device)
@@ -213,7 +211,7 @@ def deep(size: Size, device: torch.device) -> dict[str, Any]:
     free(device)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiT(size.model(size.deep)).parameters())
-    need = max(STATE_BYTES * parameters / world(), 4 * parameters)  # the latter while it is drawn
+    need = STATE_BYTES * parameters / world()
     if device.type == "cuda" and need > 0.8 * torch.cuda.mem_get_info(device)[0]:
         return {"not_run": f"needs {need / 2**30:.0f} GiB a GPU for its state"}
     layout = config(ParallelConfig(unit=8), precision="bf16")

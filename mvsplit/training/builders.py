@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
+from torch import nn
 
 from mvsplit.data import (
     Cache,
@@ -20,6 +22,8 @@ from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
+from mvsplit.models.init import initialise
+from mvsplit.training.checkpoint import copy_tensors
 from mvsplit.training.config import DataConfig, Experiment, TrainConfig
 from mvsplit.training.distributed import (
     is_first_of_machine,
@@ -54,9 +58,8 @@ def build_state(experiment: Experiment) -> TrainState:
     _check_processes(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)
-    model = _build_model(model_config, config, device)
+    model = build_model(model_config, config, device)
     taps = taps_for_dit(model)
-    parallelize(model, config, device)
     groups = flatten_parameters(model)
     peak = peak_learning_rate(config, model_config.width)
     return TrainState(
@@ -72,10 +75,34 @@ def build_state(experiment: Experiment) -> TrainState:
     )
 
 
-def _build_model(model_config: DiTConfig, config: TrainConfig, device: torch.device) -> DiT:
-    """The network at its start, drawn on the device: billions of numbers take minutes on a CPU."""
-    with device:
-        return DiT(model_config, generator_for(config.seed, "weights", device=device))
+def build_model(model_config: DiTConfig, config: TrainConfig, device: torch.device) -> DiT:
+    """The network at its start, laid out for training. It is drawn on the device, for billions of
+    numbers take minutes on a CPU; on several ranks piece by piece, for the whole may not fit.
+
+    Raises:
+        UserError: it cannot be laid out as `train.parallel` says.
+    """
+    generator = generator_for(config.seed, "weights", device=device)
+    if world() == 1:
+        with device:
+            model = DiT(model_config, generator)
+        parallelize(model, config, device)
+        return model
+    with torch.device("meta"):
+        model = DiT(model_config)
+        pieces = [copy.deepcopy(piece) for piece in _pieces(model)]
+    parallelize(model, config, device)
+    model.to_empty(device=device)
+    for target, piece in zip(_pieces(model), pieces, strict=True):
+        initialise(piece.to_empty(device=device), model_config, generator)
+        copy_tensors(piece.state_dict(), target.state_dict(), "a piece of the network")
+        piece.to("meta")
+    return model
+
+
+def _pieces(model: DiT) -> list[nn.Module]:
+    """All that has parameters, in the order in which they are drawn."""
+    return [model.patch_in, model.text_in, *model.blocks, model.head]
 
 
 def resolve_device(name: str) -> torch.device:
