@@ -46,7 +46,7 @@ def test_what_it_quotes_was_said():
     said = [e for e in lines("plain.events.jsonl") if "verdict" in e]
     assert [event["level"] for event in said] == ["warning", "alarm"]
     for e in said:
-        head = f"**step {e['step']}, {e['level']}: {e['verdict']}, layer {e['layer']}.**"
+        head = f"**step {e['at_step']}, {e['level']}: {e['verdict']}, layer {e['layer']}.**"
         assert f"{head} {e['message']}" in page
 
 
