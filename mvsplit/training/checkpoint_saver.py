@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from mvsplit.training.checkpoint import Snapshot, save_checkpoint
-from mvsplit.training.distributed import world
+from mvsplit.training.distributed import group_of_saves
 from mvsplit.training.spread import is_spread, local
 
 
@@ -33,8 +33,7 @@ class Saver:
         self._staging = Staging()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mvsplit-save")
         self._job: Future[Path] | None = None
-        # Of its own, so that its words do not mix with those of the steps.
-        self._group = distributed.new_group(backend="gloo") if world() > 1 else None
+        self._group = group_of_saves()
 
     def begin(self, snapshot: Snapshot) -> None:
         """Copies a snapshot and begins to write it. The save before must have been waited for."""

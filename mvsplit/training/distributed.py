@@ -189,6 +189,13 @@ def is_first_of_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0" or launched_world() == 1
 
 
+def group_of_saves() -> Any:
+    """A group of all ranks whose words do not mix with those of the steps; None for one process."""
+    if not is_distributed():
+        return None
+    return distributed.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+
+
 def from_each(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank."""
     if not is_distributed():

@@ -37,6 +37,7 @@ from mvsplit.training.observer import Observer
 from mvsplit.training.policies import Alarms, Scene, holds_back, needs_a_start, react
 from mvsplit.training.run_folder import RunFolder, open_run
 from mvsplit.training.signals import StopSignal
+from mvsplit.training.stall import THE_SAVE
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import Gradients, train_step
 from mvsplit.training.watch import Watch
@@ -236,7 +237,6 @@ class _Run:
 
     def save(self) -> None:
         """Begins to save the state as it is now; the steps go on meanwhile."""
-        at("the save")
         self.settle()
         snapshot = self.state.snapshot()
         snapshot.values["logged"] = self.folder.logged()
@@ -248,6 +248,7 @@ class _Run:
         Raises:
             UserError: it failed, on whichever rank.
         """
+        at(THE_SAVE)
         if (saved := together(self.saver.wait)) is not None:
             self._tell("saved", f"saved {saved}")
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_START = "the start"
-_START_PATIENCE = 10  # times the timeout: reading a checkpoint and checking data take their time
+THE_START, THE_SAVE = "the start", "the save"
+_PATIENCE = 10  # times the timeout, at these: reading, checking and writing much take their time
 
 STALLED = 4  # the exit status of every rank of a run in which one has stalled
 
@@ -58,7 +58,7 @@ class StallWatch:
         self.tell: Callable[[str], object] = lambda message: None
         self._store = store
         self._interval = min(5.0, max(0.05, timeout / 20))
-        self._now: tuple[int, str] = (0, _START)  # replaced whole, so read whole
+        self._now: tuple[int, str] = (0, THE_START)  # replaced whole, so read whole
         self._seen: dict[int, Seen] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="mvsplit-stall", daemon=True)
@@ -92,7 +92,7 @@ class StallWatch:
         for number in range(self.world):
             key = f"at/{number}"
             known = self._store.check([key])
-            count, place, pulse = json.loads(self._store.get(key)) if known else (0, _START, 0)
+            count, place, pulse = json.loads(self._store.get(key)) if known else (0, THE_START, 0)
             before = self._seen.get(number)
             moved = now if before is None or before.count != count else before.moved
             alive = now if before is None or before.pulse != pulse else before.alive
@@ -120,11 +120,11 @@ def stalled(seen: list[Seen], now: float, timeout: float) -> list[int]:
     silent = [n for n, rank in enumerate(seen) if now - rank.alive > timeout]
     if silent:
         return silent
-    least = min(rank.count for rank in seen)
-    patience = timeout if least else _START_PATIENCE * timeout
+    least = min(seen, key=lambda rank: rank.count)
+    patience = _PATIENCE * timeout if least.place in (THE_START, THE_SAVE) else timeout
     if all(now - rank.moved <= patience for rank in seen):
         return []
-    return [n for n, rank in enumerate(seen) if rank.count == least]
+    return [n for n, rank in enumerate(seen) if rank.count == least.count]
 
 
 def describe(late: list[int], seen: dict[int, Seen], now: float) -> str:

@@ -148,14 +148,16 @@ def test_a_rank_that_stalls_is_named_and_all_stop(tmp_path: Path, action: str) -
 
 
 def test_who_has_stalled() -> None:
-    def seen(count: int, moved: float, alive: float) -> Seen:
-        return Seen(count, f"place {count}", 0, moved, alive)
+    def seen(count: int, moved: float, alive: float, place: str = "") -> Seen:
+        return Seen(count, place or (f"place {count}" if count else "the start"), 0, moved, alive)
 
     assert stalled([seen(5, 90, 99), seen(5, 95, 99)], now=100, timeout=10) == []
     assert stalled([seen(5, 89, 99), seen(4, 85, 99)], now=100, timeout=10) == [1]
     assert stalled([seen(5, 89, 99), seen(5, 95, 80)], now=100, timeout=10) == [1]
     assert stalled([seen(0, 20, 99), seen(0, 20, 99)], now=100, timeout=10) == []
     assert stalled([seen(0, 20, 120), seen(1, 99, 120)], now=121, timeout=10) == [0]
+    assert stalled([seen(5, 20, 99), seen(4, 20, 99, "the save")], now=100, timeout=10) == []
+    assert stalled([seen(5, 20, 120), seen(4, 20, 120, "the save")], now=121, timeout=10) == [1]
     both = [seen(5, 80, 99), seen(5, 80, 99)]
     assert stalled(both, now=100, timeout=10) == [0, 1]
     assert "no rank has moved for 20 s" in describe([0, 1], dict(enumerate(both)), now=100)
