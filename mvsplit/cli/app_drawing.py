@@ -93,6 +93,9 @@ class _Left(Exception):
 class Drawing:
     """Draws wishes one at a time, into a folder of its own for each.
 
+    A wish ends the drawing before it, if that is still going on: the page's queue lets a wish come
+    only when nobody looks at another any more.
+
     Args:
         subject: what draws.
         network: the network in the form in which it is to run.
@@ -101,31 +104,44 @@ class Drawing:
 
     def __init__(self, subject: Subject, network: nn.Module | Any, folder: Path) -> None:
         self._subject, self._network, self._folder = subject, network, folder
-        self._turn = threading.Lock()
-        self._wishes = 0
+        self._changing = threading.Lock()
+        self._work, self._visitor = _Work(0), ""
 
-    def draw(self, wish: Wish) -> Iterator[Shown]:
-        """Previews and, last, the finished pictures. Stops drawing where it is closed before.
+    def draw(self, wish: Wish, visitor: str = "") -> Iterator[Shown]:
+        """Previews and, last, the finished pictures. Stops drawing where it is closed or stopped
+        before.
 
         Raises:
             UserError: a word or a sampler that is not known, or pictures that are not finite.
         """
         config = wish.config(self._subject.shift)
         self._subject.embedder.encode([wish.prompt])  # an unknown word is said at once
-        with self._turn:
-            work = _Work()
-            work.start(lambda: self._latents(wish, config, work))
-            with closing(work):
-                begun, last = time.monotonic(), 0.0
-                for done, latents in work.states():
-                    now = time.monotonic()
-                    if now - last < PREVIEW_EVERY or not latents.isfinite().all():
-                        continue  # what is not finite is an error at the end, which says why
-                    last = now
-                    yield Shown(
-                        status=f"step {done} of {config.steps}", preview=self._grid(latents)
-                    )
-                yield self._finished(wish, config, work.latents, time.monotonic() - begun)
+        work = self._begin(wish, config, visitor)
+        with closing(work):
+            begun, last = time.monotonic(), 0.0
+            for done, latents in work.states():
+                now = time.monotonic()
+                if now - last < PREVIEW_EVERY or not latents.isfinite().all():
+                    continue  # what is not finite is an error at the end, which says why
+                last = now
+                yield Shown(status=f"step {done} of {config.steps}", preview=self._grid(latents))
+            if work.latents is not None:
+                folder = self._folder / f"{work.number:04d}"
+                yield self._finished(wish, config, work.latents, folder, time.monotonic() - begun)
+
+    def stop(self, visitor: str = "") -> None:
+        """Ends the visitor's drawing after the step it is at; another's goes on."""
+        with self._changing:
+            if visitor == self._visitor:
+                self._work.close()
+
+    def _begin(self, wish: Wish, config: SamplingConfig, visitor: str) -> _Work:
+        with self._changing:
+            self._work.close()
+            work = self._work = _Work(self._work.number + 1)
+            self._visitor = visitor
+        work.start(lambda: self._latents(wish, config, work))
+        return work
 
     def _latents(self, wish: Wish, config: SamplingConfig, work: _Work) -> Tensor:
         (made,) = generate(
@@ -147,10 +163,9 @@ class Drawing:
         return make_grid(to_pictures(self._subject.codec.decode(latents)))
 
     def _finished(
-        self, wish: Wish, config: SamplingConfig, latents: Tensor, seconds: float
+        self, wish: Wish, config: SamplingConfig, latents: Tensor, path: Path, seconds: float
     ) -> Shown:
-        self._wishes += 1
-        folder = PictureFolder(self._folder / f"{self._wishes:04d}")
+        folder = PictureFolder(path)
         record = {
             "prompt": wish.prompt,
             "seed": config.seed,
@@ -173,23 +188,18 @@ class Drawing:
 class _Work:
     """A drawing in a thread of its own, so that its states can be looked at while it goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.latents: Tensor | None = None  # what came out, once `states` has ended
         self._states: queue.Queue[tuple[int, Tensor] | None] = queue.Queue()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._latents: Tensor | None = None
-
-    @property
-    def latents(self) -> Tensor:
-        """What came out, once `states` has ended."""
-        assert self._latents is not None
-        return self._latents
 
     def start(self, draw: Any) -> None:
         def run() -> None:
             try:
-                self._latents = draw()
+                self.latents = draw()
             except _Left:
                 pass
             except BaseException as error:  # told to the one who looks, by `states`

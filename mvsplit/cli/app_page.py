@@ -67,8 +67,15 @@ def build_page(gradio: Any, subject: Subject, drawing: Drawing) -> Any:
                 )
         outputs = [status, preview, gallery]
 
-        def updates(*values: Any) -> Iterator[tuple[Any, ...]]:  # gradio asks whether it is one
-            yield from _updates(gradio, drawing, values)
+        def updates(request: Any, *values: Any) -> Iterator[tuple[Any, ...]]:
+            yield from _updates(gradio, drawing, values, request.session_hash)
+
+        def end(request: Any) -> tuple[Any, ...]:
+            drawing.stop(request.session_hash)
+            return "Stopped.", gradio.update(visible=False)
+
+        for function in (updates, end):  # by which gradio knows what to pass; it is not imported
+            function.__annotations__["request"] = gradio.Request
 
         events = [
             trigger(
@@ -83,7 +90,7 @@ def build_page(gradio: Any, subject: Subject, drawing: Drawing) -> Any:
             for trigger in (start.click, inputs[0].submit)
         ]
         stop.click(
-            lambda: ("Stopped.", gradio.update(visible=False)),
+            end,
             None,
             [status, preview],
             cancels=events,
@@ -171,7 +178,9 @@ def _short(subject: Subject) -> bool:
     return getattr(subject.embedder, "max_tokens", 0) == 1
 
 
-def _updates(gradio: Any, drawing: Drawing, values: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def _updates(
+    gradio: Any, drawing: Drawing, values: tuple[Any, ...], visitor: str
+) -> Iterator[tuple[Any, ...]]:
     """What the status, the preview and the gallery show, again and again."""
     prompt, pictures, seed, steps, guidance, sampler = values
     try:
@@ -184,7 +193,7 @@ def _updates(gradio: Any, drawing: Drawing, values: tuple[Any, ...]) -> Iterator
             sampler=sampler,
         )
         yield "Waiting for its turn …", gradio.skip(), gradio.skip()
-        for shown in drawing.draw(wish):
+        for shown in drawing.draw(wish, visitor):
             if shown.preview is not None:
                 preview = gradio.update(value=shown.preview, visible=True)
                 yield shown.status, preview, gradio.skip()

@@ -85,6 +85,24 @@ def test_who_leaves_ends_the_drawing(drawing, monkeypatch):
     assert len(last.files) == 4
 
 
+def test_stop_ends_the_visitors_own_drawing_only(drawing, monkeypatch):
+    monkeypatch.setattr("mvsplit.cli.app_drawing.PREVIEW_EVERY", 0.0)
+    looking = drawing.draw(Wish(prompt="one", steps=200), "anna")
+    next(looking)
+    drawing.stop("ben")
+    next(looking)
+    drawing.stop("anna")
+    assert all(not shown.files for shown in looking)
+
+
+def test_a_drawing_that_was_left_without_a_word_does_not_keep_the_next_waiting(drawing):
+    left = drawing.draw(Wish(prompt="one", steps=200))
+    next(left)
+    *_, last = drawing.draw(Wish(prompt="two", steps=1))
+    assert len(last.files) == 4
+    assert all(not shown.files for shown in left)
+
+
 def test_what_goes_wrong_in_the_thread_is_told(drawing):
     for parameter in drawing._network.parameters():
         parameter.data.fill_(torch.nan)
