@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -144,7 +145,7 @@ class Drawing:
         return work
 
     def _latents(self, wish: Wish, config: SamplingConfig, work: _Work) -> Tensor:
-        (made,) = generate(
+        batches = generate(  # several where one did not fit into memory
             self._network,
             self._subject.embedder,
             [wish.prompt] * int(wish.pictures),
@@ -157,7 +158,7 @@ class Drawing:
                 shift=config.shift,
             ),
         )
-        return made.latents
+        return torch.cat([batch.latents for batch in batches])
 
     def _grid(self, latents: Tensor) -> Image.Image:
         return make_grid(to_pictures(self._subject.codec.decode(latents)))
