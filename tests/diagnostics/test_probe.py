@@ -288,7 +288,7 @@ def test_parameter_rows_without_bounds_are_the_whole_gradient() -> None:
 
 
 def test_a_probe_at_rest_lets_passes_run_unwatched() -> None:
-    """What the first pass showed stays, later passes meet no hook, gradients are read at the end."""
+    """What the first pass showed stays, later passes meet no hook; gradients come at the end."""
     model = dit()
     taps = taps_for_dit(model)
     with LayerProbe(taps) as once:
