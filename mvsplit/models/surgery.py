@@ -62,10 +62,10 @@ def gain_names(model: DiT) -> list[str]:
 
 def set_rule(model: DiT, rule: RuleConfig) -> None:
     """Gives every block new modules of `rule` at their start values, on the model's device and of
-    its dtype, and writes the rule into `model.config`. No other parameter is touched."""
+    its head's dtype, and writes the rule into `model.config`. No other parameter is touched."""
     size = {"width": model.config.width, "depth": model.config.depth}
+    like = model.head.weight  # matrices of blocks may be in bf16, in which a gain would not move
     for block in _blocks(model):
-        like = block.attention.proj.weight
         for branch in ("attention", "ffn"):
             new = build_rule(rule, **size, branch=branch)
             setattr(block, f"rule_{branch}", new.to(like.device, like.dtype))

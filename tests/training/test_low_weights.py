@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from mvsplit.errors import UserError
 from mvsplit.models import DiT, DiTConfig
+from mvsplit.residuals import RuleConfig
 from mvsplit.training import build_state, train
 from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
+from mvsplit.training.step import piece_losses, pieces, train_step
+from mvsplit.training.surgery import protect
 from tests.training import runs
 
 LOW = {"precision": "bf16", "weights": "bf16"}
@@ -42,6 +46,28 @@ def test_only_the_matrices_of_blocks_are_low() -> None:
     assert set(kinds["low"].places) == low
     assert state.ema is not None
     assert all(t.dtype == torch.float32 for t in state.ema.parameters().values())
+
+
+def test_surgery_on_low_weights_gives_gains_that_move() -> None:
+    """The gains are fp32: an update, or a step towards α = 0, is far below the precision of bf16."""
+    plain = replace(runs.MODEL, rule=RuleConfig(name="plain"))
+    experiment = replace(runs.experiment(**LOW, lr=1e-4, warmup=0), model=plain)
+    state = build_state(experiment)
+    batch = state.loader.next_batch()
+    (piece,) = pieces(batch, 1, experiment.train, state.device)
+    before = piece_losses(state.model, piece, experiment.train)
+    protect(state, gain=0.0625)
+    assert torch.equal(piece_losses(state.model, piece, experiment.train), before)
+    gains = {n: p.detach().clone() for n, p in state.model.named_parameters() if ".rule_" in n}
+    assert all(gain.dtype == torch.float32 for gain in gains.values())
+    with torch.no_grad():
+        for parameter in state.model.parameters():  # a gradient for the gains: no writer is zero
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    for _ in range(2):
+        train_step(state, experiment.train)
+    for name, gain in gains.items():
+        moved = state.model.get_parameter(name) - gain
+        assert (moved != 0).any(), name
 
 
 def test_low_weights_need_low_precision() -> None:
