@@ -49,7 +49,7 @@ def test_only_the_matrices_of_blocks_are_low() -> None:
 
 
 def test_surgery_on_low_weights_gives_gains_that_move() -> None:
-    """The gains are fp32: an update, or a step towards α = 0, is far below the precision of bf16."""
+    """They are fp32: an update, or a step towards α = 0, is far below the precision of bf16."""
     plain = replace(runs.MODEL, rule=RuleConfig(name="plain"))
     experiment = replace(runs.experiment(**LOW, lr=1e-4, warmup=0), model=plain)
     state = build_state(experiment)
