@@ -32,7 +32,7 @@ class BlockSettings(NamedTuple):
         eps: ε of the norms after attention and after the FFN.
         recompute: what the backward computes again instead of keeping it (GPU).
         adds: whether the gradients of the matrices are added to their `.grad` in place, where that
-            exists, instead of being handed to autograd (GPU).
+            exists and nobody has hooked onto it, instead of being handed to autograd (GPU).
     """
 
     cos: Tensor
@@ -43,3 +43,8 @@ class BlockSettings(NamedTuple):
     eps: tuple[float, float]
     recompute: Recompute = "nothing"
     adds: bool = False
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether somebody waits for the gradient of a parameter to pass through autograd."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -57,7 +57,7 @@ class Block(nn.Module):
         recompute: what the backward of the node computes again instead of keeping it.
         recompute_parts: whether backward computes the block again where its parts run one by one.
         adds_gradients: whether the gradients of the matrices may be added to their `.grad` in
-            place, unseen by autograd's hooks: for a trainer that owns these buffers.
+            place, around autograd: for a trainer that owns these buffers.
     """
 
     recompute: Recompute = "nothing"

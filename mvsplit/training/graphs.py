@@ -6,7 +6,8 @@ launches are gone, the arithmetic is the same. Gradients are added to buffers th
 are; a piece is copied into the graph's own input.
 
 A graph runs the network as it was when it was recorded. So it is used only while nobody watches a
-part of the network (`Graphs.usable`), and it is dropped when parameters move (`Graphs.clear`).
+part of the network (`Graphs.usable`) and while the same parameters learn, and it is dropped when
+parameters move (`Graphs.clear`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from mvsplit.kernels.block_parts import has_gradient_hooks
+from mvsplit.models.block import _is_watched
 from mvsplit.training.pieces import Piece
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +59,8 @@ class Graphs:
 
     def run(self, piece: Piece, scale: float, run: Run) -> Tensor:
         """Runs `run` on a piece, from a graph where that is possible. The first piece of a shape
-        runs as it is written, so that every kernel is compiled and every choice made.
+        runs as it is written, so that every kernel is compiled and every choice made; the graphs
+        make room for it, for the memory plan counts on all that they hold.
 
         Args:
             scale: a number that `run` puts into its arithmetic.
@@ -66,10 +71,13 @@ class Graphs:
         if not self._on or not self.usable():
             self._make_room()
             return run(piece)
-        key = (scale, *(_shape(getattr(piece, field.name)) for field in fields(piece)))
+        shapes = (_shape(getattr(piece, field.name)) for field in fields(piece))
+        key = (scale, self._frozen(), *shapes)
         if key not in self._recorded:
             if key not in self._seen:
                 self._seen.add(key)
+                if self._recorded:
+                    self.clear()
                 return run(piece)
             self._record(key, piece, run)
         if key not in self._recorded:
@@ -83,8 +91,19 @@ class Graphs:
         return recorded.losses.clone()
 
     def usable(self) -> bool:
-        """Whether nobody has hooked onto a part of the network."""
-        return not _has_any_global_hook() and not any(map(_is_watched, self._model.modules()))
+        """Whether nobody has hooked onto a part of the network or a gradient, given a part another
+        `forward`, or listens to operations one by one: a replay passes all of them by."""
+        return not (
+            _has_any_global_hook()
+            or _get_current_dispatch_mode() is not None
+            or torch.is_anomaly_enabled()
+            or any(map(_is_watched, self._model.modules()))
+            or any(map(has_gradient_hooks, self._model.parameters()))
+        )
+
+    def _frozen(self) -> tuple[int, ...]:
+        """The numbers of the parameters that do not learn."""
+        return tuple(i for i, p in enumerate(self._model.parameters()) if not p.requires_grad)
 
     def clear(self) -> None:
         """Lets all graphs and their memory go: parameters or buffers are about to move."""
@@ -122,15 +141,6 @@ class Graphs:
             return
         self._bytes += torch.cuda.memory_reserved(self._device) - before
         self._recorded[key] = _Recorded(graph, own, losses)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _shape(value: Tensor | None) -> Any:

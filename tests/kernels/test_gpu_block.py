@@ -142,6 +142,67 @@ def test_frozen_matrices_get_no_gradient(device):
     assert error(dx, wanted[1]) < 2e-5
 
 
+def call(block, x):
+    """The node on a block of fp32 with `adds`, as a trainer calls it."""
+    from mvsplit.kernels.fused.block import block as run
+
+    rules = block.rule_attention, block.rule_ffn
+    cos, sin = (t.to(x.device) for t in tables())
+    eps = (rules[0].eps, rules[1].eps)
+    settings = BlockSettings(
+        cos, sin, Segments(LENGTHS), HEADS, block.attention.eps, eps, adds=True
+    )
+    weights = BlockWeights(*(m.weight for m in block._matrices()))
+    return run(x, weights, rules[0].gains(), rules[1].gains(), settings)
+
+
+def test_hooks_on_a_matrix_see_its_gradient(device):
+    """Though the gradient of the others is added around autograd."""
+    block = make_block(RULES["mvsplit"]).to(device)
+    seen = []
+    for matrix in block._matrices():
+        matrix.weight.grad = torch.ones_like(matrix.weight)
+    block.ffn.w2.weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    block.attention.qkv.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    x, grad = (t.to(device) for t in draw(torch.float32))
+    call(block, x).backward(grad)
+    wanted = truth(make_block(RULES["mvsplit"]), None)[2]
+    assert len(seen) == 2
+    assert error(block.ffn.w2.weight.grad - 1, 2 * wanted["ffn.w2.weight"]) < 2e-5
+    for name in ("attention.qkv", "attention.proj", "ffn.w13"):
+        weight = block.get_submodule(name).weight
+        assert error(weight.grad - 1, wanted[f"{name}.weight"]) < 2e-5, name
+
+
+def test_inference_mode_asks_attention_for_no_gradient(device, monkeypatch):
+    """Nothing can be differentiated there, so no candidate could be tried with its backward."""
+    from mvsplit.kernels.fused import block as fused
+
+    asked = []
+
+    def attend(q, k, v, segments):
+        asked.append(q.requires_grad)
+        return found(q, k, v, segments)
+
+    found = fused.attend
+    monkeypatch.setattr(fused, "attend", attend)
+    block = make_block(RULES["mvsplit"]).to(device)
+    x = draw(torch.float32)[0].to(device)
+    with torch.inference_mode():
+        out = call(block, x)
+    assert asked == [False]
+    assert error(out, truth(make_block(RULES["mvsplit"]), None)[0]) < 2e-5
+
+
+def test_a_second_backward_is_refused(device):
+    block = make_block(RULES["mvsplit"]).to(device)
+    x = draw(torch.float32)[0].to(device).requires_grad_()
+    loss = call(block, x).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])

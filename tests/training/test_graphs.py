@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.models import DiT
 from mvsplit.training import build_state, train
-from mvsplit.training.graphs import Graphs
+from mvsplit.training.graphs import Graphs, Run, _Recorded
 from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
 from mvsplit.training.surgery import protect
@@ -19,14 +23,110 @@ from tests.training import runs
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def test_not_used_while_somebody_watches() -> None:
+class EveryOperation(TorchDispatchMode):
+    """Listens, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def another_forward(model: DiT) -> Any:
+    block = model.blocks[1]
+    block.forward = block.forward  # type: ignore[method-assign]
+    return lambda: vars(block).pop("forward")
+
+
+WAYS: dict[str, Callable[[DiT], Any]] = {
+    "forward": lambda m: m.get_submodule("blocks.1.ffn.w2").register_forward_hook(ignore),
+    "before": lambda m: m.blocks[0].register_forward_pre_hook(ignore),
+    "backward": lambda m: m.head.register_full_backward_hook(ignore),
+    "before backward": lambda m: m.blocks[1].register_full_backward_pre_hook(ignore),
+    "gradient": lambda m: m.head.weight.register_hook(ignore),
+    "added gradient": lambda m: m.head.weight.register_post_accumulate_grad_hook(ignore),
+    "every module": lambda m: register_module_forward_hook(ignore),
+}
+
+
+def ignore(*_: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_not_used_while_somebody_watches(way: str) -> None:
     model = DiT(runs.MODEL)
     graphs = Graphs(model, torch.device("cpu"))
     assert graphs.usable()
-    hook = model.blocks[1].get_submodule("ffn.w2").register_forward_hook(lambda *_: None)
+    hook = WAYS[way](model)
     assert not graphs.usable()
     hook.remove()
     assert graphs.usable()
+
+
+def test_not_used_where_a_replay_would_be_unseen() -> None:
+    model = DiT(runs.MODEL)
+    graphs = Graphs(model, torch.device("cpu"))
+    with EveryOperation():
+        assert not graphs.usable()
+    with torch.autograd.set_detect_anomaly(True):
+        assert not graphs.usable()
+    restore = another_forward(model)
+    assert not graphs.usable()
+    restore()
+    assert graphs.usable()
+
+
+class Recording(Graphs):
+    """On a CPU: a graph that only counts its replays."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__(model, torch.device("cpu"))
+        self._on, self.replays = True, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def _record(self, key: Any, piece: Piece, run: Run) -> None:
+        self._recorded[key] = _Recorded(self, piece, run(piece))
+
+
+def some_piece(text: int = 4) -> Piece:
+    return Piece(
+        data=torch.ones(2, 1, 8, 8),
+        noise=torch.ones(2, 1, 8, 8),
+        times=torch.ones(2),
+        text=torch.ones(2, text, 16),
+        text_valid=None,
+    )
+
+
+def losses_of(piece: Piece) -> torch.Tensor:
+    return piece.times
+
+
+def test_another_shape_finds_the_memory_of_the_graphs_free() -> None:
+    """The memory plan counts on it, and what runs without a graph cannot use a graph's pool."""
+    graphs = Recording(DiT(runs.MODEL))
+    for _ in range(3):
+        graphs.run(some_piece(4), 1.0, losses_of)
+    assert (len(graphs._recorded), graphs.replays) == (1, 2)
+    held = []
+    graphs.run(some_piece(8), 1.0, lambda p: held.append(len(graphs._recorded)) or p.times)
+    assert held == [0]
+    for _ in range(2):
+        graphs.run(some_piece(4), 1.0, losses_of)
+        graphs.run(some_piece(8), 1.0, losses_of)
+    assert (len(graphs._recorded), graphs.replays) == (2, 6)
+
+
+def test_a_graph_is_not_replayed_once_other_parameters_learn() -> None:
+    model = DiT(runs.MODEL)
+    graphs = Recording(model)
+    for _ in range(3):
+        graphs.run(some_piece(), 1.0, losses_of)
+    model.head.requires_grad_(False)
+    ran = []
+    graphs.run(some_piece(), 1.0, lambda p: ran.append(p) or p.times)
+    assert (len(ran), graphs.replays) == (1, 2)
 
 
 def test_a_cpu_runs_the_step_as_it_is_written() -> None:

@@ -27,7 +27,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from mvsplit.kernels.attention import attend
-from mvsplit.kernels.block_parts import BlockSettings, BlockWeights, Recompute
+from mvsplit.kernels.block_parts import (
+    BlockSettings,
+    BlockWeights,
+    Recompute,
+    has_gradient_hooks,
+)
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
 from mvsplit.kernels.reference import Gains
@@ -63,8 +68,9 @@ class _Kept(NamedTuple):
 def _attention_branch(x: Tensor, weights: BlockWeights, s: BlockSettings) -> _Attended:
     qkv = linear(x, weights.qkv)
     q, k, v, r = qk_norm_rope._forward_op(qkv, s.cos, s.sin, s.heads, s.heads, s.qk_eps)
+    learns = not torch.is_inference_mode_enabled()  # where nothing can be differentiated
     with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        q, k, v = (t.detach().requires_grad_(learns) for t in (q, k, v))
         out = attend(q, k, v, s.segments)
     f = linear(out.detach().transpose(1, 2).flatten(-2), weights.proj)
     return _Attended(q, k, v, r, out, f)
@@ -124,7 +130,7 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, adds: bool) -> Ten
     if not weight.requires_grad:
         return None
     a, b = grad.flatten(0, 1).mT, x.flatten(0, 1)
-    if adds and weight.grad is not None:
+    if adds and weight.grad is not None and not has_gradient_hooks(weight):
         _add_product(weight.grad, a, b)
         return None
     return (a @ b).to(weight.dtype)
@@ -151,6 +157,8 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, out = ctx.saved_tensors
+        if ctx.inner is None:
+            raise RuntimeError("a block lets go of what it kept: backward runs only once")
         kept, weights, merges, s = ctx.inner
         ctx.inner = None  # so that what is used up is freed along the way
         low = _cast(weights, x)
