@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run or released weights"),
     "app": ("mvsplit.cli.app", "draw in the browser (extra app)"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
+    "plan": ("mvsplit.cli.plan", "memory and time of a training step, before it is taken"),
 }
 
 USER_ERROR = 2

@@ -15,6 +15,9 @@ def decay_at(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+_AT_ONCE = 2**26  # elements that are lifted to fp32 at a time
+
+
 class EMA:
     """One averaged copy of every parameter in fp32, in which small steps count; starts as the
     parameters themselves."""
@@ -28,7 +31,9 @@ class EMA:
         """a ← d·a + (1 − d)·w with d of step n, after the weights w of step n are known."""
         weight = 1 - decay_at(step, self.decay)
         for average, group in zip(self._averages, self.groups, strict=True):
-            average.lerp_(group.values.to(average.dtype), weight)
+            pairs = zip(average.split(_AT_ONCE), group.values.split(_AT_ONCE), strict=True)
+            for part, values in pairs:
+                part.lerp_(values.to(part.dtype), weight)
 
     def parameters(self) -> dict[str, Tensor]:
         """The averages as views, by parameter name."""

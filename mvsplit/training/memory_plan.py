@@ -24,8 +24,8 @@ from mvsplit.training.distributed import world
 from mvsplit.training.graphs import NODE_BYTES
 
 _logger = logging.getLogger(__name__)
-_SPARE = 0.06  # of the device's memory, for libraries and for what a graph's own pool takes more
-_PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
+SPARE = 0.06  # of the device's memory, for libraries and for what a graph's own pool takes more
+PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def allowed_bytes(device: torch.device) -> int:
     """What may still be allocated on a GPU, but for a little."""
     free, total = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + idle - _SPARE * total)
+    return int(free + idle - SPARE * total)
 
 
 class Planner:
@@ -166,7 +166,7 @@ class Planner:
                     tokens,
                     self._config.accumulate,
                 )
-        parts = _PARTS * tokens * len(levels) * kept_bytes(self._model, "nothing")
+        parts = PARTS * tokens * len(levels) * kept_bytes(self._model, "nothing")
         for block, level in zip(self._blocks, levels, strict=True):
             block.recompute = level
             block.recompute_parts = parts > allowed

@@ -1,0 +1,102 @@
+"""What a GPU does in this network's work, as far as a plan needs to know.
+
+Rates are those that kernels reach, not those of data sheets; only `peak` is, for it is what MFU is
+counted in. Units: bytes, bytes a second, FLOP a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mvsplit.errors import UserError, nearest
+
+GIB = 2**30
+_SHEET = "data sheet, times the share that an H200 reaches of its own; not measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: for people.
+        memory: that PyTorch may see.
+        products: matrix products in bf16 of blocks of D = 1024, at 8,000 tokens or more.
+        products_fp32: the same in fp32, without TF32.
+        copy: device copy, bytes read and written.
+        peak: dense bf16, of the data sheet.
+        link: an assumption of what FSDP's collectives reach, one direction.
+        source: where memory, products and copy come from.
+    """
+
+    name: str
+    memory: float
+    products: float
+    products_fp32: float
+    copy: float
+    peak: float
+    link: float
+    source: str
+
+
+GPUS: dict[str, Gpu] = {
+    "h200": Gpu(
+        name="NVIDIA H200",
+        memory=139.8 * GIB,
+        products=784e12,
+        products_fp32=52e12,
+        copy=4.25e12,
+        peak=989e12,
+        link=300e9,
+        source="benchmarks/results: train_step_eager_h200 (profile), fused_ops_merge_h200 (copy)",
+    ),
+    "h100": Gpu(
+        name="NVIDIA H100",
+        memory=79.1 * GIB,
+        products=778e12,
+        products_fp32=52e12,
+        copy=3.0e12,
+        peak=989e12,
+        link=300e9,
+        source="products and copy measured by hand on an 80 GB SXM card",
+    ),
+    "a100": Gpu(
+        name="NVIDIA A100",
+        memory=79.1 * GIB,
+        products=247e12,
+        products_fp32=15e12,
+        copy=1.8e12,
+        peak=312e12,
+        link=200e9,
+        source=_SHEET,
+    ),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """A row of the table, or for `auto` that of the GPU of this machine.
+
+    Raises:
+        UserError: the table does not have it, or this machine has none.
+    """
+    if name == "auto":
+        return _this_gpu()
+    if name.lower() not in GPUS:
+        raise UserError(f"gpu={name!r} is unknown: {nearest(name.lower(), GPUS)}, or auto")
+    return GPUS[name.lower()]
+
+
+def _this_gpu() -> Gpu:
+    known = ", ".join(GPUS)
+    if not torch.cuda.is_available():
+        raise UserError(f"gpu='auto': this machine has no GPU; name one of {known}")
+    found = torch.cuda.get_device_name()
+    for name, gpu in GPUS.items():
+        if name in found.lower():
+            return gpu
+    raise UserError(
+        f"gpu='auto': nothing is known of {found}; name the nearest of {known} and give "
+        f"--memory-gib, --tflops and --bandwidth"
+    )

@@ -1,0 +1,269 @@
+"""What a training step will take, before there is a run: memory and time by part, whether it fits,
+and what would make it fit.
+
+The memory is that of `step_memory`, the time that of `step_time`; both say where their constants
+come from, and tests compare them with what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mvsplit.data import Cache
+from mvsplit.errors import UserError
+from mvsplit.models import DiTConfig
+from mvsplit.training.builders import build_data
+from mvsplit.training.config import Experiment, TrainConfig
+from mvsplit.training.gpus import Gpu
+from mvsplit.training.pieces import TEXT_LENGTHS
+from mvsplit.training.step_memory import StepMemory, count_parameters, step_memory
+from mvsplit.training.step_time import Shape, StepTime, is_rough, step_time
+
+_MOST_GPUS = 64
+_UNKNOWN_IMAGE = 16  # latents a side, of 256×256 pictures in the FLUX.2 autoencoder
+_UNKNOWN_TEXT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Tokens of a sample.
+
+    Attributes:
+        image: latents over the patch.
+        text: of the longest caption, padded as a GPU gets it.
+        source: where both come from, for people.
+    """
+
+    image: int
+    text: int
+    source: str
+
+    @property
+    def length(self) -> int:
+        return self.image + self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A change with which it fits: the fields it sets and what then follows."""
+
+    changes: dict[str, Any]
+    memory: float
+    seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The plan of an experiment on `gpus` GPUs of one kind.
+
+    Attributes:
+        notes: what the figures leave out or take for granted.
+        remedies: what would make it fit, or none where it does.
+    """
+
+    gpu: Gpu
+    gpus: int
+    parameters: int
+    sample: Sample
+    shape: Shape
+    batch_size: int
+    memory: StepMemory
+    time: StepTime
+    notes: tuple[str, ...]
+    remedies: tuple[Remedy, ...]
+
+
+def sample_of(
+    experiment: Experiment, *, image: int | None = None, text: int | None = None
+) -> Sample:
+    """Tokens of the largest sample of an experiment's data, but for what is given.
+
+    Raises:
+        UserError: the data cannot be read.
+    """
+    patch, data = experiment.model.patch, experiment.data
+    if image is not None and text is not None:
+        return Sample(image=image, text=_padded(text), source="as given")
+    if data.dataset == "cache" and data.path is None:
+        found = (_UNKNOWN_IMAGE // patch) ** 2
+        source = (
+            f"no data.path: latents of {_UNKNOWN_IMAGE}×{_UNKNOWN_IMAGE} and "
+            f"{_UNKNOWN_TEXT} text tokens assumed"
+        )
+        words = _UNKNOWN_TEXT
+    else:
+        dataset = build_data(replace(data, verify=False))
+        shapes = dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
+        found = max(height * width for height, width in shapes) // patch**2
+        words = getattr(dataset, "caption_words", _UNKNOWN_TEXT)
+        source = f"data set {data.dataset}, longest captions"
+        if isinstance(dataset, Cache):
+            source = f"cache {data.path}; {_UNKNOWN_TEXT} text tokens assumed"
+    return Sample(
+        image=found if image is None else image,
+        text=_padded(words if text is None else text),
+        source=source,
+    )
+
+
+def _padded(text: int) -> int:
+    """As `in_few_lengths` pads it."""
+    return -(-text // TEXT_LENGTHS) * TEXT_LENGTHS
+
+
+def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> StepPlan:
+    """The plan of an experiment.
+
+    Args:
+        gpu: what each of the GPUs can do.
+        gpus: how many share the batch and the network.
+        sample: tokens of a sample.
+
+    Raises:
+        UserError: the batch or the network cannot be divided so.
+    """
+    config = experiment.train
+    shape, memory, time = _figures(experiment.model, config, gpu, gpus, sample)
+    return StepPlan(
+        gpu=gpu,
+        gpus=gpus,
+        parameters=count_parameters(experiment.model).all,
+        sample=sample,
+        shape=shape,
+        batch_size=config.batch_size,
+        memory=memory,
+        time=time,
+        notes=tuple(_notes(experiment, gpus)),
+        remedies=() if memory.fits else tuple(_remedies(experiment, gpu, gpus, sample)),
+    )
+
+
+def _figures(
+    model: DiTConfig, config: TrainConfig, gpu: Gpu, gpus: int, sample: Sample
+) -> tuple[Shape, StepMemory, StepTime]:
+    shape = _shape(config, gpus, sample)
+    memory = step_memory(model, config, shape.tokens, gpu, gpus)
+    time = step_time(model, config, shape, memory.levels, gpu, ranks=gpus)
+    return shape, memory, time
+
+
+def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
+    """The share of one GPU, in pieces. Raises UserError as a run would."""
+    if gpus < 1:
+        raise UserError(f"gpus={gpus}: must be at least 1")
+    if config.batch_size % (gpus * config.accumulate):
+        raise UserError(
+            f"train.batch_size={config.batch_size} is not divisible by train.accumulate="
+            f"{config.accumulate} times {gpus} GPUs; choose a multiple of "
+            f"{gpus * config.accumulate}"
+        )
+    if gpus > 1 and config.weights == "bf16":
+        raise UserError("train.weights=bf16 needs a single GPU; choose fp32 for several")
+    if gpus % config.parallel.replicas:
+        raise UserError(
+            f"train.parallel.replicas={config.parallel.replicas} does not divide {gpus} GPUs"
+        )
+    return Shape(
+        samples=config.batch_size // (gpus * config.accumulate),
+        length=sample.length,
+        pieces=config.accumulate,
+    )
+
+
+def _notes(experiment: Experiment, gpus: int) -> Iterator[str]:
+    rough = is_rough(experiment.model, experiment.train)
+    if rough:
+        yield f"an order of magnitude only: {rough}"
+    if gpus > 1:
+        yield "several GPUs: kernels are launched one by one, links are assumed, none was measured"
+    yield "time is that of the step on a GPU: loading, looks into the layers and saves come on top"
+
+
+def _remedies(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
+    """Each single change that makes it fit; where none does, what all changes together reach."""
+    found = False
+    for changes in _single_changes(experiment.train, gpus):
+        remedy = _try(experiment, gpu, gpus, sample, changes)
+        if remedy.fits:
+            found = True
+            yield remedy
+    if not found:
+        yield from _together(experiment, gpu, gpus, sample)
+
+
+def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
+    """In the order of what they cost."""
+    if config.ema_decay:
+        yield {"ema_decay": 0.0}
+    if config.weights == "fp32" and gpus == 1:
+        yield _LOW
+        if config.ema_decay:
+            yield _LOW | {"ema_decay": 0.0}
+    yield {"accumulate": None}
+    yield {"gpus": None}
+
+
+_LOW = {"precision": "bf16", "weights": "bf16"}
+
+
+def _together(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
+    low = _LOW if gpus == 1 else {}
+    tried: list[dict[str, Any]] = [
+        {**low, "ema_decay": 0.0, "accumulate": None},
+        {"ema_decay": 0.0, "gpus": None},
+    ]
+    found = [_try(experiment, gpu, gpus, sample, changes) for changes in tried]
+    fit = [remedy for remedy in found if remedy.fits]
+    yield from fit or [min(found, key=lambda remedy: remedy.memory)]
+
+
+def _try(
+    experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample, changes: dict[str, Any]
+) -> Remedy:
+    """A change and what follows. Of those that are None the smallest value that fits is taken, the
+    largest where none does."""
+    config = experiment.train
+    fixed = {n: v for n, v in changes.items() if v is not None and getattr(config, n, None) != v}
+    last = None
+    for numbers in _numbers(config, gpus, changes):
+        count = numbers.get("gpus", gpus)
+        fields = fixed | {n: v for n, v in numbers.items() if n != "gpus"}
+        changed = replace(config, **fields)
+        _, memory, time = _figures(experiment.model, changed, gpu, count, sample)
+        last = Remedy(
+            changes=fixed | numbers,
+            memory=memory.total,
+            seconds=time.seconds,
+            fits=memory.fits,
+        )
+        if memory.fits:
+            break
+    assert last is not None  # `_numbers` yields at least what is there now
+    return last
+
+
+def _numbers(config: TrainConfig, gpus: int, changes: dict[str, Any]) -> Iterator[dict[str, int]]:
+    """Values for what a change leaves open, the smallest first: divisors of the batch for
+    accumulate, and doubled GPUs with fp32 weights."""
+    share = config.batch_size // gpus
+    if "accumulate" in changes:
+        more = [k for k in range(config.accumulate + 1, share + 1) if share % k == 0]
+        yield from ({"accumulate": k} for k in more or [config.accumulate])
+    elif "gpus" in changes and config.weights == "fp32":
+        doubled = [gpus * 2**k for k in range(1, 7) if gpus * 2**k <= _MOST_GPUS]
+        options = [(n, k) for n in doubled for k in _pieces(config, gpus, n)]
+        fitting = [(n, k) for n, k in options if config.batch_size % (n * k) == 0]
+        yield from ({"gpus": n, "accumulate": k} for n, k in fitting)
+        if not fitting:
+            yield {}
+    else:
+        yield {}
+
+
+def _pieces(config: TrainConfig, gpus: int, more: int) -> list[int]:
+    """Pieces of the share of one of `more` GPUs: of as many samples as now, else as many as now."""
+    same = max(1, config.accumulate * gpus // more)
+    return sorted({same, config.accumulate})

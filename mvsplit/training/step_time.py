@@ -1,0 +1,309 @@
+"""The time of a training step by part, on a GPU: a model of a block's kernels, added up.
+
+Where its constants come from (files of benchmarks/results, all of one NVIDIA H200). None is fitted
+to the time of a step; that is what the model is tested against.
+
+| constant | from |
+|---|---|
+| `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
+| `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
+| `_ATTENTION` | cuDNN's attention, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
+| `_MERGE` | merges in the profile (8,320 tokens) and in `fused_ops_merge_h200` |
+| `_PASSES` | the other element-wise kernels: bytes that have to move, times what the profile took more |
+| `_KERNELS` | counts of the profile |
+| `LAUNCH` | wall time of a block in the profile, where it is longer than its kernels |
+| `_NODE` | an assumption: what a kernel in a CUDA graph costs beside its work |
+| `_UNIT` | an assumption: what FSDP2 costs the CPU, a unit and pass (pytorch issue 173680) |
+
+Shapes: n tokens of a piece, T tokens of a sample. Units: seconds.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from mvsplit.kernels.block_parts import Recompute
+from mvsplit.kernels.dispatch import needs_no_mean
+from mvsplit.models import DiTConfig
+from mvsplit.residuals import PostNorm, build_rule
+from mvsplit.training.config import TrainConfig
+from mvsplit.training.gpus import Gpu
+from mvsplit.training.memory_plan import cast_bytes
+from mvsplit.training.step_memory import count_parameters, runs_as_one_node
+
+_COPY = 4.25e12  # bytes/s of the GPU that all of this was measured on
+_WIDTH = 1024
+
+# Rate of a block's products over that at 8,448 tokens; below, it falls with the tokens.
+_FEW_TOKENS = ((576, 0.43), (1024, 0.64), (4224, 0.95), (8448, 1.0))
+# For each token of D = 1024 forward and backward; FLOP/s of long samples (T = 512).
+_ATTENTION = {"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)}
+# (n at D = 1024, forward, backward) of one merge with means.
+_MERGE = (
+    (288, 8.0e-6, 11.4e-6),
+    (8320, 41.0e-6, 46.9e-6),
+    (20480, 57.4e-6, 82.3e-6),
+    (32768, 85.1e-6, 125.0e-6),
+)
+# Passes over [n, D] or [n, F] in bf16, and the time over that of a copy of as many bytes.
+_PASSES = {
+    "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
+    "rotation": {"forward": (6, 1.20), "backward": (8, 1.30)},
+    "swiglu": {"forward": (3, 1.07), "backward": (6, 1.02)},
+    "other": {"forward": (2, 1.0), "backward": (5, 1.0)},
+}
+_CAST = 1.32  # time of the casts of fp32 weights over that of their bytes
+_KERNELS = {"forward": 11, "backward": 27, "casts": 8}
+_NODE = 1.3e-6
+LAUNCH = 2.65e-3  # of a block, forward and backward, kernels launched one by one
+_FORWARD_SHARE = 1 / 3  # of `LAUNCH`: backward has twice the operations
+_UNIT = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a GPU works on at a time.
+
+    Attributes:
+        samples: of a piece on one GPU.
+        length: T, tokens of a sample, padding included.
+        pieces: forward and backward passes for an update.
+    """
+
+    samples: int
+    length: int
+    pieces: int
+
+    @property
+    def tokens(self) -> int:
+        """n, of a piece."""
+        return self.samples * self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """The time of an optimiser step on each GPU.
+
+    Attributes:
+        parts: seconds by name, which add up to the step.
+        communication: seconds that collectives take, hidden or not.
+        bytes_sent: of each GPU.
+        tokens_per_second: of all GPUs together.
+        mfu: model FLOPs (6N and attention, nothing computed again) over the peak.
+    """
+
+    parts: dict[str, float]
+    tokens_per_second: float
+    mfu: float
+    communication: float = 0.0
+    bytes_sent: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def model_flops(model: DiTConfig, tokens: int, length: int) -> float:
+    """FLOPs of forward and backward of `tokens` tokens in samples of `length`: 6N, attention."""
+    return tokens * (6.0 * count_parameters(model).all + 12.0 * model.depth * length * model.width)
+
+
+def step_time(
+    model: DiTConfig,
+    config: TrainConfig,
+    shape: Shape,
+    levels: Sequence[Recompute],
+    gpu: Gpu,
+    *,
+    ranks: int = 1,
+    graph: bool = True,
+) -> StepTime:
+    """The time of a step.
+
+    Args:
+        levels: what the backward of each block computes again.
+        ranks: GPUs that the network is sharded over; there, kernels are launched one by one.
+        graph: whether pieces are replayed as CUDA graphs.
+    """
+    low = config.precision == "bf16"
+    each = _Block(model, config, shape, gpu)
+    depth = model.depth
+    parts = {
+        "matrix products": depth * 3 * each.products(each.matrices),
+        "attention": depth * (each.attention("forward") + each.attention("backward")),
+        "element-wise kernels": depth * (each.elements("forward") + each.elements("backward")),
+        "casts of weights": depth * each.casts() if low and config.weights == "fp32" else 0.0,
+        "recompute": sum(each.again(level) for level in levels),
+    }
+    busy = sum(parts.values())
+    graphs = graph and ranks == 1
+    parts["graph nodes" if graphs else "waiting for launches"] = (
+        _node_time(model, config, levels)
+        if graphs
+        else max(0.0, _launch_time(model, config, levels, ranks) - busy)
+    )
+    parts = {name: shape.pieces * seconds for name, seconds in parts.items()}
+    sent = _bytes_sent(model, config, shape, ranks)
+    communication = sum(sent.values()) / gpu.link
+    parts["communication not hidden"] = max(0.0, communication - sum(parts.values()))
+    parts["optimiser"] = optimiser_bytes(model, config) / (ranks or 1) / gpu.copy
+    seconds = sum(parts.values())
+    tokens = shape.tokens * shape.pieces * ranks
+    return StepTime(
+        parts={name: value for name, value in parts.items() if value},
+        tokens_per_second=tokens / seconds,
+        mfu=model_flops(model, tokens, shape.length) / (seconds * ranks * gpu.peak),
+        communication=communication,
+        bytes_sent=sent,
+    )
+
+
+class _Block:
+    """The time of a block's kernels for one piece."""
+
+    def __init__(self, model: DiTConfig, config: TrainConfig, shape: Shape, gpu: Gpu) -> None:
+        self.model, self.gpu, self.shape = model, gpu, shape
+        self.low = config.precision == "bf16"
+        self.matrices = cast_bytes(model) // 2  # elements
+        rule = build_rule(model.rule, width=model.width, depth=model.depth, branch="ffn")
+        self._scaled = isinstance(rule, PostNorm) and needs_no_mean(*rule.gains())
+
+    def products(self, elements: float) -> float:
+        """y = x·Wᵀ with matrices of so many elements together."""
+        n = self.shape.tokens
+        work = n * (self.model.width / _WIDTH) ** 2
+        rate = self.gpu.products * _relative_rate(work)
+        return 2 * elements * n / (rate if self.low else min(rate, self.gpu.products_fp32))
+
+    def attention(self, way: str) -> float:
+        """Grows with the tokens while samples are short, with their square where they are long."""
+        each, rate = _ATTENTION[way]
+        n, length, width = self.shape.tokens, self.shape.length, self.model.width
+        flops = (4 if way == "forward" else 10) * n * length * width
+        slower = _REFERENCE_PRODUCTS / (self.gpu.products if self.low else self.gpu.products_fp32)
+        return max(each * n * width / _WIDTH, flops / rate) * slower
+
+    def elements(self, way: str) -> float:
+        """Two merges, the rotation with QK-norm, SwiGLU and what is small."""
+        found = 2 * self.merge(way)
+        found += self._pass("rotation", way, self.model.width)
+        found += self._pass("swiglu", way, self.model.ffn_width)
+        return found + self._pass("other", way, self.model.width)
+
+    def merge(self, way: str) -> float:
+        if self._scaled:
+            return self._pass("scaled merge", way, self.model.width)
+        column = 1 if way == "forward" else 2
+        rows = [(row[0], row[column]) for row in _MERGE]
+        n = self.shape.tokens * self.model.width / _WIDTH
+        return _merge_seconds(rows, n) * self._slower()
+
+    def again(self, level: Recompute) -> float:
+        """What the backward of a block computes again."""
+        ffn = 2 * self.model.width * self.model.ffn_width
+        if level == "packed":
+            return self.products(ffn)
+        if level == "nothing":
+            return 0.0
+        last = self.merge("forward")
+        matrices = self.products(self.matrices)
+        return matrices + self.attention("forward") + self.elements("forward") - last
+
+    def casts(self) -> float:
+        """fp32 weights are read and written in half precision, once forward and once backward."""
+        return _CAST * 2 * 6 * self.matrices / self.gpu.copy
+
+    def _pass(self, name: str, way: str, width: int) -> float:
+        passes, slower = _PASSES[name][way]
+        return slower * passes * 2 * self.shape.tokens * width / _COPY * self._slower()
+
+    def _slower(self) -> float:
+        """Of this GPU and precision, beside that of the measurements."""
+        return _COPY / self.gpu.copy * (1 if self.low else 2)
+
+
+_REFERENCE_PRODUCTS = 784e12  # of the GPU that attention was measured on
+
+
+def _relative_rate(work: float) -> float:
+    """Of matrix products at so many tokens of D = 1024, in proportion to them where few."""
+    (first, rate), (last, most) = _FEW_TOKENS[0], _FEW_TOKENS[-1]
+    if work <= first:
+        return rate * work / first
+    return most if work >= last else _between(_FEW_TOKENS, work)
+
+
+def _merge_seconds(rows: Sequence[tuple[float, float]], n: float) -> float:
+    """Of n tokens; no less than at the fewest measured, in proportion beyond the most."""
+    (first, least), (last, most) = rows[0], rows[-1]
+    if n <= first:
+        return least
+    return most * n / last if n >= last else _between(rows, n)
+
+
+def _between(rows: Sequence[tuple[float, float]], x: float) -> float:
+    (a, low), (b, high) = next(pair for pair in pairwise(rows) if x <= pair[1][0])
+    return low + (high - low) * (x - a) / (b - a)
+
+
+def _node_time(model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute]) -> float:
+    """What lies between the kernels of a graph, for one piece."""
+    casts = config.weights == "fp32" and config.precision == "bf16"
+    count = _KERNELS["forward"] + _KERNELS["backward"] + (_KERNELS["casts"] if casts else 0)
+    again = {"nothing": 0, "packed": 1, "all": _KERNELS["forward"] - 2}
+    return _NODE * (model.depth * count + sum(again[level] for level in levels))
+
+
+def _launch_time(
+    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], ranks: int
+) -> float:
+    """What the CPU takes to launch a piece's kernels one by one."""
+    again = sum(level == "all" for level in levels) * _FORWARD_SHARE
+    units = math.ceil(model.depth / config.parallel.unit) if ranks > 1 else 0
+    return LAUNCH * (model.depth + again) + 2 * _UNIT * units
+
+
+def _bytes_sent(
+    model: DiTConfig, config: TrainConfig, shape: Shape, ranks: int
+) -> dict[str, float]:
+    """Of each GPU under FSDP2: weights are gathered in the precision of the arithmetic, once more
+    in backward where they were let go; gradients go once a step in fp32."""
+    shards = ranks // config.parallel.replicas
+    if ranks == 1:
+        return {}
+    count = count_parameters(model).all
+    there = (shards - 1) / shards
+    bytes_each = 2 if config.precision == "bf16" else 4
+    gathers = shape.pieces * (2 if config.parallel.reshard else 1)
+    sent = {
+        "all-gather": there * bytes_each * count * gathers,
+        "reduce-scatter": there * 4 * count,
+    }
+    if config.parallel.replicas > 1:
+        share = (config.parallel.replicas - 1) / config.parallel.replicas
+        sent["all-reduce"] = 2 * share * 4 * count / shards
+    return sent
+
+
+def optimiser_bytes(model: DiTConfig, config: TrainConfig) -> float:
+    """Bytes that an update moves, all of them read or written once: AdamW, zeroing, the norm, and
+    the averages where they are kept (clipping, which is rare, is not counted)."""
+    count = count_parameters(model)
+    low = count.low if config.weights == "bf16" else 0
+    full = count.all - low
+    moved = (28 + 4 + 4) * full + (12 + 2 + 2) * low
+    if config.ema_decay:
+        moved += (8 + 4) * full + (8 + 2 + 8) * low  # bf16 weights through an fp32 copy
+    return float(moved)
+
+
+def is_rough(model: DiTConfig, config: TrainConfig) -> str | None:
+    """Why the times of this experiment are no more than an order of magnitude, if they are."""
+    if not runs_as_one_node(model, config.precision):
+        return "blocks run part by part (fp32, biases, fewer key heads or a rule of another kind)"
+    if model.width < _WIDTH / 2 or model.width > 2 * _WIDTH:
+        return f"the kernels were measured at a width of {_WIDTH}, this network has {model.width}"
+    return None

@@ -1,0 +1,65 @@
+"""`mvsplit plan`: what it prints, and what its options change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mvsplit import cli
+
+
+def planned(capsys, *arguments):
+    code = cli.main(["plan", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_the_parts_add_up_and_fields_of_the_preset_can_be_changed(capsys):
+    code, low = planned(capsys, "mvsplit-1000l-h200")
+    assert (code, low["fits"], low["remedies"]) == (0, True, [])
+    assert sum(low["memory"]["parts"].values()) == pytest.approx(low["memory"]["total"])
+    assert sum(low["time"]["parts"].values()) == pytest.approx(low["seconds"])
+    assert sum(low["recompute"].values()) == 1000
+    code, full = planned(capsys, "mvsplit-1000l-h200", "--weights", "fp32")
+    assert (code, full["fits"]) == (1, False)
+    assert {"accumulate": 261} not in [r["changes"] for r in full["remedies"]]
+    assert full["memory"]["parts"]["weights"] == pytest.approx(
+        2 * low["memory"]["parts"]["weights"], rel=1e-3
+    )
+
+
+def test_rates_can_be_given(capsys):
+    _, h200 = planned(capsys, "mvsplit-400l-h200")
+    given = ("--tflops", "392", "--bandwidth", "2.125", "--memory-gib", "60")
+    _, half = planned(capsys, "mvsplit-400l-h200", *given)
+    parts, before = half["time"]["parts"], h200["time"]["parts"]
+    for name in ("matrix products", "element-wise kernels"):
+        assert parts[name] == pytest.approx(2 * before[name])
+    assert half["recompute"].get("nothing", 0) < 400
+    _, long = planned(capsys, "mvsplit-400l-h200", "--text-tokens", "33")
+    assert long["sample"] == {"image": 256, "text": 48, "source": h200["sample"]["source"]}
+
+
+def test_the_table_says_whether_it_fits(capsys):
+    assert cli.main(["plan", "mvsplit-400l-h200"]) == 0
+    out = capsys.readouterr().out
+    assert "it fits" in out
+    assert "batch 261 as 1 × 9 pieces of 29" in out
+    assert cli.main(["plan", "mvsplit-1000l", "--gpu", "h100"]) == 1
+    out = capsys.readouterr().out
+    assert "it does not fit; with these changes it does:" in out
+    assert "--gpus 32 --accumulate 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "preset: name one first"),
+        (["nothing-like-it"], "is unknown"),
+        (["tiny", "--gpu", "b300"], "gpu='b300' is unknown"),
+        (["tiny", "--tflops", "0"], "tflops=0.0: must be positive"),
+    ],
+)
+def test_errors_name_the_field(capsys, arguments, message):
+    assert cli.main(["plan", *arguments]) == cli.USER_ERROR
+    assert message in capsys.readouterr().err

@@ -1,0 +1,247 @@
+"""The plan of a step against what was measured on an H200, and against counts made otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvsplit.errors import UserError
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.presets import PRESETS, get_preset
+from mvsplit.residuals import RULES, RuleConfig
+from mvsplit.training import TrainConfig
+from mvsplit.training.gpus import GIB, GPUS, find_gpu
+from mvsplit.training.memory_plan import kept_bytes
+from mvsplit.training.step_memory import (
+    count_parameters,
+    runs_as_one_node,
+    state_parts,
+    step_memory,
+)
+from mvsplit.training.step_plan import Sample, plan_step, sample_of
+from mvsplit.training.step_time import LAUNCH, Shape, model_flops, step_time
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+H200 = GPUS["h200"]
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+GRAPHS = result("train_step_h200_2026-11-24.json")
+EAGER = result("train_step_eager_h200_2026-11-24.json")
+REFERENCE = result("reference_h200.json")
+
+
+def measured_network(depth: int) -> DiTConfig:
+    """That of benchmarks/train_step.py."""
+    return DiTConfig(
+        depth=depth,
+        width=1024,
+        heads=8,
+        ffn_width=3072,
+        channels=128,
+        text_width=1024,
+        rule=RuleConfig(name="mvsplit"),
+    )
+
+
+def train(weights: str = "fp32", **other) -> TrainConfig:
+    given = {"steps": 1, "batch_size": 1, "precision": "bf16", "ema_decay": 0.0, **other}
+    return TrainConfig(weights=weights, **given)
+
+
+# A stage of the benchmark: its figures, depth, weights, and whether it was replayed as graphs.
+RUNS = {
+    "graphs, bf16 weights": (GRAPHS["step bf16"], 400, "bf16", True),
+    "graphs, fp32 weights": (GRAPHS["step fp32"], 400, "fp32", True),
+    "launched, bf16 weights": (EAGER["step bf16"], 400, "bf16", False),
+    "launched, fp32 weights": (EAGER["step fp32"], 400, "fp32", False),
+    "launched, 1000 layers": (EAGER["thousand"], 1000, "bf16", False),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_time_is_within_fifteen_percent_of_the_measured(name):
+    found, depth, weights, graph = RUNS[name]
+    samples = found.get("piece", 26)
+    shape = Shape(samples=samples, length=320, pieces=found["samples"] // samples)
+    levels = [level for level, count in found["recompute"].items() for _ in range(count)]
+    time = step_time(measured_network(depth), train(weights), shape, levels, H200, graph=graph)
+    assert time.seconds == pytest.approx(found["seconds"], rel=0.15)
+    assert time.mfu == pytest.approx(found["mfu"] * found["seconds"] / time.seconds, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_is_within_five_percent_of_the_measured(name):
+    found, depth, weights, _ = RUNS[name]
+    model, config = measured_network(depth), train(weights)
+    memory = step_memory(model, config, found.get("piece", 26) * 320, H200)
+    kept = sum(
+        count * found.get("piece", 26) * 320 * kept_bytes(model, level)
+        for level, count in found["recompute"].items()
+    )  # as that run had it: another share of the memory was left free then
+    peak = memory.allocated - memory.parts["activations"] + kept
+    assert peak / GIB == pytest.approx(found["peak_gib"], rel=0.05)
+    if depth == 400:
+        assert Counter(memory.levels) == found["recompute"]
+        assert memory.fits
+
+
+def test_constants_are_those_of_the_profile():
+    profile = EAGER["profile"]
+    kernels = [(*key.rsplit("×", 1), us) for key, us in profile["by_kernel_us"].items()]
+    products = sum(us for name, _, us in kernels if name.startswith("nvjet"))
+    model = measured_network(1)
+    block = count_parameters(model).low
+    rate = 6 * block * 8320 / (products * 1e-6)
+    assert pytest.approx(rate, rel=0.01) == H200.products
+    assert pytest.approx(profile["wall_us"] * 1e-6, rel=0.01) == LAUNCH
+    copies = [result(f"fused_ops_{n}_h200_2026-11-22.json") for n in ("merge", "others")]
+    assert [c["copy_bytes_per_second"] for c in copies] == pytest.approx([H200.copy] * 2, rel=0.01)
+    time = step_time(
+        model, train(), Shape(samples=26, length=320, pieces=1), ["nothing"], H200, graph=False
+    )
+    groups = ("split_merge", "swiglu", "qk_norm", "Memset", "at::native::", "scaled")
+    small = sum(us for name, _, us in kernels if any(g in name for g in groups))
+    modelled = time.parts["element-wise kernels"] + time.parts["casts of weights"]
+    assert modelled == pytest.approx(small * 1e-6, rel=0.03)
+    assert time.parts["matrix products"] == pytest.approx(products * 1e-6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "cudnn"),
+    [(b, t, c) for b, t, _, c, _ in REFERENCE["attention_us"]["rows"] if b >= 32],
+)
+def test_attention_is_that_of_the_reference(samples, length, cudnn):
+    shape = Shape(samples=samples, length=length, pieces=1)
+    time = step_time(measured_network(1), train("bf16"), shape, ["nothing"], H200)
+    assert time.parts["attention"] == pytest.approx(sum(cudnn) * 1e-6, rel=0.08)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("depth", [1, 5])
+def test_parameters_are_counted_exactly(rule, depth):
+    config = DiTConfig(
+        depth=depth, width=24, heads=2, ffn_width=40, channels=3, text_width=16,
+        rule=RuleConfig(name=rule), attention_bias=True,
+    )  # fmt: skip
+    count = count_parameters(config)
+    model = DiT(config)
+    assert count.all == sum(p.numel() for p in model.parameters())
+    blocks = [m for b in model.blocks for part in (b.attention, b.ffn) for m in part.modules()]
+    matrices = [m.weight for m in blocks if isinstance(m, torch.nn.Linear)]
+    assert count.low == sum(w.numel() for w in matrices)
+
+
+@pytest.mark.parametrize(("weights", "ema", "each"), [("fp32", 0.0, 16), ("fp32", 0.9, 20)])
+def test_state_in_bytes_a_parameter(weights, ema, each):
+    model = measured_network(3)
+    parts = state_parts(model, train(weights, ema_decay=ema))
+    assert sum(parts.values()) == each * count_parameters(model).all
+    halves = state_parts(model, train(weights, ema_decay=ema), ranks=2)
+    more = 4 * count_parameters(model).all / 2  # the buffers' copy of the shards
+    assert sum(halves.values()) == pytest.approx(sum(parts.values()) / 2 + more)
+
+
+@pytest.mark.parametrize("name", ["mvsplit-400l-h200", "mvsplit-1000l-h200"])
+def test_the_presets_for_one_h200_fit(name):
+    experiment = get_preset(name)
+    plan = plan_step(experiment, H200, 1, sample_of(experiment))
+    assert plan.memory.fits
+    assert plan.memory.allocated < 135 * GIB
+    assert plan.batch_size >= 256
+    assert plan.shape.tokens <= 8448
+    assert not plan.remedies
+
+
+def test_what_does_not_fit_is_told_what_would():
+    experiment = get_preset("mvsplit-1000l")
+    sample = Sample(image=256, text=32, source="")
+    plan = plan_step(experiment, H200, 1, sample)
+    assert not plan.memory.fits
+    assert {"weights": "bf16", "ema_decay": 0.0} in [r.changes for r in plan.remedies]
+    for remedy in plan.remedies:
+        changes = dict(remedy.changes)
+        gpus = changes.pop("gpus", 1)
+        changed = replace(experiment, train=replace(experiment.train, **changes))
+        again = plan_step(changed, H200, gpus, sample)
+        assert again.memory.fits
+        assert again.memory.total == remedy.memory
+    small = replace(H200, memory=8 * GIB)
+    (nearest,) = plan_step(experiment, small, 1, sample).remedies
+    assert not nearest.fits
+
+
+def test_a_smaller_piece_is_a_remedy_and_the_largest_that_fits():
+    experiment = get_preset("mvsplit-400l-h200")
+    at_once = replace(experiment, train=replace(experiment.train, accumulate=1, batch_size=512))
+    sample = Sample(image=256, text=64, source="")
+    (remedy,) = (r for r in plan_step(at_once, H200, 1, sample).remedies if "gpus" not in r.changes)
+    assert list(remedy.changes) == ["accumulate"]
+    less = replace(at_once.train, accumulate=remedy.changes["accumulate"] // 2)
+    assert not plan_step(replace(at_once, train=less), H200, 1, sample).memory.fits
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_a_plan(name):
+    experiment = get_preset(name)
+    plan = plan_step(experiment, GPUS["h100"], 1, sample_of(experiment))
+    assert 0 < plan.time.mfu < 1
+    assert plan.time.seconds == pytest.approx(sum(plan.time.parts.values()))
+    rough = any("order of magnitude" in note for note in plan.notes)
+    paper = "h200" in name or name in ("mvsplit-400l", "mvsplit-1000l")
+    assert rough is not paper
+
+
+def test_several_gpus_send_what_fsdp_sends():
+    model, config = measured_network(8), train(batch_size=16, accumulate=2)
+    shape = Shape(samples=2, length=320, pieces=2)
+    time = step_time(model, config, shape, ["nothing"] * 8, H200, ranks=4)
+    n = count_parameters(model).all
+    assert time.bytes_sent["all-gather"] == pytest.approx(0.75 * 2 * n * 4)
+    assert time.bytes_sent["reduce-scatter"] == pytest.approx(0.75 * 4 * n)
+    slow = replace(H200, link=1e6)
+    slower = step_time(model, config, shape, ["nothing"] * 8, slow, ranks=4)
+    assert slower.seconds > slower.communication > time.seconds
+    assert model_flops(model, 7, 320) == 7 * (6 * n + 12 * 8 * 320 * 1024)
+
+
+def test_only_what_runs_as_one_node_counts_as_measured():
+    model = measured_network(2)
+    assert runs_as_one_node(model, "bf16")
+    assert not runs_as_one_node(model, "fp32")
+    assert not runs_as_one_node(replace(model, kv_heads=2), "bf16")
+    assert not runs_as_one_node(replace(model, rule=RuleConfig(name="prenorm")), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "message"),
+    [
+        (0, {}, "gpus=0: must be at least 1"),
+        (5, {}, "train.batch_size=261 is not divisible by train.accumulate=9 times 5 GPUs"),
+        (29, {}, "train.weights=bf16 needs a single GPU"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(gpus, changes, message):
+    experiment = get_preset("mvsplit-400l-h200")
+    with pytest.raises(UserError, match=message):
+        plan_step(experiment, H200, gpus, Sample(image=256, text=32, source=""))
+
+
+def test_gpus_by_name(monkeypatch):
+    assert find_gpu("H100") is GPUS["h100"]
+    with pytest.raises(UserError, match="gpu='h20' is unknown"):
+        find_gpu("h20")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert find_gpu("auto") is GPUS["h200"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Radeon")
+    with pytest.raises(UserError, match="nothing is known of Radeon"):
+        find_gpu("auto")
