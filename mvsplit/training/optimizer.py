@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -39,6 +39,7 @@ class FlatGroup:
         grads: [N] their gradients.
         spread: where the parameters are spread over ranks, what ties the buffers to them; the
             buffers and `places` are then of this rank's shards.
+        tied: else each parameter with its `.grad`, which is a view of `grads`.
     """
 
     kind: Kind
@@ -46,6 +47,13 @@ class FlatGroup:
     values: Tensor
     grads: Tensor
     spread: Spread | None = None
+    tied: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+
+    def tie(self) -> None:
+        """Gives the parameters their gradients back, in case that somebody has dropped them."""
+        for parameter, grad in self.tied:
+            if parameter.grad is not grad:
+                parameter.grad = grad
 
     @property
     def decays(self) -> bool:
@@ -70,8 +78,8 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
     the rest that are named in `joined`, which came to the model later.
 
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
-    once the model is on its device, and again when parameters have come or gone. Zero
-    `FlatGroup.grads` in place instead of dropping the gradients of the model.
+    once the model is on its device, and again when parameters have come or gone. `AdamW.zero_grad`
+    zeroes the gradients in place, where `model.zero_grad` would drop them.
 
     Parameters that are spread over ranks stay where they are, and the buffers hold this rank's
     shards of them (`mvsplit.training.spread`).
@@ -109,7 +117,7 @@ def _flatten(named: list[tuple[str, nn.Parameter]], kind: Kind) -> FlatGroup:
         parts[name].copy_(parameter.detach())
         parameter.data = parts[name]
         parameter.grad = grads[name]
-    return group
+    return replace(group, tied=tuple((p, cast(Tensor, p.grad)) for _, p in named))
 
 
 def clip_gradients_(groups: Iterable[FlatGroup], norm: float, limit: float) -> None:
@@ -190,6 +198,7 @@ class AdamW:
         for group in self.groups:
             if group.spread is None:
                 group.grads.zero_()
+                group.tie()
             else:
                 group.spread.drop_grads()
 

@@ -7,7 +7,8 @@ bytes at a thousand layers. The units are gathered ahead in an order that is giv
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,26 @@ def lower_weights(model: DiT) -> None:
             for matrix in part.children():
                 if isinstance(matrix, nn.Linear):
                     matrix.weight.data = matrix.weight.data.bfloat16()
+
+
+@contextmanager
+def raised_weights(model: nn.Module) -> Iterator[None]:
+    """Parameters in bf16 are fp32 within the block; the gradients that they get there are rounded
+    into those that they had."""
+    low = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+    before = [(p.data, p.grad) for p in low]
+    for parameter in low:
+        parameter.grad = None
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, (values, grad) in zip(low, before, strict=True):
+            found, parameter.grad = parameter.grad, None
+            parameter.data = values
+            parameter.grad = grad
+            if grad is not None and found is not None:
+                grad.copy_(found)
 
 
 def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:

@@ -35,6 +35,7 @@ from mvsplit.training.flight import Flight
 from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
 from mvsplit.training.optimizer import global_norm
+from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import Piece, add_gradients, piece_losses, pieces, train_step
 
@@ -177,10 +178,12 @@ class Rerun:
         )
 
     def other_trials(self) -> Iterator[Trial]:
-        """In fp32, and with MV-Split's backward at α = 0 on one branch and on both."""
+        """In fp32 (weights too, from where bf16 has rounded them to), and with MV-Split's backward
+        at α = 0 on one branch and on both."""
         if self.config.precision != "fp32":
-            fp32 = dataclasses.replace(self.config, precision="fp32")
-            yield self.trial("fp32", "in fp32", self.run(self.rows, fp32))
+            fp32 = dataclasses.replace(self.config, precision="fp32", weights="fp32")
+            raised = raised_weights(self.state.model)
+            yield self.trial("fp32", "in fp32", self.run(self.rows, fp32, raised))
         for name, branches in _BRANCHES.items():
             within = CenteredAdjoints(self.state.taps, branches)
             label = f"MV-Split on {CENTERED[name]}"

@@ -13,6 +13,7 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import build_state, train
 from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
+from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.step import piece_losses, pieces, train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
@@ -68,6 +69,20 @@ def test_surgery_on_low_weights_gives_gains_that_move() -> None:
     for name, gain in gains.items():
         moved = state.model.get_parameter(name) - gain
         assert (moved != 0).any(), name
+
+
+def test_raised_weights_are_fp32_for_a_while() -> None:
+    state = build_state(runs.experiment(**LOW))
+    weight = state.model.get_parameter("blocks.1.ffn.w13.weight")
+    (group,) = [g for g in state.optimizer.groups if g.kind == "low"]
+    with raised_weights(state.model):
+        assert weight.dtype == torch.float32
+        (weight * 3).sum().backward()
+    part = group.cut(group.grads)["blocks.1.ffn.w13.weight"]
+    assert torch.equal(part, torch.full_like(part, 3))
+    group.values.fill_(0.5)
+    assert weight.dtype == torch.bfloat16
+    assert (weight == 0.5).all()
 
 
 def test_low_weights_need_low_precision() -> None:

@@ -44,6 +44,20 @@ def backward(model: nn.Module, step: int) -> None:
     model(x).square().mean().backward()
 
 
+def test_gradients_that_somebody_has_dropped_are_tied_again() -> None:
+    """`model.zero_grad()` sets every gradient to None; the next one must reach the update."""
+    model = Net()
+    optimizer = AdamW(flatten_parameters(model), CONFIG)
+    model.zero_grad()
+    optimizer.zero_grad()
+    backward(model, 0)
+    expected = copy.deepcopy(model)
+    expected.zero_grad()
+    backward(expected, 0)
+    norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()  # type: ignore[union-attr]
+    torch.testing.assert_close(global_norm(optimizer.groups), norm)
+
+
 def test_flattening_keeps_names_values_and_shapes_and_gradients_accumulate() -> None:
     plain = Net()
     flat = copy.deepcopy(plain)

@@ -78,8 +78,10 @@ def test_the_branch_whose_mean_mode_opens_is_named(
     assert min(split["tcs"]) > 0.3
 
 
-def test_an_overflow_of_bf16_is_gone_in_fp32(tmp_path: Path) -> None:
-    found = explained(tmp_path, text_that_bf16_rounds_to_infinity, precision="bf16")
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_an_overflow_of_bf16_is_gone_in_fp32(tmp_path: Path, weights: str) -> None:
+    changes = {"precision": "bf16", "weights": weights}
+    found = explained(tmp_path, text_that_bf16_rounds_to_infinity, **changes)
     assert found.reproduction.exact
     assert math.isnan(found.trials[0].loss)
     assert found.conclusion.verdict == "precision"
