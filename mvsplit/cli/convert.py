@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from mvsplit.hub import load_weights, write_weights
+from mvsplit.hub.adapter import export_adapter, merge_adapter, read_adapter
 from mvsplit.hub.convert import SHARD_GB
 
 DTYPES: dict[str, torch.dtype | None] = {
@@ -28,7 +29,9 @@ class Arguments:
         source: model.pt, a .safetensors file, the index of shards or their folder; a run or one of
             its checkpoints; a diffusers folder.
         target: a new file or folder.
-        to: the format; pt or safetensors follow from the target's suffix.
+        adapter: a folder with a low-rank adapter for these weights, to be merged into them.
+        to: the format; pt or safetensors follow from the target's suffix; adapter is what a run
+            with --tune.what lora has learned, as a folder for peft.
         dtype: of the weights; keep leaves them as they are.
         ema: of a run, the averaged weights where it keeps any.
         num_heads: of a file in the released layout; width / 128 if neither given nor in the file.
@@ -38,7 +41,8 @@ class Arguments:
 
     source: tyro.conf.Positional[Path]
     target: tyro.conf.Positional[Path]
-    to: Literal["pt", "safetensors", "shards", "checkpoint", "diffusers"] | None = None
+    adapter: Path | None = None
+    to: Literal["pt", "safetensors", "shards", "checkpoint", "diffusers", "adapter"] | None = None
     dtype: Literal["keep", "fp32", "bf16"] = "keep"
     ema: bool = True
     num_heads: int | None = None
@@ -53,6 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         UserError: weights that cannot be read, or a target that cannot be written.
     """
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit convert")
+    if args.to == "adapter":
+        print(f"wrote the adapter to {export_adapter(args.source, args.target, ema=args.ema)}")
+        return 0
     model = load_weights(
         args.source,
         ema=args.ema,
@@ -60,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         num_kv_heads=args.num_kv_heads,
         dtype=DTYPES[args.dtype],
     )
+    if args.adapter is not None:
+        merge_adapter(model, read_adapter(args.adapter), weights=str(args.source))
     path = write_weights(model, args.target, args.to, shard_gb=args.shard_gb)
     weights = sum(parameter.numel() for parameter in model.parameters())
     layers, width = model.config.depth, model.config.width

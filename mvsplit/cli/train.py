@@ -1,5 +1,7 @@
 """`mvsplit train PRESET [--field value …]`: trains a named experiment, or goes on with it.
 
+`--from WEIGHTS` starts from trained weights (docs/fine-tuning.md).
+
 On several processes: `torchrun --nproc-per-node N -m mvsplit train PRESET …` (docs/parallel.md).
 """
 
@@ -12,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from mvsplit.cli.start import StartOptions, origin_of, starter
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
 from mvsplit.presets import PRESETS, get_preset
@@ -23,6 +26,7 @@ STOPPED_BY_ALARM = 3
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     run_dir: Path  # the run's folder; the same folder again resumes the run
+    start: Annotated[StartOptions, tyro.conf.arg(name="")]
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: DiTConfig
     data: DataConfig
@@ -36,10 +40,17 @@ def main(arguments: Sequence[str]) -> int:
         UserError: something in the options or the run folder that the caller can put right.
     """
     options = _parse(list(arguments))
-    experiment = Experiment(model=options.model, data=options.data, train=options.train)
+    experiment = Experiment(
+        model=options.model,
+        data=options.data,
+        train=options.train,
+        origin=origin_of(options.start),
+    )
     progress = ProgressLine()
     try:
-        outcome = train(experiment, options.run_dir, observers=[progress])
+        outcome = train(
+            experiment, options.run_dir, observers=[progress], start=starter(experiment)
+        )
     finally:
         progress.close()
     if outcome.alarm:
@@ -58,6 +69,7 @@ def _parse(arguments: list[str]) -> _Options:
     experiment = get_preset(preset)
     defaults = _Options(
         run_dir=Path("runs") / preset,
+        start=StartOptions(),
         train=experiment.train,
         model=experiment.model,
         data=experiment.data,

@@ -26,7 +26,8 @@ class ParameterRows:
     """Rows of the weight of a linear map: all of it, or the part of a packed one that is Q or K.
 
     It names the map, for sharding puts another tensor in the place of its weight, which is the
-    parameter of the name `weight`.
+    parameter of the name `weight`. Of a map with a low-rank adapter (`mvsplit.models.lora`) it is
+    the matrix B, whose rows are those of the weight.
     """
 
     projection: nn.Module
@@ -34,9 +35,17 @@ class ParameterRows:
     stop: int | None = None
     weight: str = "weight"
 
+    @property
+    def parameter(self) -> Tensor:
+        """Whose gradient is read."""
+        adapter = getattr(self.projection, "lora_B", None)
+        if isinstance(adapter, nn.Linear):
+            return adapter.weight
+        return cast(Tensor, getattr(self.projection, self.weight))
+
     def gradient(self) -> GradientPart | None:
         """What this rank holds of the gradient's rows, a view; None before a backward pass."""
-        gradient = cast(Tensor, getattr(self.projection, self.weight)).grad
+        gradient = self.parameter.grad
         return None if gradient is None else part_of(gradient, self.start, self.stop)
 
 
@@ -57,10 +66,10 @@ class BranchTap:
     trunk_at: nn.Module | None
     called: bool = True
 
-    def gradient(self) -> GradientPart | None:
-        """What this rank holds of the gradient of the writer's weight; None before a backward
-        pass."""
-        return ParameterRows(projection=self.writer).gradient()
+    @property
+    def rows(self) -> ParameterRows:
+        """The writer's weight."""
+        return ParameterRows(projection=self.writer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +119,15 @@ FAMILIES = ("grad_writer_attn", "grad_writer_ffn", "grad_query", "grad_key")
 
 def family_gradients(tap: LayerTap) -> dict[str, GradientPart | None]:
     """The gradients of W_O, W_2, W_Q and W_K of one layer, by the name of their field; families
-    that the layer does not have are left out, and None means that no backward pass reached it."""
-    gradients = {f"grad_writer_{b.name}": b.gradient() for b in tap.branches}
-    for name, rows in (("grad_query", tap.query), ("grad_key", tap.key)):
-        if rows is not None:
-            gradients[name] = rows.gradient()
-    return gradients
+    that the layer does not have, or whose weights are frozen, are left out, and None means that no
+    backward pass reached it."""
+    rows = {f"grad_writer_{b.name}": b.rows for b in tap.branches}
+    rows |= {
+        name: found
+        for name, found in (("grad_query", tap.query), ("grad_key", tap.key))
+        if found is not None
+    }
+    return {name: r.gradient() for name, r in rows.items() if r.parameter.requires_grad}
 
 
 def deepest_quarter(taps: Sequence[LayerTap]) -> Sequence[LayerTap]:
@@ -130,7 +142,7 @@ def gradient_norm_tensors(taps: Sequence[LayerTap]) -> dict[str, Tensor]:
     call this, and the same on every rank.
 
     Raises:
-        UserError: there is no tap, or a watched weight has no gradient.
+        UserError: there is no tap, or a watched weight that learns has no gradient.
     """
     if not taps:
         raise UserError("taps=[]: there is no layer to watch; pass the taps of at least one layer")
@@ -143,6 +155,8 @@ def gradient_norm_tensors(taps: Sequence[LayerTap]) -> dict[str, Tensor]:
                     f"backward() and before zero_grad()"
                 )
             collected.setdefault(name, []).append(gradient)
+    if not collected:  # all frozen
+        return {}
     per_tensor = iter(norms([g for gradients in collected.values() for g in gradients]))
     return {
         name: torch.linalg.vector_norm(torch.stack([next(per_tensor) for _ in gradients]))

@@ -44,6 +44,7 @@ def load_released(
     *,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    likely_heads: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:
@@ -59,6 +60,7 @@ def load_released(
         num_heads: query heads; if None, those that `released_metadata` left in the file, or
             width / 128.
         num_kv_heads: key/value heads; from the rows of `k_proj` if None.
+        likely_heads: what `num_heads` is instead of width / 128.
         dtype: of all parameters; as in the source if None.
         device: of all parameters.
 
@@ -74,6 +76,7 @@ def load_released(
         tensors, metadata = in_memory(unwrap(source, "source")), {}
     if num_heads is None and _HEADS in metadata:
         num_heads = json.loads(metadata[_HEADS])
+    num_heads = likely_heads if num_heads is None else num_heads
     config = _infer_config(tensors, num_heads, num_kv_heads)
     with torch.device("meta"):
         model = DiT(config)

@@ -15,6 +15,7 @@ from mvsplit.hub.fill import fill_in
 from mvsplit.hub.released import load_released
 from mvsplit.hub.stored import INDEX, Stored, in_memory, read_weights
 from mvsplit.models import DiT, DiTConfig
+from mvsplit.models.lora import merge_lora
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
@@ -22,7 +23,9 @@ from mvsplit.training.checkpoint import (
     read_checkpoint,
     verified_file,
 )
-from mvsplit.training.config import read_model_config
+from mvsplit.training.config import Experiment, TuneConfig, read_model_config
+from mvsplit.training.finetune import choose_parameters
+from mvsplit.training.load import weight_files
 from mvsplit.training.run_folder import read_experiment
 
 DIFFUSERS_CLASS = "MVSplitDiTTransformer2DModel"
@@ -40,6 +43,7 @@ def load_weights(
     ema: bool = True,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
+    likely_heads: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:
@@ -50,7 +54,7 @@ def load_weights(
             shards) or a folder with one; a run folder or one of its checkpoints; the folder of a
             diffusers pipeline or transformer.
         ema: of a run, the averaged weights where it keeps any; False for the weights as trained.
-        num_heads, num_kv_heads: for the released layout, see `load_released`.
+        num_heads, num_kv_heads, likely_heads: for the released layout, see `load_released`.
         dtype: of all parameters; as stored if None.
         device: of all parameters.
 
@@ -60,12 +64,12 @@ def load_weights(
     """
     path = Path(source)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+    if is_ours(path):
         return _from_checkpoint(path, ema, options)
     if (transformer := diffusers_transformer(path)) is not None:
         return _from_diffusers(transformer, options)
-    file = _released_file(path)
-    return load_released(file, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
+    options |= {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "likely_heads": likely_heads}
+    return load_released(_released_file(path), **options)
 
 
 def diffusers_transformer(path: Path) -> Path | None:
@@ -80,18 +84,38 @@ def diffusers_transformer(path: Path) -> Path | None:
 
 
 def _from_checkpoint(path: Path, ema: bool, options: dict[str, Any]) -> DiT:
-    one = (path / "manifest.json").is_file()
-    checkpoint = path if one else _newest(path)
-    config, averaged = _trained_as(checkpoint)
+    checkpoint = find_checkpoint(path)
+    config, experiment = _trained_as(checkpoint)
+    names = ["model"] if experiment is None else weight_files(experiment, ema=ema)
+    tensors: dict[str, Stored] = {}
+    for name in names:
+        tensors |= _stored(checkpoint, name)
+    tune = TuneConfig() if experiment is None else experiment.train.tune
+    model = _ours(config, tensors, str(checkpoint), options, tune)
+    merge_lora(model)
+    return model.requires_grad_(True)
+
+
+def _stored(checkpoint: Path, name: str) -> dict[str, Stored]:
+    """The tensors of one file of a checkpoint, or of its shards."""
     try:
-        file = verified_file(checkpoint, "ema" if ema and averaged else "model")
+        file = verified_file(checkpoint, name)
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; give another checkpoint of the run") from error
     if file.is_dir():  # of several processes
-        tensors = in_memory(read_checkpoint(checkpoint, [file.name]).tensors[file.name])
-    else:
-        tensors = read_weights(file).tensors
-    return _ours(config, tensors, str(file), options)
+        return in_memory(read_checkpoint(checkpoint, [file.name]).tensors[file.name])
+    return read_weights(file).tensors
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of the run at `path`, or the one that it is itself. Raises UserError
+    where there is none."""
+    return path if (path / "manifest.json").is_file() else _newest(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `path` is a run or one of its checkpoints."""
+    return (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def _newest(run: Path) -> Path:
@@ -100,15 +124,15 @@ def _newest(run: Path) -> Path:
     return found[-1]
 
 
-def _trained_as(checkpoint: Path) -> tuple[DiTConfig, bool]:
-    """The network's configuration, and whether there are averaged weights: from the run, or from
-    the checkpoint itself where `mvsplit convert` made it."""
+def _trained_as(checkpoint: Path) -> tuple[DiTConfig, Experiment | None]:
+    """The network's configuration, and its experiment: from the run, or from the checkpoint itself,
+    with no experiment, where `mvsplit convert` made it."""
     state = _json(checkpoint / "state.json")
     if "model" in state:
-        return read_model_config(state["model"], f"{checkpoint}/state.json: model"), False
+        return read_model_config(state["model"], f"{checkpoint}/state.json: model"), None
     experiment = read_experiment(checkpoint.parent.parent)
     rule = RuleConfig(**state["rule"])  # which a policy may have changed since the start
-    return replace(experiment.model, rule=rule), experiment.train.ema_decay > 0
+    return replace(experiment.model, rule=rule), experiment
 
 
 # A diffusers folder
@@ -137,10 +161,15 @@ def _from_diffusers(folder: Path, options: dict[str, Any]) -> DiT:
 
 
 def _ours(
-    config: DiTConfig, tensors: Mapping[str, Stored], source: str, options: dict[str, Any]
+    config: DiTConfig,
+    tensors: Mapping[str, Stored],
+    source: str,
+    options: dict[str, Any],
+    tune: TuneConfig | None = None,
 ) -> DiT:
     with torch.device("meta"):
         model = DiT(config)
+        choose_parameters(model, tune or TuneConfig())
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     faults = [f"missing {name}" for name in shapes if name not in tensors]
     faults += [f"unknown {name}" for name in tensors if name not in shapes]

@@ -35,9 +35,10 @@ _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """∇W = Σ_t δ_t y_tᵀ of a token-wise matrix (Eq. 5). [B, T, D], [B, T, E] → [D, E]."""
-    return grad.flatten(0, 1).mT @ x.flatten(0, 1)
+def _weight_grad(grad: Tensor, x: Tensor, learns: bool) -> Tensor | None:
+    """∇W = Σ_t δ_t y_tᵀ of a token-wise matrix (Eq. 5); None where it is frozen. [B, T, D],
+    [B, T, E] → [D, E]."""
+    return grad.flatten(0, 1).mT @ x.flatten(0, 1) if learns else None
 
 
 def _input_grad(grad: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
@@ -77,16 +78,18 @@ class _Block(torch.autograd.Function):
         a, f = Merged(*saved[10:14]), Merged(*saved[14:18])
         x, qk, qk_r, v, mixed, logsumexp, f_a, packed, hidden, f_f = saved[18:]
         cos, sin, segments, *_ = ctx.settings
+        qkv_learns, proj_learns, w13_learns, w2_learns = ctx.needs_input_grad[2:6]
         learns_a, learns_f = any(ctx.needs_input_grad[6:9]), any(ctx.needs_input_grad[9:12])
 
         of_f = merge_backward(grad, f, f_f if learns_f else None, *gains_f, segments)
-        grad_w2 = _weight_grad(of_f.f, hidden)
+        grad_w2 = _weight_grad(of_f.f, hidden, w2_learns)
         grad_packed = swiglu_backward(of_f.f @ weights.w2, packed)
-        grad_w13 = _weight_grad(grad_packed, a.y)
+        grad_w13 = _weight_grad(grad_packed, a.y, w13_learns)
         grad_y = _input_grad(grad_packed, weights.w13, of_f.x)
 
         of_a = merge_backward(grad_y, a, f_a if learns_a else None, *gains_a, segments)
-        grad_proj = _weight_grad(of_a.f, mixed.transpose(1, 2).flatten(-2))
+        mixed_tokens = mixed.transpose(1, 2).flatten(-2)
+        grad_proj = _weight_grad(of_a.f, mixed_tokens, proj_learns)
         grad_mixed = (of_a.f @ weights.proj).view_as(v).transpose(1, 2)
         q, k = qk.transpose(1, 2).chunk(2, dim=1)
         grad_q, grad_k, grad_v = _attention_backward(
@@ -98,7 +101,7 @@ class _Block(torch.autograd.Function):
         return (
             grad_x,
             None,
-            _weight_grad(grad_qkv, x),
+            _weight_grad(grad_qkv, x, qkv_learns),
             grad_proj,
             grad_w13,
             grad_w2,

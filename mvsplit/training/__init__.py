@@ -1,7 +1,8 @@
 """Training: the loop, optimiser, averaged weights, checkpoints and the run folder."""
 
 from mvsplit.training.builders import build_state
-from mvsplit.training.config import DataConfig, Experiment, TrainConfig
+from mvsplit.training.config import DataConfig, Experiment, Origin, TrainConfig, TuneConfig
+from mvsplit.training.finetune import Start
 from mvsplit.training.load import LoadedRun, load_run
 from mvsplit.training.loop import Outcome, train
 from mvsplit.training.nonfinite import NonFiniteError
@@ -17,11 +18,14 @@ __all__ = [
     "LoadedRun",
     "NonFiniteError",
     "Observer",
+    "Origin",
     "Outcome",
     "ProgressLine",
     "RunFolder",
+    "Start",
     "TrainConfig",
     "TrainState",
+    "TuneConfig",
     "build_state",
     "load_run",
     "read_experiment",

@@ -33,6 +33,7 @@ from mvsplit.training.distributed import (
     world,
 )
 from mvsplit.training.ema import EMA
+from mvsplit.training.finetune import choose_parameters
 from mvsplit.training.graphs import Graphs
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import (
@@ -59,6 +60,7 @@ def build_state(experiment: Experiment) -> TrainState:
     device = resolve_device(config.device)
     loader = build_loader(experiment)
     model = build_model(model_config, config, device)
+    choose_parameters(model, config.tune, generator_for(config.seed, "lora", device=device))
     taps = taps_for_dit(model)
     groups = flatten_parameters(model)
     peak = peak_learning_rate(config, model_config.width)
@@ -160,7 +162,12 @@ def _check_processes(config: TrainConfig) -> None:
 def build_data(config: DataConfig) -> Dataset:
     """The data set, whose checksums one process of a machine computes for all. Raises UserError for
     a name that is unknown, options it does not have, or data that are damaged."""
-    given = {"size": config.size, "seed": config.series, "path": config.path}
+    given = {
+        "size": config.size,
+        "seed": config.series,
+        "split": config.split,
+        "path": config.path,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     if config.dataset == "cache":
         options["verify"] = config.verify and is_first_of_machine()

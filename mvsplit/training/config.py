@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiTConfig
+from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
 
 
@@ -25,6 +26,7 @@ class DataConfig:
         dataset: a name of the registry of `mvsplit.data`.
         size: pixels a side, for data sets that are rendered at a choice of sizes.
         series: which endless series of a data set without end (its own seed).
+        split: of the digits, "train" keeps a quarter for `mvsplit evaluate`; all if not given.
         embedder_seed: which frozen word embedding.
         path: folder of a cache that `mvsplit encode` has made.
         verify: compute the checksums of a cache before the first step.
@@ -34,6 +36,7 @@ class DataConfig:
     dataset: str = "digits"
     size: int | None = None
     series: int | None = None
+    split: str | None = None
     embedder_seed: int = 0
     path: str | None = None
     verify: bool = True
@@ -112,6 +115,32 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which parameters learn, when a run starts from trained weights (docs/fine-tuning.md).
+
+    Attributes:
+        what: all of them, the gains of the residual rules, or low-rank adapters (LoRA) beside
+            frozen weights.
+        only: of these, the ones whose names match one of the patterns, such as 'blocks.3?.*'; all
+            if empty. Adapters count by the name of the weight that they belong to.
+        lora: the adapters.
+    """
+
+    what: Literal["all", "gains", "lora"] = "all"
+    only: tuple[str, ...] = ()
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        known = self.what in ("all", "gains", "lora")
+        _require(self, "what", known, "choose all, gains or lora", "train.tune")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some parameters may not learn."""
+        return self.what != "all" or bool(self.only)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a network is trained (paper §4 where the defaults are its own).
 
@@ -146,6 +175,7 @@ class TrainConfig:
         sample_shift: shift of the times when pictures are drawn; None for that of the training.
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
         parallel: how the run lies on several processes.
+        tune: which parameters learn.
     """
 
     steps: int
@@ -176,6 +206,7 @@ class TrainConfig:
     sample_shift: float | None = None
     device: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
@@ -202,6 +233,11 @@ class TrainConfig:
         _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
         known = self.on_alarm in POLICIES
         _require(self, "on_alarm", known, f"choose one of: {', '.join(POLICIES)}")
+        if self.tune.freezes and self.on_alarm == "protect":
+            raise UserError(
+                "train.on_alarm='protect' gives every branch new gains, which train.tune would "
+                "freeze; choose rollback"
+            )
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not divisible by "
@@ -210,10 +246,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the weights of a run come from, if they are not drawn.
+
+    Attributes:
+        source: the weights, as they were named.
+        ema: of a run, the averaged weights where it keeps any.
+        optimizer: moments that start at zero, or those of the source.
+        adapter: a LoRA for these weights that goes on learning, or is merged into them.
+        sha256: of their values (`mvsplit.models.lora.fingerprint`); None until they are read.
+    """
+
+    source: str
+    ema: bool = True
+    optimizer: Literal["fresh", "kept"] = "fresh"
+    adapter: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """All that decides what a run computes; `config.json` of a run folder holds one.
 
     Attributes:
+        origin: the weights that it starts from; None where they are drawn at random.
         rule_now: the rule that a policy has given the running network since; None as long as it is
             `model.rule`. It records and decides nothing: each checkpoint knows its own rule.
     """
@@ -221,7 +277,13 @@ class Experiment:
     model: DiTConfig
     train: TrainConfig
     data: DataConfig = field(default_factory=DataConfig)
+    origin: Origin | None = None
     rule_now: RuleConfig | None = None
+
+    def asked(self) -> Experiment:
+        """Without what is only recorded."""
+        origin = None if self.origin is None else replace(self.origin, sha256=None)
+        return replace(self, rule_now=None, origin=origin)
 
 
 def _require(config: Any, name: str, holds: bool, rule: str, where: str = "train") -> None:
@@ -244,9 +306,9 @@ CHANGEABLE = frozenset(
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two experiments differ, by dotted name: (old, new); but for `rule_now`,
-    which nobody asks for."""
-    before, after = (_flat(dataclasses.asdict(replace(e, rule_now=None))) for e in (old, new))
+    """The fields in which two experiments differ, by dotted name: (old, new); but for what nobody
+    asks for."""
+    before, after = (_flat(dataclasses.asdict(e.asked())) for e in (old, new))
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -299,6 +361,8 @@ def _read(hint: Any, value: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):  # of the form X | None
         wanted = next(a for a in arguments if a is not type(None))
         return None if value is None else _read(wanted, value, name)
+    if origin is tuple and isinstance(value, list) and arguments[-1] is Ellipsis:
+        return tuple(_read(arguments[0], v, name) for v in value)
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_read(a, v, name) for a, v in zip(arguments, value, strict=True))
     if origin is Literal and value in arguments:

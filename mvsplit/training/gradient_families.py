@@ -8,9 +8,8 @@ depth.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,32 +19,46 @@ from mvsplit.models import DiT
 from mvsplit.training.nonfinite import families
 from mvsplit.training.optimizer import FlatGroup, norm_of, over_ranks
 
-FAMILIES = ("Embed", "Q", "K", "V", "Attn_WO", "FFN_W13", "FFN_W2", "gains", "Final")
+FAMILIES = ("Embed", "Q", "K", "V", "Attn_WO", "FFN_W13", "FFN_W2", "LoRA_A", "gains", "Final")
 
 
 @dataclass(frozen=True)
 class _Band:
-    """The gradients of one parameter of every layer, or of the network."""
+    """The gradients of one parameter of the layers that learn it, or of the network.
+
+    Attributes:
+        runs: [n, N] each, of n layers at a constant distance in the buffer.
+        layers: where they belong among all; None where there are no others.
+        depth: all of them, or 1 for a parameter of the network.
+    """
 
     family: str
-    rows: Tensor  # [L, N], or [1, N] outside the layers
+    runs: list[Tensor]
+    layers: Tensor | None
+    depth: int
+
+    def norms(self) -> Tensor:
+        """[depth], 0 where the parameter is frozen."""
+        each = torch.cat([norm_of(rows, dim=1) for rows in self.runs])
+        if self.layers is None:
+            return each
+        return each.new_zeros(self.depth).index_copy_(0, self.layers, each)
 
 
 _bands: WeakKeyDictionary[FlatGroup, list[_Band]] = WeakKeyDictionary()
 
 
 def family_norms(model: DiT, groups: Iterable[FlatGroup]) -> dict[str, Tensor]:
-    """L2 norms of the gradients in `groups`, by family: [L] for those that every layer has, [1] for
-    Embed and Final. Scalars stay on the device; nothing waits for it. Where parameters are spread
-    over ranks, every rank has to call it."""
+    """L2 norms of the gradients in `groups`, by family: [L] for those that layers have, [1] for
+    Embed and Final; families that are frozen are left out. Scalars stay on the device; nothing
+    waits for it. Where parameters are spread over ranks, every rank has to call it."""
     groups = list(groups)
     found: dict[str, list[Tensor]] = {}
     for group in groups:
         if group not in _bands:
             _bands[group] = _cut(model, group)
         for band in _bands[group]:
-            norms = norm_of(band.rows, dim=1)
-            found.setdefault(band.family, []).append(norms)
+            found.setdefault(band.family, []).append(band.norms())
     names = [family for family in FAMILIES if family in found]
     here = [torch.linalg.vector_norm(torch.stack(found[name]), dim=0) for name in names]
     return dict(zip(names, over_ranks(groups, here), strict=True))
@@ -59,18 +72,34 @@ def _cut(model: DiT, group: FlatGroup) -> list[_Band]:
     bands = []
     for names in same.values():
         starts = [group.places[name][0] for name in names]
-        distances = {b - a for a, b in pairwise(starts)} or {1}
-        if len(distances) > 1:
-            raise ValueError(f"{names[0]} lies at uneven distances: {sorted(distances)}")
+        layers = [int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))]
+        depth = model.config.depth if layers else 1
+        where = None
+        if len(names) < depth:
+            where = torch.tensor(layers, device=group.grads.device)
         for family, part in families(model, names[0], _numbers(group, names[0]), rows=0).items():
             part = part[part >= 0]
             if part.numel():  # else another rank holds them
-                size, stride = (len(starts), part.numel()), (distances.copy().pop(), 1)
-                band = group.grads.as_strided(size, stride, starts[0] + int(part[0]))
+                runs = [
+                    group.grads.as_strided((n, part.numel()), (distance, 1), start + int(part[0]))
+                    for start, distance, n in _runs(starts)
+                ]
             else:
-                band = group.grads.new_empty(len(starts), 0)
-            bands.append(_Band(family, band))
+                runs = [group.grads.new_empty(len(starts), 0)]
+            bands.append(_Band(family, runs, where, depth))
     return bands
+
+
+def _runs(starts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Rising places as runs of a constant distance: the first, the distance, and how many."""
+    begin = 0
+    while begin < len(starts):
+        end = begin + 1
+        distance = starts[end] - starts[begin] if end < len(starts) else 1
+        while end < len(starts) and starts[end] - starts[end - 1] == distance:
+            end += 1
+        yield starts[begin], distance, end - begin
+        begin = end
 
 
 def _numbers(group: FlatGroup, name: str) -> Tensor:

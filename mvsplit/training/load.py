@@ -12,6 +12,7 @@ import torch
 from mvsplit.data import CachedText, WordEmbedder
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
+from mvsplit.models.lora import merge_lora
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.builders import build_data, build_embedder
 from mvsplit.training.checkpoint import (
@@ -21,6 +22,7 @@ from mvsplit.training.checkpoint import (
     read_checkpoint,
 )
 from mvsplit.training.config import Experiment
+from mvsplit.training.finetune import choose_parameters
 from mvsplit.training.run_folder import read_experiment
 
 
@@ -42,7 +44,7 @@ def load_run(
     Args:
         path: a run folder, or one of its checkpoints.
         ema: the averaged weights; False for the weights as trained.
-        device: where the network goes.
+        device: where the network goes. What low-rank adapters have learned is merged into it.
 
     Raises:
         UserError: there is no run or no readable checkpoint, or the run keeps no averaged weights.
@@ -55,15 +57,30 @@ def load_run(
             f"{path} keeps no averaged weights (train.ema_decay=0); ask for the weights as trained "
             "with --no-ema"
         )
-    name = "ema" if ema else "model"
-    snapshot = _read_one(path, name) if one else _read_newest(path, name)
+    names = weight_files(experiment, ema=ema)
+    snapshot = _read_one(path, names) if one else _read_newest(path, names)
     rule = RuleConfig(**snapshot.values["rule"])  # which a policy may have changed since the start
     with torch.device("meta"):  # no initial values, and no draw from the global generator
         model = DiT(replace(experiment.model, rule=rule))
+        choose_parameters(model, experiment.train.tune)
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.to_empty(device=torch.device(device)).requires_grad_(False).eval()
-    snapshot.copy_to(name, dict(model.state_dict()))
+    weights = dict(model.state_dict())
+    for name in names:
+        averaged = name == "ema"
+        wanted = {n: w for n, w in weights.items() if n in learned} if averaged else weights
+        snapshot.copy_to(name, wanted)
+    merge_lora(model)
     embedder = _load_embedder(experiment, snapshot.values["embedder"])
     return LoadedRun(model=model, embedder=embedder, experiment=experiment, step=snapshot.step)
+
+
+def weight_files(experiment: Experiment, *, ema: bool) -> list[str]:
+    """The files of a checkpoint that hold its weights; each replaces what it has in common with
+    those before it. There is an average only of what learns."""
+    averaged = ema and experiment.train.ema_decay > 0
+    frozen = experiment.train.tune.freezes
+    return [*(["model"] if frozen or not averaged else []), *(["ema"] if averaged else [])]
 
 
 def _load_embedder(experiment: Experiment, spec: dict[str, Any]) -> WordEmbedder | CachedText:
@@ -79,15 +96,15 @@ def _load_embedder(experiment: Experiment, spec: dict[str, Any]) -> WordEmbedder
     return embedder
 
 
-def _read_one(path: Path, name: str) -> Snapshot:
+def _read_one(path: Path, names: list[str]) -> Snapshot:
     try:
-        return read_checkpoint(path, [name])
+        return read_checkpoint(path, names)
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; choose another checkpoint of the run") from error
 
 
-def _read_newest(path: Path, name: str) -> Snapshot:
-    snapshot, damaged = load_latest(path / "checkpoints", [name])
+def _read_newest(path: Path, names: list[str]) -> Snapshot:
+    snapshot, damaged = load_latest(path / "checkpoints", names)
     if snapshot is None:
         raise UserError(f"{path} has no checkpoint yet; train it until the first is saved")
     for error in damaged:

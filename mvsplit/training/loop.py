@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from mvsplit.training.distributed import (
     rank,
     together,
 )
+from mvsplit.training.finetune import Start, begin_from, learning
 from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.observer import Observer
@@ -58,12 +60,20 @@ class Outcome:
 
 
 def train(
-    experiment: Experiment, run_dir: Path | str, *, observers: Sequence[Observer] = ()
+    experiment: Experiment,
+    run_dir: Path | str,
+    *,
+    observers: Sequence[Observer] = (),
+    start: Callable[[], Start] | None = None,
 ) -> Outcome:
     """Trains, or goes on where the run folder's newest whole checkpoint was taken.
 
     On SIGTERM or Ctrl-C the step is finished and saved. Under torchrun every process calls this,
     and the first one alone writes and has `observers`.
+
+    Args:
+        start: reads the weights that `experiment.origin` names; called only where the run has no
+            checkpoint yet.
 
     Raises:
         UserError: the folder is in use or belongs to another experiment, the configuration is not
@@ -76,7 +86,7 @@ def train(
         folder = stack.enter_context(open_run(run_dir, experiment))
         stop = stack.enter_context(StopSignal())
         state = build_state(experiment)
-        run = _Run(folder, config, state, observers)
+        run = _Run(folder, config, state, observers, start)
         stack.enter_context(run.saver)
         run.resume()
         for observer in run.observers:
@@ -105,7 +115,9 @@ class _Run:
         config: TrainConfig,
         state: TrainState,
         observers: Sequence[Observer],
+        start: Callable[[], Start] | None,
     ) -> None:
+        self._start = start
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
         self._watch, self._alarms = Watch(self._tell), Alarms()
@@ -129,9 +141,11 @@ class _Run:
             state.restore(snapshot)
             self._first = state.step
             from_first(lambda: set_aside_after(folder.checkpoints, state.step))
+        else:
+            begin_from(state, folder.experiment, self._start)
         begun_before = (folder.path / "config.json").exists()
         logged = {} if snapshot is None else snapshot.values["logged"]
-        folder.begin(state.device, logged, rule=state.model.config.rule)
+        folder.begin(state.device, logged, rule=state.model.config.rule, base=state.base)
         on_stall(lambda message: folder.event("stalled", state.step, message))
         self._watch.remember(from_first(lambda: list(folder.history())))
         for error in damaged:
@@ -143,9 +157,20 @@ class _Run:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
             self._tell("started", f"started {folder.path}")
+        self._tell_tuning(new=snapshot is None)
         self._tell("watching", self._watch_words(), level="info")
-        if snapshot is None and needs_a_start(self.config):
+        # With what it started from, a run stands on its own.
+        if snapshot is None and (needs_a_start(self.config) or state.base is not None):
             self.save()
+
+    def _tell_tuning(self, *, new: bool) -> None:
+        """Where the weights came from, and how many of them learn."""
+        origin, base = self.folder.experiment.origin, self.state.base
+        if new and origin is not None:
+            fields = dataclasses.asdict(origin) | {"sha256": base}
+            self._tell("origin", f"weights of {origin.source} (sha256 {base})", **fields)
+        if (learns := learning(self.state.model)) is not None:
+            self._tell("tuning", learns, level="info")
 
     def goes_on(self, received: Signals | None) -> bool:
         """Whether there is another step to take; the ranks agree, whichever got a signal."""

@@ -33,10 +33,13 @@ def families(model: DiT, name: str, value: Tensor, rows: int) -> dict[str, Tenso
     """`value` by family (paper App. F): packed queries, keys and values are taken apart.
 
     Args:
-        name: the name of a parameter, or of a module and a dot.
+        name: the name of a parameter, or of a module and a dot. The matrix B of an adapter counts
+            to the family of the map that it belongs to, A is one of its own.
         value: a parameter, its gradient, or the module's output.
         rows: the axis of `value` along which the output features lie.
     """
+    if ".lora_A." in name:
+        return {"LoRA_A": value}
     if re.match(r"blocks\.\d+\.attention\.qkv\.", name):
         config = model.config
         sizes = [n * config.head_width for n in (config.heads, config.groups, config.groups)]

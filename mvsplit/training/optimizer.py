@@ -74,8 +74,8 @@ class FlatGroup:
 
 
 def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[FlatGroup]:
-    """Moves all parameters into flat buffers: those with weight decay (2-D), the rest, and those of
-    the rest that are named in `joined`, which came to the model later.
+    """Moves all parameters that learn into flat buffers: those with weight decay (2-D), the rest,
+    and those of the rest that are named in `joined`, which came to the model later.
 
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
     once the model is on its device, and again when parameters have come or gone. `AdamW.zero_grad`
@@ -91,6 +91,8 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
         "joined": [],
     }
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         kind: Kind = "joined" if name in joined else "rest"
         if parameter.ndim == 2:
             kind = "low" if parameter.dtype == torch.bfloat16 else "decayed"

@@ -58,8 +58,8 @@ class Gradient:
     family_norms: dict[str, list[float]]
 
     def family(self, name: str) -> float:
-        """The norm of a family over all layers."""
-        return math.hypot(*self.family_norms[name])
+        """The norm of a family over all layers; 0 where all of it is frozen."""
+        return math.hypot(*self.family_norms.get(name, ()))
 
 
 @dataclass(frozen=True, kw_only=True)

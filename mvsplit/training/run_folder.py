@@ -67,7 +67,14 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def begin(self, device: torch.device, logged: Mapping[str, int], *, rule: RuleConfig) -> None:
+    def begin(
+        self,
+        device: torch.device,
+        logged: Mapping[str, int],
+        *,
+        rule: RuleConfig,
+        base: str | None = None,
+    ) -> None:
         """Writes what the run is and runs on, and opens the logs to go on where a checkpoint was
         taken: metrics and layers keep as many lines as `logged` says, none where it says nothing;
         every log loses a last line that a kill cut off.
@@ -76,6 +83,9 @@ class RunFolder:
             UserError: the folder cannot be written, the disk being full for example.
         """
         environment = json.dumps(describe_environment(device), indent=2) + "\n"
+        if self.experiment.origin is not None:
+            origin = replace(self.experiment.origin, sha256=base)
+            self.experiment = replace(self.experiment, origin=origin)
         with _writing_to(self.path):
             self._write_config(rule)
             write_atomically(self.path / "environment.json", environment)
@@ -138,7 +148,14 @@ class FollowedFolder(RunFolder):
         self.changed: dict[str, tuple[Any, Any]] = {}
         self._stack = ExitStack()
 
-    def begin(self, device: torch.device, logged: Mapping[str, int], *, rule: RuleConfig) -> None:
+    def begin(
+        self,
+        device: torch.device,
+        logged: Mapping[str, int],
+        *,
+        rule: RuleConfig,
+        base: str | None = None,
+    ) -> None:
         self.metrics = self.layers = self.events = NoLines(self.path)
 
     def note_rule(self, rule: RuleConfig) -> None:

@@ -39,6 +39,7 @@ class TrainState:
     | noise and times | functions of (seed, `step`) |
     | global random generators | Python, NumPy, PyTorch on every device |
     | what was done about alarms | `reactions` |
+    | what the weights came from, if they were not drawn | `base` |
     | step | `step` |
 
     `taps`, `device`, `planner` and `graphs` are rebuilt.
@@ -55,6 +56,7 @@ class TrainState:
     graphs: Graphs | None = None
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
+    base: str | None = None  # `fingerprint` of the weights that the run started from
 
     def learning_rate(self, step: int) -> float:
         """Of step n = 1, 2, …: the schedule's, times what an alarm has left of it."""
@@ -76,6 +78,7 @@ class TrainState:
             "rule": dataclasses.asdict(self.model.config.rule),
             "updates": self.optimizer.updates(),
             "reactions": dataclasses.asdict(self.reactions),
+            "base": self.base,
             "data": self.loader.state_dict(),
             "embedder": self.loader.embedder.spec(),
             "random": random_values,
@@ -103,6 +106,7 @@ class TrainState:
         self.loader.load_state_dict(snapshot.values["data"])
         restore_globals(dict(snapshot.tensors["random"]), snapshot.values["random"])
         self.reactions = Reactions(**snapshot.values["reactions"])
+        self.base = snapshot.values.get("base")
         self.step = snapshot.step
 
     def regroup(self, joined: Collection[str]) -> None:

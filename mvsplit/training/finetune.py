@@ -1,0 +1,188 @@
+"""Training that starts from weights instead of chance, and may leave most of them as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvsplit.errors import UserError, nearest
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.models.lora import add_lora, fingerprint, lora_parameters
+from mvsplit.residuals import RuleConfig
+from mvsplit.training.checkpoint import Snapshot, copy_tensors
+from mvsplit.training.config import Experiment, TuneConfig
+from mvsplit.training.distributed import world
+from mvsplit.training.ema import EMA
+from mvsplit.training.state import TrainState
+
+# Where the weights started says nothing about what they are.
+_FREE_SHAPE = ("rule", "writers")
+_FREE_RULE = ("beta", "alpha", "leak", "gamma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        model: the weights, on the CPU.
+        source: the checkpoint whose moments the optimiser takes over; None for fresh ones.
+        adapter: values of the adapters by parameter name; None for those drawn.
+    """
+
+    model: DiT
+    source: Snapshot | None = None
+    adapter: Mapping[str, Tensor] | None = None
+
+
+# What learns
+
+
+def choose_parameters(
+    model: DiT, tune: TuneConfig, generator: torch.Generator | None = None
+) -> None:
+    """Adds the adapters that `tune` asks for, drawn from `generator`, and freezes what is not to
+    learn.
+
+    Raises:
+        UserError: nothing would learn, or the run lies on several processes.
+    """
+    if not tune.freezes:
+        return
+    if world() > 1:
+        raise UserError(
+            f"train.tune.what={tune.what!r}: only a single process can freeze parameters; start "
+            f"the command without torchrun, or let all of them learn"
+        )
+    chosen = _adapt(model, tune, generator) if tune.what == "lora" else _chosen(model, tune)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def _adapt(model: DiT, tune: TuneConfig, generator: torch.Generator | None) -> set[str]:
+    """Adds adapters and names their parameters."""
+    modules = {name.rpartition(".")[0] for name in _matching(model, tune)}
+    add_lora(model, tune.lora, only=modules, generator=generator)
+    if not (found := lora_parameters(model)):
+        raise UserError(
+            f"train.tune.only={' '.join(tune.only)!r} matches none of the weights that "
+            f"train.tune.lora.targets={' '.join(tune.lora.targets)!r} names; change one of them"
+        )
+    return set(found)
+
+
+def learning(model: DiT) -> str | None:
+    """Says how many parameters learn; None if all of them do."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    whole, chosen = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+    if chosen == whole:
+        return None
+    return f"{chosen:,} of {whole:,} parameters learn ({chosen / whole:.2%})"
+
+
+def _chosen(model: DiT, tune: TuneConfig) -> set[str]:
+    names = _matching(model, tune)
+    if tune.what == "all":
+        return set(names)
+    gains = {name for name in names if ".rule_" in name}
+    if not gains:
+        where = f" that match {' '.join(tune.only)!r}" if tune.only else ""
+        raise UserError(
+            f"train.tune.what='gains': the rule {model.config.rule.name} has no gains{where}; "
+            f"choose all or lora"
+        )
+    return gains
+
+
+def _matching(model: DiT, tune: TuneConfig) -> list[str]:
+    """The parameters whose names match one of the patterns; all where there are none.
+
+    Raises:
+        UserError: a pattern that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in tune.only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"train.tune.only={pattern!r} matches no parameter; {nearest(pattern, names[:200])}"
+            )
+    return [n for n in names if not tune.only or any(fnmatchcase(n, p) for p in tune.only)]
+
+
+# Where it starts
+
+
+def begin_from(
+    state: TrainState, experiment: Experiment, start: Callable[[], Start] | None
+) -> None:
+    """Puts the weights of `experiment.origin`, if it names any, into a run that has taken no step.
+    The averages start from them too.
+
+    Raises:
+        UserError: they are of another shape or rule; the moments are not those of this run; there
+            are adapters to train, but no weights; nobody can read the weights.
+    """
+    origin = experiment.origin
+    if origin is None:
+        if experiment.train.tune.what == "lora":
+            raise UserError(
+                "train.tune.what='lora': an adapter belongs to trained weights; name them with "
+                "--from"
+            )
+        return
+    if start is None:
+        raise UserError(f"origin.source={origin.source}: pass what reads it as `start`")
+    found = start()
+    check_same(found.model.config, state.model.config, origin.source)
+    weights = dict(state.model.state_dict())
+    adapters = {name: weights.pop(name) for name in lora_parameters(state.model)}
+    copy_tensors(dict(found.model.state_dict()), weights, origin.source)
+    if found.adapter is not None:
+        copy_tensors(found.adapter, adapters, f"{origin.adapter}")
+    state.base = fingerprint(found.model)
+    if state.ema is not None:
+        state.ema = EMA(state.optimizer.groups, state.ema.decay)
+    if found.source is not None:
+        _take_moments(state, found.source, origin.source)
+
+
+def check_same(found: DiTConfig, wanted: DiTConfig, source: str) -> None:
+    """Raises UserError that names the first field in which weights differ from what is to be
+    trained."""
+    for name, theirs, ours in _fields(found, wanted):
+        if theirs != ours:
+            raise UserError(
+                f"model.{name}={ours}: the weights of {source} have {theirs}; use "
+                f"model.{name}={theirs}, or other weights"
+            )
+
+
+def _fields(found: DiTConfig, wanted: DiTConfig) -> Iterable[tuple[str, Any, Any]]:
+    """The name and both values of what makes two networks the same but for their weights."""
+    found, wanted = (replace(c, kv_heads=c.groups) for c in (found, wanted))
+    for name in vars(wanted):
+        if name not in _FREE_SHAPE:
+            yield name, getattr(found, name), getattr(wanted, name)
+    rules: tuple[RuleConfig, RuleConfig] = (found.rule, wanted.rule)
+    for name in vars(wanted.rule):
+        if name not in _FREE_RULE:
+            yield f"rule.{name}", *(getattr(rule, name) for rule in rules)
+
+
+def _take_moments(state: TrainState, source: Snapshot, name: str) -> None:
+    """The moments of what learns, and how many updates they have seen."""
+    moments, theirs = state.optimizer.moments(), source.tensors.get("optimizer", {})
+    lost = [moment for moment in moments if moment not in theirs]
+    if lost:
+        raise UserError(
+            f"optimizer=kept: {name} has no {lost[0]}; only checkpoints of mvsplit train with the "
+            f"same train.weights have the moments, choose fresh"
+        )
+    copy_tensors({moment: theirs[moment] for moment in moments}, moments, name)
+    counts = source.values["updates"]
+    state.optimizer.set_updates({kind: counts[kind] for kind in state.optimizer.updates()})
