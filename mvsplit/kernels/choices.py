@@ -1,5 +1,5 @@
 """Choices made by measurement, kept on the disk: a machine that has chosen chooses the same again,
-so a run that goes on in another process goes on bit for bit.
+so a run that goes on in another process computes by the same kernels.
 
 $MVSPLIT_CACHE, or `mvsplit` in the user's cache folder, holds a JSON file for each kind of choice.
 """
@@ -41,7 +41,10 @@ def remember(kind: str, key: str, choice: str) -> None:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise ValueError("it holds something else than names by key")
+        return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -6,8 +6,8 @@ The first moment is one byte an element, sign, 4 bits of exponent and 3 of manti
 for each `BLOCK` elements; the second is bf16. Both are rounded stochastically too: the second
 moment moves by a thousandth a step, which rounding to nearest would freeze.
 
-Chance is a hash of (update, element), so an update is a function of its inputs, on any device:
-an interrupted run goes on bit for bit.
+Chance is a hash of (update, element), so an update is a function of its inputs: repeated after an
+interruption it gives the same bits. A CPU and a GPU may differ where a multiply-add is fused.
 
 Sources: AdamW, Loshchilov and Hutter (arXiv 1711.05101); block-wise 8-bit state, Dettmers et al.
 (arXiv 2110.02861); the hash is Wellons' lowbias32 (nullprogram.com/blog/2018/07/31, public domain).

@@ -25,11 +25,12 @@ def test_comes_back_beside_others(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["attention.json"]
 
 
+@pytest.mark.parametrize("text", ['{"a": "cud', "null", '{"a": ["cudnn"]}'])
 def test_a_damaged_file_is_said_and_written_anew(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     folder.mkdir()
-    (folder / "attention.json").write_text('{"a": "cud')
+    (folder / "attention.json").write_text(text)
     with caplog.at_level(logging.WARNING):
         assert recall("attention", "a") is None
     assert "attention.json cannot be read" in caplog.text
