@@ -1,1 +1,1 @@
-"""The tests of mvsplit: a package, so that none of this name that a dependency installs hides it."""
+"""The tests of mvsplit: a package, so that no dependency's package of this name hides it."""
