@@ -163,7 +163,7 @@ def trials() -> list[Trial]:
         Trial(
             name="protect, gain 1, no anneal", reaction=replace(usual, gain=1, anneal=0), **protect
         ),
-        Trial(name="protect, gain 1/64", reaction=replace(usual, gain=1 / 64), **protect),
+        Trial(name="protect, gain 1/16", reaction=replace(usual, gain=1 / 16), **protect),
         Trial(name="protect, no anneal", reaction=replace(usual, anneal=0), **protect),
         Trial(name="protect, anneal 10", reaction=replace(usual, anneal=10), **protect),
         Trial(

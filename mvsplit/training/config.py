@@ -74,7 +74,7 @@ class ReactionConfig:
     rewarm: int = 0
     fresh_moments: bool = False
     limit: int = 5
-    gain: float = 0.0625
+    gain: float = 1 / 64
     anneal: int = 50
     go_back: bool = True
 
