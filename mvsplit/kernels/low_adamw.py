@@ -46,12 +46,7 @@ class LowState(NamedTuple):
 
 
 class LowSettings(NamedTuple):
-    """Numbers of one update.
-
-    Attributes:
-        update: n = 1, 2, …: for the bias correction and for chance.
-        factor: multiplies the gradients (of clipping).
-    """
+    """Numbers of one update; `update` is n = 1, 2, …, for the bias correction and for chance."""
 
     lr: float
     beta1: float
@@ -59,7 +54,6 @@ class LowSettings(NamedTuple):
     eps: float
     weight_decay: float
     update: int
-    factor: float = 1.0
 
 
 def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSettings) -> None:
@@ -79,7 +73,7 @@ def reference_low_adamw_(
     """`low_adamw_` in plain PyTorch."""
     s = settings
     chance = random_words(values.numel(), s.update, values.device)
-    g = grads.float() * s.factor
+    g = grads.float()
     first = decode(state.codes).view(-1, BLOCK) * state.scales[:, None]
     first = s.beta1 * first.flatten() + (1 - s.beta1) * g
     second = s.beta2 * state.second.float() + (1 - s.beta2) * g * g

@@ -108,7 +108,8 @@ def _pieces(model: DiT) -> list[nn.Module]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` means; auto is cuda where there is one.
+    """The device that `name` means; auto is cuda where there is one. A GPU that is named by its
+    number becomes the current one, for kernels are launched and graphs recorded there.
 
     Raises:
         UserError: there is no such device here.
@@ -123,7 +124,10 @@ def resolve_device(name: str) -> torch.device:
             f"train.device={name!r} cannot be used here; choose cpu"
             f"{' or cuda' if torch.cuda.is_available() else ''}"
         ) from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def build_loader(experiment: Experiment) -> Loader:

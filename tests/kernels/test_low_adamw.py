@@ -5,7 +5,7 @@ import torch
 
 from mvsplit.kernels import low_adamw as low
 
-SETTINGS = low.LowSettings(1e-2, 0.9, 0.999, 1e-8, 0.1, 3, 0.5)
+SETTINGS = low.LowSettings(1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
 
 
 def draw(n, seed, scale=1.0):

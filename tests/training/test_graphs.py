@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.models import DiT
 from mvsplit.training import build_state, train
+from mvsplit.training.builders import resolve_device
 from mvsplit.training.graphs import Graphs, Run, _Recorded
 from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
@@ -142,6 +143,16 @@ def test_a_cpu_runs_the_step_as_it_is_written() -> None:
     for _ in range(3):
         graphs.run(piece, 1.0, lambda p: calls.append(p) or p.data)  # type: ignore[func-returns-value]
     assert calls == [piece] * 3
+
+
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would be recorded on another, hold nothing, and lose every gradient."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("valid", [None, torch.tensor([3, 17, 1])])

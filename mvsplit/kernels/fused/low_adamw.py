@@ -56,15 +56,15 @@ def _round_to_bf16(x, chance):
 
 @triton.jit(do_not_specialize=["update", "rows"])
 def low_adamw_kernel(
-    p_w, p_g, p_code, p_scale, p_second, decay, rate, correction, beta1, beta2, eps, factor,
-    update, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+    p_w, p_g, p_code, p_scale, p_second, decay, rate, correction, beta1, beta2, eps, update,
+    rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = (row < rows)[:, None] & (i >= 0)
     seed = _hash(update.to(tl.uint32))
     chance = _hash((i & 0xFFFFFFFF).to(tl.uint32) ^ _hash((i >> 32).to(tl.uint32) + seed))
-    g = tl.load(p_g + i, m, 0.0).to(tl.float32) * factor
+    g = tl.load(p_g + i, m, 0.0).to(tl.float32)
     scale = tl.load(p_scale + row, row < rows, 0.0)
     first = _decode(tl.load(p_code + i, m, 0)) * scale[:, None]
     first = beta1 * first + (1 - beta1) * g
@@ -86,6 +86,6 @@ def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSett
     with torch.no_grad():
         low_adamw_kernel[(triton.cdiv(rows, _ROWS),)](
             values, grads, *state, 1 - s.lr * s.weight_decay, s.lr / (1 - s.beta1**s.update),
-            (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, s.eps, s.factor, s.update, rows,
+            (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, s.eps, s.update, rows,
             BLOCK=BLOCK, ROWS=_ROWS, LARGEST=LARGEST, num_warps=4,
         )  # fmt: skip
