@@ -194,7 +194,8 @@ def gate(size: Size, device: str) -> dict[str, Any]:
     }
     worst = {name: max(e.values()) for name, e in errors.items()}
     mean = {name: statistics.fmean(e.values()) for name, e in errors.items()}
-    passed = mean["node"] < 1.1 * mean["parts"] and worst["node"] < 1.3 * worst["parts"]
+    nodes = ("node", "node, bf16 weights")  # arithmetic in bf16 rounds every weight anyway
+    passed = all(mean[n] < 1.1 * mean["parts"] and worst[n] < 1.3 * worst["parts"] for n in nodes)
     return {"mean_error": mean, "worst_error": worst, "passed": passed}
 
 
@@ -410,12 +411,12 @@ def stages(size: Size, device: str, small: bool) -> Iterator[tuple[str, int, Cal
     full: dict[str, Any] = {"weights": "fp32", "depth": deep, "samples": max(piece // 2, 1)}
     low: dict[str, Any] = {"weights": "bf16", "depth": deep, "samples": piece}
     yield "gate", 12, lambda: gate(size, device)
+    yield "curves", 40, lambda: curves(size, device)
     yield "step bf16", 25, lambda: step(size, device, pieces=4, **low)
     yield "profile", 8, lambda: profile(size, device, samples=piece)
     yield "thousand", 60, lambda: learn(size, device, depth=deeper, samples=piece, steps=12)
     yield "step fp32", 25, lambda: step(size, device, pieces=8, **full)
     yield "compiled", 60, lambda: compiled(size, device, depth=deep, samples=2 * piece)
-    yield "curves", 40, lambda: curves(size, device)
     yield "per layer", 30, lambda: per_layer(size, device, samples=piece)
 
 
