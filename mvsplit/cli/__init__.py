@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "app": ("mvsplit.cli.app", "draw in the browser (extra app)"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
     "plan": ("mvsplit.cli.plan", "memory and time of a training step, before it is taken"),
+    "bench": ("mvsplit.cli.bench", "measure speed: the scripts of benchmarks/, their tables"),
 }
 
 USER_ERROR = 2

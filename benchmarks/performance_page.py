@@ -1,0 +1,102 @@
+"""Writes docs/performance.md from the results in benchmarks/results/, or shows one as a table.
+
+    python benchmarks/performance_page.py [--check]
+    python benchmarks/performance_page.py --table FILE…    # of fused_ops, train_step or engine
+
+--check writes nothing and fails where the page is not what the results give. Takes a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from performance_parts import distance, engine, fused, ideas, not_run, plans, training
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+HEAD = """# Performance
+
+Written by `python benchmarks/performance_page.py` from [`benchmarks/results/`](../benchmarks/results),
+so every figure is that of a file there. One NVIDIA H200, torch {torch}, Triton {triton}, bf16, D = 1024,
+8 heads of 128, FFN 3072. *Released* is the code that came with the paper, run as it is; its figures and
+those of cuDNN's attention were measured once by hand ([reference_h200.json](../benchmarks/results/reference_h200.json)).
+`mvsplit bench --list` shows what can be measured again.
+"""  # noqa: E501
+
+
+def load(pattern: str) -> list[dict[str, Any]]:
+    """The results whose names match, the oldest first; `_first` in a name means the older of a
+    day."""
+    paths = sorted(RESULTS.glob(pattern), key=lambda p: (not p.stem.endswith("_first"), p.stem))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(found, key=lambda result: result.get("date", ""))
+
+
+def merged(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One result in which later stages replace earlier ones, but for those that were not run."""
+    together: dict[str, Any] = {}
+    for result in results:
+        kept = {k: v for k, v in result.items() if not str(v).startswith("not run")}
+        together |= kept
+    return together
+
+
+def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of fused_ops, the latest of each op and shape."""
+    latest = {(r["op"], *r["shape"]): r for result in results for r in result["rows"]}
+    return list(latest.values())
+
+
+def page() -> str:
+    ops = load("fused_ops_*h200_*.json")
+    graphs = merged(load("train_step_h200_*.json"))
+    eager = merged(load("train_step_eager_h200_*.json"))
+    reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
+    head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
+    parts = (
+        head,
+        fused(rows(ops)),
+        training(graphs, reference),
+        plans(graphs, eager),
+        distance(graphs, eager, reference),
+        engine(merged(load("engine_h200_*.json"))),
+        ideas(graphs, eager, reference, rows(ops)),
+        not_run(graphs),
+    )
+    return "\n".join(parts)
+
+
+def table(paths: Sequence[Path]) -> str:
+    """What the page says of such results."""
+    found = merged(json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    if "copy_bytes_per_second" in found:
+        return fused(found["rows"])
+    if any(name.startswith("pictures") for name in found):
+        return engine(found)
+    reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
+    return training(found, reference)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--table", type=Path, nargs="+")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+    elif args.check:
+        if PAGE.read_text(encoding="utf-8") != page():
+            sys.exit(f"{PAGE.name} is not what the results give: mvsplit bench page writes it")
+    else:
+        PAGE.write_text(page(), encoding="utf-8")
+        print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

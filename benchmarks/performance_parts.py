@@ -1,0 +1,406 @@
+"""The sections of docs/performance.md, each a function of results (`performance_page.py`).
+
+Shapes: samples, image and text tokens. Units: those of the column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mvsplit.models import DiTConfig
+from mvsplit.residuals import RuleConfig
+from mvsplit.training import TrainConfig
+from mvsplit.training.gpus import GIB, GPUS
+from mvsplit.training.memory_plan import kept_bytes
+from mvsplit.training.step_memory import step_memory
+from mvsplit.training.step_time import Shape, step_time
+
+Found = dict[str, Any]
+LENGTH = 320  # tokens of a sample in train_step.py
+NAMES = {
+    "merge": "merge with means",
+    "plain": "merge without",
+    "rope": "QK-norm, rotation",
+    "swiglu": "SwiGLU",
+}
+# Groups of kernels in the profile, by what their names contain.
+GROUPS = {
+    "matrix products": ("nvjet", "gemm", "cutlass"),
+    "attention (flash, before cuDNN was chosen)": ("flash",),
+    "merges": ("split_merge", "scaled_merge"),
+    "SwiGLU": ("swiglu",),
+    "QK-norm and rotation": ("qk_norm_rope",),
+    "casts of fp32 weights, other copies and fills": ("",),
+}
+PASSES = {  # of [n, D] in bf16 that have to move in a block, forward and backward
+    "merges": 2 * (3 + 5),
+    "SwiGLU": 3 * (3 + 6),
+    "QK-norm and rotation": 6 + 8,
+}
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# Fused ops
+
+
+def fused(rows: list[Found]) -> str:
+    """Each op beside its bytes floor and its rivals."""
+    head = ("op", "samples, tokens", "forward, µs (× floor)", "backward, µs (× floor)")
+    head = (*head, "copy bandwidth", "torch.compile", "released")
+    text = markdown(head, [_op(row) for row in rows])
+    return f"""## Fused ops
+
+Floor: the bytes that have to move, at the copy bandwidth of the same run; *copy bandwidth* is its share
+that forward and backward reach together. The last columns: how many times longer they take, forward and
+backward. Medians in a CUDA graph over inputs that exceed the L2 cache; each op is compared with fp64
+before it is timed.
+
+{text}"""  # noqa: E501
+
+
+def _op(row: Found) -> list[str]:
+    batch, image, words = row["shape"]
+    ours, floor = row["ms"]["ours"], row["floor_ms"]
+    each = [f"{o * 1e3:.1f} ({o / f:.2f})" for o, f in zip(ours, floor, strict=True)]
+    rivals = (row["ms"].get("compile"), row.get("released_ms"))
+    times = [f"{sum(r) / sum(ours):.1f}×" if r else "–" for r in rivals]
+    share = f"{sum(floor) / sum(ours):.0%}"
+    return [NAMES.get(row["op"], row["op"]), f"{batch}, {image}+{words}", *each, share, *times]
+
+
+# The training step
+
+
+def training(found: Found, reference: Found) -> str:
+    """The optimiser step beside torch.compile and the released code."""
+    rival = _rival(found)
+    rows = [_step(name, found[stage], rival) for stage, name in STEPS.items() if _has(found, stage)]
+    batch, seconds, rate, mfu, peak = reference["released"]["training_step_400_layers"]["rows"][-1]
+    rows.append(_step_row("released code, bf16 AdamW", batch, seconds, rate, mfu, f"{peak}", rival))
+    head = ("400 layers, 256 + 64 tokens", "samples", "s", "tokens/s", "MFU", "peak GiB")
+    head = (*head, "÷ torch.compile")
+    return f"""## The training step
+
+AdamW with clipping by the true global norm, on one GPU. MFU: 6N and attention, nothing that is computed
+again, of 989 TFLOP/s. The rival under torch.compile has the formula as one writes it, one compiled
+block for all layers, every block checkpointed, fp32 weights, our optimiser; same run.
+
+{markdown(head, rows)}
+{_gates(found)}"""  # noqa: E501
+
+
+STEPS = {
+    "step bf16": "ours, bf16 weights (7 bytes a parameter)",
+    "step fp32": "ours, fp32 weights (16 bytes)",
+    "compiled": "torch.compile",
+}
+
+
+def _has(found: Found, stage: str) -> bool:
+    return "seconds" in (found.get(stage) or {})
+
+
+def _rival(found: Found) -> float | None:
+    return found["compiled"]["tokens_per_second"] if _has(found, "compiled") else None
+
+
+def _step(name: str, stage: Found, rival: float | None) -> list[str]:
+    keys = ("samples", "seconds", "tokens_per_second", "mfu")
+    return _step_row(name, *(stage[key] for key in keys), f"{stage['peak_gib']:.1f}", rival)
+
+
+def _step_row(
+    name: str, samples: int, seconds: float, rate: float, mfu: float, peak: str, rival: float | None
+) -> list[str]:
+    ratio = f"{rate / rival:.2f}×" if rival else "–"
+    return [name, str(samples), f"{seconds:.2f}", f"{rate:,.0f}", f"{mfu:.1%}", peak, ratio]
+
+
+def _gates(found: Found) -> str:
+    lines = []
+    if "gate" in found:
+        errors = found["gate"]["mean_error"]
+        lines.append(
+            "Gate: gradients of six layers differ from fp32 by "
+            + ", ".join(f"{error:.4f} ({name})" for name, error in errors.items())
+            + " on average, ‖g − g₃₂‖/‖g₃₂‖."
+        )
+    if "curves" in found:
+        gaps = found["curves"]["gaps"]
+        lines.append(
+            "Loss of the last 20 of 100 steps against fp32, same seed: "
+            + ", ".join(f"{gap:+.2%} ({name})" for name, gap in gaps.items())
+            + f"; another seed differs by {found['curves']['between_seeds']:.2%}."
+        )
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+# What `mvsplit plan` foretells
+
+
+def network(depth: int) -> DiTConfig:
+    """That of train_step.py."""
+    return DiTConfig(
+        depth=depth,
+        width=1024,
+        heads=8,
+        ffn_width=3072,
+        channels=128,
+        text_width=1024,
+        rule=RuleConfig(name="mvsplit", beta=0.05),
+    )
+
+
+def foretold(stage: Found, depth: int, weights: Any, graph: bool) -> tuple[float, float]:
+    """Seconds and peak GiB of the model, for the recompute plan that the run had."""
+    samples = stage.get("piece", 26)
+    levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
+    model = network(depth)
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights=weights, ema_decay=0.0)
+    shape = Shape(samples=samples, length=LENGTH, pieces=stage["samples"] // samples)
+    memory = step_memory(model, config, shape.tokens, GPUS["h200"])
+    kept = sum(shape.tokens * kept_bytes(model, level) for level in levels)
+    peak = memory.allocated - memory.parts["activations"] + kept
+    time = step_time(model, config, shape, levels, GPUS["h200"], graph=graph)
+    return time.seconds, peak / GIB
+
+
+def plans(graphs: Found, eager: Found) -> str:
+    cases = (
+        ("400 layers, bf16 weights, graphs", graphs["step bf16"], 400, "bf16", True),
+        ("400 layers, fp32 weights, graphs", graphs["step fp32"], 400, "fp32", True),
+        ("400 layers, bf16 weights, one by one", eager["step bf16"], 400, "bf16", False),
+        ("400 layers, fp32 weights, one by one", eager["step fp32"], 400, "fp32", False),
+        ("1000 layers, bf16 weights, one by one", eager["thousand"], 1000, "bf16", False),
+    )
+    rows = []
+    for name, stage, depth, weights, graph in cases:
+        seconds, peak = foretold(stage, depth, weights, graph)
+        took, most = stage["seconds"], stage["peak_gib"]
+        times = [f"{took:.2f}", f"{seconds:.2f}", f"{seconds / took - 1:+.1%}"]
+        rows.append([name, *times, f"{most:.1f}", f"{peak:.1f}", f"{peak / most - 1:+.1%}"])
+    head = ("", "s, measured", "planned", "", "peak GiB, measured", "planned", "")
+    return f"""## What `mvsplit plan` foretells
+
+Its constants are those of the profile below, of fused ops and of cuDNN's attention, none fitted to a
+step. *One by one*: without CUDA graphs; the CPU's launches decide, so that these say little about the
+kernels. The run of 1000 layers had the plan of its day, which is what is compared.
+
+{markdown(head, rows)}"""  # noqa: E501
+
+
+# The distance that is left
+
+
+def grouped(profile: Found) -> dict[str, float]:
+    """µs a block by group of kernels; the last has what the list of the largest leaves out."""
+    sums = dict.fromkeys(GROUPS, 0.0)
+    for kernel, us in profile["by_kernel_us"].items():
+        name = next(g for g, parts in GROUPS.items() if any(p in kernel for p in parts))
+        sums[name] += us
+    sums[list(GROUPS)[-1]] += profile["kernels_us"] - sum(sums.values())
+    return sums
+
+
+def distance(graphs: Found, eager: Found, reference: Found) -> str:
+    profile, gpu = eager["profile"], GPUS["h200"]
+    tokens = eager["step bf16"]["piece"] * LENGTH
+    flops = 6 * tokens * _matrices()
+    rows = []
+    for name, us in grouped(profile).items():
+        floor = flops / gpu.peak * 1e6 if name == "matrix products" else None
+        if name in PASSES:
+            floor = PASSES[name] * 2 * tokens * 1024 / gpu.copy * 1e6
+        limit = "–" if floor is None else f"{floor:.0f}"
+        rows.append([name, f"{us:.0f}", limit, "" if floor is None else f"{us - floor:.0f}"])
+    rows.append(["all kernels", f"{profile['kernels_us']:.0f}", "", ""])
+    reached = flops / grouped(profile)["matrix products"] / 1e6
+    head = ("a block, forward and backward", "µs", "limit, µs", "above it")
+    return f"""## The distance to the limit
+
+Kernels of a block at {tokens:,} tokens, from a profile of the step before CUDA graphs, with fp32 weights.
+Limits: 989 TFLOP/s for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at
+{gpu.copy / 1e12:.2f} TB/s.
+
+{markdown(head, rows)}
+{_merges(profile, tokens)}
+
+{_split(graphs)}"""  # noqa: E501
+
+
+def _matrices() -> int:
+    return 1024 * (4 * 1024 + 3 * 3072)  # of a block: W_QKV, W_O, W13, W_2
+
+
+def _merges(profile: Found, tokens: int) -> str:
+    one = 2 * tokens * 1024 / GPUS["h200"].copy * 1e6
+    each = {}
+    for way, passes in (("fwd", 3), ("bwd", 5)):
+        kernel = next(k for k in profile["by_kernel_us"] if k.startswith(f"split_merge_{way}"))
+        each[way] = (profile["by_kernel_us"][kernel] / 2, passes * one)
+    (forward, low), (backward, least) = each["fwd"], each["bwd"]
+    return (
+        f"A merge at 26 samples takes {forward:.0f} µs forward where its bytes need {low:.0f}, "
+        f"and {backward:.0f} µs backward\nwhere they need {least:.0f}: further from the limit "
+        f"than at 64 samples (table of fused ops). SwiGLU and the\nrotation are near it."
+    )
+
+
+def _split(graphs: Found) -> str:
+    """The measured step, by the parts of the model and what these leave."""
+    stage = graphs["step bf16"]
+    shape = Shape(samples=stage["piece"], length=LENGTH, pieces=stage["samples"] // stage["piece"])
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights="bf16", ema_decay=0.0)
+    gpu = GPUS["h200"]
+    time = step_time(network(400), config, shape, ["nothing"] * 400, gpu)
+    ideal = stage["mfu"] * stage["seconds"]
+    products = time.parts["matrix products"]
+    best = products * gpu.products / gpu.peak
+    blocks = 400 * shape.pieces
+    bytes_ = sum(PASSES.values()) * 2 * shape.tokens * 1024 * blocks / gpu.copy
+    rows = [
+        ["model FLOPs at the peak", f"{ideal:.2f}"],
+        ["products below the peak", f"{products - best:+.2f}"],
+        ["attention below the peak", f"{time.parts['attention'] - (ideal - best):+.2f}"],
+        ["element-wise kernels, their bytes", f"{bytes_:+.2f}"],
+        [
+            "element-wise kernels above them, merges nearly all of it",
+            f"{time.parts['element-wise kernels'] - bytes_:+.2f}",
+        ],
+        *(
+            [name, f"{seconds:+.2f}"]
+            for name, seconds in time.parts.items()
+            if name not in ("matrix products", "attention", "element-wise kernels")
+        ),
+        [
+            "what the model has too much (−) or too little",
+            f"{stage['seconds'] - time.seconds:+.2f}",
+        ],
+        ["measured", f"{stage['seconds']:.2f}"],
+    ]
+    return (
+        "The step of 400 layers with bf16 weights, by cause (the model of `mvsplit plan`):\n\n"
+        + markdown(("", "s"), rows)
+    )
+
+
+# The engine
+
+
+def engine(found: Found) -> str:
+    released = found["released"]
+    low, high = released["eager_s_per_picture"]
+    rows = [["released code, eager", f"{low}–{high}", "–"]]
+    rows.append(["released block in one CUDA graph", f"{released['one_graph_s_per_picture']}", "–"])
+    rival = found.get("compiled_block_in_one_graph")
+    if rival:
+        name = "a torch.compile'd block in one CUDA graph"
+        rows.append([name, f"{rival['seconds_1']:.2f}", f"{rival['seconds_8']:.2f}"])
+    ours = [found.get(f"pictures_{n}") for n in (1, 8)]
+    rows.append(["the engine", *(f"{o['seconds']:.2f}" if o else "–" for o in ours)])
+    head = ("1000 layers, 35 steps, guidance", "one picture, s", "eight, s")
+    gate = found.get("gate", {})
+    error = f"{gate['engine']:.4f} (bf16 ops: {gate['plain_bf16']:.4f})" if gate else "not run"
+    return f"""## Sampling
+
+Gate: distance of the latents to fp32 after 35 steps, {error}.
+
+{markdown(head, rows)}
+[Sampling fast](sampling.md) says how, what did not help and what is left.
+"""
+
+
+# Ideas
+
+
+def ideas(graphs: Found, eager: Found, reference: Found, ops: list[Found]) -> str:
+    low, full = graphs["step bf16"], graphs["step fp32"]
+    before, before_full = eager["step bf16"], eager["step fp32"]
+    flash, cudnn = _attention(reference)
+    merge = next(r for r in ops if r["op"] == "merge")
+    thousand = eager["thousand"]["recompute"]
+    again = ", ".join(f"{count} blocks {level}" for level, count in thousand.items())
+    rows = [
+        [
+            "forward and backward of a piece as one CUDA graph",
+            f"{before['seconds']:.2f} → {low['seconds']:.2f} s with bf16 weights, "
+            f"{before_full['seconds']:.2f} → {full['seconds']:.2f} s with fp32",
+        ],
+        [
+            "bf16 weights, 7 bytes a parameter: pieces twice as large in the same memory",
+            f"{full['seconds']:.2f} → {low['seconds']:.2f} s; no casts of weights either",
+        ],
+        [
+            "nothing computed again where memory allows, decided for each block",
+            f"400 layers: nothing; 1000 layers at 26 samples: {again} "
+            f"(full checkpointing costs a forward pass of each)",
+        ],
+        [
+            "cuDNN's attention instead of flash",
+            f"{sum(flash)} → {sum(cudnn)} µs at 32 samples of 320 tokens",
+        ],
+        [
+            "one merge kernel a direction, deterministic",
+            f"{sum(merge['ms']['compile']) * 1e3:.0f} µs under torch.compile → "
+            f"{sum(merge['ms']['ours']) * 1e3:.0f} µs at 64 samples of 256+64",
+        ],
+    ]
+    text = markdown(("idea", "what it gave"), rows)
+    return f"""## What each idea gave
+
+{text}
+Gave nothing, or less than hoped:
+
+- Choosing attention by wall time: launches took longer than kernels, so that all looked alike, and flash
+  was taken although cuDNN is faster. It is chosen by its time in a graph since.
+- A block as one autograd node with few, large kernels, launched one by one:
+  {before["tokens_per_second"]:,.0f} tokens/s with bf16 weights, {before_full["tokens_per_second"]:,.0f}
+  with fp32, near the released {_released(reference):,} or below. Without graphs the CPU decides.
+- The forward merge at {sum(merge["shape"][1:])} tokens and 64 samples is {_forward_ratio(merge):.2f} times its bytes;
+  at most 1.6 was hoped for.
+- For sampling: see [what did not help](sampling.md#what-did-not-help).
+"""  # noqa: E501
+
+
+def _attention(reference: Found) -> tuple[list[int], list[int]]:
+    row = next(r for r in reference["attention_us"]["rows"] if r[:2] == [32, 320])
+    return row[2], row[3]
+
+
+def _released(reference: Found) -> int:
+    return reference["released"]["training_step_400_layers"]["rows"][-1][2]
+
+
+def _forward_ratio(row: Found) -> float:
+    return row["ms"]["ours"][0] / row["floor_ms"][0]
+
+
+def not_run(graphs: Found) -> str:
+    first = graphs["thousand"]
+    why = "a later run stands in the results"
+    if "out_of_memory" in first:
+        why = "one attempt ran out of memory by a few MiB; the plan leaves more free since"
+    elif "seconds" in first:
+        why = f"{first['seconds']:.1f} s for {first['samples']} samples"
+    lines = [f"1000 layers as CUDA graphs, and MFU there: {why}"]
+    lines += [name for stage, name in UNMEASURED.items() if not _has_result(graphs, stage)]
+    return "## Not run\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+UNMEASURED = {
+    "per layer": "seconds a layer at 1000 layers against 100, and the cold start at 1000",
+    "masked": "what masked text costs in attention",
+    "recipe": "the loss of bf16 weights against fp32 over 1,000 steps at 400 layers, D = 128",
+    "resume": "30 steps, save and resume of 13.6 billion parameters on a GPU",
+    "several": "training on several GPUs (`mvsplit bench parallel_step`)",
+}
+
+
+def _has_result(graphs: Found, stage: str) -> bool:
+    return isinstance(graphs.get(stage), dict)

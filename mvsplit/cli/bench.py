@@ -1,0 +1,201 @@
+"""`mvsplit bench [NAME] [options of the script]`: runs a script of benchmarks/, keeps its result.
+
+The scripts are of the repository, not of the package. What each claims and costs stands in its
+docstring; each checks that what it times is right before it takes a time. This command finds them,
+says which can run here, names the result after the GPU and the date, and shows it as a table.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import mvsplit
+from mvsplit.errors import UserError, nearest
+
+Needs = Literal["CPU", "GPU", "GPUs"]
+
+# What scripts need that do not simply run on a CPU, and arguments without which some do not run.
+_NEEDS: dict[str, Needs] = {
+    "engine": "GPU",
+    "fused_ops": "GPU",
+    "parallel_step": "GPUs",
+    "train_step": "GPU",
+    "watch_cost": "GPU",
+}
+_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "depth_on_demand": ("--run", "runs/digits-400l-mvsplit"),
+    "policies": ("digits-32",),
+    "samplers": ("--run", "runs/shapes-small"),
+}
+_SHOWN = ("engine", "fused_ops", "train_step")  # whose results performance_page.py shows as tables
+_PAGE = "performance_page"
+_WIDTH = 110  # columns where there is no terminal
+_USAGE = """usage: mvsplit bench [--list]
+       mvsplit bench NAME [--json FILE] [options of the script; --help shows them]
+       mvsplit bench page [--check]     docs/performance.md from benchmarks/results/
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A script.
+
+    Attributes:
+        name: of the file.
+        claim: the first paragraph of its docstring.
+        cost: what its docstring says of it.
+        needs: what it runs on.
+    """
+
+    name: str
+    path: Path
+    claim: str
+    cost: str
+    needs: Needs
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a script and returns its exit status, or lists them.
+
+    Raises:
+        UserError: there are no scripts here, no such script, or not the GPU that it needs.
+    """
+    name, *rest = arguments or ("--list",)
+    if name in ("-h", "--help"):
+        print(_USAGE + (__doc__ or "").partition("\n")[2])
+        return 0
+    folder = find_folder()
+    if name == "page":
+        return _run([sys.executable, str(folder / f"{_PAGE}.py"), *rest], folder)
+    known = find_benchmarks(folder)
+    if name == "--list":
+        _show(known)
+        return 0
+    if name not in known:
+        raise UserError(f"benchmark={name!r} is unknown: {nearest(name, (*known, 'page'))}")
+    return _measure(known[name], rest, folder)
+
+
+def find_folder() -> Path:
+    """benchmarks/ beside the package, or in the current folder. Raises UserError without one."""
+    for root in (Path(mvsplit.__file__).parents[1], Path.cwd()):
+        if (root / "benchmarks" / "train_step.py").exists():
+            return root / "benchmarks"
+    raise UserError(
+        "bench: the scripts are not part of the installed package; clone the project's repository "
+        "and give the command in its folder"
+    )
+
+
+def find_benchmarks(folder: Path) -> dict[str, Benchmark]:
+    """The scripts of a folder by name: those that can be run and say what they cost."""
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = ast.get_docstring(ast.parse(text)) or ""
+        claim = " ".join(said.partition("\n\n")[0].split())
+        cost = re.search(r"Cost[^:\n]*:\s*(.+?)(?:\n\n|$)", said, re.DOTALL)
+        if path.stem != _PAGE and "__main__" in text and "--json" in text:
+            found[path.stem] = Benchmark(
+                name=path.stem,
+                path=path,
+                claim=claim.removeprefix("Claim: "),
+                cost=" ".join(cost[1].split()) if cost else "",
+                needs=_NEEDS.get(path.stem, "CPU"),
+            )
+    return found
+
+
+def _show(known: dict[str, Benchmark]) -> None:
+    table = Table("name", "needs", "claim or question", "cost", box=None, pad_edge=False)
+    for b in known.values():
+        runs = "" if _missing(b.needs) is None else " (not here)"
+        table.add_row(b.name, b.needs + runs, b.claim, b.cost)
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(width=_WIDTH, highlight=False)).print(table)
+
+
+def _missing(needs: Needs) -> str | None:
+    """What this machine lacks."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if needs == "GPU" and count < 1:
+        return "a GPU"
+    return "several GPUs" if needs == "GPUs" and count < 2 else None
+
+
+_TRIALS = {"--help", "-h", "--small", "--trial", "--table"}  # run anywhere
+
+
+def _measure(benchmark: Benchmark, given: list[str], folder: Path) -> int:
+    """Runs the script with a file for its result, then shows that as a table."""
+    trial = bool(_TRIALS.intersection(given))
+    lacks = None if trial else _missing(benchmark.needs)
+    if lacks:
+        raise UserError(
+            f"bench {benchmark.name}: needs {lacks}, which this machine has not; "
+            f"mvsplit bench --list shows what can run here"
+        )
+    arguments = list(given)
+    out = _taken(arguments, "--json")
+    if not arguments:
+        arguments += _ARGUMENTS.get(benchmark.name, ())
+    if out is None and not trial:
+        out = _default_result(benchmark, folder)
+    arguments += ["--json", str(out)] if out else []
+    status = _run([*_launcher(benchmark), str(benchmark.path), *arguments], folder)
+    if status == 0 and out is not None and out.exists():
+        print(f"result {out}", flush=True)
+        if benchmark.name in _SHOWN and not trial:
+            page = [sys.executable, str(folder / f"{_PAGE}.py"), "--table", str(out.resolve())]
+            status = _run(page, folder)
+    return status
+
+
+def _taken(arguments: list[str], option: str) -> Path | None:
+    """The value of an option, which both are taken out of the arguments."""
+    if option not in arguments:
+        return None
+    place = arguments.index(option)
+    if place + 1 == len(arguments):
+        raise UserError(f"bench: {option} wants the name of a file")
+    value = arguments[place + 1]
+    del arguments[place : place + 2]
+    return Path(value)
+
+
+def _default_result(benchmark: Benchmark, folder: Path) -> Path:
+    """NAME_GPU_DATE.json in benchmarks/results, with a number where that is taken."""
+    device = "cpu"
+    if benchmark.needs != "CPU":
+        device = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[0]
+    stem = f"{benchmark.name}_{device}_{datetime.date.today().isoformat()}"
+    free = (folder / "results" / f"{stem}{n}.json" for n in ("", *(f"_{k}" for k in range(2, 99))))
+    return next(path for path in free if not path.exists())
+
+
+def _launcher(benchmark: Benchmark) -> list[str]:
+    if benchmark.needs != "GPUs":
+        return [sys.executable]
+    processes = max(2, torch.cuda.device_count())
+    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    return [sys.executable, *run]
+
+
+def _run(command: list[str], folder: Path) -> int:
+    """In the caller's folder, with the scripts' package first."""
+    paths = [str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(command, env=environment, check=False).returncode

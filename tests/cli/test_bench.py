@@ -1,0 +1,107 @@
+"""`mvsplit bench`: finds the scripts, says what is missing, passes options on, keeps results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvsplit import cli
+from mvsplit.cli import bench
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = '''"""Claim: it is
+quick.
+
+Gate: none.
+
+Cost: nothing at
+all.
+"""
+
+import json, sys
+
+if __name__ == "__main__":
+    place = sys.argv.index("--json") + 1
+    with open(sys.argv[place], "w") as file:
+        json.dump(sys.argv[1:place - 1], file)
+    sys.exit(7 if "--fail" in sys.argv else 0)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one script, in the place of that of the repository."""
+    found = tmp_path / "benchmarks"
+    (found / "results").mkdir(parents=True)
+    (found / "quick.py").write_text(SCRIPT)
+    (found / "helper.py").write_text('"""Not a script: --json."""')
+    monkeypatch.setattr(bench, "find_folder", lambda: found)
+    return found
+
+
+def test_every_script_with_a_claim_is_listed_with_what_it_needs():
+    known = bench.find_benchmarks(FOLDER)
+    claims = {p.stem for p in FOLDER.glob("*.py") if p.read_text().startswith('"""Claim:')}
+    assert claims - known.keys() <= {"detector_quality"}
+    assert {n for n, b in known.items() if b.needs != "CPU"} == set(bench._NEEDS)
+    assert set(bench._ARGUMENTS) <= set(known)
+    assert known["train_step"].claim.startswith("the training step of 400 layers at half of")
+    assert known["train_step"].cost == "about four minutes on one H200."
+    assert all(b.claim for b in known.values())
+
+
+def test_a_script_runs_with_its_options_and_its_result_is_named_after_device_and_day(folder):
+    assert cli.main(["bench", "quick", "--depth", "3"]) == 0
+    assert cli.main(["bench", "quick"]) == 0
+    day = datetime.date.today().isoformat()
+    results = {p.name: json.loads(p.read_text()) for p in (folder / "results").iterdir()}
+    assert results == {f"quick_cpu_{day}.json": ["--depth", "3"], f"quick_cpu_{day}_2.json": []}
+
+
+def test_a_given_file_is_used_and_a_failure_is_passed_on(folder, tmp_path):
+    out = tmp_path / "mine.json"
+    assert cli.main(["bench", "quick", "--json", str(out), "--fail"]) == 7
+    assert json.loads(out.read_text()) == ["--fail"]
+    assert not list((folder / "results").iterdir())
+
+
+def test_arguments_without_which_a_script_does_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench._ARGUMENTS, "quick", ("--run", "there"))
+    out = tmp_path / "mine.json"
+    for given, expected in ((), ["--run", "there"]), (("--run", "x"), ["--run", "x"]):
+        assert cli.main(["bench", "quick", "--json", str(out), *given]) == 0
+        assert json.loads(out.read_text()) == expected
+
+
+def test_the_list(folder, capsys):
+    for arguments in (["bench"], ["bench", "--list"]):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "it is quick." in out
+        assert "nothing at all." in out
+        assert "helper" not in out
+
+
+def test_errors_say_what_to_do(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(bench._NEEDS, "quick", "GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "quick"]) == cli.USER_ERROR
+    assert "bench quick: needs a GPU" in capsys.readouterr().err
+    assert cli.main(["bench", "qiuck"]) == cli.USER_ERROR
+    assert "did you mean quick" in capsys.readouterr().err
+    monkeypatch.setitem(bench._NEEDS, "quick", "CPU")
+    assert cli.main(["bench", "quick", "--json"]) == cli.USER_ERROR
+    assert "--json wants the name of a file" in capsys.readouterr().err
+
+
+def test_without_the_repository_it_says_where_the_scripts_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.mvsplit, "__file__", str(tmp_path / "site" / "mvsplit" / "x.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "train_step"]) == cli.USER_ERROR
+    assert "not part of the installed package; clone" in capsys.readouterr().err
+    monkeypatch.chdir(FOLDER.parent)
+    assert bench.find_folder() == FOLDER

@@ -1,0 +1,89 @@
+"""docs/performance.md is what the results give, and says what was not run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def writer():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        path = FOLDER / "performance_page.py"
+        spec = importlib.util.spec_from_file_location("performance_page", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def result(name: str) -> dict:
+    return json.loads((FOLDER / "results" / name).read_text(encoding="utf-8"))
+
+
+def test_the_page_is_what_the_command_writes(writer):
+    assert writer.page() == TEXT, "mvsplit bench page writes it"
+
+
+def test_check_fails_on_a_page_that_was_changed(writer, tmp_path, monkeypatch):
+    changed = tmp_path / "performance.md"
+    changed.write_text(TEXT.replace("50.2%", "60.2%"), encoding="utf-8")
+    monkeypatch.setattr(writer, "PAGE", changed)
+    monkeypatch.setattr(sys, "argv", ["performance_page.py", "--check"])
+    with pytest.raises(SystemExit, match="mvsplit bench page"):
+        writer.main()
+    monkeypatch.setattr(sys, "argv", ["performance_page.py"])
+    writer.main()
+    assert changed.read_text(encoding="utf-8") == TEXT
+
+
+def test_later_results_replace_earlier_ones_but_not_by_what_was_not_run(writer):
+    first = {"gate": {"passed": True}, "curves": {"passed": True}}
+    later = {"gate": {"passed": False}, "curves": "not run: beyond the budget"}
+    assert writer.merged([first, later]) == {"gate": {"passed": False}, "curves": {"passed": True}}
+
+
+def test_groups_of_the_profile_hold_all_of_its_time(writer):
+    from performance_parts import grouped
+
+    profile = result("train_step_eager_h200_2026-11-24.json")["profile"]
+    groups = grouped(profile)
+    assert sum(groups.values()) == pytest.approx(profile["kernels_us"])
+    by_hand = [us for name, us in profile["by_kernel_us"].items() if "nvjet" in name]
+    assert groups["matrix products"] == pytest.approx(sum(by_hand))
+
+
+def test_causes_add_up_to_the_measured_step():
+    (table,) = re.findall(r"model FLOPs at the peak.*?\| measured \| ([\d.]+) \|", TEXT, re.DOTALL)
+    rows = re.findall(r"^\| [a-zA-Z][^|]* \| ([+-]?\d+\.\d\d) \|$", TEXT, re.MULTILINE)
+    *causes, total = map(float, rows)
+    assert total == float(table)
+    assert sum(causes) == pytest.approx(total, abs=0.005 * len(causes) + 0.005)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("fused_ops_merge_h200_2026-11-22.json", "merge with means"),
+        ("train_step_h200_2026-11-24.json", "| 14,488 | 50.2% | 125.9 | 2.33× |"),
+        ("engine_h200_2026-11-24.json", "| the engine | 2.09 | 10.07 |"),
+    ],
+)
+def test_a_result_alone_as_a_table(writer, file, words):
+    assert words in writer.table([FOLDER / "results" / file])
+
+
+def test_every_file_it_links_to_exists():
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)", TEXT)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
