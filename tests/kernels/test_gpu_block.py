@@ -88,6 +88,20 @@ def by_node(block, valid, device, *, recompute, adds=False, dtype=torch.float32)
     return out.detach(), x.grad, grads
 
 
+def call(block, x):
+    """The node on a block of fp32 with `adds`, as a trainer calls it."""
+    from mvsplit.kernels.fused.block import block as run
+
+    rules = block.rule_attention, block.rule_ffn
+    cos, sin = (t.to(x.device) for t in tables())
+    eps = (rules[0].eps, rules[1].eps)
+    settings = BlockSettings(
+        cos, sin, Segments(LENGTHS), HEADS, block.attention.eps, eps, adds=True
+    )
+    weights = BlockWeights(*(m.weight for m in block._matrices()))
+    return run(x, weights, rules[0].gains(), rules[1].gains(), settings)
+
+
 def error(value, wanted):
     value = value.double().cpu()
     return float(((value - wanted).norm() / wanted.norm().clamp(min=1)).nan_to_num(nan=1e9))
@@ -123,6 +137,20 @@ def test_gradients_are_added_in_place(device):
     compare(found, wanted, 2e-5)
 
 
+def test_added_gradients_do_not_pass_through_autograd(device):
+    block = make_block(RULES["mvsplit"]).to(device)
+    weights = [matrix.weight for matrix in block._matrices()]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    x, grad = (t.to(device) for t in draw(torch.float32))
+    found = torch.autograd.grad(call(block, x), weights, grad, allow_unused=True)
+    assert found == (None,) * 4
+    wanted = truth(make_block(RULES["mvsplit"]), None)[2]
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 2:
+            assert error(parameter.grad - 1, wanted[name]) < 2e-5, name
+
+
 @pytest.mark.parametrize("recompute", ["packed", "all"])
 def test_recomputing_changes_no_bit(recompute, device):
     kept = by_node(make_block(RULES["mvsplit"]), None, device, recompute="nothing")
@@ -140,20 +168,6 @@ def test_frozen_matrices_get_no_gradient(device):
     wanted = truth(make_block(RULES["mvsplit"]), None)
     assert grads["ffn.w2.weight"] is None
     assert error(dx, wanted[1]) < 2e-5
-
-
-def call(block, x):
-    """The node on a block of fp32 with `adds`, as a trainer calls it."""
-    from mvsplit.kernels.fused.block import block as run
-
-    rules = block.rule_attention, block.rule_ffn
-    cos, sin = (t.to(x.device) for t in tables())
-    eps = (rules[0].eps, rules[1].eps)
-    settings = BlockSettings(
-        cos, sin, Segments(LENGTHS), HEADS, block.attention.eps, eps, adds=True
-    )
-    weights = BlockWeights(*(m.weight for m in block._matrices()))
-    return run(x, weights, rules[0].gains(), rules[1].gains(), settings)
 
 
 def test_hooks_on_a_matrix_see_its_gradient(device):
