@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "explain": ("mvsplit.cli.explain", "say what made the gradient of a step spike"),
     "encode": ("mvsplit.cli.encode", "encode pictures and captions for training"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run or released weights"),
+    "evaluate": ("mvsplit.cli.evaluate", "score a run or weights; compare scores"),
     "app": ("mvsplit.cli.app", "draw in the browser (extra app)"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
     "plan": ("mvsplit.cli.plan", "memory and time of a training step, before it is taken"),

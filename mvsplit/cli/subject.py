@@ -94,7 +94,7 @@ def open_subject(args: Options) -> Subject:
     Raises:
         UserError: neither is there; options that do not belong to it, or do not fit.
     """
-    run = _find_run(args.source)
+    run = find_run(args.source)
     if run is not None:
         return _of_run(run, args)
     if args.source.exists() or args.source.suffix in (".pt", ".safetensors"):
@@ -105,7 +105,7 @@ def open_subject(args: Options) -> Subject:
     raise UserError(f"no run at {args.source}; {remedy}")
 
 
-def _find_run(path: Path) -> Path | None:
+def find_run(path: Path) -> Path | None:
     """The run's folder of a run or of one of its checkpoints."""
     one = (path / "manifest.json").is_file() and path.parent.name == "checkpoints"
     run = path.parent.parent if one else path

@@ -51,7 +51,7 @@ def render(table: SceneTable, size: int, device: torch.device | str = "cpu") -> 
     for start in range(0, len(table.count), _CHUNK):
         rows = slice(start, start + _CHUNK)
         owner, kinds, colour, geometry = _objects(table, rows, device)
-        cover = _coverage(kinds, geometry * size, size)  # [N, S, S]
+        cover = coverage(kinds, geometry * size, size)  # [N, S, S]
         contrast = palette[colour] - ground[rows][owner]  # [N, 3]
         # Objects never share a pixel, so the sum has one term at most that is not zero and does
         # not depend on the order of its terms.
@@ -79,7 +79,7 @@ def _objects(
     )
 
 
-def _coverage(kinds: np.ndarray, geometry: Tensor, size: int) -> Tensor:
+def coverage(kinds: np.ndarray, geometry: Tensor, size: int) -> Tensor:
     """[N, S, S] from (x, y, radius) [N, 3] in pixels; `kinds[k]` objects of SHAPES[k] in turn."""
     pixel = torch.arange(size, device=geometry.device, dtype=geometry.dtype) + 0.5  # centres
     dx = pixel[None, None, :] - geometry[:, 0, None, None]  # [N, 1, S]

@@ -1,5 +1,24 @@
-"""Evaluators that yield (name, value)."""
+"""Evaluators that yield (name, value), and the passport that goes with every score."""
 
-from mvsplit.evaluation.digits import CHANCE, digit_classifier, evaluate_digits
+from mvsplit.evaluation.digits import CHANCE, digit_classifier, digit_frechet, evaluate_digits
+from mvsplit.evaluation.frechet import frechet_distance
+from mvsplit.evaluation.geneval import evaluate_shapes
+from mvsplit.evaluation.held_out import held_out, validation_loss
+from mvsplit.evaluation.passport import Evaluation, differences, read_evaluation, write_evaluation
+from mvsplit.evaluation.reader import read_pictures
 
-__all__ = ["CHANCE", "digit_classifier", "evaluate_digits"]
+__all__ = [
+    "CHANCE",
+    "Evaluation",
+    "differences",
+    "digit_classifier",
+    "digit_frechet",
+    "evaluate_digits",
+    "evaluate_shapes",
+    "frechet_distance",
+    "held_out",
+    "read_evaluation",
+    "read_pictures",
+    "validation_loss",
+    "write_evaluation",
+]

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch import Tensor
 
 from mvsplit.data import Digits
+from mvsplit.evaluation.frechet import frechet_distance
+from mvsplit.evaluation.scores import share
 
 CHANCE = 0.1
 
@@ -25,7 +28,7 @@ def digit_classifier() -> tuple[SVC, float]:
     seen, held_out, seen_labels, held_out_labels = train_test_split(
         pixels, np.asarray(digits.labels), test_size=0.25, random_state=0
     )
-    classifier = SVC(gamma=0.001).fit(seen, seen_labels)
+    classifier = SVC(gamma=0.001, decision_function_shape="ovo").fit(seen, seen_labels)
     return classifier, float(classifier.score(held_out, held_out_labels))
 
 
@@ -37,13 +40,28 @@ def evaluate_digits(latents: Tensor, labels: Sequence[int]) -> Iterator[tuple[st
         labels: the digit that each was asked to be.
 
     Yields:
-        `digit_accuracy`, the share that the classifier reads as asked (chance is 0.1), and
-        `digit_accuracy_real`, the same for held-out real digits, which bounds what can be expected.
+        `digit_accuracy`, the share that the classifier reads as asked (chance is 0.1), its standard
+        error, and `digit_accuracy_real`, the same for held-out real digits, which bounds what can
+        be expected.
     """
     classifier, real = digit_classifier()
     read = classifier.predict(_pixels(latents.clamp(-1, 1)))
-    yield "digit_accuracy", float((read == np.asarray(labels)).mean())
+    yield from share("digit_accuracy", (read == np.asarray(labels)).tolist())
     yield "digit_accuracy_real", real
+
+
+def digit_frechet(latents: Tensor) -> Iterator[tuple[str, float]]:
+    """`digit_frechet`: the Fréchet distance of drawn digits [N, 1, 8, 8] to all real ones, in the
+    classifier's 45 margins, one for each pair of digits."""
+    digits = Digits()
+    real = digits.fetch(range(len(digits))).latents
+    yield "digit_frechet", frechet_distance(_margins(latents.clamp(-1, 1)), _margins(real))
+
+
+def _margins(latents: Tensor) -> Tensor:
+    """[N, 45]: how far each is on the one side of the border between two digits."""
+    classifier, _ = digit_classifier()
+    return torch.from_numpy(classifier.decision_function(_pixels(latents)))
 
 
 def _pixels(latents: Tensor) -> NDArray[np.float32]:

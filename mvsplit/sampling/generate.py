@@ -107,6 +107,7 @@ def generate(
     config: SamplingConfig,
     *,
     edit: Edit | None = None,
+    first: int = 0,
     on_step: OnStep | None = None,
     preview: Preview | None = None,
 ) -> Iterator[Generated]:
@@ -128,6 +129,7 @@ def generate(
         shape: (C, H, W) of a latent.
         config: steps, sampler, guidance, shift, seed, batch size.
         edit: a given picture that every picture begins with, or keeps a part of.
+        first: the picture to begin with; those before it are left out, the rest is the same.
         on_step: told after every step.
         preview: called after every step with the indices of the batch, the number of steps done and
             the latents [B, C, H, W] as they stand.
@@ -138,7 +140,7 @@ def generate(
     """
     network = accelerated(model)
     model = network.model if isinstance(network, Engine) else network
-    start, size = 0, config.batch_size
+    start, size = first, config.batch_size
     while start < len(prompts):
         indices = list(range(len(prompts)))[start : start + size]
         noted = _noting(on_step, preview, indices)
