@@ -103,6 +103,24 @@ def test_the_same_update_twice_is_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_not_finite_shows_in_weights_and_both_moments(bad, fused, device):
+    update = low.reference_low_adamw_
+    if fused:
+        pytest.importorskip("triton")
+        from mvsplit.kernels.fused.low_adamw import low_adamw_ as update
+    n, at = 3 * low.BLOCK, low.BLOCK + 5
+    values, grads = draw(n, 3).bfloat16().to(device), draw(n, 4).bfloat16().to(device)
+    state = low.LowState(*(t.to(device) for t in some_state(n)))
+    grads[at] = bad
+    update(values, grads, state, SETTINGS)
+    first = low.decode(state.codes).view(-1, low.BLOCK) * state.scales[:, None]
+    for found in (values, state.second, first.flatten()):
+        assert not found[at].isfinite()
+        assert found[: low.BLOCK].isfinite().all()
+
+
 @pytest.mark.parametrize("blocks", [1, 17, 40])
 def test_kernel_equals_reference(blocks, device, poisoned_memory):
     """Bit for bit, but where a fused multiply-add tips a value over to its neighbour."""

@@ -74,6 +74,8 @@ def low_adamw_kernel(
     w -= rate * first / (tl.sqrt(second) / correction + eps)
     tl.store(p_w + i, _round_to_bf16(w, chance & 0xFFFF), mask=m)
     scale = tl.max(tl.abs(first), 1) / LARGEST
+    lost = tl.sum((first != first).to(tl.int32), 1) > 0  # max passes NaN over
+    scale = tl.where(lost, float("nan"), scale)
     tl.store(p_scale + row, scale, mask=row < rows)
     safe = tl.where(scale > 0, scale, 1.0)
     tl.store(p_code + i, _encode(first / safe[:, None], (chance >> 16) & 0xFF), mask=m)
