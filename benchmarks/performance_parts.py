@@ -246,8 +246,8 @@ def _merges(profile: Found, tokens: int) -> str:
         each[way] = (profile["by_kernel_us"][kernel] / 2, passes * one)
     (forward, low), (backward, least) = each["fwd"], each["bwd"]
     return (
-        f"A merge at 26 samples takes {forward:.0f} µs forward where its bytes need {low:.0f}, "
-        f"and {backward:.0f} µs backward\nwhere they need {least:.0f}: further from the limit "
+        f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes need "
+        f"{low:.0f}, and {backward:.0f} µs backward\nwhere they need {least:.0f}: further from the limit "
         f"than at 64 samples (table of fused ops). SwiGLU and the\nrotation are near it."
     )
 

@@ -133,7 +133,7 @@ def show(preset: str, plan: StepPlan, console: Console) -> None:
 def _head(preset: str, plan: StepPlan) -> Iterable[str]:
     shape, sample, gpu = plan.shape, plan.sample, plan.gpu
     yield (
-        f"[bold]{preset}[/] on {plan.gpus} × {gpu.name}: {plan.parameters / 1e9:.4g} B parameters, "
+        f"[bold]{preset}[/] on {plan.gpus} × {gpu.name}: {_count(plan.parameters)} parameters, "
         f"batch {plan.batch_size} as {plan.gpus} × {shape.pieces} pieces of {shape.samples}"
     )
     yield (
@@ -211,3 +211,7 @@ def _options(remedy: Remedy) -> str:
 def _gib(size: float) -> str:
     gib = size / GIB
     return f"{gib:,.1f}" if gib >= 0.1 else f"{gib:.4f}"
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.4g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"

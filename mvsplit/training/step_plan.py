@@ -16,12 +16,13 @@ from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
 from mvsplit.training.builders import build_data
 from mvsplit.training.config import Experiment, TrainConfig
-from mvsplit.training.gpus import Gpu
+from mvsplit.training.gpus import GIB, Gpu
 from mvsplit.training.pieces import TEXT_LENGTHS
 from mvsplit.training.step_memory import StepMemory, count_parameters, step_memory
-from mvsplit.training.step_time import Shape, StepTime, is_rough, step_time
+from mvsplit.training.step_time import WAITING, Shape, StepTime, is_rough, step_time
 
 _MOST_GPUS = 64
+_MUCH = 0.2  # of a step
 _UNKNOWN_IMAGE = 16  # latents a side, of 256×256 pictures in the FLUX.2 autoencoder
 _UNKNOWN_TEXT = 64
 
@@ -136,7 +137,7 @@ def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> St
         batch_size=config.batch_size,
         memory=memory,
         time=time,
-        notes=tuple(_notes(experiment, gpus)),
+        notes=(*_notes(experiment, gpus), *_larger_pieces(experiment, gpu, gpus, sample, time)),
         remedies=() if memory.fits else tuple(_remedies(experiment, gpu, gpus, sample)),
     )
 
@@ -180,6 +181,27 @@ def _notes(experiment: Experiment, gpus: int) -> Iterator[str]:
     if gpus > 1:
         yield "several GPUs: kernels are launched one by one, links are assumed, none was measured"
     yield "time is that of the step on a GPU: loading, looks into the layers and saves come on top"
+
+
+def _larger_pieces(
+    experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample, time: StepTime
+) -> Iterator[str]:
+    """Where the GPU waits for launches, the fewest pieces that fit."""
+    config = experiment.train
+    share = time.parts.get(WAITING, 0.0) / time.seconds
+    if share < _MUCH:
+        return
+    for pieces in range(1, config.accumulate):
+        if config.batch_size % (gpus * pieces):
+            continue
+        fewer = replace(config, accumulate=pieces)
+        _, memory, faster = _figures(experiment.model, fewer, gpu, gpus, sample)
+        if memory.fits:
+            yield (
+                f"the GPUs wait for launches {share:.0%} of the time: --accumulate {pieces} takes "
+                f"{faster.seconds:.3g} s a step and {memory.total / GIB:.1f} GiB"
+            )
+            return
 
 
 def _remedies(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:

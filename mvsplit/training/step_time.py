@@ -61,6 +61,7 @@ _NODE = 1.3e-6
 LAUNCH = 2.65e-3  # of a block, forward and backward, kernels launched one by one
 _FORWARD_SHARE = 1 / 3  # of `LAUNCH`: backward has twice the operations
 _UNIT = 1e-3
+WAITING = "waiting for launches"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def step_time(
     }
     busy = sum(parts.values())
     graphs = graph and ranks == 1
-    parts["graph nodes" if graphs else "waiting for launches"] = (
+    parts["graph nodes" if graphs else WAITING] = (
         _node_time(model, config, levels)
         if graphs
         else max(0.0, _launch_time(model, config, levels, ranks) - busy)

@@ -213,6 +213,19 @@ def test_several_gpus_send_what_fsdp_sends():
     assert model_flops(model, 7, 320) == 7 * (6 * n + 12 * 8 * 320 * 1024)
 
 
+def test_gpus_that_wait_are_told_of_larger_pieces():
+    experiment = get_preset("mvsplit-400l")
+    sample = Sample(image=256, text=32, source="")
+    plan = plan_step(experiment, H200, 8, sample)
+    (note,) = (n for n in plan.notes if "wait for launches" in n)
+    pieces = int(note.partition("--accumulate ")[2].split()[0])
+    fewer = replace(experiment, train=replace(experiment.train, accumulate=pieces))
+    faster = plan_step(fewer, H200, 8, sample)
+    assert faster.memory.fits
+    assert faster.time.seconds < plan.time.seconds / 2
+    assert f"{faster.time.seconds:.3g} s" in note
+
+
 def test_only_what_runs_as_one_node_counts_as_measured():
     model = measured_network(2)
     assert runs_as_one_node(model, "bf16")
