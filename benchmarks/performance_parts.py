@@ -246,9 +246,10 @@ def _merges(profile: Found, tokens: int) -> str:
         each[way] = (profile["by_kernel_us"][kernel] / 2, passes * one)
     (forward, low), (backward, least) = each["fwd"], each["bwd"]
     return (
-        f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes need "
-        f"{low:.0f}, and {backward:.0f} µs backward\nwhere they need {least:.0f}: further from the limit "
-        f"than at 64 samples (table of fused ops). SwiGLU and the\nrotation are near it."
+        f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes "
+        f"need {low:.0f}, and {backward:.0f} µs backward\nwhere they need {least:.0f}: further "
+        f"from the limit than at 64 samples (table of fused ops). SwiGLU and the\n"
+        f"rotation are near it."
     )
 
 
