@@ -68,17 +68,20 @@ def _key(q: Tensor, k: Tensor, masked: bool) -> _Key:
     return shape, q.dtype, masked, q.requires_grad, q.device.index or 0
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> SDPBackend:
+def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[SDPBackend]:
+    """The kernel for these inputs; all of them, for PyTorch to choose from, where nothing has been
+    chosen and a capture forbids to measure."""
     key = _key(q, k, mask is not None)
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
-            return SDPBackend.FLASH_ATTENTION if mask is None else SDPBackend.EFFICIENT_ATTENTION
+            return list(_CANDIDATES.values())
         found = recall("attention", _name(key))
         if found not in _CANDIDATES:
-            found = _fastest(q, k, v, mask)
-            remember("attention", _name(key), found)
+            found, lasting = _fastest(q, k, v, mask)
+            if lasting:
+                remember("attention", _name(key), found)
         _chosen[key] = _CANDIDATES[found]
-    return _chosen[key]
+    return [_chosen[key]]
 
 
 def _name(key: _Key) -> str:
@@ -89,8 +92,9 @@ def _name(key: _Key) -> str:
     return "; ".join(map(str, parts))
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
-    """Times every candidate that takes these inputs, and says in the log what was found."""
+def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, bool]:
+    """Times every candidate that takes these inputs, and says in the log what was found. The choice
+    is not a lasting one if memory was too short to try all."""
     times: dict[str, float] = {}
     refused: dict[str, RuntimeError] = {}
     for name, backend in _CANDIDATES.items():
@@ -107,7 +111,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:
     shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     masked = "masked" if mask is not None else "unmasked"
     _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
-    return best
+    return best, not any(isinstance(e, torch.OutOfMemoryError) for e in refused.values())
 
 
 def _trial(

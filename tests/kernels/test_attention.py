@@ -1,0 +1,94 @@
+"""Which attention kernel is chosen, with the measurement replaced (the choice needs no GPU)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvsplit.kernels import Segments, attention
+from mvsplit.kernels.attention import attend
+from mvsplit.kernels.choices import recall
+
+TIMES = {"cudnn": 0.2, "flash": 0.3, "mem-efficient": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A GPU on which kernels take `times`, or raise what stands there instead."""
+    times: dict[str, Any] = dict(TIMES)
+
+    def trial(*inputs: Any) -> Any:
+        return next(name for name, b in attention._CANDIDATES.items() if b is inputs[-1])
+
+    def milliseconds(name: str) -> float:
+        if isinstance(times[name], Exception):
+            raise times[name]
+        return times[name]
+
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_trial", trial)
+    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return times
+
+
+def choose() -> list[str]:
+    q = torch.zeros(1, 1, 2, 4)
+    backends = attention._choose(q, q, q, None)
+    return [name for name, b in attention._CANDIDATES.items() if b in backends]
+
+
+def kept() -> str | None:
+    q = torch.zeros(1, 1, 2, 4)
+    return recall("attention", attention._name(attention._key(q, q, False)))
+
+
+def test_the_fastest_serves_and_is_kept(machine: dict[str, Any]) -> None:
+    assert choose() == ["cudnn"]
+    machine.update(cudnn=9.0)
+    attention._chosen.clear()  # as in another process
+    assert choose() == ["cudnn"]
+    assert kept() == "cudnn"
+
+
+def test_a_kernel_that_refuses_is_passed_over(machine: dict[str, Any]) -> None:
+    machine.update(cudnn=RuntimeError("no bias of odd length"))
+    assert choose() == ["flash"]
+    assert kept() == "flash"
+
+
+def test_a_choice_made_without_memory_does_not_last(machine: dict[str, Any]) -> None:
+    machine.update(cudnn=torch.OutOfMemoryError("full"))
+    assert choose() == ["flash"]
+    assert kept() is None
+
+
+def test_no_kernel_at_all_is_an_error(machine: dict[str, Any]) -> None:
+    machine.update({name: RuntimeError("refused") for name in attention._CANDIDATES})
+    with pytest.raises(RuntimeError, match="no attention kernel takes"):
+        choose()
+
+
+def test_nothing_is_measured_during_a_capture(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose() == list(attention._CANDIDATES)
+    assert kept() is None
+
+
+def test_padding_is_no_key() -> None:
+    """Against softmax over the real keys alone, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 5, 4, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    found = attend(q, k, v, Segments((2, 3), torch.tensor([[2, 1], [2, 3]])))
+    for b, real in ((0, 3), (1, 5)):
+        for h in range(4):
+            keys, values = k[b, h // 2, :real], v[b, h // 2, :real]
+            wanted = torch.softmax(q[b, h] @ keys.T / 2, -1) @ values
+            torch.testing.assert_close(found[b, h], wanted)
