@@ -201,7 +201,7 @@ def _read_blobs(blobs: _Blobs, side: int) -> list[SeenObject]:
     misfit, best = (error / template.square().sum((2, 3)).clamp_min(1e-6)).min(1)  # of [N, 2·K]
     each = torch.arange(len(best), device=best.device)
     place, painted = geometry[each, best], template[each, best]
-    colour = _colour(blobs, painted)
+    colour = _colour(blobs, painted, misfit < MISFIT)
     names = _nearest_names(colour, COLOURS)
     place = torch.cat((place[:, :2] + blobs.corner, place[:, 2:]), 1) / side
     rows = zip(best.tolist(), misfit.tolist(), names, place.tolist(), strict=True)
@@ -279,10 +279,13 @@ def blurred(pictures: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(rows, weights.view(1, 1, -1, 1)).view_as(pictures)
 
 
-def _colour(blobs: _Blobs, painted: Tensor) -> Tensor:
-    """[N, 3]: the colour that, painted with the coverage found, is closest to the picture."""
-    weight = painted.square().sum((1, 2)).clamp_min(1e-6)
-    return blobs.ground + (blobs.contrast * painted[:, None]).sum((2, 3)) / weight[:, None]
+def _colour(blobs: _Blobs, painted: Tensor, fits: Tensor) -> Tensor:
+    """[N, 3]: the colour that, painted with the coverage found, is closest to the picture; where no
+    shape fits, the mean of the pixels that are covered most."""
+    most = (blobs.cover > 0.8 * blobs.cover.amax((1, 2), keepdim=True)).to(painted)
+    weight = torch.where(fits[:, None, None], painted, most)
+    total = weight.square().sum((1, 2)).clamp_min(1e-6)
+    return blobs.ground + (blobs.contrast * weight[:, None]).sum((2, 3)) / total[:, None]
 
 
 def _nearest_names(colours: Tensor, names: tuple[str, ...]) -> list[str | None]:
