@@ -25,7 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run or released weights"),
     "evaluate": ("mvsplit.cli.evaluate", "score a run or weights; compare scores"),
     "app": ("mvsplit.cli.app", "draw in the browser (extra app)"),
+    "grow": ("mvsplit.cli.grow", "deeper weights that compute the same"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
+    "reproduce": ("mvsplit.cli.reproduce", "run a claim of the paper and judge it"),
     "plan": ("mvsplit.cli.plan", "memory and time of a training step, before it is taken"),
     "bench": ("mvsplit.cli.bench", "measure speed: the scripts of benchmarks/, their tables"),
 }

@@ -30,12 +30,17 @@ class StartOptions:
         optimizer: fresh moments, or those kept in the checkpoint.
         adapter: folder of a LoRA for the weights: with --tune.what lora it goes on learning, else
             it is merged.
+        grow_from: instead of --from: a run with fewer layers, as trained, whose moments and data
+            position are taken over; the new layers do nothing at first (docs/growth.md).
+        grow_where: where these come.
     """
 
     weights: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     ema: Annotated[bool, tyro.conf.arg(name="from-ema")] = True
     optimizer: Literal["fresh", "kept"] = "fresh"
     adapter: Path | None = None
+    grow_from: Path | None = None
+    grow_where: Literal["evenly", "end"] = "evenly"
 
 
 def origin_of(options: StartOptions) -> Origin | None:
@@ -44,6 +49,12 @@ def origin_of(options: StartOptions) -> Origin | None:
     Raises:
         UserError: options that need --from are given without it.
     """
+    if options.grow_from is not None:
+        if options.weights is not None or options.adapter is not None:
+            raise UserError("--grow-from takes neither --from nor --adapter; leave one out")
+        return Origin(
+            source=str(options.grow_from), ema=False, optimizer="kept", grow=options.grow_where
+        )
     if options.weights is None:
         if options.optimizer == "kept" or options.adapter is not None:
             given = "--optimizer kept" if options.adapter is None else "--adapter"

@@ -254,6 +254,8 @@ class Origin:
         ema: of a run, the averaged weights where it keeps any.
         optimizer: moments that start at zero, or those of the source.
         adapter: a LoRA for these weights that goes on learning, or is merged into them.
+        grow: where new layers come between those of the source, which then are fewer; None where
+            there are as many. Moments and data position go on where the source was.
         sha256: of their values (`mvsplit.models.lora.fingerprint`); None until they are read.
     """
 
@@ -261,6 +263,7 @@ class Origin:
     ema: bool = True
     optimizer: Literal["fresh", "kept"] = "fresh"
     adapter: str | None = None
+    grow: Literal["evenly", "end"] | None = None
     sha256: str | None = None
 
 

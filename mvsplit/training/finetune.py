@@ -12,12 +12,15 @@ from torch import Tensor
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiT, DiTConfig
+from mvsplit.models.growth import grown, places
 from mvsplit.models.lora import add_lora, fingerprint, lora_parameters
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot, copy_tensors
 from mvsplit.training.config import Experiment, TuneConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.ema import EMA
+from mvsplit.training.growth import carry_over
+from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
 
 # Where the weights started says nothing about what they are.
@@ -138,17 +141,37 @@ def begin_from(
     if start is None:
         raise UserError(f"origin.source={origin.source}: pass what reads it as `start`")
     found = start()
-    check_same(found.model.config, state.model.config, origin.source)
+    state.base = fingerprint(found.model)
+    model = found.model if origin.grow is None else _grown(state, experiment, found.model)
+    check_same(model.config, state.model.config, origin.source)
     weights = dict(state.model.state_dict())
     adapters = {name: weights.pop(name) for name in lora_parameters(state.model)}
-    copy_tensors(dict(found.model.state_dict()), weights, origin.source)
+    copy_tensors(dict(model.state_dict()), weights, origin.source)
     if found.adapter is not None:
         copy_tensors(found.adapter, adapters, f"{origin.adapter}")
-    state.base = fingerprint(found.model)
+    if origin.grow is not None and found.source is not None:
+        moved = places(found.model.config.depth, model.config.depth, origin.grow)
+        carry_over(state, found.source, moved, experiment.train)
+    elif found.source is not None:
+        _take_moments(state, found.source, origin.source)
     if state.ema is not None:
         state.ema = EMA(state.optimizer.groups, state.ema.decay)
-    if found.source is not None:
-        _take_moments(state, found.source, origin.source)
+
+
+def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:
+    """The source as deep as the run; what is drawn is drawn on the CPU."""
+    origin, wanted = experiment.origin, state.model.config
+    assert origin is not None
+    assert origin.grow is not None
+    if world() > 1:
+        raise UserError(
+            f"origin.grow={origin.grow}: only a single process can carry the moments; grow the "
+            f"weights with `mvsplit grow` and start from them with --from"
+        )
+    # Before anything is made: so that the error is about what differs.
+    check_same(replace(model.config, depth=wanted.depth), wanted, origin.source)
+    generator = generator_for(experiment.train.seed, "growth")
+    return grown(model, wanted.depth, where=origin.grow, generator=generator)
 
 
 def check_same(found: DiTConfig, wanted: DiTConfig, source: str) -> None:

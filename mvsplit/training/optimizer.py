@@ -24,7 +24,7 @@ from mvsplit.training.spread import Spread, is_spread, joined_norms, local
 # a block of elements that share a scale.
 _ALIGNMENT = 16
 
-Kind = Literal["decayed", "low", "rest", "joined"]
+Kind = Literal["decayed", "low", "rest", "joined", "joined-decayed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class FlatGroup:
     """Parameters end to end in one buffer, and their gradients in another.
 
     Attributes:
-        kind: decayed (2-D, under weight decay), low (the same in bf16), rest, or joined (those of
-            the rest that came to the model later).
+        kind: decayed (2-D, under weight decay), low (the same in bf16), rest, or joined and
+            joined-decayed (those that came to the model later, with fewer updates behind them).
         places: for each parameter name, its first element in the buffers and its shape.
         values: [N] the parameters; between them a few zeros that stay zero.
         grads: [N] their gradients.
@@ -58,7 +58,7 @@ class FlatGroup:
     @property
     def decays(self) -> bool:
         """Whether weight decay applies."""
-        return self.kind in ("decayed", "low")
+        return self.kind in ("decayed", "low", "joined-decayed")
 
     def cut(self, buffer: Tensor) -> dict[str, Tensor]:
         """The parts of `buffer` [N] by parameter name, as views of the parameters' shapes."""
@@ -75,7 +75,7 @@ class FlatGroup:
 
 def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[FlatGroup]:
     """Moves all parameters that learn into flat buffers: those with weight decay (2-D), the rest,
-    and those of the rest that are named in `joined`, which came to the model later.
+    and of both those that are named in `joined`, which came to the model later.
 
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
     once the model is on its device, and again when parameters have come or gone. `AdamW.zero_grad`
@@ -89,13 +89,15 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
         "low": [],
         "rest": [],
         "joined": [],
+        "joined-decayed": [],
     }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind: Kind = "joined" if name in joined else "rest"
         if parameter.ndim == 2:
-            kind = "low" if parameter.dtype == torch.bfloat16 else "decayed"
+            kind = "joined-decayed" if name in joined else "decayed"
+            kind = "low" if parameter.dtype == torch.bfloat16 else kind
         kinds[kind].append((name, parameter))
     return [_flatten(named, kind) for kind, named in kinds.items() if named]
 

@@ -13,6 +13,7 @@ from mvsplit.data import Loader
 from mvsplit.diagnostics.taps import LayerTap
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
+from mvsplit.models.growth import parameters_of_layers
 from mvsplit.models.surgery import gain_names, set_rule
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot
@@ -40,6 +41,7 @@ class TrainState:
     | global random generators | Python, NumPy, PyTorch on every device |
     | what was done about alarms | `reactions` |
     | what the weights came from, if they were not drawn | `base` |
+    | which layers came to the network later | `new_layers` |
     | step | `step` |
 
     `taps`, `device`, `planner` and `graphs` are rebuilt.
@@ -57,6 +59,7 @@ class TrainState:
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
     base: str | None = None  # `fingerprint` of the weights that the run started from
+    new_layers: list[int] = field(default_factory=list)  # that growth put in
 
     def learning_rate(self, step: int) -> float:
         """Of step n = 1, 2, …: the schedule's, times what an alarm has left of it."""
@@ -79,6 +82,7 @@ class TrainState:
             "updates": self.optimizer.updates(),
             "reactions": dataclasses.asdict(self.reactions),
             "base": self.base,
+            "new_layers": self.new_layers,
             "data": self.loader.state_dict(),
             "embedder": self.loader.embedder.spec(),
             "random": random_values,
@@ -96,6 +100,7 @@ class TrainState:
                 "embedder: the checkpoint's text embedder is not the one that data.dataset "
                 "gives now; use the version of mvsplit that wrote it, or start a new run"
             )
+        self.set_apart(snapshot.values.get("new_layers", []))
         self._take_rule(snapshot)
         targets = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.moments()}
         if self.ema is not None:
@@ -108,6 +113,16 @@ class TrainState:
         self.reactions = Reactions(**snapshot.values["reactions"])
         self.base = snapshot.values.get("base")
         self.step = snapshot.step
+
+    def set_apart(self, layers: list[int]) -> None:
+        """Gives layers that came later moments and a bias correction of their own, both fresh."""
+        if layers != self.new_layers:
+            self.new_layers = layers
+            self.regroup(self.parameters_apart())
+
+    def parameters_apart(self) -> list[str]:
+        """The names of the parameters of layers that came later."""
+        return parameters_of_layers(self.model, self.new_layers)
 
     def regroup(self, joined: Collection[str]) -> None:
         """Lays out anew what is laid out by the parameters of the model, after some came or went:
