@@ -14,6 +14,7 @@ ORDER = (
     {"sampling", "training"},
     {"evaluation", "hub"},
     {"presets"},
+    {"reproduce"},  # trains, probes and judges; only its command is above it
     {"cli"},
     {"__main__"},
 )

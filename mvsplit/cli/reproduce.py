@@ -1,0 +1,97 @@
+"""`mvsplit reproduce CLAIM… [--size small|gpu]`: the paper's claims, run and judged here.
+
+`mvsplit reproduce --list` names them; `all` stands for every one. The verdict follows a rule that
+is written down before the first run. Finished runs are not run again, and claims share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce import CLAIMS, Study, get_claim, write_page
+from mvsplit.reproduce.claim import Claim
+from mvsplit.reproduce.page import keep_result
+from mvsplit.reproduce.sizes import get_size
+
+_COLOURS = {"holds": "green", "does not hold": "red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    # Names of claims, or "all".
+    claims: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="CLAIM…", help_behavior_hint=""),
+    ] = ()
+    list: bool = False  # what the claims say, and what they cost
+    size: Literal["small", "gpu"] = "small"  # two CPU cores, or one GPU
+    out: Path = Path("runs/reproduce")  # runs and results; the same folder again goes on
+    workers: int | None = None  # runs side by side; 2 for small, 4 for gpu
+    pages: Path | None = None  # writes each claim's page and its result into this folder
+    draw: bool = False  # only writes the pages again, from the results in that folder
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns 0, whatever the verdicts are.
+
+    Raises:
+        UserError: an unknown claim, none at all, or a run that failed.
+    """
+    options = tyro.cli(
+        _Options, args=list(arguments), prog="mvsplit reproduce", description=__doc__
+    )
+    if options.list:
+        _print_list()
+        return 0
+    claims = _chosen(options.claims)
+    if options.draw:
+        _draw(claims, options.pages)
+        return 0
+    study = Study(options.out, get_size(options.size), workers=options.workers)
+    results = study.run(claims)
+    for claim, result in zip(claims, results, strict=True):
+        _print_result(claim, result)
+        if options.pages is not None:
+            keep_result(result, options.pages)
+            print(f"page    {write_page(claim, options.pages)}")
+    print(f"results {study.folder}")
+    return 0
+
+
+def _chosen(names: Sequence[str]) -> list[Claim]:
+    if not names:
+        raise UserError(f"claim: name at least one, or all; known: {', '.join(CLAIMS)}")
+    return [*CLAIMS.values()] if "all" in names else [get_claim(name) for name in names]
+
+
+def _draw(claims: Sequence[Claim], pages: Path | None) -> None:
+    if pages is None:
+        raise UserError("--draw needs --pages FOLDER, whose results the pages are written from")
+    for claim in claims:
+        print(write_page(claim, pages))
+
+
+def _print_list() -> None:
+    table = Table("claim", "what", "source", "small", "gpu", box=None, pad_edge=False)
+    for claim in CLAIMS.values():
+        table.add_row(claim.name, claim.title, claim.source, claim.cost["small"], claim.cost["gpu"])
+    Console(highlight=False).print(table)
+
+
+def _print_result(claim: Claim, result: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    verdict = result["verdict"]
+    console.print(f"\n{claim.title}\n[bold {_COLOURS.get(verdict, 'yellow')}]{verdict}[/]")
+    for reason in result["reasons"]:
+        console.print(f"  {reason}", markup=False)
+    if not result["rule_unchanged"]:
+        console.print("  the rule has been changed since the first run", markup=False)

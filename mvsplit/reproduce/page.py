@@ -1,0 +1,144 @@
+"""A claim's page in Markdown, with its plot, from the results that lie beside it.
+
+`FOLDER/CLAIM.md` and `FOLDER/CLAIM-SIZE.png` are drawn from `FOLDER/results/CLAIM-SIZE.json` and
+from nothing else, so that a page can be written again without a run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.claim import Claim
+from mvsplit.reproduce.plot import save_plot
+from mvsplit.reproduce.sizes import SIZES
+
+RESULTS = "results"
+
+
+def keep_result(result: Mapping[str, Any], folder: Path) -> Path:
+    """Puts a result where the pages of `folder` are written from."""
+    path = folder / RESULTS / f"{result['claim']}-{result['size']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def stored_results(claim: Claim, folder: Path) -> list[dict[str, Any]]:
+    """The results of a claim, small before large."""
+    paths = [folder / RESULTS / f"{claim.name}-{size}.json" for size in SIZES]
+    return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
+
+
+def write_page(claim: Claim, folder: Path | str) -> Path:
+    """Writes the page and the plots of a claim.
+
+    Raises:
+        UserError: there is no result to write it from.
+    """
+    folder = Path(folder)
+    results = stored_results(claim, folder)
+    if not results:
+        raise UserError(
+            f"{folder / RESULTS} holds no result of {claim.name}; run it: "
+            f"mvsplit reproduce {claim.name} --pages {folder}"
+        )
+    for result in results:
+        if result["panels"]:
+            save_plot(result["panels"], folder / f"{claim.name}-{result['size']}.png")
+    page = folder / f"{claim.name}.md"
+    page.write_text(page_text(claim, results), encoding="utf-8")
+    return page
+
+
+def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
+    """The page of a claim, as Markdown."""
+    head = [
+        f"# {claim.title}",
+        f"    mvsplit reproduce {claim.name} --size {results[0]['size']}",
+        "*" + "; ".join(f"{r['size']}: {r['verdict']}" for r in results) + ".*",
+        f"**The paper** (arXiv 2605.06169, {claim.source}). {claim.says}",
+        f"**Expected here.** {claim.expect}",
+        f"**Not covered.** {claim.limits}",
+        _rule(results[-1]),
+    ]
+    body = [part for result in results for part in _of_size(claim, result)]
+    foot = f"Written by `mvsplit reproduce {claim.name} --draw --pages FOLDER` from `{RESULTS}/`."
+    return "\n\n".join([*head, *body, foot]) + "\n"
+
+
+def _rule(result: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {c['figure']}{' (needed)' if c['needed'] else ''} | {c['holds']} | {c['fails']} | "
+        f"{c['why']} |"
+        for c in result["rule"]
+    ]
+    return "\n".join(
+        [
+            "## The rule",
+            "",
+            "The claim holds where every seed meets every row, does not where more than half of "
+            "the seeds refute one, and cannot be told otherwise, or where a needed row is not met.",
+            "",
+            "| figure | met | refuted | why |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    size, runs = result["size"], result["runs"]
+    seeds = sorted({row["seed"] for row in runs})
+    spread = (
+        f"{len(seeds)} seeds" if len(seeds) > 1 else "**one seed: no figure here has a spread**"
+    )
+    minutes = sum(row["seconds"] for row in runs) / 60
+    versions = result["environment"]["versions"]
+    written = f"The rule was written {result['rule_written']}, before the first of the runs"
+    parts = [
+        f"## {size}: {result['verdict']}",
+        f"{result['hardware']}; {len(runs)} runs, {spread}, {minutes:.1f} minutes of them in all; "
+        f"torch {versions['torch']}, {result['environment']['device_name']}, {result['date']}. "
+        + (written + "." if result["rule_unchanged"] else written + ", **and changed since**."),
+        "\n".join(f"- {reason}" for reason in result["reasons"]),
+    ]
+    if result["panels"]:
+        parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
+    return [*parts, _figures(result), _runs(runs)]
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {spelled(figure['values'])} | {figure['paper'] or '–'} | {figure['words']} |"
+        for name, figure in result["figures"].items()
+    ]
+    return "\n".join(["| figure | mean ± spread (by seed) | paper | |", "|---|---|---|---|", *rows])
+
+
+def spelled(values: Mapping[str, float | None]) -> str:
+    """A figure with its standard deviation over seeds and each seed's value; without a spread where
+    there is only one, which is said."""
+    each = ", ".join("none" if v is None else f"{v:.3g}" for v in values.values())
+    there = [v for v in values.values() if v is not None]
+    if len(there) < 2:
+        return f"{each} (no spread)"
+    return f"{statistics.fmean(there):.3g} ± {statistics.stdev(there):.2g} ({each})"
+
+
+def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"| {r['label']} | {r['seed']} | {r['depth']} × {r['width']} | {r['lr']:.3g}{_jump(r)} | "
+        f"{r['steps']} | {r['seconds']:.0f} | {r['ended'].split(':')[0]} |"
+        for r in runs
+    ]
+    head = "| run | seed | layers × width | learning rate | steps | seconds | ended |"
+    return "\n".join([head, "|---" * 7 + "|", *rows])
+
+
+def _jump(row: Mapping[str, Any]) -> str:
+    return f", × {row['factor']:g} after {row['jump']}" if row["jump"] else ""

@@ -1,0 +1,171 @@
+"""Runs claims side by side and judges each: finished runs are not run again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.claim import Claim
+from mvsplit.reproduce.claims import CLAIMS
+from mvsplit.reproduce.rule import fingerprint, judge
+from mvsplit.reproduce.runlog import Runs, read_run
+from mvsplit.reproduce.sizes import Size
+from mvsplit.reproduce.trial import Trial, run_trial
+
+RULES = "rules.json"
+
+
+class Study:
+    """Claims at one size in one folder.
+
+    `OUT/SIZE/runs/` holds a run folder for each trial, which claims share; `OUT/SIZE/rules.json`
+    the fingerprints of all rules as they were before the first run; `OUT/SIZE/CLAIM.json` a
+    claim's result.
+
+    Args:
+        out: the folder; the same one again goes on where it stopped.
+        size: of the runs.
+        workers: runs side by side; those of the size if None.
+        say: is told of each run that has ended.
+
+    Raises:
+        UserError: `workers` < 1.
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        size: Size,
+        *,
+        workers: int | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.size, self.workers, self.say = size, workers or size.workers, say
+        if workers is not None and workers < 1:
+            raise UserError(f"workers={workers}: must be at least 1")
+        self.folder = Path(out) / size.name
+        self.runs = self.folder / "runs"
+
+    def run(self, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+        """Trains what is missing and gives the results, which are also written.
+
+        Raises:
+            UserError: a run failed, or a folder holds another.
+            KeyboardInterrupt: a signal stopped it; the same again goes on.
+        """
+        self._note_rules(claims)
+        trials = {t.name: t for claim in claims for t in claim.trials(self.size)}
+        todo = [t for t in trials.values() if not t.finished(self.runs)]
+        if len(todo) < len(trials):
+            self.say(f"{len(trials) - len(todo)} of {len(trials)} runs are there already")
+        self._train(todo)
+        return [self.judge(claim) for claim in claims]
+
+    def judge(self, claim: Claim) -> dict[str, Any]:
+        """The result of a claim whose runs are all there; written to OUT/SIZE/CLAIM.json."""
+        trials = claim.trials(self.size)
+        runs = Runs(logs=[read_run(t, self.runs) for t in trials])
+        figures = claim.measure(runs)
+        found = judge(claim.rule, figures)
+        rule = self._rules()[claim.name]
+        result = {
+            "claim": claim.name,
+            "size": self.size.name,
+            "hardware": self.size.hardware,
+            "verdict": found.verdict,
+            "reasons": list(found.reasons),
+            "rule": [condition.as_dict() for condition in claim.rule],
+            "rule_written": rule["written"],
+            "rule_unchanged": rule["sha256"] == fingerprint(claim.rule),
+            "figures": {figure.name: figure.as_dict() for figure in figures},
+            "panels": [panel.as_dict() for panel in claim.panels(runs)],
+            "runs": [_row(t, log.record) for t, log in zip(trials, runs.logs, strict=True)],
+            "date": datetime.date.today().isoformat(),
+            "command": f"mvsplit reproduce {claim.name} --size {self.size.name}",
+            "environment": _environment(self.runs / trials[0].name),
+        }
+        _write(self.folder / f"{claim.name}.json", result)
+        return result
+
+    def _note_rules(self, claims: Sequence[Claim]) -> None:
+        """Writes down the rules of all claims before the first run, once."""
+        there = self._rules()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        known = CLAIMS | {claim.name: claim for claim in claims}
+        new = {
+            name: {"sha256": fingerprint(claim.rule), "written": now}
+            for name, claim in known.items()
+            if name not in there
+        }
+        if new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / RULES, there | new)
+
+    def _rules(self) -> dict[str, Any]:
+        path = self.folder / RULES
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _train(self, todo: Sequence[Trial]) -> None:
+        began, done = time.monotonic(), 0
+        with _pool(self.workers) as pool:
+            jobs: dict[Future[bool], Trial] = {
+                pool.submit(run_trial, t, self.runs): t for t in todo
+            }
+            for job in as_completed(jobs):
+                name = jobs[job].name
+                try:
+                    whole = job.result()
+                except UserError as error:
+                    raise UserError(f"run {name}: {error}") from error
+                if not whole:
+                    raise KeyboardInterrupt
+                done += 1
+                self.say(f"{name} ({done} of {len(todo)}, {time.monotonic() - began:.0f} s)")
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes; what has not begun when something fails is not begun."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
+    experiment = trial.experiment
+    return {
+        "run": trial.name,
+        "label": trial.label,
+        "seed": trial.seed,
+        "ended": record["ended"],
+        "seconds": record["seconds"],
+        "depth": experiment.model.depth,
+        "width": experiment.model.width,
+        "rule": experiment.model.rule.name,
+        "lr": experiment.train.lr * experiment.train.lr_factor if experiment.train.lr else None,
+        "steps": experiment.train.steps,
+        "jump": trial.jump,
+        "factor": trial.factor,
+    }
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    return {key: found.get(key) for key in ("python", "versions", "device_name", "revision")}
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    """In one step, so that a reader never meets half a file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
