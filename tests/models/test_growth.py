@@ -48,7 +48,6 @@ def test_a_free_leak_is_closed_in_new_blocks() -> None:
     model.config = replace(model.config, rule=replace(model.config.rule, leak=0.3, alpha=0.4))
     args = inputs(torch.double)
     with torch.no_grad():
-        with torch.no_grad():
         before, after = model(*args), deeper(model, 7)(*args)
     assert float((after - before).norm() / before.norm()) < 4 * EPS
 
