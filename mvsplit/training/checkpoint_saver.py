@@ -54,12 +54,12 @@ class Saver:
         return job is not None and job.done() and job.exception() is not None
 
     def finished(self) -> Path | None:
-        """The checkpoint that was completed since the last call, if any; never waits.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        return self.wait() if self._job is not None and self._job.done() else None
+        """The checkpoint that was completed since the last call, if any; never waits. A save that
+        failed is left to `failed` and `wait`: a rank that raised here would be alone with it."""
+        job = self._job
+        if job is None or not job.done() or job.exception() is not None:
+            return None
+        return self.wait()
 
     def wait(self) -> Path | None:
         """The checkpoint that was being written, once it is complete.

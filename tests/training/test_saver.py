@@ -100,6 +100,20 @@ def test_a_failed_save_ends_the_run_with_its_reason(
     assert events.count("saved") == (0 if failing == 3 else 2)
 
 
+def test_a_failure_is_kept_for_the_one_who_waits(tmp_path: Path) -> None:
+    """The ranks of a run meet to hear of it, which a rank that had it raised could not."""
+    (tmp_path / "file").touch()
+    with Saver(tmp_path / "file", keep=1) as saver:
+        saver.begin(snapshot(1, {"w": torch.ones(3)}))
+        assert saver._job is not None
+        assert saver._job.exception(timeout=30) is not None
+        assert saver.finished() is None
+        assert saver.failed
+        with pytest.raises(UserError, match="cannot save the checkpoint of step 1"):
+            saver.wait()
+        assert not saver.failed
+
+
 def test_multiples_stay(tmp_path: Path) -> None:
     train(runs.experiment(save_every=1, keep=2, keep_every=3, steps=8), tmp_path / "run")
     saved = [step_of(path) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
