@@ -22,9 +22,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	@echo "Adding the extras 'hub' and 'app' for the tests of diffusers, transformers and the page"
+	@echo "Adding the extras 'hub' and 'app' for the tests of diffusers, transformers and the page,"
+	@echo "and torch-fidelity, without its torchvision, for those of the scores"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[dev,hub,app]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --no-deps torch-fidelity
 	@touch $@
 
 demo: install  ## train the two 400-layer twins on real digits and draw demo.png and report.html

@@ -1,0 +1,183 @@
+"""`mvsplit evaluate` on tiny runs: scores, passports, interruption, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mvsplit.cli.evaluate as command
+from mvsplit.cli import main
+from mvsplit.evaluation.drawn import DrawnPictures
+from mvsplit.evaluation.passport import read_evaluation, weights_sha256
+from mvsplit.training import load_run
+
+TRAIN = ["--steps", "2", "--save-every", "1", "--batch-size", "8", "--device", "cpu"]
+FAST = ["--steps", "2", "--device", "cpu", "--validation-samples", "5"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two runs on digits with other seeds, and one on shapes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in ("0", "1"):
+        options = ["--data.split", "train", "--seed", seed, *TRAIN]
+        assert main(["train", "tiny", "--run-dir", str(folder / f"digits{seed}"), *options]) == 0
+    shapes = ["--data.dataset", "shapes", "--data.size", "32", "--model.channels", "3"]
+    patch = ["--model.patch", "8", *TRAIN]
+    assert main(["train", "tiny", "--run-dir", str(folder / "shapes"), *shapes, *patch]) == 0
+    return folder
+
+
+@pytest.fixture
+def place(runs, tmp_path) -> Path:
+    return Path(shutil.copytree(runs, tmp_path / "runs"))
+
+
+def evaluate(run: Path, *options: str, count: int = 7) -> int:
+    return main(["evaluate", str(run), "-n", str(count), *FAST, *options])
+
+
+def error_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.startswith("mvsplit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_scores_of_digits_and_all_they_depend_on(place, tmp_path, capsys):
+    run = place / "digits0"
+    assert evaluate(run, "--seed", "3", "--json", str(tmp_path / "here.json")) == 0
+    found = read_evaluation(run)
+    shown = capsys.readouterr().out
+    assert f"evaluations/{'step_00000002_euler2_g2_shift1_seed3_n7'}.json" in shown
+    assert found.passport == json.loads((tmp_path / "here.json").read_text())["passport"]
+    expected = {"validation_loss", "digit_accuracy", "digit_accuracy_real", "digit_frechet"}
+    assert expected < set(found.scores)
+    assert all(name.split("_stderr")[0] in shown for name in found.scores)
+    passport = found.passport
+    assert passport["sampling"] == {
+        "steps": 2, "sampler": "euler", "guidance": 2.0, "guidance_interval": [0.0, 1.0],
+        "guidance_rescale": 0.0, "shift": 1.0, "seed": 3, "pictures": 7,
+        "prompts_sha256": passport["sampling"]["prompts_sha256"],
+    }  # fmt: skip
+    assert passport["weights"] == {
+        "source": str(run), "step": 2, "averaged": True,
+        "sha256": weights_sha256(load_run(run).model.state_dict()),
+    }  # fmt: skip
+    assert passport["validation"]["samples"] == 5
+    assert passport["reference"]["pictures"] == 1797
+    assert passport["command"].startswith(f"mvsplit evaluate {run} -n 7")
+
+
+def test_the_weights_as_trained_are_others(place):
+    run = place / "digits0"
+    assert evaluate(run) == 0
+    averaged = read_evaluation(run).passport["weights"]
+    assert evaluate(run, "--no-ema") == 0
+    plain = read_evaluation(next((run / "evaluations").glob("*no-ema*.json"))).passport["weights"]
+    assert plain["averaged"] is False
+    assert plain["sha256"] != averaged["sha256"]
+
+
+def test_scores_of_shapes(place):
+    assert evaluate(place / "shapes", count=12) == 0
+    scores = read_evaluation(place / "shapes").scores
+    tasks = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    assert {f"geneval_{task}" for task in (*tasks, "mean")} < set(scores)
+    assert scores["geneval_mean"] == 0
+    assert scores["shapes_frechet"] > 0
+
+
+def test_the_same_command_goes_on(place, monkeypatch, capsys):
+    run, add = place / "digits0", DrawnPictures.add
+
+    def cut_off(folder, indices, pictures):
+        add(folder, indices, pictures)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DrawnPictures, "add", cut_off)
+        assert evaluate(run, "--batch-size", "3") == 130
+    assert "3 of 7 pictures are in" in capsys.readouterr().out
+    assert not list((run / "evaluations").glob("*.json"))
+    saved = []
+    monkeypatch.setattr(DrawnPictures, "add", lambda f, i, p: (saved.extend(i), add(f, i, p))[1])
+    assert evaluate(run) == 0
+    assert saved == [3, 4, 5, 6]
+    whole = place / "digits0-copy"
+    shutil.copytree(run, whole)
+    shutil.rmtree(whole / "evaluations")
+    assert evaluate(whole) == 0
+    assert read_evaluation(run).scores == pytest.approx(read_evaluation(whole).scores, rel=1e-5)
+
+
+def test_runs_of_other_weights_are_compared(place, capsys):
+    runs = [str(place / "digits0"), str(place / "digits1")]
+    for run in runs:
+        assert evaluate(Path(run)) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "compare", *runs]) == 0
+    shown = capsys.readouterr()
+    assert "validation_loss" in shown.out
+    assert shown.err == ""
+
+
+def test_what_differs_in_more_is_refused_and_said(place, capsys):
+    first, second = place / "digits0", place / "digits1"
+    assert evaluate(first) == 0
+    assert evaluate(second, "--guidance", "3", "--validation-samples", "4") == 0
+    capsys.readouterr()
+    compare = ["evaluate", "compare", str(first), str(second)]
+    assert main(compare) == command.evaluate_compare.REFUSED == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"sampling.guidance: 2.0 in {first}, 3.0 in {second}\n" in shown.err
+    assert f"validation.samples: 5 in {first}, 4 in {second}\n" in shown.err
+    assert main([*compare, "--allow", "sampling.guidance"]) == 1
+    assert "sampling.guidance" not in capsys.readouterr().err
+    assert main([*compare, "--allow", "sampling.guidance", "validation"]) == 0
+    assert "validation_loss" in capsys.readouterr().out
+
+
+def test_no_validation_without_samples_apart(place, capsys):
+    run = place / "all"
+    assert main(["train", "tiny", "--run-dir", str(run), *TRAIN]) == 0
+    capsys.readouterr()
+    assert evaluate(run) == 2
+    assert "trained on all digits" in error_line(capsys)
+    options = ["-n", "7", "--steps", "2", "--device", "cpu"]
+    assert main(["evaluate", str(run), *options]) == 0
+    assert "no validation loss: this run was trained on all" in capsys.readouterr().out
+    assert "validation_loss" not in read_evaluation(run).scores
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-images", "-1"], "num_images=-1: must not be negative"),
+        (["--validation-samples", "0", "--num-images", "0"], "nothing to score"),
+        (["--reference", "photographs"], "FID needs both"),
+        (["--prompts", "nowhere.txt"], "prompts=nowhere.txt: No such file"),
+        (["--validation-data", "cache"], "has held-out samples of its own"),
+        (["--sampler", "eular"], "did you mean euler"),
+    ],
+)
+def test_one_line_for_what_cannot_be(runs, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(runs / "digits0", *options) == 2
+    assert message in error_line(capsys)
+
+
+def test_other_settings_under_the_same_name_are_refused(place, capsys):
+    assert evaluate(place / "digits0", "--name", "mine") == 0
+    assert evaluate(place / "digits0", "--name", "mine", "--guidance", "3") == 2
+    assert "guidance: 2.0 there, 3.0 now" in error_line(capsys).replace("\n", " ")
+
+
+@pytest.mark.parametrize("given", [[], ["one"]])
+def test_comparing_takes_two(given, capsys, tmp_path):
+    assert main(["evaluate", "compare", *given]) == 2
+    assert "two evaluations or more" in error_line(capsys)
