@@ -2,7 +2,7 @@
 
 A score's file is JSON: `{"scores": {name: value}, "passport": {…}}`. Passports are compared field
 by field; what may differ is what is being compared, the weights, and what says nothing about a
-score: when and by which command it was made.
+score: when, by which command and from which revision it was made.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mvsplit
 from mvsplit.data.atomic import sha256, write_atomically
 from mvsplit.errors import UserError
 from mvsplit.training.environment import describe_environment
 
 FORMAT = 1
 # What may differ between scores that are compared.
-FREE = ("weights.source", "weights.sha256", "weights.step", "command", "date")
+FREE = ("weights.source", "weights.sha256", "weights.step", "command", "date", "revision")
 _ABSENT = "absent"
+# The folders of this package that a score depends on. Their hash is compared instead of the
+# revision, which changes with every commit.
+_CODE = ("kernels", "residuals", "models", "flow", "data", "sampling", "evaluation")
 _ENVIRONMENT = ("python", "device", "device_name", "revision")
 # Beside those of a run's environment.json.
 _PACKAGES = ["scikit-learn", "pillow", "torch-fidelity", "torchvision", "transformers", "diffusers"]
@@ -58,6 +62,7 @@ def passport_head(
         "weights": {**weights, "sha256": weights_sha256(model.state_dict())},
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         **{name: environment[name] for name in _ENVIRONMENT},
+        "code_sha256": code_sha256(),
         "versions": {**environment["versions"], **_versions(_PACKAGES)},
         "command": shlex.join(("mvsplit", *command)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -74,6 +79,12 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
         values = tensor.detach().contiguous().cpu().view(-1)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def code_sha256() -> str:
+    """SHA-256 of the package's own files that a score depends on."""
+    root = Path(mvsplit.__file__).parent
+    return files_sha256([path for part in _CODE for path in sorted((root / part).rglob("*.py"))])
 
 
 def values_sha256(values: Tensor) -> str:
