@@ -191,10 +191,11 @@ def _publish(
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in (temporary / "state.json", temporary / "manifest.json", temporary):
         fsync(path)
-    if final.exists():
-        _remove(final)
+    replaced = _hide(final) if final.exists() else None
     temporary.rename(final)
     fsync(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)  # else the next save or start removes it
 
 
 def _prune(folder: Path, keep: int, keep_every: int) -> None:
@@ -243,9 +244,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _remove(path: Path) -> None:
     """Removes a checkpoint so that no part of it is ever seen under its name."""
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(_hide(path))
+
+
+def _hide(path: Path) -> Path:
+    """Gives a checkpoint a name under which nobody looks for one."""
+    return path.rename(path.with_name(f".{path.name}.old"))
 
 
 def remove_leftovers(folder: Path) -> None:

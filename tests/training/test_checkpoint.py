@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -49,6 +50,24 @@ def test_what_a_kill_left_behind_is_in_nobody_s_way(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, snapshot(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
     assert read_checkpoint(tmp_path / "step_00000002").step == 2
+
+
+def test_a_step_that_is_saved_again_never_lacks_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the old one is removed, the new one has its name."""
+    save_checkpoint(tmp_path, snapshot(2), keep=1)
+    remove, seen = shutil.rmtree, []
+
+    def removed(path: Path, ignore_errors: bool = False) -> None:
+        seen.append(read_checkpoint(tmp_path / "step_00000002").values["name"])
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    again = dataclasses.replace(snapshot(2), values={"name": "again"})
+    save_checkpoint(tmp_path, again, keep=1)
+    assert seen == ["again"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
 def test_views_of_one_buffer_are_saved_apart(tmp_path: Path) -> None:
