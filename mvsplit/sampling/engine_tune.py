@@ -328,7 +328,11 @@ def _key(network: Network) -> str:
 def load_plan(network: Network, path: Path) -> Plan | None:
     """The choice of an earlier run at this shape on such a device; None if there is none."""
     fields = _read(path).get(_key(network))
-    return None if fields is None else Plan.from_json(fields)
+    try:
+        return None if fields is None else Plan.from_json(fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        _logger.warning("engine: %s holds no plan (%r); it is measured anew", path, error)
+        return None
 
 
 def save_plan(network: Network, plan: Plan, path: Path) -> None:
@@ -346,7 +350,10 @@ def save_plan(network: Network, plan: Plan, path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds something else than plans by key")
+        return found
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -1,5 +1,7 @@
 """The engine's evaluation is the model's, whatever the plan; and what it does where it cannot."""
 
+import json
+
 import pytest
 import torch
 
@@ -209,9 +211,16 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     save_plan(longer, ORDINARY, path)
     assert load_plan(network, path) == plan
     assert load_plan(longer, path) == ORDINARY
-    path.write_text("{")
-    assert load_plan(network, path) is None
-    assert "is not read" in caplog.text
+    for damaged in ("{", "[1]"):
+        caplog.clear()
+        path.write_text(damaged)
+        assert load_plan(network, path) is None
+        assert "is not read" in caplog.text
+    for fields in ({}, [], {**plan.to_json(), "qkv": {"kind": "unheard"}}):
+        caplog.clear()
+        path.write_text(json.dumps({engine_tune._key(network): fields}))
+        assert load_plan(network, path) is None
+        assert "holds no plan" in caplog.text
 
 
 class Replayed:
