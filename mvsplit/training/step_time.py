@@ -150,7 +150,8 @@ def step_time(
     sent = _bytes_sent(model, config, shape, ranks)
     communication = sum(sent.values()) / gpu.link
     parts["communication not hidden"] = max(0.0, communication - sum(parts.values()))
-    parts["optimiser"] = optimiser_bytes(model, config) / (ranks or 1) / gpu.copy
+    shards = ranks // config.parallel.replicas
+    parts["optimiser"] = optimiser_bytes(model, config) / shards / gpu.copy
     seconds = sum(parts.values())
     tokens = shape.tokens * shape.pieces * ranks
     return StepTime(

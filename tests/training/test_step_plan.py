@@ -213,6 +213,14 @@ def test_several_gpus_send_what_fsdp_sends():
     assert model_flops(model, 7, 320) == 7 * (6 * n + 12 * 8 * 320 * 1024)
 
 
+def test_every_replica_updates_the_whole_network():
+    model, config = measured_network(8), train(batch_size=16)
+    twice = replace(config, parallel=replace(config.parallel, replicas=2))
+    shape, levels = Shape(samples=4, length=320, pieces=1), ["nothing"] * 8
+    halves = step_time(model, config, shape, levels, H200, ranks=2).parts["optimiser"]
+    assert step_time(model, twice, shape, levels, H200, ranks=4).parts["optimiser"] == halves
+
+
 def test_gpus_that_wait_are_told_of_larger_pieces():
     experiment = get_preset("mvsplit-400l")
     sample = Sample(image=256, text=32, source="")
