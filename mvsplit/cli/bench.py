@@ -166,6 +166,9 @@ def _measure(benchmark: Benchmark, given: list[str], folder: Path) -> int:
 
 def _taken(arguments: list[str], option: str) -> Path | None:
     """The value of an option, which both are taken out of the arguments."""
+    for place, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            arguments[place : place + 1] = argument.split("=", 1)
     if option not in arguments:
         return None
     place = arguments.index(option)

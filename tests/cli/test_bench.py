@@ -62,9 +62,10 @@ def test_a_script_runs_with_its_options_and_its_result_is_named_after_device_and
     assert results == {f"quick_cpu_{day}.json": ["--depth", "3"], f"quick_cpu_{day}_2.json": []}
 
 
-def test_a_given_file_is_used_and_a_failure_is_passed_on(folder, tmp_path):
+@pytest.mark.parametrize("written", ["--json {}", "--json={}"])
+def test_a_given_file_is_used_and_a_failure_is_passed_on(folder, tmp_path, written):
     out = tmp_path / "mine.json"
-    assert cli.main(["bench", "quick", "--json", str(out), "--fail"]) == 7
+    assert cli.main(["bench", "quick", *written.format(out).split(), "--fail"]) == 7
     assert json.loads(out.read_text()) == ["--fail"]
     assert not list((folder / "results").iterdir())
 
