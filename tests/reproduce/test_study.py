@@ -1,0 +1,178 @@
+"""A claim from end to end in seconds: runs, resume, result, page, command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvsplit.cli import main
+from mvsplit.errors import UserError
+from mvsplit.reproduce import CLAIMS, Study, get_claim, write_page
+from mvsplit.reproduce.page import keep_result, page_text, spelled, stored_results
+from mvsplit.reproduce.rule import Figure, fingerprint, judge
+from mvsplit.reproduce.study import RULES
+from mvsplit.reproduce.trial import RECORD, Jump, Trial, run_trial
+from mvsplit.training import Experiment, Observer, TrainState
+from tests.reproduce.tiny import TINY
+
+PAGES = Path(__file__).parents[2] / "docs" / "experiments"
+ALONE = dataclasses.replace(TINY, seeds=(0,), few=(0,))
+CLAIM = get_claim("timestep")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """A study of one claim, finished."""
+    out = tmp_path_factory.mktemp("study")
+    Study(out, ALONE, workers=1).run([CLAIM])
+    return out
+
+
+def logged(run: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["lr"]) for line in lines]
+
+
+def test_its_result_is_that_of_its_runs(done):
+    result = json.loads((done / "tiny" / "timestep.json").read_text())
+    (trial,) = CLAIM.trials(ALONE)
+    record = json.loads((done / "tiny" / "runs" / trial.name / RECORD).read_text())
+    assert record["ended"] == "finished"
+    assert len(record["times"]["layers"]) == 4
+    assert result["figures"]["worst layer"]["values"] == {"0": min(record["times"]["layers"])}
+    last = [loss for step, loss, _ in logged(done / "tiny" / "runs" / trial.name) if step > 6.4]
+    share = sum(last) / len(last) / record["floor"]
+    assert result["figures"]["MV-Split: end loss"]["values"]["0"] == pytest.approx(share, rel=1e-3)
+    assert result["verdict"] == again(result)
+    assert result["rule_unchanged"]
+    assert result["environment"]["versions"]["torch"]
+
+
+def again(result: dict[str, Any]) -> str:
+    """The verdict of today's rule on the figures of a stored result."""
+    figures = [Figure.from_dict(name, f) for name, f in result["figures"].items()]
+    return judge(get_claim(result["claim"]).rule, figures).verdict
+
+
+def test_a_finished_run_is_not_run_again(done, tmp_path):
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    (run,) = (tmp_path / "tiny" / "runs").iterdir()
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    said: list[str] = []
+    Study(tmp_path, ALONE, workers=1, say=said.append).run([CLAIM])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert said == ["1 of 1 runs are there already"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(done):
+    regimes = {**ALONE.regimes, "calm": dataclasses.replace(ALONE.regimes["calm"], lr=2e-2)}
+    with pytest.raises(UserError, match=r"train\.lr"):
+        Study(done, dataclasses.replace(ALONE, regimes=regimes), workers=1).run([CLAIM])
+
+
+def test_a_rule_that_was_changed_after_the_runs_is_told(done, tmp_path):
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    easier = dataclasses.replace(CLAIM, rule=CLAIM.rule[:1])
+    study = Study(tmp_path, ALONE, workers=1)
+    result = study.run([easier])[0]
+    assert not result["rule_unchanged"]
+    assert "**and changed since**" in page_text(easier, [result])
+    noted = json.loads((tmp_path / "tiny" / RULES).read_text())
+    assert noted.keys() == CLAIMS.keys()  # all were written down before the first run
+    assert noted["timestep"]["sha256"] == fingerprint(CLAIM.rule)
+
+
+class StopAt(Observer):
+    """Sends the process a SIGTERM after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        if state.step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def jumping() -> Trial:
+    return next(t for t in get_claim("modes").trials(ALONE) if t.label == "plain")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    trial = jumping()
+    assert run_trial(trial, tmp_path / "whole")
+    start = Jump.on_start
+
+    class Stopping(Jump, StopAt):
+        def __init__(self, trial: Trial) -> None:
+            Jump.__init__(self, trial)
+            StopAt.__init__(self, 5)
+
+        def on_start(self, state: TrainState, experiment: Experiment) -> None:
+            start(self, state, experiment)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mvsplit.reproduce.trial.Jump", Stopping)
+        assert not run_trial(trial, tmp_path / "parts")
+    assert not trial.finished(tmp_path / "parts")
+    assert run_trial(trial, tmp_path / "parts")
+    whole, parts = (logged(tmp_path / name / trial.name) for name in ("whole", "parts"))
+    assert whole == parts
+    rates = [lr for _, _, lr in whole]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2, 1e-1, 1e-1, 1e-1, 1e-1])
+
+
+def test_a_page_comes_from_its_results_alone(done, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvsplit.reproduce.page.SIZES", ("tiny",))
+    result = json.loads((done / "tiny" / "timestep.json").read_text())
+    keep_result(result, tmp_path)
+    text = write_page(CLAIM, tmp_path).read_text()
+    assert "**one seed: no figure here has a spread**" in text
+    assert f"## tiny: {result['verdict']}" in text
+    for condition in CLAIM.rule:
+        assert f"| {condition.holds} | {condition.fails} | {condition.why} |" in text
+    picture = (tmp_path / "timestep-tiny.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    write_page(CLAIM, tmp_path)
+    assert (tmp_path / "timestep-tiny.png").read_bytes() == picture
+    with pytest.raises(UserError, match="no result of front"):
+        write_page(get_claim("front"), tmp_path)
+
+
+def test_a_figure_says_its_spread_or_that_it_has_none():
+    assert spelled({"0": 1.0, "1": 3.0}) == "2 ± 1.4 (1, 3)"
+    assert spelled({"0": 1.5}) == "1.5 (no spread)"
+    assert spelled({"0": 1.5, "1": None}) == "1.5, none (no spread)"
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("results/*.json")), ids=lambda p: p.stem)
+def test_what_is_kept_is_judged_by_todays_rule(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    claim = get_claim(result["claim"])
+    assert result["verdict"] == again(result)
+    assert result["rule_unchanged"]
+    assert result["rule"] == [condition.as_dict() for condition in claim.rule]
+    page = (PAGES / f"{claim.name}.md").read_text(encoding="utf-8")
+    assert page == page_text(claim, stored_results(claim, PAGES))
+    for picture in re.findall(r"\((\S+\.png)\)", page):
+        assert (PAGES / picture).exists()
+
+
+def test_the_command_lists_and_refuses(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in CLAIMS)
+    for arguments, words in (
+        ([], "name at least one"),
+        (["colapse"], "did you mean collapse"),
+        (["collapse", "--draw"], "--pages FOLDER"),
+        (["collapse", "--workers", "0"], "workers=0"),
+    ):
+        assert main(["reproduce", *arguments]) == 2
+        assert words in capsys.readouterr().err
