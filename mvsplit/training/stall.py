@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mvsplit.errors import UserError
+
 THE_START, THE_SAVE = "the start", "the save"
 _PATIENCE = 10  # times the timeout, at these: reading, checking and writing much take their time
 
@@ -100,7 +102,10 @@ class StallWatch:
 
     def _end(self, late: list[int]) -> None:
         message = describe(late, self._seen, time.monotonic())
-        self.tell(message)
+        try:
+            self.tell(message)
+        except UserError as error:  # a full disk, say; the process must end all the same
+            print(f"mvsplit: {error}", file=sys.stderr, flush=True)
         if self._store.add("stall/said", 1) > 1:
             message = ""
         if self.rank in late:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from mvsplit.data import Loader
+from mvsplit.errors import UserError
 from mvsplit.training.checkpoint import list_checkpoints, load_latest, step_of
-from mvsplit.training.stall import STALLED, Seen, describe, stalled
+from mvsplit.training.stall import STALLED, Seen, StallWatch, describe, stalled
 from tests.training import ranks, runs
 
 SIZES = "--model.depth 2 --model.width 16 --model.ffn-width 24 --model.text-width 16 --batch-size 4"
@@ -161,6 +163,28 @@ def test_who_has_stalled() -> None:
     both = [seen(5, 80, 99), seen(5, 80, 99)]
     assert stalled(both, now=100, timeout=10) == [0, 1]
     assert "no rank has moved for 20 s" in describe([0, 1], dict(enumerate(both)), now=100)
+
+
+def test_a_stall_that_cannot_be_written_down_ends_the_run_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(message: str) -> None:
+        raise UserError("cannot write events.jsonl: No space left on device")
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    watch = StallWatch(HashStore(), 0, 2, timeout=1000)
+    watch.close()
+    watch.tell = full
+    watch._seen = {n: Seen(5 - n, "the batch", 1, 0, time.monotonic()) for n in range(2)}
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        watch._end([1])
+    assert left.value.code == STALLED
+    said = capsys.readouterr().err
+    assert "rank 1 of 2 has not moved for" in said
+    assert "No space left on device" in said
 
 
 def kill_first_rank(run: Path) -> None:
