@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from mvsplit.cli import main
 from mvsplit.data import Digits, Shapes, WordEmbedder
 from mvsplit.errors import UserError
 from mvsplit.evaluation.held_out import examples_sha256, held_out, times_of, validation_loss
 from mvsplit.sampling import sample_noise
 from mvsplit.training import DataConfig
+from tests.data.photographs import fill
 
 
 class Toy(nn.Module):
@@ -119,3 +122,43 @@ def test_the_hash_knows_values_captions_and_number():
     data = Shapes(32, seed=1)
     found = {examples_sha256(data, 3), examples_sha256(data, 4), examples_sha256(Shapes(32, 2), 3)}
     assert len(found) == 3
+
+
+ENCODE = ["--vae", "pixels", "--resolution", "16", "--multiple", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """A cache to train on, one of other pictures, and that with another text encoder."""
+    place = tmp_path_factory.mktemp("caches")
+    fill(place / "pictures")
+    (place / "others").mkdir()
+    for path in sorted((place / "pictures").rglob("*.png"))[::2]:
+        with Image.open(path) as picture:
+            picture.convert("RGB").rotate(180).save(place / "others" / path.name)
+    for source, name, text in (
+        ("pictures", "own", "words:32"),
+        ("others", "other", "words:32"),
+        ("others", "foreign", "words:16"),
+    ):
+        command = ["encode", str(place / source), str(place / name), "--text-encoder", text]
+        assert main([*command, *ENCODE]) == 0
+    return place
+
+
+def test_a_cache_is_validated_on_another(caches):
+    own = DataConfig(dataset="cache", path=str(caches / "own"))
+    found = held_out(own, 32, caches / "other")
+    losses = dict(validation_loss(Toy(), found.embedder, found.dataset, samples=6, batch_size=4))
+    alone = dict(validation_loss(Toy(), found.embedder, found.dataset, samples=6, batch_size=1))
+    assert losses == pytest.approx(alone, rel=1e-6)
+    assert losses["validation_loss"] > 0.5
+    assert len(examples_sha256(found.dataset, 6)) == 64
+
+
+def test_a_cache_of_the_same_pictures_or_other_encoders_is_refused(caches):
+    own = DataConfig(dataset="cache", path=str(caches / "own"))
+    with pytest.raises(UserError, match="shares 1 shards"):
+        held_out(own, 32, caches / "own")
+    with pytest.raises(UserError, match="its text_encoder is"):
+        held_out(own, 32, caches / "foreign")

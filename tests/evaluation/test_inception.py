@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+import mvsplit.cli.evaluate as command
+from mvsplit.cli import main
 from mvsplit.errors import UserError
 from mvsplit.evaluation import inception
 from mvsplit.evaluation.drawn import DrawnPictures
@@ -22,6 +24,7 @@ from mvsplit.evaluation.inception import (
     load_network,
     scores_of,
 )
+from mvsplit.evaluation.passport import read_evaluation
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch_fidelity") is None, reason="needs torch-fidelity (extra eval)"
@@ -278,3 +281,27 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.metric_fid", None)
     with pytest.raises(UserError, match=r"pip install 'mvsplit\[eval\]'"):
         inception._fidelity("metric_fid")
+
+
+def test_the_command_scores_a_run_against_a_folder(network, pictures, tmp_path, monkeypatch):
+    _, folder = pictures
+    monkeypatch.setattr(command, "load_network", lambda *args, **options: network)
+    run, fast = tmp_path / "run", ["--steps", "2", "--device", "cpu"]
+    shapes = ["--data.dataset", "shapes", "--data.size", "32", "--model.channels", "3"]
+    small = ["--model.patch", "8", "--batch-size", "4", *fast]
+    assert main(["train", "tiny", "--run-dir", str(run), *shapes, *small]) == 0
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    files = ["--reference", str(folder), "--inception", "any.pth"]
+    options = [*files, "--prompts", str(tmp_path / "prompts.txt"), "--validation-samples", "0"]
+    assert main(["evaluate", str(run), "-n", "9", *options, *fast]) == 0
+    found = read_evaluation(run)
+    assert set(found.scores) == {"fid", "inception_score", "precision", "recall"}
+    drawn = sorted(next(p for p in (run / "evaluations").iterdir() if p.is_dir()).glob("*.png"))
+    store = tmp_path / "again"
+    again = dict(evaluate_pictures(drawn, Reference(folder, (32, 32)), network, store))
+    assert found.scores == pytest.approx(again, rel=1e-6)
+    assert found.passport["real"] == {
+        "sha256": Reference(folder, (32, 32)).sha256,
+        "pictures": 19,
+        "inception_sha256": network.sha256,
+    }
