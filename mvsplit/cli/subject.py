@@ -4,6 +4,7 @@ encoder."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +142,7 @@ def _of_run(run: Path, args: Options) -> Subject:
 def _of_weights(args: Options) -> Subject:
     """The weights are read last: what is wrong with the rest is said before."""
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
+    shift, shift_source = _shift_of_weights(args.source)
     vae = _autoencoder(args, device)
     side = _side(args.resolution, 1 if vae is None else vae.multiple)
     padding: Padding = args.padding or "mask"
@@ -151,7 +153,6 @@ def _of_weights(args: Options) -> Subject:
     model.requires_grad_(False).eval()
     multiple = _require_fit(model, vae, text, args)
     height, width = _side(args.resolution, multiple * model.config.patch)
-    shift, shift_source = _shift_of_weights(args.source)
     return Subject(
         model=model,
         embedder=text,
@@ -237,11 +238,24 @@ def _shift_of_run(experiment: Experiment) -> tuple[float, str]:
 
 
 def _shift_of_weights(source: Path) -> tuple[float, str]:
-    """That of a pipeline's scheduler; the paper's for other weights."""
+    """That of a pipeline's scheduler; the paper's for other weights.
+
+    Raises:
+        UserError: the scheduler's file cannot be read.
+    """
     config = source / "scheduler" / "scheduler_config.json"
-    if config.is_file():
-        return float(_read(config).get("shift", 1.0)), "of the pipeline's scheduler"
-    return RELEASED_SHIFT, "the paper's"
+    if not config.is_file():
+        return RELEASED_SHIFT, "the paper's"
+    try:
+        shift = float(json.loads(config.read_text(encoding="utf-8")).get("shift", 1.0))
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift={shift}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{config}: has no shift that can be used ({error}); put the pipeline's own file "
+            "there, or remove it and give --shift"
+        ) from error
+    return shift, "of the pipeline's scheduler"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -110,6 +110,15 @@ def test_its_shift_is_that_of_the_scheduler(parts, tmp_path):
     assert abs(expected("mask", shift=1.0) - expected("mask")).max() > 1
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"shift": "three"}', '{"shift": 0}'])
+def test_a_scheduler_that_cannot_be_read_is_said(parts, tmp_path, capsys, damaged):
+    pipeline = Path(shutil.copytree(parts / "pipeline", tmp_path / "pipeline"))
+    (pipeline / "scheduler" / "scheduler_config.json").write_text(damaged)
+    own = ["--vae", "", "--text-encoder", "", "--num-heads", "", "--out", str(tmp_path / "out")]
+    assert draw(tmp_path, *own, weights="pipeline") == 2
+    assert "scheduler_config.json: has no shift that can be used" in capsys.readouterr().err
+
+
 def test_a_given_picture_goes_through_the_autoencoder(parts, tmp_path):
     """A latent is 16 pixels a side; where a pixel of it is to be drawn, it is."""
     levels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
