@@ -28,7 +28,6 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "grow": ("mvsplit.cli.grow", "deeper weights that compute the same"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),
     "reproduce": ("mvsplit.cli.reproduce", "run a claim of the paper and judge it"),
-    "reproduce": ("mvsplit.cli.reproduce", "run a claim of the paper and judge it"),
     "plan": ("mvsplit.cli.plan", "memory and time of a training step, before it is taken"),
     "bench": ("mvsplit.cli.bench", "measure speed: the scripts of benchmarks/, their tables"),
 }
