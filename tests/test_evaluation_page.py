@@ -1,0 +1,60 @@
+"""docs/evaluation.md: its commands run as written, its figures are those of the results."""
+
+import importlib.util
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+from mvsplit.cli import main
+from mvsplit.cli.evaluate import Arguments
+from mvsplit.cli.evaluate_compare import Arguments as CompareArguments
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+RESULT = json.loads((ROOT / "benchmarks/results/shapes_reader_2026-11-24.json").read_text())
+
+
+def test_the_commands_do_what_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = []
+    for line in "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "mvsplit"
+        capsys.readouterr()
+        status.append(main(arguments))
+    assert status == [0, 0, 0, 0, 0, 0, 1]
+    refusal = capsys.readouterr().err
+    assert refusal == re.search(r"((?: {4}.*\n)+)\n`--allow`", PAGE)[1].replace(
+        "    ", "", 1
+    ).replace("\n    ", "\n")
+
+
+def test_the_reader_is_as_good_as_stated():
+    spec = importlib.util.spec_from_file_location("reader", ROOT / "benchmarks/shapes_reader.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert RESULT["passed"]
+    assert module.table(RESULT["rows"]) in PAGE
+    assert {row["pictures"] for row in RESULT["rows"]} == {3000}
+    samples = RESULT["samples"]
+    words = f"of {samples['depth']} layers after {samples['step']:,} steps the noise is "
+    words += (
+        f"{samples['noise_median']:.3f} in the median and {samples['noise_upper_tenth']:.2f} in"
+    )
+    assert words in " ".join(PAGE.split())
+    for row in RESULT["rows"]:
+        if row["quality"] != module.NOT_GATED:
+            assert row["right"] >= module.NEEDED
+            assert f"{row['another_scene_taken_for_right']:.1%}" == "1.9%"
+
+
+def test_its_options_and_links_exist():
+    known = {
+        f.name.replace("_", "-") for kind in (Arguments, CompareArguments) for f in fields(kind)
+    }
+    trained = {"run-dir", "data.split", "seed"}
+    assert set(re.findall(r"--([a-z][a-z.-]+)", PAGE)) <= known | trained
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGE)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
