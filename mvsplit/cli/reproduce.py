@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mvsplit.errors import UserError
-from mvsplit.reproduce import CLAIMS, Study, get_claim, write_page
+from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.claim import Claim
-from mvsplit.reproduce.page import keep_result
+from mvsplit.reproduce.page import keep_result, write_index, write_page
 from mvsplit.reproduce.sizes import get_size
 
 _COLOURS = {"holds": "green", "does not hold": "red"}
@@ -36,6 +36,7 @@ class _Options:
     size: Literal["small", "gpu"] = "small"  # two CPU cores, or one GPU
     out: Path = Path("runs/reproduce")  # runs and results; the same folder again goes on
     workers: int | None = None  # runs side by side; 2 for small, 4 for gpu
+    minutes: float | None = None  # stops after these; the same command goes on
     pages: Path | None = None  # writes each claim's page and its result into this folder
     draw: bool = False  # only writes the pages again, from the results in that folder
 
@@ -57,13 +58,18 @@ def main(arguments: Sequence[str]) -> int:
         _draw(claims, options.pages)
         return 0
     study = Study(options.out, get_size(options.size), workers=options.workers)
-    results = study.run(claims)
-    for claim, result in zip(claims, results, strict=True):
+    results = study.run(claims, minutes=options.minutes)
+    for result in results:
+        claim = get_claim(result["claim"])
         _print_result(claim, result)
         if options.pages is not None:
             keep_result(result, options.pages)
             print(f"page    {write_page(claim, options.pages)}")
+    if options.pages is not None and results:
+        write_index(options.pages)
     print(f"results {study.folder}")
+    if len(results) < len(claims):
+        print("time is up before all runs were finished: the same command again goes on")
     return 0
 
 
@@ -78,6 +84,7 @@ def _draw(claims: Sequence[Claim], pages: Path | None) -> None:
         raise UserError("--draw needs --pages FOLDER, whose results the pages are written from")
     for claim in claims:
         print(write_page(claim, pages))
+    print(write_index(pages))
 
 
 def _print_list() -> None:

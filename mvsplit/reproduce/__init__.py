@@ -5,8 +5,7 @@ it, `claims_*` hold the claims, `study` runs and judges them, `page` writes them
 """
 
 from mvsplit.reproduce.claims import CLAIMS, get_claim
-from mvsplit.reproduce.page import write_page
 from mvsplit.reproduce.sizes import SIZES
 from mvsplit.reproduce.study import Study
 
-__all__ = ["CLAIMS", "SIZES", "Study", "get_claim", "write_page"]
+__all__ = ["CLAIMS", "SIZES", "Study", "get_claim"]

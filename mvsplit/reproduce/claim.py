@@ -58,6 +58,7 @@ class Claim:
         trials: the runs, at a size.
         measure: the figures, from the runs.
         rule: the bounds that give the verdict.
+        afterwards: what was understood only from the runs; it changes no verdict.
         panels: the plots.
     """
 
@@ -71,6 +72,7 @@ class Claim:
     trials: Callable[[Size], list[Trial]]
     measure: Callable[[Runs], list[Figure]]
     rule: tuple[Condition, ...]
+    afterwards: str = ""
     panels: Callable[[Runs], list[Panel]] = field(default=lambda runs: [])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.reproduce.claim import Claim
-from mvsplit.reproduce.claims_gradients import ALIGNMENT, ATTENTION, EXTINCTION, MODES
+from mvsplit.reproduce.claims_alignment import ALIGNMENT, ENTRY
+from mvsplit.reproduce.claims_gradients import ATTENTION, EXTINCTION, MODES
 from mvsplit.reproduce.claims_runs import COLLAPSE, CONTROL, DELAYED, ORDER, THOUSAND
 from mvsplit.reproduce.claims_states import FRONT, TIMESTEP
 
@@ -14,6 +15,7 @@ CLAIMS: dict[str, Claim] = {
         COLLAPSE,
         MODES,
         ALIGNMENT,
+        ENTRY,
         EXTINCTION,
         DELAYED,
         ORDER,

@@ -1,4 +1,4 @@
-"""Claims about what the gradients do in a collapse: Fig. 6, Fig. 4, Q/K extinction, App. F."""
+"""Claims about what the gradients do in a collapse: Fig. 6, Q/K extinction, App. F."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from mvsplit.reproduce.claim import (
     grouped,
     healthy,
     loss_panel,
-    rounded,
     trial,
 )
 from mvsplit.reproduce.rule import Condition, Figure, at_least, below
-from mvsplit.reproduce.runlog import ALIKE, Array, RunLog, Runs
+from mvsplit.reproduce.runlog import Array, RunLog, Runs
 from mvsplit.reproduce.sizes import Size
 from mvsplit.reproduce.trial import Trial
 
 WRITERS = {"W_O": "attn", "W_2": "ffn"}
-_COST = {
+COST = {
     "small": "3 runs of about a minute on a core, shared with `delayed`",
     "gpu": "3 runs of some minutes, shared with `delayed`",
 }
-_ON_DEMAND = (
+ON_DEMAND = (
     "The collapse is called up by a rise of the learning rate, and the baseline is the "
     "steps before it; the paper's came by itself."
 )
-_COLLAPSED = at_least(
+COLLAPSED = at_least(
     "plain: collapsed", 1, 1, "Without a collapse there is nothing to look at.", needed=True
 )
 
 
-def _plain_trials(size: Size) -> list[Trial]:
+def plain_trials(size: Size) -> list[Trial]:
     return [trial(size, "jump", "plain", PLAIN, seed) for seed in size.seeds]
 
 
@@ -96,7 +95,7 @@ def _rises(runs: Runs) -> list[Figure]:
 
 
 def _mode_rule() -> tuple[Condition, ...]:
-    rule = [HEALTHY, _COLLAPSED]
+    rule = [HEALTHY, COLLAPSED]
     for writer, paper in (("W_O", 155), ("W_2", 61)):
         rule += [
             at_least(
@@ -129,137 +128,12 @@ MODES = Claim(
     says="On entry G_mean rises ≈155 times in W_O and ≈61 times in W_2, G_ctr only 1–3 times.",
     expect="G_mean up by one to two orders of magnitude. At width 32 with 17 tokens the ratio of "
     "T to √T is smaller than at the paper's width and 256 tokens.",
-    limits=_ON_DEMAND + " Norms over all layers together, at the looks that were taken.",
-    cost=_COST,
-    trials=_plain_trials,
+    limits=ON_DEMAND + " Norms over all layers together, at the looks that were taken.",
+    cost=COST,
+    trials=plain_trials,
     measure=lambda runs: [*_rises(runs), healthy(runs), *grouped(runs)],
     rule=_mode_rule(),
     panels=lambda runs: [total_panel(runs, "W_O"), total_panel(runs, "W_2")],
-)
-
-
-# The alignment law
-
-SLACK = 1.25  # magnitudes are not all equal, as the envelope assumes
-MARGIN = 0.1
-
-
-def _points(log: RunLog) -> tuple[Array, Array, Array]:
-    """A − 1, (T − 1)κ̂ and the similarity of the layer's tokens, of both writers, every layer and
-    every look. [N], [N], [N]."""
-    parts = []
-    for end in WRITERS.values():
-        steps, amplification = log.looks(f"amplification_{end}")
-        _, envelope = log.looks(f"envelope_{end}")
-        _, similarity = log.looks("tcs")
-        if len(steps):
-            parts.append(np.stack([amplification - 1, envelope, similarity]).reshape(3, -1))
-    joined = np.concatenate(parts, axis=1) if parts else np.empty((3, 0))
-    excess, envelope, similarity = joined[:, np.isfinite(joined).all(0)]
-    return excess, envelope, similarity
-
-
-def _under(log: RunLog) -> float | None:
-    excess, envelope, _ = _points(log)
-    return float((excess <= SLACK * envelope + MARGIN).mean()) if len(excess) else None
-
-
-def _tightness(log: RunLog) -> float | None:
-    excess, envelope, similarity = _points(log)
-    alike = (similarity >= ALIKE) & (envelope > 0)
-    return float(np.median(excess[alike] / envelope[alike])) if alike.any() else None
-
-
-def rank_correlation(x: Array, y: Array) -> float | None:
-    """Spearman's, ties in order of appearance; None for fewer than three points."""
-    if len(x) < 3:
-        return None
-    first, second = (
-        np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (x, y)
-    )
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _alignment_panel(runs: Runs) -> Panel:
-    log = runs.of("plain")[0]
-    excess, envelope, similarity = _points(log)
-    chosen = np.random.default_rng(0).permutation(np.flatnonzero((excess > 0) & (envelope > 0)))
-    lines = []
-    for label, mask in (
-        ("tokens apart", similarity < ALIKE),
-        ("tokens alike", similarity >= ALIKE),
-    ):
-        some = [i for i in chosen if mask[i]][:400]
-        lines.append(
-            Line(label=label, x=rounded(envelope[some]), y=rounded(excess[some]), points=True)
-        )
-    ends = [0.01, 20.0]
-    lines.append(Line(label="A − 1 = (T − 1)κ̂", x=ends, y=ends))
-    return Panel(
-        title=f"alignment law, seed {log.seed}, a sample of its points",
-        x="(T − 1)κ̂",
-        y="A − 1",
-        lines=lines,
-        log_x=True,
-        log_y=True,
-    )
-
-
-ALIGNMENT = Claim(
-    name="alignment",
-    title="The amplification of a writer gradient follows the alignment of its tokens",
-    source="Fig. 4, Eq. 6, C.2",
-    says="A − 1 = (T − 1)κ at equal magnitudes, and (T − 1)κ̂ is its upper envelope; on entry into "
-    "the collapse A − 1 comes up to the envelope.",
-    expect="Points under the envelope up to what unequal magnitudes allow, close to it where "
-    "tokens are alike. Eq. 6 itself is an identity; what is tested is its reading.",
-    limits=_ON_DEMAND + " Two samples a look.",
-    cost=_COST,
-    trials=_plain_trials,
-    measure=lambda runs: [
-        runs.figure(
-            "points under the envelope",
-            "share of A − 1 ≤ 1.25·(T − 1)κ̂ + 0.1 over writers, layers and looks",
-            "plain",
-            _under,
-            "all",
-        ),
-        runs.figure(
-            "A − 1 over the envelope, tokens alike",
-            "median over the points with similarity of 0.95 or more",
-            "plain",
-            _tightness,
-            "≈1",
-        ),
-        runs.figure(
-            "rank correlation",
-            "Spearman's, of A − 1 with (T − 1)κ̂ over all points",
-            "plain",
-            lambda log: rank_correlation(*_points(log)[:2]),
-        ),
-        healthy(runs),
-        *grouped(runs),
-    ],
-    rule=(
-        HEALTHY,
-        _COLLAPSED,
-        at_least(
-            "points under the envelope",
-            0.95,
-            0.8,
-            "An envelope has nearly everything under it; a quarter is left for magnitudes.",
-        ),
-        at_least(
-            "A − 1 over the envelope, tokens alike",
-            0.5,
-            0.1,
-            "Close to the envelope is within a factor of two, far from it is a tenth.",
-        ),
-        at_least(
-            "rank correlation", 0.7, 0.3, "What follows a quantity is ordered as it is, mostly."
-        ),
-    ),
-    panels=lambda runs: [_alignment_panel(runs)],
 )
 
 
@@ -302,9 +176,9 @@ EXTINCTION = Claim(
     says="The softmax Jacobian kills the constant vector: gradients of W_Q and W_K fall by about "
     "four orders of magnitude, that of W_O does not.",
     expect="Three to four orders of magnitude; it is what locks the collapse in.",
-    limits=_ON_DEMAND + " Norms of the deepest quarter of the layers.",
-    cost=_COST,
-    trials=_plain_trials,
+    limits=ON_DEMAND + " Norms of the deepest quarter of the layers.",
+    cost=COST,
+    trials=plain_trials,
     measure=lambda runs: [
         *(
             runs.figure(
@@ -326,7 +200,7 @@ EXTINCTION = Claim(
     ],
     rule=(
         HEALTHY,
-        _COLLAPSED,
+        COLLAPSED,
         *(
             at_least(
                 f"fall of {name}",
@@ -383,7 +257,7 @@ ATTENTION = Claim(
     says="With MV-Split after attention only, the spike of the mean-coherent gradient appears in "
     "W_2 instead of W_O.",
     expect="G_mean of W_2 rises as before or more, that of W_O stays small.",
-    limits=_ON_DEMAND,
+    limits=ON_DEMAND,
     cost={
         "small": "6 runs of about a minute on a core, 3 of them shared with `delayed`",
         "gpu": "6 runs of some minutes, 3 of them shared with `delayed`",

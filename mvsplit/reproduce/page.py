@@ -14,10 +14,24 @@ from typing import Any
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
+from mvsplit.reproduce.claims import CLAIMS
 from mvsplit.reproduce.plot import save_plot
 from mvsplit.reproduce.sizes import SIZES
 
 RESULTS = "results"
+INDEX = f"""# The claims of the paper, repeated
+
+    mvsplit reproduce CLAIM --size small --pages docs/experiments
+
+Each claim of arXiv 2605.06169 is a few runs and a rule that was written down before the first of
+them; the verdict is what the rule says of the logs, welcome or not. The sizes: {
+    "; ".join(f"`{size.name}`, {size.hardware}" for size in SIZES.values())
+}. All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
+others.
+
+| claim | source | {" | ".join(SIZES)} |
+|---|---|{"---|" * len(SIZES)}
+"""
 
 
 def keep_result(result: Mapping[str, Any], folder: Path) -> Path:
@@ -55,6 +69,25 @@ def write_page(claim: Claim, folder: Path | str) -> Path:
     return page
 
 
+def write_index(folder: Path | str) -> Path:
+    """Writes FOLDER/README.md, a line for each claim with its verdicts."""
+    folder = Path(folder)
+    rows = []
+    for claim in CLAIMS.values():
+        found = {r["size"]: _short(r) for r in stored_results(claim, folder)}
+        name = f"[{claim.title}]({claim.name}.md)" if found else claim.title
+        verdicts = " | ".join(found.get(size, "not run") for size in SIZES)
+        rows.append(f"| {name} | {claim.source} | {verdicts} |")
+    path = folder / "README.md"
+    path.write_text(INDEX + "\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def _short(result: Mapping[str, Any]) -> str:
+    seeds = len({row["seed"] for row in result["runs"]})
+    return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'})"
+
+
 def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
     """The page of a claim, as Markdown."""
     head = [
@@ -64,6 +97,7 @@ def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
         f"**The paper** (arXiv 2605.06169, {claim.source}). {claim.says}",
         f"**Expected here.** {claim.expect}",
         f"**Not covered.** {claim.limits}",
+        *([f"**Understood afterwards.** {claim.afterwards}"] if claim.afterwards else []),
         _rule(results[-1]),
     ]
     body = [part for result in results for part in _of_size(claim, result)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -54,8 +55,12 @@ class Study:
         self.folder = Path(out) / size.name
         self.runs = self.folder / "runs"
 
-    def run(self, claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    def run(self, claims: Sequence[Claim], *, minutes: float | None = None) -> list[dict[str, Any]]:
         """Trains what is missing and gives the results, which are also written.
+
+        Args:
+            minutes: after these the runs are saved and left; only the claims whose runs are all
+                there have a result then.
 
         Raises:
             UserError: a run failed, or a folder holds another.
@@ -66,8 +71,12 @@ class Study:
         todo = [t for t in trials.values() if not t.finished(self.runs)]
         if len(todo) < len(trials):
             self.say(f"{len(trials) - len(todo)} of {len(trials)} runs are there already")
-        self._train(todo)
-        return [self.judge(claim) for claim in claims]
+        self._train(todo, math.inf if minutes is None else time.time() + 60 * minutes)
+        return [self.judge(claim) for claim in claims if self.complete(claim)]
+
+    def complete(self, claim: Claim) -> bool:
+        """Whether all runs of a claim are finished."""
+        return all(t.finished(self.runs) for t in claim.trials(self.size))
 
     def judge(self, claim: Claim) -> dict[str, Any]:
         """The result of a claim whose runs are all there; written to OUT/SIZE/CLAIM.json."""
@@ -113,11 +122,11 @@ class Study:
         path = self.folder / RULES
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def _train(self, todo: Sequence[Trial]) -> None:
+    def _train(self, todo: Sequence[Trial], end: float) -> None:
         began, done = time.monotonic(), 0
         with _pool(self.workers) as pool:
             jobs: dict[Future[bool], Trial] = {
-                pool.submit(run_trial, t, self.runs): t for t in todo
+                pool.submit(run_trial, t, self.runs, end): t for t in todo
             }
             for job in as_completed(jobs):
                 name = jobs[job].name
@@ -125,6 +134,8 @@ class Study:
                     whole = job.result()
                 except UserError as error:
                     raise UserError(f"run {name}: {error}") from error
+                if not whole and time.time() > end:
+                    continue
                 if not whole:
                     raise KeyboardInterrupt
                 done += 1

@@ -71,6 +71,7 @@ def _mean_states(
     for start in range(0, len(noisy), BATCH):
         rows = slice(start, start + BATCH)
         text, valid = embedder.encode(captions[rows])
+        text = text.bfloat16() if low else text  # as in training, or the trunk would be fp32
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             model(noisy[rows].to(device), text.to(device), valid.to(device))
     for handle in handles:

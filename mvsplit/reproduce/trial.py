@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +82,21 @@ class Jump(Observer):
         )
 
 
-def run_trial(trial: Trial, folder: Path) -> bool:
+class Deadline(Observer):
+    """Stops a run as SIGTERM does, saved after its step, once the clock says so."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        if time.time() > self.end:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
     """Trains the trial in its folder under `folder`, from where it stopped if it did, and says
-    whether it came to its end: a signal stops it before.
+    whether it came to its end: a signal stops it before, and so does the time `end`, in seconds of
+    the clock.
 
     Raises:
         UserError: the folder holds another run.
@@ -92,11 +106,13 @@ def run_trial(trial: Trial, folder: Path) -> bool:
     path = folder / trial.name
     if trial.finished(folder):
         return True
+    if time.time() > end:
+        return False
     record: dict[str, Any] = {"label": trial.label, "seed": trial.seed, "ended": None}
     record |= {"jump": trial.jump, "factor": trial.factor, "times": None}
     began, earlier = time.perf_counter(), _seconds(path)
     try:
-        outcome = train(trial.experiment, path, observers=[Jump(trial)])
+        outcome = train(trial.experiment, path, observers=[Jump(trial), Deadline(end)])
         if outcome.signal is not None:
             return False
         record["ended"] = "finished"

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce import CLAIMS, SIZES, get_claim
-from mvsplit.reproduce.claims_gradients import rank_correlation
+from mvsplit.reproduce.claims_alignment import at_the_peak, rank_correlation
 from mvsplit.reproduce.claims_states import crossed, front
 from mvsplit.reproduce.rule import FAILS, HOLDS, OPEN, fingerprint, judge
 from mvsplit.reproduce.runlog import RunLog, Runs
@@ -142,6 +142,10 @@ CASES: list[tuple[str, str, Callable[[], list[RunLog]]]] = [
     ("alignment", FAILS, lambda: jumps(gradients("plain", excess=(9.0, 40.0)))),
     ("alignment", FAILS, lambda: jumps(gradients("plain", excess=(0.5, 0.6)))),
     ("alignment", OPEN, lambda: jumps(gradients("plain", excess=(0.5, 4.0)))),
+    ("alignment-entry", HOLDS, lambda: jumps(gradients("plain", mean=(1, 20)))),
+    ("alignment-entry", FAILS, lambda: jumps(gradients("plain", excess=(0.5, 0.6)))),
+    ("alignment-entry", FAILS, lambda: jumps(gradients("plain", excess=(3.0, 15.0)))),
+    ("alignment-entry", OPEN, lambda: jumps(gradients("plain", excess=(0.5, 6.0)))),
     ("extinction", HOLDS, lambda: jumps(gradients("plain", query=(1, 1e-4)))),
     ("extinction", FAILS, lambda: jumps(gradients("plain", query=(1, 0.5)))),
     ("extinction", FAILS, lambda: jumps(gradients("plain", query=(1, 1e-4), writer=(1, 1e-4)))),
@@ -217,6 +221,15 @@ def test_plots_have_the_runs_in_them():
     wanted = [1.0] * 25 + [150.0] * 25
     assert by_label["mean"].y == pytest.approx(np.sqrt(LAYERS) * np.array(wanted), rel=1e-3)
     assert by_label["mean"].x == list(range(2, STEPS + 1, 2))
+
+
+def test_the_peak_is_where_the_mean_gradient_is_largest():
+    (log, *_) = gradients("plain", mean=(9.0, 2.0), excess=(0.5, 4.0), envelope=(5.0, 5.0))
+    look = log.layers[26]  # step 54
+    look["g_mean_attn"][3] = 3.0
+    look["amplification_attn"][3] = 1 + 4.5
+    assert at_the_peak(log, "W_O") == pytest.approx(0.9)
+    assert at_the_peak(log, "W_2") == pytest.approx(0.8)
 
 
 def test_the_front_is_the_shallowest_of_the_layers_that_are_alike_to_the_last():

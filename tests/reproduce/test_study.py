@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ import pytest
 
 from mvsplit.cli import main
 from mvsplit.errors import UserError
-from mvsplit.reproduce import CLAIMS, Study, get_claim, write_page
-from mvsplit.reproduce.page import keep_result, page_text, spelled, stored_results
+from mvsplit.reproduce import CLAIMS, Study, get_claim
+from mvsplit.reproduce.page import (
+    keep_result,
+    page_text,
+    spelled,
+    stored_results,
+    write_index,
+    write_page,
+)
 from mvsplit.reproduce.rule import Figure, fingerprint, judge
 from mvsplit.reproduce.study import RULES
 from mvsplit.reproduce.trial import RECORD, Jump, Trial, run_trial
@@ -126,6 +134,33 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     assert whole == parts
     rates = [lr for _, _, lr in whole]
     assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2, 1e-1, 1e-1, 1e-1, 1e-1])
+
+
+def test_what_time_did_not_allow_has_no_result_and_goes_on(tmp_path):
+    study = Study(tmp_path, ALONE, workers=1)
+    assert study.run([CLAIM], minutes=-1) == []
+    (trial,) = CLAIM.trials(ALONE)
+    assert not run_trial(
+        trial, tmp_path / "tiny" / "runs", end=time.time()
+    )  # after a step, or none
+    assert not (tmp_path / "tiny" / "timestep.json").exists()
+    (result,) = study.run([CLAIM], minutes=10)
+    assert result["runs"][0]["ended"] == "finished"
+    assert [step for step, _, _ in logged(tmp_path / "tiny" / "runs" / trial.name)] == [
+        *range(1, 9)
+    ]
+
+
+def test_the_index_is_written_from_the_results(tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    text = write_index(folder).read_text(encoding="utf-8")
+    assert all(claim.title in text for claim in CLAIMS.values())
+    assert text.count("not run | not run") == len(CLAIMS)
+    for path in PAGES.glob("results/*.json"):
+        keep_result(json.loads(path.read_text(encoding="utf-8")), folder)
+    written = write_index(folder).read_text(encoding="utf-8")
+    assert written == (PAGES / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_page_comes_from_its_results_alone(done, tmp_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""The claims of the paper on one GPU, several runs sharing it, without the command line's packages.
+
+    python benchmarks/reproduce_gpu.py --out FOLDER --json FOLDER [--claims NAME …] [--minutes 9]
+
+First a network of four layers is trained twice on the GPU and must come to the same losses, finite
+and falling. Then the claims in the order of the registry, until the minutes are over; the same
+command goes on with the same --out. The results of finished claims are copied into --json; on any
+machine `mvsplit reproduce all --draw --pages docs/experiments` draws their pages from
+docs/experiments/results/.
+
+Cost: not measured yet; 45 to 70 s for 500 steps of 400 layers alone on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from mvsplit.reproduce import CLAIMS, Study, get_claim
+from mvsplit.reproduce.sizes import GPU
+from mvsplit.residuals import RuleConfig
+from mvsplit.training import train
+from mvsplit.training.files import read_lines
+
+
+def check(device: str) -> None:
+    """Raises AssertionError where a short run on the device is not repeatable or does not learn."""
+    size = replace(GPU, device=device, precision="bf16" if device == "cuda" else "fp32")
+    regime = replace(GPU.regimes["calm"], depth=4, steps=60, warmup=5, probe_every=30)
+    experiment = size.experiment(regime, RuleConfig(name="mvsplit"), seed=0)
+    losses = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            train(experiment, folder)
+            losses.append([m["loss"] for m in read_lines(Path(folder) / "metrics.jsonl")])
+    first, second = losses
+    assert all(map(math.isfinite, first)), first
+    worst = max(abs(a - b) / b for a, b in zip(first, second, strict=True))
+    assert worst < 0.02, f"two runs of one seed differ by {worst:.2%}"
+    assert first[-1] < 0.8 * first[0], f"loss {first[0]:.3f} → {first[-1]:.3f}"
+    print(f"check: loss {first[0]:.3f} → {first[-1]:.3f}, two runs within {worst:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--claims", nargs="*", default=list(CLAIMS))
+    parser.add_argument("--out", type=Path, required=True, help="runs; kept for the next time")
+    parser.add_argument("--json", type=Path, required=True, help="results, CLAIM-gpu.json")
+    parser.add_argument("--workers", type=int, default=GPU.workers)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--check-only", choices=("cpu", "cuda"))
+    options = parser.parse_args()
+    check(options.check_only or "cuda")
+    if options.check_only:
+        return
+    options.json.mkdir(parents=True, exist_ok=True)
+    study = Study(options.out, GPU, workers=options.workers, say=lambda s: print(s, flush=True))
+    claims = [get_claim(name) for name in options.claims]
+    for result in study.run(claims, minutes=options.minutes):
+        path = options.json / f"{result['claim']}-gpu.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        minutes = sum(row["seconds"] for row in result["runs"]) / 60
+        print(f"{result['claim']:15} {result['verdict']:26} {minutes:.1f} minutes of runs")
+    left = [claim.name for claim in claims if not study.complete(claim)]
+    print(f"left: {', '.join(left) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()
