@@ -18,6 +18,7 @@ from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
+from mvsplit.hub.weights import require_weights
 from mvsplit.models import DiT
 from mvsplit.training import Experiment, load_run
 from mvsplit.training.builders import build_codec, build_data, resolve_device
@@ -181,9 +182,10 @@ def _autoencoder(args: Options, device: torch.device) -> Flux2Autoencoder | None
 def _text_encoder(args: Options) -> str:
     source = args.text_encoder or _beside(args.source, "text_encoder")
     if source is None:
+        require_weights(args.source)
         raise UserError(
             f"text_encoder: {args.source} holds none; give --text-encoder, a folder or a hub id, "
-            "for the released weights Qwen/Qwen3-0.6B"
+            "for the released weights Qwen/Qwen3-0.6B; for weights of a run, name the run itself"
         )
     return source
 

@@ -69,7 +69,11 @@ def read_weights(path: Path) -> WeightFile:
         if path.name.endswith(".index.json"):
             return _shards(path)
         return _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    except (SafetensorError, UnpicklingError, ValueError, RuntimeError, EOFError, OSError) as error:
+    except UnpicklingError as error:  # whose own text advises to run what the file holds
+        raise UserError(
+            f"checkpoint: {path} is truncated or no checkpoint (not a PyTorch file of tensors only)"
+        ) from error
+    except (SafetensorError, ValueError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint: {path} is truncated or no checkpoint ({reason})") from error
 

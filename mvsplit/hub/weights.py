@@ -72,6 +72,12 @@ def load_weights(
     return load_released(_released_file(path), **options)
 
 
+def require_weights(source: Path) -> None:
+    """Raises UserError where nothing at `source` can be read as weights, before reading them."""
+    if not is_ours(source) and diffusers_transformer(source) is None:
+        read_weights(_released_file(source))
+
+
 def diffusers_transformer(path: Path) -> Path | None:
     """The folder of the transformer, of a diffusers pipeline or its own; None if it is neither."""
     if (path / "model_index.json").is_file():

@@ -250,6 +250,14 @@ def test_a_run_that_does_not_exist_names_its_neighbours(run, capsys):
     assert f"no run at {run.parent / 'digit'}; did you mean {run}?" in error_line(capsys)
 
 
+def test_what_is_neither_run_nor_weights_is_not_asked_for_a_text_encoder(run, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# text\n")
+    assert draw(tmp_path / "README.md") == 2
+    assert "README.md is truncated or no checkpoint (not a" in error_line(capsys)
+    assert draw(run.parent) == 2
+    assert f"{run.parent} is no run, no checkpoint and no diffusers" in error_line(capsys)
+
+
 def test_where_there_are_no_runs_it_says_how_to_make_one(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert draw(Path("nothing")) == 2
