@@ -63,13 +63,17 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status.
 
     Raises:
-        UserError: a twin failed; the message is its own.
+        UserError: there is no time; a twin failed, then the message is its own.
     """
     run(tyro.cli(Arguments, args=list(arguments), prog="mvsplit demo"))
     return 0
 
 
 def run(args: Arguments) -> None:
+    if not args.minutes > 0:
+        raise UserError(
+            f"minutes={args.minutes:g}: must be greater than 0; all of it takes about 5"
+        )
     began = time.monotonic()
     console = Console()
     # Or the twins would train on without their parent.
@@ -95,8 +99,8 @@ def run(args: Arguments) -> None:
     for trainer, twin in zip(trainers, twins, strict=True):
         if (step := int(twin.steps[-1])) < trainer.steps:
             console.print(
-                f"{TITLES[twin.name]} is unfinished, at step {step} of {trainer.steps}: the same "
-                "command again goes on from there",
+                f"{TITLES[twin.name]} is unfinished, at step {step} of {trainer.steps}, and its "
+                "digits are those of that step: the same command again goes on from there",
                 soft_wrap=True,
             )
     console.print(f"picture {picture.resolve()}\nreport  {report.resolve()}", soft_wrap=True)

@@ -53,11 +53,13 @@ def main(arguments: Sequence[str]) -> int:
     events = list(replay(logs, detector))
     if options.json:
         print(json.dumps({"events": [event.as_dict() for event in events]}, allow_nan=False))
-    else:
+    elif detector.understood:
         _print_table(events, detector.understood)
     if not detector.understood:
         known = ", ".join((*SCALARS, *LAYERED))
-        print(f"mvsplit: no line holds a step and any of {known}", file=sys.stderr)
+        print(
+            f"mvsplit: nothing was judged: no line holds a step and any of {known}", file=sys.stderr
+        )
     for log in logs:
         if log.dropped.total:
             print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)

@@ -93,6 +93,14 @@ def test_every_layer_is_looked_into_in_a_short_run_too(tmp_path):
     assert json.loads(line)["step"] == 2
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys, minutes):
+    arguments = ["--minutes", minutes, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 2
+    assert f"minutes={minutes}: must be greater than 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_zero_steps_are_no_default(tmp_path):
     arguments = demo.Arguments(steps=0, depth=2, runs=tmp_path / "runs", out=tmp_path)
     with pytest.raises(UserError, match=r"twin stopped: train\.steps=0: must be at least 1"):

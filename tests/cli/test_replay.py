@@ -45,6 +45,15 @@ def test_a_log_that_holds_nothing_to_judge_says_so(tmp_path, capsys, records):
     assert "no line holds a step and any of loss, grad_norm, " in err
 
 
+def test_a_text_that_is_no_log_is_not_called_calm(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("# text\n")
+    assert cli.main(["monitor", "replay", str(tmp_path / "a.md")]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "nothing was judged" in err
+    assert "left out 1 not a JSON object" in err
+
+
 def test_the_learning_rate_under_its_long_name(tmp_path, capsys):
     records = [{**r, "learning_rate": 1e-3 * (10 if r["step"] > 40 else 1)} for r in CALM]
     (event,), err = replayed(capsys, write(tmp_path / "a.jsonl", records))
