@@ -1,6 +1,7 @@
 """Residual rules behind two methods, `enter` and `merge`; they fit anybody's transformer."""
 
 from collections.abc import Callable
+from typing import get_args
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig
@@ -40,11 +41,13 @@ def build_rule(config: RuleConfig | str, *, width: int, depth: int, branch: Bran
         branch: "attention" or "ffn".
 
     Raises:
-        UserError: the name is not in the registry.
+        UserError: the name is not in the registry, or there is no such branch.
     """
     config = RuleConfig(name=config) if isinstance(config, str) else config
     if config.name not in RULES:
         raise UserError(f"rule.name={config.name!r} is unknown: {nearest(config.name, RULES)}")
+    if branch not in get_args(Branch):
+        raise UserError(f"branch={branch!r} is unknown: {nearest(branch, get_args(Branch))}")
     return RULES[config.name](config, width=width, depth=depth, branch=branch)
 
 

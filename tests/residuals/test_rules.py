@@ -293,6 +293,11 @@ def test_an_unknown_rule_is_answered_with_the_nearest_names():
         build_rule("?", width=D, depth=L, branch="ffn")
 
 
+def test_an_unknown_branch_is_refused_by_rules_that_do_not_use_it():
+    with pytest.raises(UserError, match=r"branch='fnn' is unknown: did you mean ffn"):
+        build_rule("mvsplit", width=8, depth=4, branch="fnn")
+
+
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan")])
 def test_a_useless_epsilon_is_refused(eps):
     with pytest.raises(UserError, match=r"rule\.eps=.*greater than 0"):
