@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -39,8 +39,8 @@ class Arguments:
         shard_gb: size of a shard at most, in 10⁹ bytes.
     """
 
-    source: tyro.conf.Positional[Path]
-    target: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     adapter: Path | None = None
     to: Literal["pt", "safetensors", "shards", "checkpoint", "diffusers", "adapter"] | None = None
     dtype: Literal["keep", "fp32", "bf16"] = "keep"

@@ -230,7 +230,10 @@ class Evaluating:
             try:
                 lines = self.args.prompts.read_text(encoding="utf-8").splitlines()
             except OSError as error:
-                raise UserError(f"prompts={self.args.prompts}: {error.strerror}") from error
+                raise UserError(
+                    f"prompts={self.args.prompts}: {error.strerror}; give a file with one prompt "
+                    "a line"
+                ) from error
             return _in_turn([line for line in lines if line.strip()], count, self.args.prompts)
         if self._kind == "digits":
             return _in_turn(Digits.vocabulary, count, "digits")

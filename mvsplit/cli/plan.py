@@ -57,10 +57,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[str, _Options]:
+    prog = "mvsplit plan PRESET"
     if arguments and arguments[0] in ("-h", "--help"):
         arguments = ["tiny", "--help"]
-    if not arguments or arguments[0].startswith("-"):
+    elif not arguments or arguments[0].startswith("-"):
         raise UserError(f"preset: name one first, for example tiny; known: {', '.join(PRESETS)}")
+    else:
+        prog = f"mvsplit plan {arguments[0]}"
     preset, *rest = arguments
     experiment = get_preset(preset)
     defaults = _Options(train=experiment.train, model=experiment.model, data=experiment.data)
@@ -68,8 +71,9 @@ def _parse(arguments: list[str]) -> tuple[str, _Options]:
         _Options,
         default=defaults,
         args=rest,
-        prog=f"mvsplit plan {preset}",
-        description=f"Memory and time of a training step on a GPU. Presets: {', '.join(PRESETS)}.",
+        prog=prog,
+        description="Memory and time of a training step on a GPU. "
+        f"Presets: {', '.join(PRESETS)}.\n\nThe defaults shown are those of {preset}.",
     )
 
 

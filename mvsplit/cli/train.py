@@ -60,12 +60,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: list[str]) -> _Options:
     """The fields of the preset that comes first, as the options change them."""
+    prog = "mvsplit train PRESET"
     if arguments and arguments[0] in ("-h", "--help"):
         preset, arguments = "tiny", ["--help"]
     elif not arguments or arguments[0].startswith("-"):
         raise UserError(f"preset: name one first, for example tiny; known: {', '.join(PRESETS)}")
     else:
         preset, arguments = arguments[0], arguments[1:]
+        prog = f"mvsplit train {preset}"
     experiment = get_preset(preset)
     defaults = _Options(
         run_dir=Path("runs") / preset,
@@ -78,6 +80,7 @@ def _parse(arguments: list[str]) -> _Options:
         _Options,
         default=defaults,
         args=arguments,
-        prog=f"mvsplit train {preset}",
-        description=f"Trains or resumes. Presets: {', '.join(PRESETS)}.",
+        prog=prog,
+        description=f"Trains or resumes. Presets: {', '.join(PRESETS)}.\n\n"
+        f"The defaults shown are those of {preset}.",
     )

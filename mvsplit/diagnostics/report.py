@@ -71,5 +71,7 @@ def _write_whole(path: Path, page: str) -> Path:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"report {str(path)!r} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"report {str(path)!r} cannot be written: {error.strerror}; choose another place"
+        ) from error
     return path

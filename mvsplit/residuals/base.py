@@ -19,7 +19,8 @@ class RuleConfig:
     """Which rule a network uses, and where its gains start. A rule ignores what it does not have.
 
     Attributes:
-        name: a name of the registry.
+        name: mvsplit, plain, layerscale, rezero, deepnorm, keel, prenorm, sandwich, or one of the
+            controls mvsplit-attention-only and hard-center.
         beta: start of MV-Split's centered gain β. The paper uses 1 at 400 layers and
             0.03 ≈ 1/√L at 1000.
         alpha: start of MV-Split's mean gain α.

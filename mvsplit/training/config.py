@@ -23,7 +23,7 @@ class DataConfig:
     """Which samples a run sees.
 
     Attributes:
-        dataset: a name of the registry of `mvsplit.data`.
+        dataset: digits, shapes, or cache for pictures that `mvsplit encode` has written.
         size: pixels a side, for data sets that are rendered at a choice of sizes.
         series: which endless series of a data set without end (its own seed).
         split: of the digits, "train" keeps a quarter for `mvsplit evaluate`; all if not given.
@@ -169,7 +169,7 @@ class TrainConfig:
         probe: the fields of such a look: the cheap ones, or all.
         record_steps: steps that the flight recorder keeps in memory.
         on_alarm: what the run does when the watch raises an alarm (docs/policies.md).
-        reaction: the numbers of that.
+        reaction: how rollback and protect go about it.
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         time_shift: shift of the training times; 1 leaves them uniform.
         sample_shift: shift of the times when pictures are drawn; None for that of the training.

@@ -291,7 +291,8 @@ class _Run:
         elif self.stopped:
             return  # the policy has said why
         elif step == self._first:
-            self._tell("finished", f"nothing to do: step {step} of {steps} is taken; raise --steps")
+            message = f"nothing to do: the run is at step {step}, steps={steps}; raise --steps"
+            self._tell("finished", message)
         else:
             self._tell("finished", f"finished step {step} of {steps}: {self.folder.path}")
 
