@@ -208,6 +208,24 @@ def gate(base: DiT) -> None:
         raise SystemExit("gate failed: a run does not begin with the weights that it is given")
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as docs/fine-tuning.md shows it."""
+    lines = [
+        "| learns | parameters | learning rate | loss, purple | loss, old | drawn, purple | "
+        "drawn, old |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (
+        {"way": "before", "parameters": 0, "lr": 0.0, **result["before"]},
+        *result["after"],
+    ):
+        numbers = [f"{row['parameters']:,}", f"{row['lr']:g}"] if row["lr"] else ["", ""]
+        numbers += [f"{row[f'loss_{kind}']:.4f}" for kind in ("new", "old")]
+        numbers += [f"{row[f'drawn_{kind}']:.0%}" for kind in ("new", "old")]
+        lines.append(f"| {' | '.join([row['way'], *numbers])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the result here")
