@@ -288,6 +288,15 @@ def test_alignment_law_at_equal_magnitudes() -> None:
     torch.testing.assert_close(equal.excess, torch.full((B, 1), 8.0, dtype=torch.float64))
 
 
+def test_alignment_does_not_depend_on_the_scale_even_where_squares_underflow() -> None:
+    generator = torch.Generator().manual_seed(3)
+    y = torch.randn(B, 9, D, generator=generator) + 1
+    delta = torch.randn(B, 9, D, generator=generator) + 1
+    law, tiny = (metrics.alignment(y, scale * delta) for scale in (1.0, 1e-25))
+    for name, value in law._asdict().items():
+        torch.testing.assert_close(getattr(tiny, name), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_alignment_without_any_gradient_is_zero_not_nan() -> None:
     y = tokens(SEGMENTS["one"], E, 20)
     law = metrics.alignment(y, torch.zeros(B, 9, D, dtype=torch.float64))
