@@ -394,7 +394,7 @@ def alignment(
 def _group_alignment(y: Tensor, delta: Tensor, group: TokenGroup) -> Alignment:
     """The alignment law of one group. y [B, n, E], δ [B, n, D], zero on padding → five of [B]."""
     tiny = torch.finfo(y.dtype).tiny
-    # A and κ do not depend on the scale; fourth powers of a dead network's adjoints would underflow.
+    # A and κ do not depend on the scale; the adjoints of a dead network would underflow.
     y, delta = _largest_one(y), _largest_one(delta)
     products = (delta @ delta.mT) * (y @ y.mT)  # [B, n, n]
     own = products.diagonal(dim1=1, dim2=2)  # ‖δ_t‖²‖y_t‖²
@@ -413,6 +413,8 @@ def _group_alignment(y: Tensor, delta: Tensor, group: TokenGroup) -> Alignment:
 
 def _largest_one(x: Tensor) -> Tensor:
     """x over its largest absolute value in each sample; zero stays zero. [B, n, E] → [B, n, E]."""
+    if not x.numel():
+        return x
     return x / x.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
 
 
