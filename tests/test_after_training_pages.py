@@ -1,0 +1,67 @@
+"""docs/fine-tuning.md and docs/growth.md: every command runs as written, the tables are those of
+the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mvsplit.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    name: (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for name, page in (("finetune", "fine-tuning"), ("growth", "growth"))
+}
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_commands_run_as_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    mvsplit ([a-z].*)$", PAGES[name], re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        assert main(shlex.split(command)) == 0, command
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_table_is_that_of_the_results(name: str) -> None:
+    path = ROOT / "benchmarks" / "results" / f"{name}_cpu.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert benchmark(name).table(result) in PAGES[name]
+    links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGES[name])
+    assert f"../benchmarks/results/{path.name}" in links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_what_the_pages_say_of_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parameters that learn, as the commands print them."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--steps", "1"]) == 0
+    rows = re.findall(
+        r"^\| `(--tune[^|]+)` \| [^|]+ \| ([\d,]+) \|$", PAGES["finetune"], re.MULTILINE
+    )
+    assert len(rows) == 3
+    for number, (options, parameters) in enumerate(rows):
+        run = ["train", "tiny", "--from", "runs/tiny", "--run-dir", str(number), "--steps", "1"]
+        assert main([*run, *shlex.split(options)]) == 0
+        assert f"{parameters} of " in capsys.readouterr().err
