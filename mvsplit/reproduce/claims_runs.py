@@ -70,6 +70,10 @@ COLLAPSE = Claim(
     limits="The rate is far higher in proportion than the paper's, and the horizon short: MV-Split "
     "may die later. β = 1 is the paper's start at 400 layers; 1/√L, its start at 1000, is beside "
     "it and not judged.",
+    afterwards="At the small size MV-Split with β = 1 does not enter the paper's state, its tokens "
+    "stay apart, but it learns too little to count as alive; with β = 1/√L it learns well at the "
+    "same rate. So the plain network's collapse is as claimed, and what fails is β = 1 at a rate "
+    "as high as this, which `delayed` shows after its rise of the rate, too.",
     cost={"small": "8 runs of about a minute on a core", "gpu": "12 runs of about a minute"},
     trials=_collapse_trials,
     measure=lambda runs: grouped(runs),
@@ -183,6 +187,9 @@ ORDER = Claim(
     "LayerScale has caught up in our first runs, so a sweep may change the order.",
     limits="One rate for all rules, as in the paper; a sweep of the rate for each rule may change "
     "the order, and that is another experiment. Training loss instead of FID; γ of two sizes.",
+    afterwards="At the small size the rate that kills the plain network is one at which MV-Split "
+    "with β = 1, the paper's start, learns little, so that the comparison says as much about β and "
+    "the rate as about the rules. With β = 1/√L (`collapse`) it ends where LayerScale does here.",
     cost={"small": "10 runs of about a minute on a core", "gpu": "15 runs of about a minute"},
     trials=_order_trials,
     measure=lambda runs: [
@@ -298,7 +305,12 @@ THOUSAND = Claim(
     expect="Loss well below the floor and tokens apart, from the first steps on.",
     limits="A thin network, and tens or hundreds of steps instead of 100,000: what comes late is "
     "not seen.",
-    cost={"small": "2 runs of some minutes on a core, no repeat", "gpu": "6 runs of some minutes"},
+    afterwards="At the small size the run is too short to tell: after 60 steps MV-Split has "
+    "learned no more than the floor, and in the plain network all tokens are alike.",
+    cost={
+        "small": "2 runs of about a minute on a core, no repeat",
+        "gpu": "6 runs of some minutes",
+    },
     trials=_thousand_trials,
     measure=lambda runs: [
         runs.figure(

@@ -24,9 +24,10 @@ INDEX = f"""# The claims of the paper, repeated
     mvsplit reproduce CLAIM --size small --pages docs/experiments
 
 Each claim of arXiv 2605.06169 is a few runs and a rule that was written down before the first of
-them; the verdict is what the rule says of the logs, welcome or not. The sizes: {
-    "; ".join(f"`{size.name}`, {size.hardware}" for size in SIZES.values())
-}. All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
+them; the verdict is what the rule says of the logs, welcome or not. The sizes:
+{"".join(chr(10) + f"- `{size.name}`: {size.hardware}" for size in SIZES.values())}
+
+All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
 others.
 
 | claim | source | {" | ".join(SIZES)} |
