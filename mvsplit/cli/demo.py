@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status.
 
     Raises:
-        UserError: there is no time; a twin failed, then the message is its own.
+        UserError: no time or no place to write; a twin failed, then the message is its own.
     """
     run(tyro.cli(Arguments, args=list(arguments), prog="mvsplit demo"))
     return 0
@@ -79,6 +79,8 @@ def run(args: Arguments) -> None:
     # Or the twins would train on without their parent.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     folders = [args.runs / name for name in TWINS]
+    for folder in (*folders, args.out):
+        _make(folder)
     trainers = [Trainer(name, args) for name in TWINS]
     try:
         _follow(trainers, console, end=began + 60 * args.minutes)
@@ -89,7 +91,6 @@ def run(args: Arguments) -> None:
         twins = list(pool.map(examine, folders))
     for twin, folder in zip(twins, folders, strict=True):
         _save_sheet(twin, folder)
-    args.out.mkdir(parents=True, exist_ok=True)
     _save_numbers(twins, args.out / "demo.json")
     picture = save_twins_picture(twins, args.out / "demo.png")
     report = write_report(folders, args.out / "report.html")
@@ -118,7 +119,6 @@ class Trainer:
         self.steps = experiment.train.steps if args.steps is None else args.steps
         self.depth = experiment.model.depth if args.depth is None else args.depth
         probe_every = max(min(experiment.train.probe_every, self.steps), 1)
-        self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mvsplit", "train", self.preset]
         command += ["--run-dir", str(self.folder), "--steps", str(self.steps)]
         command += ["--model.depth", str(self.depth), "--device", "cpu"]
@@ -176,6 +176,15 @@ class Trainer:
         events = read_jsonl(log, latest=False) if log.exists() else ()
         first = next((e for e in events if e.get("level") == "alarm" and "verdict" in e), None)
         return f"ALARM at step {first['at_step']}: {first['verdict']}" if first else ""
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create {folder}: {error.strerror}; choose another --runs or --out"
+        ) from error
 
 
 def _start(command: list[str], output: IO[str]) -> subprocess.Popen[str]:

@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
@@ -44,18 +45,22 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status.
 
     Raises:
-        UserError: there is no flight and no run, or the step cannot be run again.
+        UserError: there is no flight and no run, the step cannot be run again, or its numbers not
+            written.
     """
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit explain")
     flight = _find(args)
     progress = Console(stderr=True)
     found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
-    out = args.json or _default_output(args.source, flight)
-    write_atomically(out, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     show(found, console)
+    out = args.json or _default_output(args.source, flight)
+    try:
+        write_atomically(out, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"json: cannot write {out}: {error.strerror}; give --json FILE") from error
     console.print(f"numbers {out.resolve()}", soft_wrap=True)
     return 0
 

@@ -28,15 +28,20 @@ class DrawnPictures:
     """A folder of pictures 0 … done - 1 of one recipe.
 
     Raises:
-        UserError: the folder holds pictures of another recipe.
+        UserError: the folder holds pictures of another recipe, or cannot be written.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         file, given = folder / _RECIPE, json.loads(json.dumps(recipe))
-        if not file.exists():
-            write_atomically(file, json.dumps(given, indent=2) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                write_atomically(file, json.dumps(given, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder}: {error.strerror}; evaluate a copy that can be written"
+            ) from error
         there = json.loads(file.read_text(encoding="utf-8"))
         for field in sorted(there.keys() | given.keys()):
             if there.get(field) != given.get(field):

@@ -103,10 +103,15 @@ def files_sha256(paths: Sequence[Path]) -> str:
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Writes scores with their passport; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes scores with their passport; whole or not at all. Raises UserError where it cannot."""
     tree = {"scores": evaluation.scores, "passport": evaluation.passport}
-    write_atomically(path, json.dumps(tree, indent=2) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(tree, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space, or choose another place"
+        ) from error
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -85,7 +85,8 @@ def _writer(path: Path, kind: str | None) -> Writer:
 
 
 def _write_pt(model: DiT, path: Path, shard_gb: float) -> None:
-    torch.save(export_released(model), path)
+    with open(path, "wb") as file:  # given a path, torch raises RuntimeError where it cannot write
+        torch.save(export_released(model), file)
 
 
 def _write_safetensors(model: DiT, path: Path, shard_gb: float) -> None:

@@ -101,6 +101,16 @@ def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys, minutes):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--runs", "--out"])
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path, capsys, option):
+    (tmp_path / "file").write_text("")
+    places = {"--runs": tmp_path / "runs", "--out": tmp_path, option: tmp_path / "file" / "x"}
+    assert main(["demo", *(str(word) for pair in places.items() for word in pair)]) == 2
+    error = capsys.readouterr().err
+    assert "Not a directory; choose another --runs or --out" in error
+    assert error.startswith("mvsplit: cannot create ")
+
+
 def test_zero_steps_are_no_default(tmp_path):
     arguments = demo.Arguments(steps=0, depth=2, runs=tmp_path / "runs", out=tmp_path)
     with pytest.raises(UserError, match=r"twin stopped: train\.steps=0: must be at least 1"):

@@ -171,6 +171,14 @@ def test_one_line_for_what_cannot_be(runs, options, message, capsys, tmp_path, m
     assert message in error_line(capsys)
 
 
+def test_a_run_that_cannot_be_written_to_is_one_line(place, capsys):
+    (place / "digits0" / "evaluations").write_text("")
+    assert evaluate(place / "digits0", "--validation-samples", "0") == 2
+    assert error_line(capsys).startswith(
+        f"mvsplit: cannot write {place / 'digits0' / 'evaluations'}"
+    )
+
+
 def test_other_settings_under_the_same_name_are_refused(place, capsys):
     assert evaluate(place / "digits0", "--name", "mine") == 0
     assert evaluate(place / "digits0", "--name", "mine", "--guidance", "3") == 2

@@ -45,6 +45,16 @@ def test_numbers_go_where_they_are_asked_for(flight: Path, tmp_path: Path) -> No
     assert not (flight / "explain.json").exists()
 
 
+def test_numbers_that_cannot_be_written_are_shown_all_the_same(
+    flight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = flight / "flight.json" / "numbers.json"
+    assert main(["explain", str(flight), "--json", str(taken)]) == 2
+    out, err = capsys.readouterr()
+    assert "what makes the spike vanish" in out
+    assert f"json: cannot write {taken}: Not a directory; give --json FILE" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
