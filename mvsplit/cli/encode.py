@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
+from mvsplit.cli.bars import progress_bar
 from mvsplit.data import (
     EncodeConfig,
     Encoders,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
         text_name=_lasting(args.text_encoder),
     )
     console = Console(stderr=True)
-    with _progress(console) as bar:
+    with progress_bar(console, MofNCompleteColumn(), transient=True) as bar:
         manifest = _run(args, source, encoders, part, bar)
     _say_what_is_there(args.out, manifest)
     return 0
@@ -129,15 +130,3 @@ def _part(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise UserError(f"shard={text!r}: write i/n with i in 0 … n-1, for example 0/4")
     return int(first), int(second)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from mvsplit.cli import evaluate_compare
+from mvsplit.cli.bars import progress_bar
 from mvsplit.cli.subject import Options, Subject, find_run, open_subject
 from mvsplit.data import Digits, Shapes
 from mvsplit.data.types import Dataset
@@ -135,7 +136,7 @@ class Evaluating:
 
     def run(self) -> None:
         """Computes all scores, writes them with the passport, and shows them."""
-        with _progress() as bar:
+        with progress_bar(Console(stderr=True), MofNCompleteColumn()) as bar:
             self.scores |= self._validate(bar)
             if self.args.num_images:
                 self.scores |= self._judge(self._draw(bar), bar)
@@ -336,15 +337,3 @@ def _in_turn(prompts: Sequence[str], count: int, source: Any) -> list[str]:
     if not prompts:
         raise UserError(f"prompts: {source} holds none")
     return [prompts[k % len(prompts)] for k in range(count)]
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )

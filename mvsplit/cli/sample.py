@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
 
+from mvsplit.cli.bars import progress_bar
 from mvsplit.cli.given import read_edit
 from mvsplit.cli.subject import Options, Subject, open_subject
 from mvsplit.data import DATASETS
@@ -199,7 +200,7 @@ def _draw(
     """Saves every picture as soon as its batch is done, then the grid."""
     first: list[Image.Image] = []
     network = accelerated(subject.model, say=lambda choice: print(f"network: {choice}", flush=True))
-    with _progress() as bar:
+    with progress_bar(Console(stderr=True), TaskProgressColumn()) as bar:
         task = bar.add_task(f"drawing with {subject.title}", total=count * config.steps)
         batches = generate(
             network,
@@ -219,18 +220,6 @@ def _draw(
         finally:  # what is finished is shown together, also after Ctrl-C
             if first:
                 folder.add_grid(first, record)
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _new_folder(subject: Subject, args: Arguments) -> Path:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import mvsplit
 from mvsplit.data.atomic import sha256, write_atomically
 from mvsplit.errors import UserError
+from mvsplit.training.config import flat_fields
 from mvsplit.training.environment import describe_environment
 
 FORMAT = 1
@@ -152,7 +153,7 @@ def differences(
     Raises:
         UserError: an allowed field that no passport has.
     """
-    flat = [_flat(evaluation.passport) for evaluation in evaluations]
+    flat = [flat_fields(evaluation.passport) for evaluation in evaluations]
     names = sorted({name for fields in flat for name in fields})
     for field in allowed:
         if not any(_within(name, field) for name in names):
@@ -176,13 +177,3 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 def _within(name: str, field: str) -> bool:
     return name == field or name.startswith(f"{field}.")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

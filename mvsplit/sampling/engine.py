@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mvsplit.errors import UserError
+from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.dispatch import HAS_TRITON
 from mvsplit.models import Attention, Block, DiT, SwiGLU
 from mvsplit.models.block import _is_a_plain_matrix, _is_just_gains, _is_watched
@@ -150,9 +151,9 @@ class Engine:
         if obstacle is not None:
             return self.model, f"the model's own ops in one CUDA graph, because {obstacle}"
         from mvsplit.sampling.engine_plan import Network
-        from mvsplit.sampling.engine_tune import Tuner, cache_file, load_plan, save_plan
+        from mvsplit.sampling.engine_tune import Tuner, load_plan, save_plan
 
-        path = self._cache or cache_file()
+        path = self._cache or choice_file("engine")
         network = Network(self.model, latents, text, padded=valid is not None)
         plan = load_plan(network, path)
         if plan is None and not self._tune:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.choices import keep_choice, read_choices
 from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
@@ -61,12 +62,6 @@ _BLOCKS = [
 ]  # fmt: skip
 _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 _FINALISTS = 6  # of each stage, that are tried within a whole block
-
-
-def cache_file() -> Path:
-    """Where choices are kept: `engine.json` in $MVSPLIT_CACHE, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(os.environ.get("MVSPLIT_CACHE", Path(home) / "mvsplit")) / "engine.json"
 
 
 def candidates(stage: str, network: Network) -> list[Choice]:
@@ -327,7 +322,7 @@ def _key(network: Network) -> str:
 
 def load_plan(network: Network, path: Path) -> Plan | None:
     """The choice of an earlier run at this shape on such a device; None if there is none."""
-    fields = _read(path).get(_key(network))
+    fields = read_choices(path).get(_key(network))
     try:
         return None if fields is None else Plan.from_json(fields)
     except (AttributeError, KeyError, TypeError) as error:
@@ -336,26 +331,5 @@ def load_plan(network: Network, path: Path) -> Plan | None:
 
 
 def save_plan(network: Network, plan: Plan, path: Path) -> None:
-    """Adds a choice to the file; it is written whole or not at all. A folder that cannot be
-    written is said, and costs the next start its measurements."""
-    choices = {**_read(path), _key(network): plan.to_json()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(choices, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        _logger.warning("engine: choices are not kept, %s: %s", path, error.strerror)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it holds something else than plans by key")
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _logger.warning("engine: %s is not read (%s); choices are measured anew", path, error)
-        return {}
+    """Keeps a choice; where that cannot be, the next start measures again."""
+    keep_choice(path, _key(network), plan.to_json())

@@ -311,17 +311,18 @@ CHANGEABLE = frozenset(
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """The fields in which two experiments differ, by dotted name: (old, new); but for what nobody
     asks for."""
-    before, after = (_flat(dataclasses.asdict(e.asked())) for e in (old, new))
+    before, after = (flat_fields(dataclasses.asdict(e.asked())) for e in (old, new))
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_fields(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
