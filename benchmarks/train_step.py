@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from plain_block import PlainBlock
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mvsplit.kernels import Segments
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig, train
@@ -341,62 +340,46 @@ def profile(size: Size, device: str, *, samples: int) -> dict[str, Any]:
     return {"wall_us": took / depth * 1e6, "kernels_us": total, "by_kernel_us": table}
 
 
-# The rival: the formula as written, one block under torch.compile, checkpointing, autocast
+# The rival: one block of `plain_block.py` under torch.compile, checkpointing, autocast
 
 
-class PlainBlock(nn.Module):
-    """The block of the paper as one would write it, for torch.compile."""
+def install_rival(model: DiT, device: str) -> None:
+    """Lets every block run as the rival does."""
+    run = torch.compile(PlainBlock.forward, dynamic=False, disable=device == "cpu")
+    for block in model.blocks:
+        plain = PlainBlock(block)
+        block.forward = lambda *a, p=plain: checkpoint(run, p, *a, use_reentrant=False)
 
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.block = block
 
-    def merge(self, x: Tensor, f: Tensor, rule: Any, segments: Segments) -> Tensor:
-        rows = []
-        for tokens in segments.slices:
-            xs, fs = x[:, tokens].float(), f[:, tokens].float()
-            mean_f, mean_x = fs.mean(1, keepdim=True), xs.mean(1, keepdim=True)
-            rows.append(xs + rule.beta * (fs - mean_f) + rule.alpha * (mean_f - mean_x))
-        z = torch.cat(rows, 1)
-        return rms_norm(z, z.shape[-1:], None, rule.eps).to(x.dtype)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        a, ffn = self.block.attention, self.block.ffn
-        q, k, v = linear(x, a.qkv.weight).unflatten(-1, (3, a.heads, -1)).unbind(2)
-        q, k = (self.rotate(t, cos, sin, a.eps) for t in (q, k))
-        out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
-        f = linear(out.transpose(1, 2).flatten(-2), a.proj.weight)
-        x = self.merge(x, f, self.block.rule_attention, segments)
-        gate, value = linear(x, ffn.w13.weight).chunk(2, -1)
-        return self.merge(
-            x, linear(silu(gate) * value, ffn.w2.weight), self.block.rule_ffn, segments
-        )
-
-    def rotate(self, t: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        x1, x2 = t.float().chunk(2, -1)
-        c, s = cos[:, None], sin[:, None]
-        turned = torch.cat((x1 * c + x2 * s, x2 * c - x1 * s), -1)
-        return rms_norm(turned, turned.shape[-1:], None, eps).to(t.dtype)
+def rival_error(size: Size, device: str) -> float:
+    """Relative difference of all gradients of six layers between the rival and ours. With writers
+    that are not zero: with zero writers no loss depends on a branch."""
+    config = TrainConfig(steps=1, batch_size=1, precision="bf16")
+    trainer = Trainer(size.model(6, 0.5, writers="standard"), config, size, device)
+    found = []
+    for _ in range(2):
+        trainer.optimizer.zero_grad()
+        add_gradients(trainer.model, config, [trainer.piece(4)])
+        found.append([group.grads.clone() for group in trainer.groups])
+        install_rival(trainer.model, device)
+    pairs = list(zip(*found, strict=True))
+    return max(float((theirs - ours).norm() / ours.norm()) for ours, theirs in pairs)
 
 
 def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, Any]:
     """The rival's optimiser step: fp32 weights, every block computed again, AdamW as ours."""
+    error = rival_error(size, device)
     free()
     config = TrainConfig(steps=1, batch_size=1, precision="bf16")
     trainer = Trainer(size.model(depth), config, size, device)
     trainer.graphs = None  # the rival launches its kernels one by one
     parts = [trainer.piece(samples)]
-    ours, _ = trainer.step(parts)
-    run = torch.compile(PlainBlock.forward, dynamic=False, disable=device == "cpu")
-    for block in trainer.model.blocks:
-        plain = PlainBlock(block)
-        block.forward = lambda *a, p=plain: checkpoint(run, p, *a, use_reentrant=False)
-    theirs: list[float] = []
-    first = seconds(lambda: theirs.append(trainer.step(parts)[0]))
+    install_rival(trainer.model, device)
+    first = seconds(lambda: trainer.step(parts))
     took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
     return {
-        "loss": {"ours": ours, "theirs": theirs[0]},
-        "passed": abs(theirs[0] / ours - 1) < 0.01,
+        "gradient_difference": error,
+        "passed": error < 0.03,  # each is within about 0.01 of fp32
         "first_step_seconds": first,
         "all": took,
         "samples": samples,
