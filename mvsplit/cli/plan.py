@@ -103,6 +103,7 @@ def as_dict(preset: str, plan: StepPlan) -> dict[str, Any]:
         "sample": asdict(plan.sample),
         "piece": asdict(plan.shape),
         "batch_size": plan.batch_size,
+        "layout": plan.layout,
         "memory": {
             "parts": memory.parts,
             "total": memory.total,
@@ -144,6 +145,8 @@ def _head(preset: str, plan: StepPlan) -> Iterable[str]:
         f"sample: {sample.image} image + {sample.text} text tokens ({sample.source}); "
         f"{shape.tokens:,} tokens at a time"
     )
+    if plan.layout is not None:
+        yield plan.layout
 
 
 def _memory_table(plan: StepPlan) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -35,6 +36,7 @@ from mvsplit.training.distributed import (
 from mvsplit.training.ema import EMA
 from mvsplit.training.finetune import choose_parameters
 from mvsplit.training.graphs import Graphs
+from mvsplit.training.layout import choose_layout, with_layout
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.optimizer import (
     AdamW,
@@ -42,9 +44,12 @@ from mvsplit.training.optimizer import (
     peak_learning_rate,
     warmup_then_constant,
 )
-from mvsplit.training.parallelize import parallelize
+from mvsplit.training.parallelize import parallelize, shards
+from mvsplit.training.pieces import padded
 from mvsplit.training.randomness import generator_for, seed_globals
 from mvsplit.training.state import TrainState
+
+UNKNOWN_TEXT = 64  # tokens of a caption, where the data do not know their longest
 
 
 def build_state(experiment: Experiment) -> TrainState:
@@ -56,9 +61,12 @@ def build_state(experiment: Experiment) -> TrainState:
     """
     model_config, config = experiment.model, experiment.train
     seed_globals(config.seed)
-    _check_processes(config)
+    _check_share(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)
+    layout = choose_layout(model_config, config, device, _tokens(experiment, loader.dataset))
+    config = with_layout(config, layout.name)
+    _check_policy(config)
     model = build_model(model_config, config, device)
     choose_parameters(model, config.tune, generator_for(config.seed, "lora", device=device))
     taps = taps_for_dit(model)
@@ -73,19 +81,20 @@ def build_state(experiment: Experiment) -> TrainState:
         taps=taps,
         device=device,
         planner=Planner(model, config, device),
-        graphs=Graphs(model, device) if world() == 1 else None,
+        graphs=None if shards(config) else Graphs(model, device),
+        layout=layout.reason,
     )
 
 
 def build_model(model_config: DiTConfig, config: TrainConfig, device: torch.device) -> DiT:
     """The network at its start, laid out for training. It is drawn on the device, for billions of
-    numbers take minutes on a CPU; on several ranks piece by piece, for the whole may not fit.
+    numbers take minutes on a CPU; where it is sharded piece by piece, for the whole may not fit.
 
     Raises:
         UserError: it cannot be laid out as `train.parallel` says.
     """
     generator = generator_for(config.seed, "weights", device=device)
-    if world() == 1:
+    if not shards(config):
         with device:
             model = DiT(model_config, generator)
         parallelize(model, config, device)
@@ -147,14 +156,18 @@ def build_loader(experiment: Experiment) -> Loader:
     )
 
 
-def _check_processes(config: TrainConfig) -> None:
-    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces, or
-    where a policy would change a network that lies on several of them."""
-    if world() > 1 and config.on_alarm == "protect":
+def _check_policy(config: TrainConfig) -> None:
+    """Raises UserError where a policy would change a network of which each process has a part."""
+    if shards(config) and config.on_alarm == "protect":
         raise UserError(
-            f"train.on_alarm='protect' changes the network while it runs, which it cannot on "
-            f"{world()} processes; choose rollback, or train on one"
+            f"train.on_alarm='protect' changes the network while it runs, which it cannot where "
+            f"{world()} processes have a part each; choose rollback, or "
+            f"train.parallel.layout=replicate"
         )
+
+
+def _check_share(config: TrainConfig) -> None:
+    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces."""
     if config.batch_size % (world() * config.accumulate):
         raise UserError(
             f"train.batch_size={config.batch_size} is not divisible by train.accumulate="
@@ -216,6 +229,25 @@ def build_codec(dataset: Dataset, device: torch.device) -> LatentEncoder:
     return vae
 
 
+def largest_sample(dataset: Dataset, patch: int) -> tuple[int, int]:
+    """Image tokens of the largest sample and words of the longest caption, `UNKNOWN_TEXT` where
+    the data do not know them."""
+    image = max(height * width for height, width in _shapes(dataset)) // patch**2
+    return image, getattr(dataset, "caption_words", UNKNOWN_TEXT)
+
+
+def _tokens(experiment: Experiment, dataset: Dataset) -> int:
+    """Of the largest piece of a batch on one process, padding included."""
+    config = experiment.train
+    image, words = largest_sample(dataset, experiment.model.patch)
+    samples = config.batch_size // (world() * config.accumulate)
+    return samples * (image + padded(words))
+
+
+def _shapes(dataset: Dataset) -> Sequence[tuple[int, int]]:
+    return dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
+
+
 def check_fit(model: DiTConfig, dataset: Dataset) -> None:
     """Raises UserError where the model cannot take the samples of the data set."""
     if model.channels != dataset.channels:
@@ -223,8 +255,7 @@ def check_fit(model: DiTConfig, dataset: Dataset) -> None:
             f"model.channels={model.channels}: the data have {dataset.channels}; use "
             f"model.channels={dataset.channels}"
         )
-    shapes = dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
-    for height, width in shapes:
+    for height, width in _shapes(dataset):
         if height % model.patch or width % model.patch:
             raise UserError(
                 f"model.patch={model.patch} does not divide the image size "

@@ -57,19 +57,25 @@ class Snapshot:
     sharded: bool = False
 
     def copy_to(self, name: str, targets: Mapping[str, Tensor]) -> None:
-        """Copies every tensor of the file `name` into the one of the same name in `targets`.
+        """Copies every tensor of the file `name` into the one of the same name in `targets`; every
+        rank has to call it, with those that it holds.
 
         Raises:
             UserError: a name that only one of them has, or two shapes that differ.
         """
         file = f"{name}.safetensors"
+        elsewhere = set().union(*from_each(set(targets))) - targets.keys()
         if not self.sharded:
-            copy_tensors(self.tensors.get(name, {}), targets, file)
+            found = self.tensors.get(name, {})
+            copy_tensors({n: found[n] for n in found if n not in elsewhere}, targets, file)
             return
         from mvsplit.training.checkpoint_shards import ShardedFiles
 
         assert isinstance(self.tensors, ShardedFiles)
-        _refuse_others(_shapes(targets), self.tensors.shapes(name), file)
+        shapes = self.tensors.shapes(name)
+        _refuse_others(
+            _shapes(targets), {n: s for n, s in shapes.items() if n not in elsewhere}, file
+        )
         self.tensors.copy_to(name, targets)
 
 

@@ -7,8 +7,9 @@ of filling the memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,11 +86,37 @@ class Saver:
             self.wait()
 
 
+@dataclass
+class _Span:
+    """The elements of a storage, from the first to the last, that some tensors are views of."""
+
+    key: tuple[int, torch.dtype]
+    tensor: Tensor
+    first: int
+    end: int
+
+
+def _key(tensor: Tensor) -> tuple[int, torch.dtype]:
+    return tensor.untyped_storage().data_ptr(), tensor.dtype
+
+
+def _spans(tensors: Iterable[Tensor]) -> list[_Span]:
+    found: dict[tuple[int, torch.dtype], _Span] = {}
+    for tensor in tensors:
+        first, key = int(tensor.storage_offset()), _key(tensor)
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        end = first + 1 + sum((n - 1) * step for n, step in steps) if tensor.numel() else first
+        span = found.setdefault(key, _Span(key, tensor, first, end))
+        span.first, span.end = min(span.first, first), max(span.end, end)
+    return list(found.values())
+
+
 class Staging:
     """Copies of tensors on the CPU, in memory that the next copy uses again.
 
     Tensors that are views of one buffer stay that, so a copy is a handful of operations at any
-    depth. What is on a GPU is copied into pinned memory.
+    depth; of a buffer, what lies between them is copied. What is on a GPU is copied into pinned
+    memory.
     """
 
     def __init__(self) -> None:
@@ -98,12 +125,14 @@ class Staging:
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The same snapshot in memory of its own."""
-        copies: dict[tuple[int, torch.dtype], Tensor] = {}  # by the address of what was copied
+        held = [local(t) for named in snapshot.tensors.values() for t in named.values()]
+        copies = {span.key: self._copy(i, span) for i, span in enumerate(_spans(held))}
 
         def copied(tensor: Tensor) -> Tensor:
-            if not (snapshot.sharded and is_spread(tensor)):
-                return self._copy(tensor, copies)
-            return self._like(tensor, self._copy(local(tensor), copies))
+            ours = local(tensor)
+            first, copy = copies[_key(ours)]
+            view = copy.as_strided(ours.shape, ours.stride(), ours.storage_offset() - first)
+            return self._like(tensor, view) if is_spread(tensor) else view
 
         tensors = {
             file: {name: copied(tensor) for name, tensor in named.items()}
@@ -111,14 +140,12 @@ class Staging:
         }
         return replace(snapshot, tensors=tensors)
 
-    def _copy(self, held: Tensor, copies: dict[tuple[int, torch.dtype], Tensor]) -> Tensor:
-        storage = held.untyped_storage()
-        key = (storage.data_ptr(), held.dtype)
-        if key not in copies:
-            buffer = self._buffer(len(copies), storage.nbytes(), pinned=held.is_cuda)
-            whole = torch.empty(0, dtype=torch.uint8, device=held.device).set_(storage)
-            copies[key] = buffer.copy_(whole).view(held.dtype)
-        return copies[key].as_strided(held.shape, held.stride(), held.storage_offset())
+    def _copy(self, number: int, span: _Span) -> tuple[int, Tensor]:
+        """A span's first element in its storage, and its elements in memory of their own."""
+        held, length = span.tensor, span.end - span.first
+        source = held.detach().as_strided((length,), (1,), span.first)
+        buffer = self._buffer(number, length * held.element_size(), pinned=held.is_cuda)
+        return span.first, buffer.view(held.dtype).copy_(source)
 
     def _buffer(self, number: int, size: int, *, pinned: bool) -> Tensor:
         if number not in self._buffers or self._buffers[number].numel() != size:

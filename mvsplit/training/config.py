@@ -91,6 +91,9 @@ class ParallelConfig:
     """How a run lies on the processes of torchrun; one process alone ignores it (docs/parallel.md).
 
     Attributes:
+        layout: replicate, every process holds the whole network and updates a part of it; shard,
+            every process holds a part of each parameter (FSDP2), and the fields below say how; or
+            auto: replicate where the network fits so.
         unit: successive blocks whose weights are gathered, and their gradients scattered, together.
         reshard: let a unit's weights go after its forward pass and gather them again in backward;
             False keeps them, for speed.
@@ -100,6 +103,7 @@ class ParallelConfig:
         timeout: seconds without a move of one process after which all stop and it is named.
     """
 
+    layout: Literal["auto", "replicate", "shard"] = "auto"
     unit: int = 4
     reshard: bool = True
     prefetch: int = 1
@@ -108,6 +112,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         where = "train.parallel"
+        known = self.layout in ("auto", "replicate", "shard")
+        _require(self, "layout", known, "choose auto, replicate or shard", where)
+        fits = self.layout != "replicate" or self.replicas == 1
+        _require(self, "replicas", fits, "only layout=shard divides the processes", where)
         for name in ("unit", "replicas"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1", where)
         _require(self, "prefetch", self.prefetch >= 0, "must not be negative", where)

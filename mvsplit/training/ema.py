@@ -19,13 +19,13 @@ _AT_ONCE = 2**26  # elements that are lifted to fp32 at a time
 
 
 class EMA:
-    """One averaged copy of every parameter in fp32, in which small steps count; starts as the
-    parameters themselves."""
+    """One averaged copy of every parameter that this rank updates, in fp32, in which small steps
+    count; starts as the parameters themselves."""
 
     def __init__(self, groups: list[FlatGroup], decay: float) -> None:
-        self.groups = groups
+        self.groups = [group.mine() for group in groups]
         self.decay = decay
-        self._averages = [group.values.clone().float() for group in groups]
+        self._averages = [group.values.clone().float() for group in self.groups]
 
     def update(self, step: int) -> None:
         """a ← d·a + (1 − d)·w with d of step n, after the weights w of step n are known."""

@@ -176,7 +176,7 @@ class FlightRecorder(Observer):
         (folder / "config.json").write_text(to_json(experiment), encoding="utf-8")
         (folder / "state").mkdir()
         # The weights before the step are here whole if the update is not made yet.
-        if self._state.step < step and world() == 1:
+        if self._state.step < step and not self._state.sharded:
             weights = Snapshot(
                 step=self._state.step, tensors={"model": dict(model.state_dict())}, values={}
             )

@@ -130,7 +130,8 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads, such as the one that watches over NCCL, may do what they like.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 losses = run(own)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -157,6 +157,8 @@ class _Run:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
             self._tell("started", f"started {folder.path}")
+        if state.layout is not None:
+            self._tell("layout", state.layout, level="info")
         self._tell_tuning(new=snapshot is None)
         self._tell("watching", self._watch_words(), level="info")
         # With what it started from, a run stands on its own.

@@ -22,6 +22,7 @@ from mvsplit.models import Block, DiT, DiTConfig
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.graphs import NODE_BYTES
+from mvsplit.training.replicas import STAGING
 
 _logger = logging.getLogger(__name__)
 SPARE = 0.06  # of the device's memory, for libraries and for what a graph's own pool takes more
@@ -80,12 +81,15 @@ def cast_bytes(config: DiTConfig) -> int:
     return 2 * config.width * (packed + config.width + 3 * config.ffn_width)
 
 
-def sharding_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
-    """Bytes that sharding over `ranks` GPUs takes on each during a step, beside the state that is
-    there before the first one: units that are gathered, their gradients on the way, the shards that
-    arrive and, where a batch has several pieces, the gradients that are added up until then."""
+def exchange_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
+    """Bytes that the exchange between `ranks` GPUs takes on each during a step, beside the state
+    that is there before the first one. Sharded: units that are gathered, their gradients on the
+    way, the shards that arrive and, where a batch has several pieces, the gradients that are added
+    up until then. Replicated: gradients of bf16 weights on their way, and their sum."""
     if ranks == 1:
         return 0
+    if config.parallel.layout != "shard":
+        return STAGING + 2 * STAGING // ranks if config.weights == "bf16" else 0
     parallel, matrices = config.parallel, cast_bytes(model)
     units = 2 + parallel.prefetch if parallel.reshard else -(-model.depth // parallel.unit)
     gathered = units * parallel.unit * matrices
@@ -152,7 +156,7 @@ class Planner:
             return
         self._tokens = tokens
         allowed = allowed_bytes(self._device)
-        allowed -= sharding_bytes(self._model, self._config, world())
+        allowed -= exchange_bytes(self._model, self._config, world())
         if self._config.recompute != "auto":
             levels = [self._config.recompute] * len(self._blocks)
         else:

@@ -14,10 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from mvsplit.diagnostics.ranks import is_distributed
 from mvsplit.kernels.low_adamw import BLOCK, LowSettings, LowState, low_adamw_
 from mvsplit.training.config import TrainConfig
+from mvsplit.training.distributed import rank
+from mvsplit.training.replicas import Replicas, equal_parts
 from mvsplit.training.spread import Spread, is_spread, joined_norms, local
 
 # Every parameter starts at a multiple of 64 bytes (fp32), as a tensor of its own would; in bf16, at
@@ -39,6 +42,7 @@ class FlatGroup:
         grads: [N] their gradients.
         spread: where the parameters are spread over ranks, what ties the buffers to them; the
             buffers and `places` are then of this rank's shards.
+        replicas: where every rank holds the buffers whole, what ties them to those of the others.
         tied: else each parameter with its `.grad`, which is a view of `grads`.
     """
 
@@ -47,7 +51,21 @@ class FlatGroup:
     values: Tensor
     grads: Tensor
     spread: Spread | None = None
+    replicas: Replicas | None = None
     tied: tuple[tuple[nn.Parameter, Tensor], ...] = ()
+
+    def mine(self) -> FlatGroup:
+        """What this rank updates: all that it holds, or its part of what every rank holds."""
+        if self.replicas is None:
+            return self
+        values, grads = self.replicas.part(self.values), self.replicas.part(self.grads)
+        first = self.replicas.rank * len(values)
+        places = {
+            name: (start - first, shape)
+            for name, (start, shape) in self.places.items()
+            if first <= start < first + len(values)
+        }
+        return FlatGroup(self.kind, places, values, grads)
 
     def tie(self) -> None:
         """Gives the parameters their gradients back, in case that somebody has dropped them."""
@@ -82,7 +100,8 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
     zeroes the gradients in place, where `model.zero_grad` would drop them.
 
     Parameters that are spread over ranks stay where they are, and the buffers hold this rank's
-    shards of them (`mvsplit.training.spread`).
+    shards of them (`mvsplit.training.spread`). Those that every rank holds get the first rank's
+    values, each in a part of the buffer that one rank updates (`mvsplit.training.replicas`).
     """
     kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {
         "decayed": [],
@@ -103,24 +122,27 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
 
 
 def _flatten(named: list[tuple[str, nn.Parameter]], kind: Kind) -> FlatGroup:
-    places, end = {}, 0
     alignment = BLOCK if kind == "low" else _ALIGNMENT
-    for name, parameter in named:
-        held = local(parameter)
-        places[name] = (end, held.shape)
-        end += -(-held.numel() // alignment) * alignment
-    values = local(named[0][1]).new_zeros(end).detach()
-    grads_here = torch.zeros_like(values)
-    if is_spread(named[0][1]):
-        group = FlatGroup(kind, places, values, grads_here, Spread(dict(named)))
-        cast(Spread, group.spread).pull_values(group.cut(values))
+    shapes = [local(parameter).shape for _, parameter in named]
+    sizes = [-(-shape.numel() // alignment) * alignment for shape in shapes]
+    spread = Spread(dict(named)) if is_spread(named[0][1]) else None
+    replicas = Replicas() if spread is None and is_distributed() else None
+    parts_of_ranks = 1 if replicas is None else replicas.world
+    starts, room = equal_parts(sizes, parts_of_ranks)
+    names = (name for name, _ in named)
+    places = dict(zip(names, zip(starts, shapes, strict=True), strict=True))
+    values = local(named[0][1]).new_zeros(parts_of_ranks * room).detach()
+    group = FlatGroup(kind, places, values, torch.zeros_like(values), spread, replicas)
+    if spread is not None:
+        spread.pull_values(group.cut(values))
         return group
-    group = FlatGroup(kind, places, values, grads_here)
     parts, grads = group.cut(group.values), group.cut(group.grads)
     for name, parameter in named:
         parts[name].copy_(parameter.detach())
         parameter.data = parts[name]
         parameter.grad = grads[name]
+    if replicas is not None:
+        distributed.broadcast(values, 0)
     return replace(group, tied=tuple((p, cast(Tensor, p.grad)) for _, p in named))
 
 
@@ -152,13 +174,15 @@ def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]
 
 class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel;
-    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`)."""
+    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`). Of groups that
+    every rank holds, a rank has the moments of its part only."""
 
     def __init__(self, groups: list[FlatGroup], config: TrainConfig) -> None:
         self.groups = groups
         self._config = config
-        self._full = [group for group in groups if group.kind != "low"]
-        self._low = {g: LowState.zeros(g.values) for g in groups if g.kind == "low"}
+        held = [group.mine() for group in groups]
+        self._full = [group for group in held if group.kind != "low"]
+        self._low = {g: LowState.zeros(g.values) for g in held if g.kind == "low"}
         self._low_updates = 0
         for group in self._full:
             group.values.grad = group.grads
@@ -197,6 +221,8 @@ class AdamW:
         for group in self.groups:
             if group.spread is not None:
                 group.spread.push_values(group.cut(group.values))
+            elif group.replicas is not None:
+                group.replicas.gather_(group.values)
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -207,10 +233,22 @@ class AdamW:
                 group.spread.drop_grads()
 
     def collect_grads(self) -> None:
-        """Takes over the gradients of a backward pass, where they are not in the groups anyway."""
+        """Takes over the gradients of a backward pass where they are not in the groups anyway, and
+        averages those that every rank has of its own samples."""
         for group in self.groups:
             if group.spread is not None:
                 group.spread.pull_grads(group.cut(group.grads))
+            elif group.replicas is not None:
+                group.replicas.average_(group.grads)
+
+    def mine(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of parameters by name, those that this rank is to save: all, or where every rank holds
+        them what it updates; the first rank also what nobody updates."""
+        if self.groups[0].replicas is None:
+            return dict(named)
+        held = {name for group in (*self._full, *self._low) for name in group.places}
+        learning = {name for group in self.groups for name in group.places}
+        return {n: t for n, t in named.items() if n in held or (rank() == 0 and n not in learning)}
 
     def moments(self) -> dict[str, Tensor]:
         """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`; of a bf16

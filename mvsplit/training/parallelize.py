@@ -1,7 +1,9 @@
-"""Parallelism, in one ordered function that the model knows nothing of: sharding by FSDP2.
+"""Parallelism, in one ordered function that the model knows nothing of.
 
-Blocks are sharded in units of several: a collective per block would cost more in calls than in
-bytes at a thousand layers. The units are gathered ahead in an order that is given, not found out.
+Where every rank holds the network whole, nothing is done to it: the flat buffers of the optimiser
+are what the ranks have in common (`mvsplit.training.replicas`). Else FSDP2 shards it. Blocks are
+sharded in units of several: a collective per block would cost more in calls than in bytes at a
+thousand layers. The units are gathered ahead in an order that is given, not found out.
 """
 
 from __future__ import annotations
@@ -32,13 +34,33 @@ def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
     """
     if config.weights == "bf16":
         lower_weights(model)
-    if is_distributed():
-        if config.weights == "bf16":
-            raise UserError("train.weights=bf16 needs a single process; choose fp32 under torchrun")
+    if shards(config):
         shard(model, config, _mesh(config.parallel, device))
     else:
         for block in cast(Iterable[Block], model.blocks):
             block.adds_gradients = device.type == "cuda"  # into the buffers of the optimiser
+
+
+def shards(config: TrainConfig) -> bool:
+    """Whether a run of this configuration divides its parameters over processes. `auto` does not:
+    `mvsplit.training.layout` turns it into what fits.
+
+    Raises:
+        UserError: parameters that cannot be divided.
+    """
+    if not is_distributed() or config.parallel.layout != "shard":
+        return False
+    check_shards(config)
+    return True
+
+
+def check_shards(config: TrainConfig) -> None:
+    """Raises UserError for parameters that cannot be divided."""
+    if config.weights == "bf16":
+        raise UserError(
+            "train.weights='bf16' cannot be sharded; choose train.parallel.layout=replicate, or "
+            "weights=fp32"
+        )
 
 
 def lower_weights(model: DiT) -> None:
@@ -96,9 +118,9 @@ def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass sends its gradients to the ranks that hold them, or adds them
-    up here until one does."""
-    if is_distributed():
+    """Whether the next backward pass of a sharded model sends its gradients to the ranks that hold
+    them, or adds them up here until one does."""
+    if hasattr(model, "set_requires_gradient_sync"):
         cast(Any, model).set_requires_gradient_sync(wanted)
 
 

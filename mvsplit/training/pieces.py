@@ -22,11 +22,16 @@ class Piece:
     text_valid: Tensor | None  # [B]
 
 
+def padded(text: int) -> int:
+    """The tokens of `text` with that padding."""
+    return -(-text // TEXT_LENGTHS) * TEXT_LENGTHS
+
+
 def in_few_lengths(text: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Text [B, T, Dc] with masked padding to a multiple of `TEXT_LENGTHS` tokens, and the real
     tokens of each sample [B]. It changes no result, and a run meets few shapes, for each of which
     a graph is recorded and attention is chosen."""
-    extra = -text.shape[1] % TEXT_LENGTHS
+    extra = padded(text.shape[1]) - text.shape[1]
     if not extra:
         return text, valid
     if valid is None:

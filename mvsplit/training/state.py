@@ -44,7 +44,8 @@ class TrainState:
     | which layers came to the network later | `new_layers` |
     | step | `step` |
 
-    `taps`, `device`, `planner` and `graphs` are rebuilt.
+    `taps`, `device`, `planner` and `graphs` are rebuilt; `layout` says how the network lies on
+    several processes.
     """
 
     model: DiT
@@ -56,10 +57,16 @@ class TrainState:
     device: torch.device
     planner: Planner | None = None
     graphs: Graphs | None = None
+    layout: str | None = None
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
     base: str | None = None  # `fingerprint` of the weights that the run started from
     new_layers: list[int] = field(default_factory=list)  # that growth put in
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of each parameter only."""
+        return self.optimizer.groups[0].spread is not None
 
     def learning_rate(self, step: int) -> float:
         """Of step n = 1, 2, …: the schedule's, times what an alarm has left of it."""
@@ -67,10 +74,11 @@ class TrainState:
 
     def snapshot(self) -> Snapshot:
         """All of the above, as views where that is possible; of a run on several ranks, what this
-        one holds. Their global generators are alike, and the first rank's stand for all."""
+        one holds or, where all hold the same, its part of it. Their global generators are alike,
+        and the first rank's stand for all."""
         random_tensors, random_values = global_states()
         tensors = {
-            "model": dict(self.model.state_dict()),
+            "model": self.optimizer.mine(self.model.state_dict()),
             "optimizer": self.optimizer.moments(),
         }
         if rank() == 0:
@@ -140,10 +148,11 @@ class TrainState:
         rule = RuleConfig(**snapshot.values["rule"])
         joined = "joined" in snapshot.values["updates"]
         if rule != self.model.config.rule or joined != ("joined" in self.optimizer.updates()):
-            if world() > 1:
+            if self.sharded:
                 raise UserError(
                     f"the checkpoint's network was given the rule {rule.name} while it ran, and is "
-                    f"already laid out on {world()} processes; go on with it on one"
+                    f"already laid out on {world()} processes; go on with it on one, or with "
+                    f"train.parallel.layout=replicate"
                 )
             set_rule(self.model, rule)
             self.regroup(gain_names(self.model) if joined else ())

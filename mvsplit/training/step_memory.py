@@ -23,9 +23,9 @@ from mvsplit.training.memory_plan import (
     PARTS,
     SPARE,
     Plan,
+    exchange_bytes,
     kept_bytes,
     make_plan,
-    sharding_bytes,
 )
 
 CONTEXT = 0.5 * 2**30  # of CUDA and its libraries: the process less PyTorch's own and the graph's,
@@ -119,19 +119,21 @@ class StepMemory:
 
 
 def state_parts(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> dict[str, float]:
-    """Weights, gradients, moments and averages: what is there before the first step."""
+    """Weights, gradients, moments and averages: what is there before the first step. Every rank
+    has its part of moments and averages; of weights and gradients too, where they are sharded."""
     count = count_parameters(model)
+    sharded = ranks > 1 and config.parallel.layout == "shard"
     shards = ranks // config.parallel.replicas
     low = count.low if config.weights == "bf16" else 0
     full = count.all - low
-    copies = 2 if ranks > 1 else 1  # the flat buffers hold shards once more (`spread.py`)
-    parts = {
-        "weights": 2.0 * low + 4.0 * full * copies,
-        "gradients": 2.0 * low + 4.0 * full,
-        "moments": _LOW_MOMENTS * low + 8.0 * full,
-        "average (EMA)": 4.0 * count.all if config.ema_decay else 0.0,
+    copies = 2 if sharded else 1  # the flat buffers hold shards once more (`spread.py`)
+    whole = shards if sharded else 1
+    return {
+        "weights": (2.0 * low + 4.0 * full * copies) / whole,
+        "gradients": (2.0 * low + 4.0 * full) / whole,
+        "moments": (_LOW_MOMENTS * low + 8.0 * full) / shards,
+        "average (EMA)": 4.0 * count.all / shards if config.ema_decay else 0.0,
     }
-    return {name: size / shards for name, size in parts.items()}
 
 
 def step_memory(
@@ -141,11 +143,11 @@ def step_memory(
 
     Args:
         tokens: of one piece on one GPU, padding included.
-        ranks: GPUs that the network is sharded over.
+        ranks: GPUs that the network lies on, by `train.parallel`; `auto` counts as replicated.
     """
     parts = state_parts(model, config, ranks)
     parts["CUDA context"] = CONTEXT
-    parts["sharding"] = float(sharding_bytes(model, config, ranks))
+    parts["exchange"] = float(exchange_bytes(model, config, ranks))
     room = int((1 - SPARE) * gpu.memory - sum(parts.values()))
     plan = make_plan(model, tokens, room)
     if config.recompute != "auto":
@@ -155,7 +157,8 @@ def step_memory(
     kept, again = _kept(model, config, tokens, plan, room, one_node)
     parts["activations"] = kept
     parts["working memory"] = float(plan.working - nodes)
-    parts["graph"] = float(nodes if ranks == 1 else 0)
+    graphs = ranks == 1 or config.parallel.layout != "shard"
+    parts["graph"] = float(nodes if graphs else 0)
     available = (1 - SPARE) * gpu.memory
     return StepMemory(
         parts={name: size for name, size in parts.items() if size},

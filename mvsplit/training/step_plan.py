@@ -14,17 +14,18 @@ from typing import Any
 from mvsplit.data import Cache
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
-from mvsplit.training.builders import build_data
+from mvsplit.training.builders import UNKNOWN_TEXT, build_data, largest_sample
 from mvsplit.training.config import Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu
-from mvsplit.training.pieces import TEXT_LENGTHS
+from mvsplit.training.layout import Layout, layout_of, with_layout
+from mvsplit.training.parallelize import check_shards
+from mvsplit.training.pieces import padded
 from mvsplit.training.step_memory import StepMemory, count_parameters, step_memory
 from mvsplit.training.step_time import WAITING, Shape, StepTime, is_rough, step_time
 
 _MOST_GPUS = 64
 _MUCH = 0.2  # of a step
 _UNKNOWN_IMAGE = 16  # latents a side, of 256×256 pictures in the FLUX.2 autoencoder
-_UNKNOWN_TEXT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class StepPlan:
     """The plan of an experiment on `gpus` GPUs of one kind.
 
     Attributes:
+        layout: how the network lies on several GPUs, and why.
         notes: what the figures leave out or take for granted.
         remedies: what would make it fit, or none where it does.
     """
@@ -71,6 +73,7 @@ class StepPlan:
     sample: Sample
     shape: Shape
     batch_size: int
+    layout: str | None
     memory: StepMemory
     time: StepTime
     notes: tuple[str, ...]
@@ -87,32 +90,25 @@ def sample_of(
     """
     patch, data = experiment.model.patch, experiment.data
     if image is not None and text is not None:
-        return Sample(image=image, text=_padded(text), source="as given")
+        return Sample(image=image, text=padded(text), source="as given")
     if data.dataset == "cache" and data.path is None:
         found = (_UNKNOWN_IMAGE // patch) ** 2
         source = (
             f"no data.path: latents of {_UNKNOWN_IMAGE}×{_UNKNOWN_IMAGE} and "
-            f"{_UNKNOWN_TEXT} text tokens assumed"
+            f"{UNKNOWN_TEXT} text tokens assumed"
         )
-        words = _UNKNOWN_TEXT
+        words = UNKNOWN_TEXT
     else:
         dataset = build_data(replace(data, verify=False))
-        shapes = dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
-        found = max(height * width for height, width in shapes) // patch**2
-        words = getattr(dataset, "caption_words", _UNKNOWN_TEXT)
+        found, words = largest_sample(dataset, patch)
         source = f"data set {data.dataset}, longest captions"
         if isinstance(dataset, Cache):
-            source = f"cache {data.path}; {_UNKNOWN_TEXT} text tokens assumed"
+            source = f"cache {data.path}; {UNKNOWN_TEXT} text tokens assumed"
     return Sample(
         image=found if image is None else image,
-        text=_padded(words if text is None else text),
+        text=padded(words if text is None else text),
         source=source,
     )
-
-
-def _padded(text: int) -> int:
-    """As `in_few_lengths` pads it."""
-    return -(-text // TEXT_LENGTHS) * TEXT_LENGTHS
 
 
 def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> StepPlan:
@@ -127,7 +123,7 @@ def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> St
         UserError: the batch or the network cannot be divided so.
     """
     config = experiment.train
-    shape, memory, time = _figures(experiment.model, config, gpu, gpus, sample)
+    layout, shape, memory, time = _figures(experiment.model, config, gpu, gpus, sample)
     return StepPlan(
         gpu=gpu,
         gpus=gpus,
@@ -135,20 +131,28 @@ def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> St
         sample=sample,
         shape=shape,
         batch_size=config.batch_size,
+        layout=None if gpus == 1 else layout.reason,
         memory=memory,
         time=time,
-        notes=(*_notes(experiment, gpus), *_larger_pieces(experiment, gpu, gpus, sample, time)),
+        notes=(
+            *_notes(experiment, gpus, layout),
+            *_larger_pieces(experiment, gpu, gpus, sample, time),
+        ),
         remedies=() if memory.fits else tuple(_remedies(experiment, gpu, gpus, sample)),
     )
 
 
 def _figures(
     model: DiTConfig, config: TrainConfig, gpu: Gpu, gpus: int, sample: Sample
-) -> tuple[Shape, StepMemory, StepTime]:
+) -> tuple[Layout, Shape, StepMemory, StepTime]:
     shape = _shape(config, gpus, sample)
+    layout = layout_of(model, config, shape.tokens, gpu, gpus)
+    if layout.name == "shard" and gpus > 1:
+        check_shards(config)
+    config = with_layout(config, layout.name)
     memory = step_memory(model, config, shape.tokens, gpu, gpus)
     time = step_time(model, config, shape, memory.levels, gpu, ranks=gpus)
-    return shape, memory, time
+    return layout, shape, memory, time
 
 
 def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
@@ -161,8 +165,6 @@ def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
             f"{config.accumulate} times {gpus} GPUs; choose a multiple of "
             f"{gpus * config.accumulate}"
         )
-    if gpus > 1 and config.weights == "bf16":
-        raise UserError("train.weights=bf16 needs a single GPU; choose fp32 for several")
     if gpus % config.parallel.replicas:
         raise UserError(
             f"train.parallel.replicas={config.parallel.replicas} does not divide {gpus} GPUs"
@@ -174,12 +176,14 @@ def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
     )
 
 
-def _notes(experiment: Experiment, gpus: int) -> Iterator[str]:
+def _notes(experiment: Experiment, gpus: int, layout: Layout) -> Iterator[str]:
     rough = is_rough(experiment.model, experiment.train)
     if rough:
         yield f"an order of magnitude only: {rough}"
     if gpus > 1:
-        yield "several GPUs: kernels are launched one by one, links are assumed, none was measured"
+        yield "several GPUs: what their links reach is assumed"
+    if gpus > 1 and layout.name == "shard":
+        yield "sharded: kernels are launched one by one; nothing of it was measured"
     yield "time is that of the step on a GPU: loading, looks into the layers and saves come on top"
 
 
@@ -195,7 +199,7 @@ def _larger_pieces(
         if config.batch_size % (gpus * pieces):
             continue
         fewer = replace(config, accumulate=pieces)
-        _, memory, faster = _figures(experiment.model, fewer, gpu, gpus, sample)
+        *_, memory, faster = _figures(experiment.model, fewer, gpu, gpus, sample)
         if memory.fits:
             yield (
                 f"the GPUs wait for launches {share:.0%} of the time: --accumulate {pieces} takes "
@@ -220,7 +224,7 @@ def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
     """In the order of what they cost."""
     if config.ema_decay:
         yield {"ema_decay": 0.0}
-    if config.weights == "fp32" and gpus == 1:
+    if config.weights == "fp32" and _may_lower(config, gpus):
         yield _LOW
         if config.ema_decay:
             yield _LOW | {"ema_decay": 0.0}
@@ -231,8 +235,13 @@ def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
 _LOW = {"precision": "bf16", "weights": "bf16"}
 
 
+def _may_lower(config: TrainConfig, gpus: int) -> bool:
+    """Whether bf16 weights are possible: they are not sharded."""
+    return gpus == 1 or (config.parallel.layout != "shard" and config.parallel.replicas == 1)
+
+
 def _together(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
-    low = _LOW if gpus == 1 else {}
+    low = _LOW if _may_lower(experiment.train, gpus) else {}
     tried: list[dict[str, Any]] = [
         {**low, "ema_decay": 0.0, "accumulate": None},
         {"ema_decay": 0.0, "gpus": None},
@@ -254,7 +263,7 @@ def _try(
         count = numbers.get("gpus", gpus)
         fields = fixed | {n: v for n, v in numbers.items() if n != "gpus"}
         changed = replace(config, **fields)
-        _, memory, time = _figures(experiment.model, changed, gpu, count, sample)
+        *_, memory, time = _figures(experiment.model, changed, gpu, count, sample)
         last = Remedy(
             changes=fixed | numbers,
             memory=memory.total,
@@ -269,12 +278,12 @@ def _try(
 
 def _numbers(config: TrainConfig, gpus: int, changes: dict[str, Any]) -> Iterator[dict[str, int]]:
     """Values for what a change leaves open, the smallest first: divisors of the batch for
-    accumulate, and doubled GPUs with fp32 weights."""
+    accumulate, and doubled GPUs."""
     share = config.batch_size // gpus
     if "accumulate" in changes:
         more = [k for k in range(config.accumulate + 1, share + 1) if share % k == 0]
         yield from ({"accumulate": k} for k in more or [config.accumulate])
-    elif "gpus" in changes and config.weights == "fp32":
+    elif "gpus" in changes:
         doubled = [gpus * 2**k for k in range(1, 7) if gpus * 2**k <= _MOST_GPUS]
         options = [(n, k) for n in doubled for k in _pieces(config, gpus, n)]
         fitting = [(n, k) for n, k in options if config.batch_size % (n * k) == 0]

@@ -126,8 +126,8 @@ def step_time(
 
     Args:
         levels: what the backward of each block computes again.
-        ranks: GPUs that the network is sharded over; there, kernels are launched one by one.
-        graph: whether pieces are replayed as CUDA graphs.
+        ranks: GPUs that the network lies on, by `train.parallel`; `auto` counts as replicated.
+        graph: whether pieces are replayed as CUDA graphs, where the network is not sharded.
     """
     low = config.precision == "bf16"
     each = _Block(model, config, shape, gpu)
@@ -140,18 +140,19 @@ def step_time(
         "recompute": sum(each.again(level) for level in levels),
     }
     busy = sum(parts.values())
-    graphs = graph and ranks == 1
+    sharded = ranks > 1 and config.parallel.layout == "shard"
+    graphs = graph and not sharded
     parts["graph nodes" if graphs else WAITING] = (
         _node_time(model, config, levels)
         if graphs
-        else max(0.0, _launch_time(model, config, levels, ranks) - busy)
+        else max(0.0, _launch_time(model, config, levels, sharded) - busy)
     )
     parts = {name: shape.pieces * seconds for name, seconds in parts.items()}
-    sent = _bytes_sent(model, config, shape, ranks)
+    sent = _bytes_sent(model, config, shape, ranks) if sharded else _exchanged(model, config, ranks)
     communication = sum(sent.values()) / gpu.link
-    parts["communication not hidden"] = max(0.0, communication - sum(parts.values()))
-    shards = ranks // config.parallel.replicas
-    parts["optimiser"] = optimiser_bytes(model, config) / shards / gpu.copy
+    hidden = sum(parts.values()) if sharded else 0.0
+    parts["communication not hidden"] = max(0.0, communication - hidden)
+    parts["optimiser"] = optimiser_bytes(model, config, ranks) / gpu.copy
     seconds = sum(parts.values())
     tokens = shape.tokens * shape.pieces * ranks
     return StepTime(
@@ -260,11 +261,11 @@ def _node_time(model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute
 
 
 def _launch_time(
-    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], ranks: int
+    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], sharded: bool
 ) -> float:
     """What the CPU takes to launch a piece's kernels one by one."""
     again = sum(level == "all" for level in levels) * _FORWARD_SHARE
-    units = math.ceil(model.depth / config.parallel.unit) if ranks > 1 else 0
+    units = math.ceil(model.depth / config.parallel.unit) if sharded else 0
     return LAUNCH * (model.depth + again) + 2 * _UNIT * units
 
 
@@ -274,8 +275,6 @@ def _bytes_sent(
     """Of each GPU under FSDP2: weights are gathered in the precision of the arithmetic, once more
     in backward where they were let go; gradients go once a step in fp32."""
     shards = ranks // config.parallel.replicas
-    if ranks == 1:
-        return {}
     count = count_parameters(model).all
     there = (shards - 1) / shards
     bytes_each = 2 if config.precision == "bf16" else 4
@@ -290,16 +289,35 @@ def _bytes_sent(
     return sent
 
 
-def optimiser_bytes(model: DiTConfig, config: TrainConfig) -> float:
-    """Bytes that an update moves, all of them read or written once: AdamW, zeroing, the norm, and
-    the averages where they are kept (clipping, which is rare, is not counted)."""
+def _exchanged(model: DiTConfig, config: TrainConfig, ranks: int) -> dict[str, float]:
+    """Of each GPU where every one holds the network whole: gradients there and back once a step,
+    and the weights that were updated."""
+    if ranks == 1:
+        return {}
+    there = (ranks - 1) / ranks
+    low, full = _low_and_full(model, config)
+    size = 2.0 * low + 4.0 * full
+    return {"all-reduce": 2 * there * size, "all-gather": there * size}
+
+
+def optimiser_bytes(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> float:
+    """Bytes that an update moves on a GPU, all of them read or written once: AdamW, zeroing, the
+    norm, and the averages where they are kept (clipping, which is rare, is not counted)."""
+    low, full = _low_and_full(model, config)
+    looked_at = (4 + 4) * full + (2 + 2) * low  # by zeroing and the norm
+    updated = 28 * full + 12 * low
+    if config.ema_decay:
+        updated += (8 + 4) * full + (8 + 2 + 8) * low  # bf16 weights through an fp32 copy
+    shards = ranks // config.parallel.replicas
+    sharded = ranks > 1 and config.parallel.layout == "shard"
+    return updated / shards + looked_at / (shards if sharded else 1)
+
+
+def _low_and_full(model: DiTConfig, config: TrainConfig) -> tuple[int, int]:
+    """Parameters in bf16 and in fp32."""
     count = count_parameters(model)
     low = count.low if config.weights == "bf16" else 0
-    full = count.all - low
-    moved = (28 + 4 + 4) * full + (12 + 2 + 2) * low
-    if config.ema_decay:
-        moved += (8 + 4) * full + (8 + 2 + 8) * low  # bf16 weights through an fp32 copy
-    return float(moved)
+    return low, count.all - low
 
 
 def is_rough(model: DiTConfig, config: TrainConfig) -> str | None:

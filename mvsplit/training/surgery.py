@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from mvsplit.models.surgery import into_mvsplit, rules, writer_parameters
 from mvsplit.residuals import MVSplit
+from mvsplit.training.replicas import from_holders
 from mvsplit.training.state import TrainState
 
 
@@ -27,13 +29,18 @@ def protect(state: TrainState, *, gain: float) -> None:
     state.regroup(joined=new)
     state.optimizer.set_updates(updates | {"joined": 0})
     fresh = state.optimizer.moments()
-    for name in (n for n in fresh if _parameter(n) not in new):
-        fresh[name].copy_(moments[name])
+    _take_over({name: fresh[name] for name in fresh if _parameter(name) not in new}, moments)
     if state.ema is not None:
-        for name, average in state.ema.parameters().items():
-            if name not in new:
-                average.copy_(averages[name])
+        fresh = state.ema.parameters()
+        _take_over({name: fresh[name] for name in fresh if name not in new}, averages)
     _rescale_writers(state, gain)
+
+
+def _take_over(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
+    """Copies each tensor from the one of its name, which another rank may have held until now."""
+    elsewhere = from_holders(sources, targets.keys())
+    for name, target in targets.items():
+        target.copy_(sources[name] if name in sources else elsewhere[name])
 
 
 @torch.no_grad()
@@ -56,9 +63,10 @@ def _rescale_writers(state: TrainState, gain: float) -> None:
     moments = state.optimizer.moments()
     averages = {} if state.ema is None else state.ema.parameters()
     for name in names:
-        first = "exp_avg" if f"exp_avg.{name}" in moments else "exp_avg_scales"  # of bf16 weights
-        moments[f"{first}.{name}"].mul_(gain)
-        moments[f"exp_avg_sq.{name}"].mul_(gain**2)
+        factors = {"exp_avg": gain, "exp_avg_scales": gain, "exp_avg_sq": gain**2}
+        for moment, factor in factors.items():  # scales: of bf16 weights
+            if f"{moment}.{name}" in moments:  # else another rank holds it
+                moments[f"{moment}.{name}"].mul_(factor)
         if name in averages:
             averages[name].div_(gain)
 

@@ -17,7 +17,7 @@ from mvsplit.training import load_run
 from mvsplit.training.checkpoint import Snapshot, list_checkpoints, load_latest
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.flight import read_flight
-from mvsplit.training.memory_plan import sharding_bytes
+from mvsplit.training.memory_plan import exchange_bytes
 from tests.training import ranks, runs
 
 # Sizes that the ranks do not divide: 3 layers in units of 2, a patch of 4·4 values in a head of 10…
@@ -27,12 +27,16 @@ COURSE = "--lr 1e-2 --eps 1e-5 --warmup 3 --ema-decay 0.9 --probe-every 2 --devi
 OPTIONS = f"{SIZES} {COURSE} --parallel.unit 2 --keep 9".split()
 STEPS = 6
 EVERYWHERE = ["--steps", str(STEPS), "--save-every", "2", *OPTIONS]
+SHARD = ["--parallel.layout", "shard"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "two": (2, []),
     "two-in-pieces": (2, ["--accumulate", "2"]),
     "four": (4, []),
-    "four-kept": (4, ["--parallel.no-reshard", "--parallel.prefetch", "2"]),
+    "two-sharded": (2, SHARD),
+    "two-sharded-in-pieces": (2, [*SHARD, "--accumulate", "2"]),
+    "four-sharded": (4, SHARD),
+    "four-kept": (4, [*SHARD, "--parallel.no-reshard", "--parallel.prefetch", "2"]),
     "four-in-two-replicas": (4, ["--parallel.replicas", "2"]),
 }
 
@@ -83,14 +87,14 @@ def test_losses_norms_and_weights_are_those_of_one_process(finished: Path, name:
     assert_same_weights(last(finished / name), last(finished / "one"))
 
 
-@pytest.mark.parametrize("name", ["two", "four", "four-in-two-replicas"])
+@pytest.mark.parametrize("name", ["two", "four-sharded", "four-in-two-replicas"])
 def test_only_the_first_rank_writes(finished: Path, name: str) -> None:
     events = [event["event"] for event in runs.lines(finished / name / "events.jsonl")]
-    assert sorted(events) == sorted(["started", "watching", *["saved"] * 3, "finished"])
+    assert sorted(events) == sorted(["started", "layout", "watching", *["saved"] * 3, "finished"])
     assert len(runs.lines(finished / name / "layers.jsonl")) == STEPS // 2
 
 
-@pytest.mark.parametrize("name", ["two", "four"])
+@pytest.mark.parametrize("name", ["two", "four-sharded"])
 def test_looks_are_means_over_the_ranks(finished: Path, name: str) -> None:
     ours, alone = (runs.lines(finished / n / "layers.jsonl") for n in (name, "one"))
     for a, b in zip(ours, alone, strict=True):
@@ -143,7 +147,15 @@ def test_a_truncated_shard_is_passed_over_and_named(finished: Path, tmp_path: Pa
     [
         (["--batch-size", "9"], "train.batch_size=9 is not divisible by train.accumulate=1 times"),
         (["--parallel.replicas", "3"], "train.parallel.replicas=3 does not divide the 2 processes"),
-        (["--on-alarm", "protect"], "train.on_alarm='protect' changes the network while it runs"),
+        ([*SHARD, "--on-alarm", "protect"], "train.on_alarm='protect' changes the network while"),
+        (
+            [*SHARD, "--precision", "bf16", "--weights", "bf16"],
+            "train.weights='bf16' cannot be sharded; choose train.parallel.layout=replicate",
+        ),
+        (
+            ["--parallel.layout", "replicate", "--parallel.replicas", "2"],
+            "train.parallel.replicas=2: only layout=shard divides the processes",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_said_once(
@@ -162,17 +174,17 @@ def test_what_sharding_needs_beside_the_state() -> None:
     with torch.device("meta"):
         blocks = DiT(config).blocks
     matrices = sum(p.numel() for p in blocks[0].parameters() if p.ndim == 2)
-    layout = ParallelConfig(unit=4, prefetch=1)
+    layout = ParallelConfig(layout="shard", unit=4, prefetch=1)
     train = replace(runs.TRAIN, parallel=layout)
     in_bf16, in_fp32 = 2 * matrices, 4 * matrices
     once = 3 * 4 * in_bf16 + 2 * 4 * (in_bf16 + in_fp32) + 10 * in_fp32 // 4
-    assert sharding_bytes(config, train, 1) == 0
-    assert sharding_bytes(config, train, 4) == once
-    assert sharding_bytes(config, replace(train, accumulate=2), 4) == once + 10 * in_fp32
+    assert exchange_bytes(config, train, 1) == 0
+    assert exchange_bytes(config, train, 4) == once
+    assert exchange_bytes(config, replace(train, accumulate=2), 4) == once + 10 * in_fp32
     kept = replace(train, parallel=replace(layout, reshard=False))
-    assert sharding_bytes(config, kept, 4) >= once + (10 - 3 * 4) * in_bf16
+    assert exchange_bytes(config, kept, 4) >= once + (10 - 3 * 4) * in_bf16
     halves = replace(train, parallel=replace(layout, replicas=2))
-    assert sharding_bytes(config, halves, 4) == once + 10 * in_fp32 // 4
+    assert exchange_bytes(config, halves, 4) == once + 10 * in_fp32 // 4
 
 
 def test_an_alarm_takes_every_rank_back(tmp_path: Path) -> None:

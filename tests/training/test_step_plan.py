@@ -57,6 +57,10 @@ def train(weights: str = "fp32", **other) -> TrainConfig:
     return TrainConfig(weights=weights, **given)
 
 
+def sharded(config: TrainConfig, **other) -> TrainConfig:
+    return replace(config, parallel=replace(config.parallel, layout="shard", **other))
+
+
 # A stage of the benchmark: its figures, depth, weights, and whether it was replayed as graphs.
 RUNS = {
     "graphs, bf16 weights": (GRAPHS["step bf16"], 400, "bf16", True),
@@ -145,8 +149,16 @@ def test_state_in_bytes_a_parameter(weights, ema, each):
     model = measured_network(3)
     parts = state_parts(model, train(weights, ema_decay=ema))
     assert sum(parts.values()) == each * count_parameters(model).all
-    halves = state_parts(model, train(weights, ema_decay=ema), ranks=2)
-    more = 4 * count_parameters(model).all / 2  # the buffers' copy of the shards
+    replicated = state_parts(model, train(weights, ema_decay=ema), ranks=2)
+    halved = parts["moments"] / 2 + parts["average (EMA)"] / 2
+    assert sum(replicated.values()) == sum(parts.values()) - halved
+    halves = state_parts(model, sharded(train(weights, ema_decay=ema)), ranks=2)
+    more = halves["weights"] - parts["weights"] / 2  # the buffers' copy of fp32 shards
+    assert more == (
+        4 * count_parameters(model).all / 2
+        if weights == "fp32"
+        else pytest.approx(4 * count_parameters(model).rest / 2)
+    )
     assert sum(halves.values()) == pytest.approx(sum(parts.values()) / 2 + more)
 
 
@@ -201,7 +213,7 @@ def test_every_preset_has_a_plan(name):
 
 
 def test_several_gpus_send_what_fsdp_sends():
-    model, config = measured_network(8), train(batch_size=16, accumulate=2)
+    model, config = measured_network(8), sharded(train(batch_size=16, accumulate=2))
     shape = Shape(samples=2, length=320, pieces=2)
     time = step_time(model, config, shape, ["nothing"] * 8, H200, ranks=4)
     n = count_parameters(model).all
@@ -213,16 +225,49 @@ def test_several_gpus_send_what_fsdp_sends():
     assert model_flops(model, 7, 320) == 7 * (6 * n + 12 * 8 * 320 * 1024)
 
 
+@pytest.mark.parametrize(("weights", "each"), [("fp32", 4), ("bf16", 2)])
+def test_several_gpus_that_hold_the_network_run_as_one_and_exchange(weights, each):
+    """The parts of a step are those of one GPU, but for the exchange and the update."""
+    model, config = measured_network(8), train(weights, batch_size=16, ema_decay=0.9)
+    shape, levels = Shape(samples=4, length=320, pieces=1), ["packed"] * 8
+    one, four = (step_time(model, config, shape, levels, H200, ranks=n) for n in (1, 4))
+    same = one.parts.keys() - {"optimiser"}
+    assert {name: four.parts[name] for name in same} == {name: one.parts[name] for name in same}
+    count = count_parameters(model)
+    low = count.low if weights == "bf16" else 0
+    size = each * low + 4 * (count.all - low)
+    assert four.bytes_sent == pytest.approx({"all-reduce": 1.5 * size, "all-gather": 0.75 * size})
+    assert four.parts["communication not hidden"] == pytest.approx(2.25 * size / H200.link)
+    looked_at = 2 * size / H200.copy  # zeroing and the norm are everybody's
+    update = one.parts["optimiser"] - looked_at
+    assert four.parts["optimiser"] == pytest.approx(looked_at + update / 4)
+
+
+def test_the_layout_is_the_fastest_that_fits():
+    sample = Sample(image=256, text=64, source="")
+    small, deep = (get_preset(name) for name in ("mvsplit-400l", "mvsplit-1000l"))
+    assert plan_step(small, H200, 1, sample).layout is None
+    plan = plan_step(small, H200, 8, sample)
+    assert plan.memory.fits
+    assert "layout replicate" in plan.layout
+    plan = plan_step(deep, H200, 4, sample)
+    assert "layout shard" in plan.layout
+    assert "does not fit" in plan.layout
+    low = replace(deep.train, weights="bf16", precision="bf16")
+    assert "layout replicate" in plan_step(replace(deep, train=low), H200, 4, sample).layout
+
+
 def test_every_replica_updates_the_whole_network():
     model, config = measured_network(8), train(batch_size=16)
-    twice = replace(config, parallel=replace(config.parallel, replicas=2))
+    twice = sharded(config, replicas=2)
     shape, levels = Shape(samples=4, length=320, pieces=1), ["nothing"] * 8
-    halves = step_time(model, config, shape, levels, H200, ranks=2).parts["optimiser"]
+    halves = step_time(model, sharded(config), shape, levels, H200, ranks=2).parts["optimiser"]
     assert step_time(model, twice, shape, levels, H200, ranks=4).parts["optimiser"] == halves
 
 
 def test_gpus_that_wait_are_told_of_larger_pieces():
     experiment = get_preset("mvsplit-400l")
+    experiment = replace(experiment, train=sharded(experiment.train))
     sample = Sample(image=256, text=32, source="")
     plan = plan_step(experiment, H200, 8, sample)
     (note,) = (n for n in plan.notes if "wait for launches" in n)
@@ -243,15 +288,16 @@ def test_only_what_runs_as_one_node_counts_as_measured():
 
 
 @pytest.mark.parametrize(
-    ("gpus", "changes", "message"),
+    ("gpus", "message"),
     [
-        (0, {}, "gpus=0: must be at least 1"),
-        (5, {}, "train.batch_size=261 is not divisible by train.accumulate=9 times 5 GPUs"),
-        (29, {}, "train.weights=bf16 needs a single GPU"),
+        (0, "gpus=0: must be at least 1"),
+        (5, "train.batch_size=261 is not divisible by train.accumulate=9 times 5 GPUs"),
+        (29, "train.weights='bf16' cannot be sharded"),
     ],
 )
-def test_what_a_run_would_refuse_is_refused(gpus, changes, message):
+def test_what_a_run_would_refuse_is_refused(gpus, message):
     experiment = get_preset("mvsplit-400l-h200")
+    experiment = replace(experiment, train=sharded(experiment.train))
     with pytest.raises(UserError, match=message):
         plan_step(experiment, H200, gpus, Sample(image=256, text=32, source=""))
 
