@@ -24,12 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from plain_block import PlainBlock
+from step_parts import Size, Trainer, free, rates, seconds, synchronise
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,127 +38,9 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig, train
 from mvsplit.training.files import read_lines
-from mvsplit.training.graphs import Graphs
-from mvsplit.training.memory_plan import Planner
-from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
-from mvsplit.training.parallelize import parallelize
-from mvsplit.training.pieces import Piece
 from mvsplit.training.step import add_gradients
 
-PEAK = 989e12
-IMAGE, TEXT = 256, 64
 RELEASED = {"400 layers, batch 128": 6865}  # tokens/s, paper's released code on an H200
-
-
-@dataclass(frozen=True)
-class Size:
-    """How wide the networks of this run are; small for a trial on a CPU."""
-
-    width: int = 1024
-    heads: int = 8
-    side: int = 16
-    text: int = TEXT
-
-    @property
-    def tokens(self) -> int:
-        return self.side**2 + self.text
-
-    def model(self, depth: int, beta: float = 0.05, **other: Any) -> DiTConfig:
-        return DiTConfig(
-            depth=depth,
-            width=self.width,
-            heads=self.heads,
-            ffn_width=3 * self.width,
-            channels=128,
-            text_width=self.width,
-            rule=RuleConfig(name="mvsplit", beta=beta),
-            **other,
-        )
-
-
-class Trainer:
-    """A network with its optimiser, and batches of noise; the same code as a run's step."""
-
-    def __init__(self, model: DiTConfig, config: TrainConfig, size: Size, device: str) -> None:
-        self.config, self.size, self.device = config, size, torch.device(device)
-        torch.manual_seed(0)
-        with self.device:
-            generator = torch.Generator(self.device).manual_seed(0)
-            self.model = DiT(model, generator)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        parallelize(self.model, config, self.device)
-        self.groups = flatten_parameters(self.model)
-        self.optimizer = AdamW(self.groups, config)
-        self.planner = Planner(self.model, config, self.device)
-        self.graphs = Graphs(self.model, self.device)
-
-    def piece(self, samples: int, seed: int = 0) -> Piece:
-        generator = torch.Generator(self.device).manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=self.device)
-
-        size = self.size
-        return Piece(
-            data=draw(samples, 128, size.side, size.side),
-            noise=draw(samples, 128, size.side, size.side),
-            times=torch.rand(samples, generator=generator, device=self.device),
-            text=draw(samples, size.text, size.width),
-            text_valid=None,
-        )
-
-    def step(self, parts: list[Piece], lr: float = 0.0) -> tuple[float, float]:
-        """Loss and gradient norm; `lr` 0 leaves the weights, for a step that can be repeated."""
-        self.planner.before(max(len(p.data) for p in parts) * self.size.tokens)
-        self.optimizer.zero_grad()
-        losses = add_gradients(self.model, self.config, parts, self.graphs)
-        loss, norm = torch.stack([losses.mean(), global_norm(self.groups)]).tolist()
-        clip_gradients_(self.groups, norm, self.config.clip)
-        self.optimizer.step(lr)
-        return loss, norm
-
-    def flops(self, samples: int) -> float:
-        """Of the model for an optimiser step: 6N and attention."""
-        c, tokens = self.model.config, self.size.tokens
-        return samples * tokens * (6 * self.parameters + 12 * c.depth * tokens * c.width)
-
-    def levels(self) -> dict[str, int]:
-        found = [block.recompute for block in self.model.blocks]
-        return {level: found.count(level) for level in sorted(set(found))}
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return time.perf_counter() - start
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-
-
-def rates(trainer: Trainer, samples: int, took: float) -> dict[str, Any]:
-    return {
-        "seconds": took,
-        "tokens_per_second": samples * trainer.size.tokens / took,
-        "mfu": trainer.flops(samples) / took / PEAK,
-        "peak_gib": peak_gib(),
-        "recompute": trainer.levels(),
-    }
 
 
 # Gates
