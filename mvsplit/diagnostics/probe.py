@@ -380,7 +380,7 @@ def _alignment_field(
 def _first_samples(segments: Segments, samples: int) -> Segments:
     if segments.valid is None:
         return segments
-    return Segments(segments.lengths, segments.valid[:samples])
+    return Segments(segments.lengths, segments.valid[:samples], segments.real_first)
 
 
 def _trunk_among(output: Any, total: int, tap: LayerTap) -> Tensor | None:

@@ -3,7 +3,8 @@
 Which of them is fastest depends on the GPU, the shape and whether padding is masked; on an H200
 cuDNN's is 1.4–1.8 times faster than the one that PyTorch takes by itself. So the candidates run a
 few times forward and backward on the first tensors of a shape, and the fastest serves from then on,
-in later processes too (`choices`). The choice is logged. On a CPU there is nothing to choose.
+in later processes too (`choices`). The choice is logged. With padding there are more of them
+(`masked_attention`), for a mask is slow. On a CPU there is nothing to choose.
 
 Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,88 +22,128 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mvsplit.kernels.choices import recall, remember
+from mvsplit.kernels.masked_attention import in_sequences, with_zero_keys
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
-_CANDIDATES = {
+_REPEATS = 20
+
+Way = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+# (B, H, G, T, K), dtype, what is known of padding, differentiated, device index
+_Key = tuple[tuple[int, ...], torch.dtype, str, bool, int]
+
+
+def _by_library(
+    backend: SDPBackend | list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, segments: Segments
+) -> Tensor:
+    """PyTorch's own, with a mask where there is padding."""
+    grouped = q.shape[1] != k.shape[1]
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=segments.key_bias(q), enable_gqa=grouped
+        )
+
+
+_LIBRARIES = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_REPEATS = 20
+_ANY: Way = partial(_by_library, list(_LIBRARIES.values()))
+_WAYS: dict[str, Way] = {name: partial(_by_library, b) for name, b in _LIBRARIES.items()}
+_SEQUENCES: dict[str, Way] = {
+    "cudnn in sequences": partial(in_sequences, library="cudnn"),
+    "flash in sequences": partial(in_sequences, library="flash"),
+}
+_ZERO_KEYS: dict[str, Way] = {"cudnn with zero keys": with_zero_keys}
+_ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _WAYS
+_chosen: dict[_Key, Way] = {}
 
-# (B, H, G, T, K), dtype, masked, differentiated, device index
-_Key = tuple[tuple[int, ...], torch.dtype, bool, bool, int]
-_chosen: dict[_Key, SDPBackend] = {}
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, zero_padding: bool = False
+) -> Tensor:
     """softmax(QKᵀ/√K)V over all real tokens; padding is no key.
 
     Args:
         q: [B, H, T, K].
         k, v: [B, G, T, K] with H a multiple of G.
         segments: of the T tokens; their mask says which are real.
+        zero_padding: a promise that padded rows of k and v are zero.
 
     Returns:
-        [B, H, T, K]; rows of padding hold values without meaning.
+        [B, H, T, K]; rows of padding hold values without meaning, and so do their gradients.
     """
-    grouped = q.shape[1] != k.shape[1]
     if not q.is_cuda or torch.compiler.is_compiling():
+        grouped = q.shape[1] != k.shape[1]
         mask = None if segments.mask is None else segments.mask[:, None, None, :]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    mask = segments.key_bias(q)
-    backend = _choose(q, k, v, mask)
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return _choose(q, k, v, segments, zero_padding)(q, k, v, segments)
 
 
-def attention_backend(q: Tensor, k: Tensor, segments: Segments) -> str | None:
-    """The name of the kernel that inputs like these have been given; None as long as none has."""
-    found = _chosen.get(_key(q, k, segments.mask is not None))
-    return None if found is None else next(n for n, b in _CANDIDATES.items() if b is found)
+def attention_backend(
+    q: Tensor, k: Tensor, segments: Segments, *, zero_padding: bool = False
+) -> str | None:
+    """The name of the way that inputs like these have been given; None as long as none has."""
+    found = _chosen.get(_key(q, k, segments, zero_padding))
+    return None if found is None else next(n for n, way in _ALL_WAYS.items() if way is found)
 
 
-def _key(q: Tensor, k: Tensor, masked: bool) -> _Key:
+def ways(segments: Segments, zero_padding: bool = False) -> dict[str, Way]:
+    """What may serve, by name; with padding, those first that need no mask."""
+    if segments.mask is None:
+        return _WAYS
+    first = _SEQUENCES if segments.real_first else {}
+    return first | (_ZERO_KEYS if zero_padding else {}) | _WAYS
+
+
+def _key(q: Tensor, k: Tensor, segments: Segments, zero_padding: bool) -> _Key:
     shape = (*q.shape[:2], k.shape[1], *q.shape[2:])
-    return shape, q.dtype, masked, q.requires_grad, q.device.index or 0
+    padding = "none"
+    if segments.mask is not None:
+        padding = "last" if segments.real_first else "anywhere"
+        padding += ", zero" if zero_padding else ""
+    return shape, q.dtype, padding, q.requires_grad, q.device.index or 0
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[SDPBackend]:
-    """The kernel for these inputs; all of them, for PyTorch to choose from, where nothing has been
-    chosen and a capture forbids to measure."""
-    key = _key(q, k, mask is not None)
+def _choose(q: Tensor, k: Tensor, v: Tensor, segments: Segments, zero_padding: bool) -> Way:
+    """The way for these inputs; PyTorch's own choice where nothing has been chosen and a capture
+    forbids to measure."""
+    key = _key(q, k, segments, zero_padding)
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
-            return list(_CANDIDATES.values())
+            return _ANY
+        candidates = ways(segments, zero_padding)
         found = recall("attention", _name(key))
-        if found not in _CANDIDATES:
-            found, lasting = _fastest(q, k, v, mask)
+        if found not in candidates:
+            found, lasting = _fastest(q, k, v, segments, candidates)
             if lasting:
                 remember("attention", _name(key), found)
-        _chosen[key] = _CANDIDATES[found]
-    return [_chosen[key]]
+        _chosen[key] = candidates[found]
+    return _chosen[key]
 
 
 def _name(key: _Key) -> str:
     """The key of a choice on the disk: what it depends on, versions included."""
-    shape, dtype, masked, differentiated, device = key
+    shape, dtype, padding, differentiated, device = key
     gpu = torch.cuda.get_device_name(device)
-    parts = (gpu, torch.__version__, list(shape), dtype, f"{masked=}", f"{differentiated=}")
+    parts = (gpu, torch.__version__, list(shape), dtype, f"{padding=}", f"{differentiated=}")
     return "; ".join(map(str, parts))
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str, bool]:
+def _fastest(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, candidates: dict[str, Way]
+) -> tuple[str, bool]:
     """Times every candidate that takes these inputs, and says in the log what was found. The choice
     is not a lasting one if memory was too short to try all."""
     times: dict[str, float] = {}
     refused: dict[str, RuntimeError] = {}
-    for name, backend in _CANDIDATES.items():
+    for name, way in candidates.items():
         if name == "math" and times:
             break  # the last resort
         try:
-            times[name] = _milliseconds(_trial(q, k, v, mask, backend))
+            times[name] = _milliseconds(_trial(q, k, v, segments, way))
         except RuntimeError as error:  # says that it does not take such inputs
             _logger.debug("attention %s: %s", name, error)
             refused[name] = error
@@ -109,21 +151,18 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[str,
         raise RuntimeError(f"no attention kernel takes {list(q.shape)} {q.dtype}: {refused}")
     best = min(times, key=lambda name: times[name])
     shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
-    masked = "masked" if mask is not None else "unmasked"
+    masked = "masked" if segments.mask is not None else "unmasked"
     _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
     return best, not any(isinstance(e, torch.OutOfMemoryError) for e in refused.values())
 
 
-def _trial(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: SDPBackend
-) -> Callable[[], object]:
+def _trial(q: Tensor, k: Tensor, v: Tensor, segments: Segments, way: Way) -> Callable[[], object]:
     q, k, v = (t.detach().requires_grad_(q.requires_grad) for t in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
 
     def once() -> object:
         # Nobody else's hooks, such as those of activation checkpointing, may see the trial.
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same), sdpa_kernel(backend):
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+            out = way(q, k, v, segments)
             return torch.autograd.grad(out, (q, k, v), out) if q.requires_grad else out
 
     return once

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from mvsplit.kernels.segments import Segments
 
-Recompute = Literal["nothing", "packed", "all"]
-RECOMPUTE: tuple[Recompute, ...] = ("nothing", "packed", "all")
+# What backward computes again, each level all of those before it; `kernels/fused/block.py` has the
+# bytes that are saved.
+Recompute = Literal["nothing", "packed", "attention", "trunk", "all"]
+RECOMPUTE: tuple[Recompute, ...] = ("nothing", "packed", "attention", "trunk", "all")
 
 
 class BlockWeights(NamedTuple):

@@ -22,6 +22,8 @@ class Segments:
         lengths: tokens in each segment; they sum to T. A segment may be empty.
         valid: [B, S] integers, the real tokens at the start of each segment of each sample.
             None means that every token is real.
+        real_first: a promise that only the last segment of a sample has padding, so that its real
+            tokens come first (`image_and_text` keeps it). Looking would wait for the device.
 
     Attributes:
         slices: the token range of each segment.
@@ -33,10 +35,12 @@ class Segments:
 
     lengths: tuple[int, ...]
     valid: Tensor | None = None
+    real_first: bool = False
     slices: tuple[slice, ...] = field(init=False, repr=False)
     mask: Tensor | None = field(init=False, repr=False)
     _matrices: dict[tuple, tuple[Tensor, Tensor]] = field(init=False, repr=False)
     _biases: dict[torch.dtype, Tensor] = field(init=False, repr=False)
+    _counts: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if any(n < 0 for n in self.lengths):
@@ -52,11 +56,20 @@ class Segments:
         object.__setattr__(self, "mask", self._real_tokens())
         object.__setattr__(self, "_matrices", {})
         object.__setattr__(self, "_biases", {})
+        object.__setattr__(self, "_counts", {})
 
     @classmethod
     def whole(cls, x: Tensor) -> Segments:
         """One segment over all tokens of `x` [B, T, D]."""
         return cls((x.shape[1],))
+
+    @classmethod
+    def image_and_text(cls, image: int, text: int, text_valid: Tensor | None) -> Segments:
+        """[image tokens ; text tokens], of which `text_valid` [B] are real."""
+        if text_valid is None:
+            return cls((image, text))
+        valid = torch.stack((torch.full_like(text_valid, image), text_valid), dim=1)
+        return cls((image, text), valid, real_first=True)
 
     @property
     def total(self) -> int:
@@ -112,6 +125,29 @@ class Segments:
             total = self.mask.shape[1]
             self._biases[like.dtype] = row[:, None, None, :].expand(-1, 1, total, -1).contiguous()
         return self._biases[like.dtype]
+
+    def sequence_bounds(self) -> Tensor | None:
+        """Where the real tokens of each sample begin and where its padding does, in the batch as
+        one row of B·T tokens: [2B + 1] int32, the last being B·T; None unless `real_first`.
+        Computed once."""
+        if self.mask is None or not self.real_first:
+            return None
+        if "bounds" not in self._counts:
+            batch, total = self.mask.shape
+            bounds = self.mask.new_empty(2 * batch + 1, dtype=torch.int32)
+            starts = torch.arange(batch + 1, device=bounds.device, dtype=torch.int32) * total
+            bounds[0::2] = starts
+            bounds[1::2] = starts[:-1] + self.mask.sum(1, dtype=torch.int32)
+            self._counts["bounds"] = bounds
+        return self._counts["bounds"]
+
+    def padding(self) -> Tensor | None:
+        """Padded tokens of each sample, [B] fp32; None where every token is real. Computed once."""
+        if self.mask is None:
+            return None
+        if "padding" not in self._counts:
+            self._counts["padding"] = (~self.mask).sum(1, dtype=torch.float32)
+        return self._counts["padding"]
 
     def _real_tokens(self) -> Tensor | None:
         if self.valid is None:

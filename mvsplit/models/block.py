@@ -34,7 +34,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         """x [B, T, D], tables [T, K/2] → [B, T, D]."""
         q, k, v = qk_norm_rope(self.qkv(x), cos, sin, self.heads, self.kv_heads, self.eps)
-        out = attend(q, k, v, segments)
+        # Padding is zero behind every merge, and behind a projection without bias.
+        out = attend(q, k, v, segments, zero_padding=self.qkv.bias is None)
         return self.proj(out.transpose(1, 2).flatten(-2))
 
 

@@ -75,13 +75,9 @@ class DiT(nn.Module):
     ) -> tuple[Tensor, Segments]:
         """The stream [B, T, D] that enters the first block, and its two segments."""
         patches = patchify(latents, self.config.patch)
-        lengths = (patches.shape[1], text.shape[1])
-        valid = None
-        if text_valid is not None:
-            valid = torch.stack((torch.full_like(text_valid, lengths[0]), text_valid), dim=1)
-        segments = Segments(lengths, valid)
+        segments = Segments.image_and_text(patches.shape[1], text.shape[1], text_valid)
         if segments.mask is not None:  # so that not even NaN in the padding can spread
-            text = torch.where(segments.mask[:, lengths[0] :, None], text, 0)
+            text = torch.where(segments.mask[:, segments.slices[1], None], text, 0)
         eps = self.config.norm_eps
         image_tokens = rms_norm(self.patch_in(patches), eps)
         text_tokens = rms_norm(self.text_in(text), eps)

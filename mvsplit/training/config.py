@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mvsplit.errors import UserError, nearest
+from mvsplit.kernels.block_parts import RECOMPUTE
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
@@ -199,7 +200,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["auto", "nothing", "packed", "all"] = "auto"
+    recompute: Literal["auto", "nothing", "packed", "attention", "trunk", "all"] = "auto"
     seed: int = 0
     save_every: int = 1000
     keep: int = 3
@@ -235,7 +236,7 @@ class TrainConfig:
         _require(self, "weights", self.weights in ("fp32", "bf16"), "choose fp32 or bf16")
         fits = self.weights == "fp32" or self.precision == "bf16"
         _require(self, "weights", fits, "needs train.precision=bf16")
-        choices = ("auto", "nothing", "packed", "all")
+        choices = ("auto", *RECOMPUTE)
         known = self.recompute in choices
         _require(self, "recompute", known, f"choose one of: {', '.join(choices)}")
         _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")

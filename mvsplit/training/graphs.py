@@ -57,13 +57,10 @@ class Graphs:
         self._pool: Any = None
         self._bytes = 0  # that the graphs hold
 
-    def run(self, piece: Piece, scale: float, run: Run) -> Tensor:
+    def run(self, piece: Piece, run: Run) -> Tensor:
         """Runs `run` on a piece, from a graph where that is possible. The first piece of a shape
         runs as it is written, so that every kernel is compiled and every choice made; the graphs
         make room for it, for the memory plan counts on all that they hold.
-
-        Args:
-            scale: a number that `run` puts into its arithmetic.
 
         Returns:
             The loss of each sample, [B].
@@ -72,7 +69,7 @@ class Graphs:
             self._make_room()
             return run(piece)
         shapes = (_shape(getattr(piece, field.name)) for field in fields(piece))
-        key = (scale, self._frozen(), *shapes)
+        key = (self._frozen(), *shapes)
         if key not in self._recorded:
             if key not in self._seen:
                 self._seen.add(key)

@@ -1,8 +1,8 @@
 """How much every block keeps between forward and backward, so that a step fits into memory.
 
-What a block can compute again costs about the same time for each byte, so the plan takes the fewest
-bytes that are needed: first the packed FFN projection of some blocks, then all of some. Blocks that
-keep nothing come first: when backward reaches them, the others have let go of what they kept.
+A byte that is not kept costs the more time the less a block keeps already (`Recompute`), so the
+plan lowers all blocks to one level before it lowers some to the next. Blocks that keep least come
+first: when backward reaches them, the others have let go of what they kept.
 
 Units: bytes; a token's share of one block.
 """
@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -61,10 +62,14 @@ def kept_bytes(config: DiTConfig, level: Recompute) -> int:
     width, hidden = config.width, config.ffn_width
     heads = config.heads + config.groups
     least = 2 * width + 4  # x, and 1/RMS of the last merge
-    if level == "all":
-        return least
-    branches = 2 * 7 * width + 4 * (heads + config.heads) + 4  # q, k, v, mixed, f, y, f; statistics
-    return least + branches + (4 * hidden if level == "nothing" else 0)
+    more = {
+        "all": 0,
+        "trunk": 2 * width,  # f of the FFN
+        "attention": 2 * width + 4,  # y, and 1/RMS of its merge
+        "packed": 2 * 5 * width + 4 * (heads + config.heads),  # q, k, v, mixed, f; statistics
+        "nothing": 4 * hidden,
+    }
+    return least + sum(more[name] for name in RECOMPUTE[RECOMPUTE.index(level) :])
 
 
 def working_bytes(config: DiTConfig) -> int:
@@ -112,18 +117,16 @@ def make_plan(config: DiTConfig, tokens: int, allowed: int) -> Plan:
     ends = tokens * 12 * config.channels * config.patch**2  # latents, noise, velocity, in fp32
     working = tokens * working_bytes(config) + 2 * cast_bytes(config) + ends + depth * NODE_BYTES
     room = allowed - working - depth * each["all"]
-    whole = _clamped(room, depth, each["packed"] - each["all"])  # blocks that keep most
-    room -= whole * (each["packed"] - each["all"])
-    more = _clamped(room, whole, each["nothing"] - each["packed"])  # of these, those that keep all
-    counts: dict[Recompute, int] = {
-        "all": depth - whole,
-        "packed": whole - more,
-        "nothing": more,
-    }
-    levels = tuple(level for level, count in counts.items() for _ in range(count))
+    levels: list[Recompute] = ["all"] * depth
+    for less, more in pairwise(RECOMPUTE[::-1]):
+        raised = _clamped(room, depth, each[more] - each[less])  # blocks that may keep more
+        levels = [less] * (depth - raised) + [more] * raised
+        room -= raised * (each[more] - each[less])
+        if raised < depth:
+            break
     kept = sum(each[level] for level in levels)
     return Plan(
-        levels=levels,
+        levels=tuple(levels),
         kept=kept,
         working=working,
         fits=kept + working <= allowed,

@@ -20,6 +20,7 @@ class Piece:
     times: Tensor  # t [B]
     text: Tensor  # [B, T, Dc]
     text_valid: Tensor | None  # [B]
+    parts: Tensor | None = None  # how many such pieces the batch has, []
 
 
 def padded(text: int) -> int:

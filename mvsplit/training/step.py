@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -115,17 +115,25 @@ def add_gradients(
     found = []
 
     def run(piece: Piece) -> Tensor:
+        assert piece.parts is not None
         losses = piece_losses(model, piece, config)
-        (losses.mean() / (samples / len(losses))).backward()
+        (losses.mean() / piece.parts).backward()
         return losses.detach()
 
-    for number, piece in enumerate(parts, start=1):
+    for number, piece in enumerate((_counted(piece, samples) for piece in parts), start=1):
         at(f"forward and backward of piece {number}")
         sync_gradients(model, number == len(parts))
-        found.append(run(piece) if graphs is None else graphs.run(piece, samples, run))
+        found.append(run(piece) if graphs is None else graphs.run(piece, run))
         if number == 1 and after_first is not None:
             after_first()
     return torch.cat(found)
+
+
+def _counted(piece: Piece, samples: int) -> Piece:
+    """A piece that knows its part of `samples` samples; on the device, so that a graph serves for
+    any number of pieces."""
+    device = piece.data.device
+    return replace(piece, parts=torch.full((), samples / len(piece.data), device=device))
 
 
 def accumulate_gradients(

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from mvsplit.kernels.block_parts import Recompute
+from mvsplit.kernels.block_parts import RECOMPUTE, Recompute
 from mvsplit.kernels.dispatch import needs_no_mean
 from mvsplit.models import DiTConfig
 from mvsplit.residuals import PostNorm, build_rule
@@ -206,14 +206,19 @@ class _Block:
 
     def again(self, level: Recompute) -> float:
         """What the backward of a block computes again."""
-        ffn = 2 * self.model.width * self.model.ffn_width
-        if level == "packed":
-            return self.products(ffn)
-        if level == "nothing":
-            return 0.0
-        last = self.merge("forward")
-        matrices = self.products(self.matrices)
-        return matrices + self.attention("forward") + self.elements("forward") - last
+        width, hidden = self.model.width, self.model.ffn_width
+        ffn = self.products(2 * width * hidden), self.products(width * hidden)
+        others = self.products(self.matrices) - sum(ffn) + self.attention("forward")
+        swiglu = self._pass("swiglu", "forward", hidden)
+        small = self.elements("forward") - 2 * self.merge("forward") - swiglu
+        each = {
+            "nothing": 0.0,
+            "packed": ffn[0],
+            "attention": others + small,
+            "trunk": self.merge("forward"),
+            "all": swiglu + ffn[1],
+        }
+        return sum(each[name] for name in RECOMPUTE[: RECOMPUTE.index(level) + 1])
 
     def casts(self) -> float:
         """fp32 weights are read and written in half precision, once forward and once backward."""
@@ -256,7 +261,7 @@ def _node_time(model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute
     """What lies between the kernels of a graph, for one piece."""
     casts = config.weights == "fp32" and config.precision == "bf16"
     count = _KERNELS["forward"] + _KERNELS["backward"] + (_KERNELS["casts"] if casts else 0)
-    again = {"nothing": 0, "packed": 1, "all": _KERNELS["forward"] - 2}
+    again = {"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": _KERNELS["forward"] - 2}
     return _NODE * (model.depth * count + sum(again[level] for level in levels))
 
 

@@ -12,7 +12,14 @@ from mvsplit.kernels import Segments, attention
 from mvsplit.kernels.attention import attend
 from mvsplit.kernels.choices import recall
 
-TIMES = {"cudnn": 0.2, "flash": 0.3, "mem-efficient": 0.5}
+TIMES = {
+    "cudnn": 0.2,
+    "flash": 0.3,
+    "mem-efficient": 0.5,
+    "cudnn in sequences": 0.15,
+    "flash in sequences": 0.19,
+    "cudnn with zero keys": 0.1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     times: dict[str, Any] = dict(TIMES)
 
     def trial(*inputs: Any) -> Any:
-        return next(name for name, b in attention._CANDIDATES.items() if b is inputs[-1])
+        return next(name for name, way in attention._ALL_WAYS.items() if way is inputs[-1])
 
     def milliseconds(name: str) -> float:
         if isinstance(times[name], Exception):
@@ -37,39 +44,44 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return times
 
 
-def choose() -> list[str]:
+NO_PADDING = Segments((1, 1))
+
+
+def choose(segments: Segments = NO_PADDING, zero: bool = False) -> str:
     q = torch.zeros(1, 1, 2, 4)
-    backends = attention._choose(q, q, q, None)
-    return [name for name, b in attention._CANDIDATES.items() if b in backends]
+    way = attention._choose(q, q, q, segments, zero)
+    if way is attention._ANY:
+        return "any"
+    return next(name for name, known in attention._ALL_WAYS.items() if known is way)
 
 
 def kept() -> str | None:
     q = torch.zeros(1, 1, 2, 4)
-    return recall("attention", attention._name(attention._key(q, q, False)))
+    return recall("attention", attention._name(attention._key(q, q, NO_PADDING, False)))
 
 
 def test_the_fastest_serves_and_is_kept(machine: dict[str, Any]) -> None:
-    assert choose() == ["cudnn"]
+    assert choose() == "cudnn"
     machine.update(cudnn=9.0)
     attention._chosen.clear()  # as in another process
-    assert choose() == ["cudnn"]
+    assert choose() == "cudnn"
     assert kept() == "cudnn"
 
 
 def test_a_kernel_that_refuses_is_passed_over(machine: dict[str, Any]) -> None:
     machine.update(cudnn=RuntimeError("no bias of odd length"))
-    assert choose() == ["flash"]
+    assert choose() == "flash"
     assert kept() == "flash"
 
 
 def test_a_choice_made_without_memory_does_not_last(machine: dict[str, Any]) -> None:
     machine.update(cudnn=torch.OutOfMemoryError("full"))
-    assert choose() == ["flash"]
+    assert choose() == "flash"
     assert kept() is None
 
 
 def test_no_kernel_at_all_is_an_error(machine: dict[str, Any]) -> None:
-    machine.update({name: RuntimeError("refused") for name in attention._CANDIDATES})
+    machine.update({name: RuntimeError("refused") for name in attention._WAYS})
     with pytest.raises(RuntimeError, match="no attention kernel takes"):
         choose()
 
@@ -78,8 +90,25 @@ def test_nothing_is_measured_during_a_capture(
     machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choose() == list(attention._CANDIDATES)
+    assert choose() == "any"
     assert kept() is None
+
+
+@pytest.mark.parametrize(
+    ("real_first", "zero", "chosen"),
+    [
+        (True, False, "cudnn in sequences"),
+        (True, True, "cudnn with zero keys"),
+        (False, True, "cudnn with zero keys"),
+        (False, False, "cudnn"),
+    ],
+)
+def test_ways_that_need_a_promise_serve_only_where_it_was_given(
+    real_first: bool, zero: bool, chosen: str
+) -> None:
+    segments = Segments((1, 1), torch.tensor([[1, 0]]), real_first)
+    assert choose(segments, zero) == chosen
+    assert choose() == "cudnn"  # without padding none of them is asked
 
 
 def test_padding_is_no_key() -> None:

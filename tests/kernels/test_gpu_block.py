@@ -122,7 +122,7 @@ def test_output_and_every_gradient(rule, recompute, device, poisoned_memory):
     compare(found, wanted, 2e-5)  # fp32 through some ten operations
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "all"])
+@pytest.mark.parametrize("recompute", ["nothing", "attention", "all"])
 def test_padding_is_masked(recompute, device, poisoned_memory):
     valid = [3, 0, 1]
     wanted = truth(make_block(RULES["mvsplit"]), valid)
@@ -151,7 +151,7 @@ def test_added_gradients_do_not_pass_through_autograd(device):
             assert error(parameter.grad - 1, wanted[name]) < 2e-5, name
 
 
-@pytest.mark.parametrize("recompute", ["packed", "all"])
+@pytest.mark.parametrize("recompute", RECOMPUTE[1:])
 def test_recomputing_changes_no_bit(recompute, device):
     kept = by_node(make_block(RULES["mvsplit"]), None, device, recompute="nothing")
     again = by_node(make_block(RULES["mvsplit"]), None, device, recompute=recompute)
@@ -194,9 +194,9 @@ def test_inference_mode_asks_attention_for_no_gradient(device, monkeypatch):
 
     asked = []
 
-    def attend(q, k, v, segments):
+    def attend(q, k, v, segments, *, zero_padding):
         asked.append(q.requires_grad)
-        return found(q, k, v, segments)
+        return found(q, k, v, segments, zero_padding=zero_padding)
 
     found = fused.attend
     monkeypatch.setattr(fused, "attend", attend)

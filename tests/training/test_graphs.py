@@ -108,14 +108,14 @@ def test_another_shape_finds_the_memory_of_the_graphs_free() -> None:
     """The memory plan counts on it, and what runs without a graph cannot use a graph's pool."""
     graphs = Recording(DiT(runs.MODEL))
     for _ in range(3):
-        graphs.run(some_piece(4), 1.0, losses_of)
+        graphs.run(some_piece(4), losses_of)
     assert (len(graphs._recorded), graphs.replays) == (1, 2)
     held = []
-    graphs.run(some_piece(8), 1.0, lambda p: held.append(len(graphs._recorded)) or p.times)
+    graphs.run(some_piece(8), lambda p: held.append(len(graphs._recorded)) or p.times)
     assert held == [0]
     for _ in range(2):
-        graphs.run(some_piece(4), 1.0, losses_of)
-        graphs.run(some_piece(8), 1.0, losses_of)
+        graphs.run(some_piece(4), losses_of)
+        graphs.run(some_piece(8), losses_of)
     assert (len(graphs._recorded), graphs.replays) == (2, 6)
 
 
@@ -123,10 +123,10 @@ def test_a_graph_is_not_replayed_once_other_parameters_learn() -> None:
     model = DiT(runs.MODEL)
     graphs = Recording(model)
     for _ in range(3):
-        graphs.run(some_piece(), 1.0, losses_of)
+        graphs.run(some_piece(), losses_of)
     model.head.requires_grad_(False)
     ran = []
-    graphs.run(some_piece(), 1.0, lambda p: ran.append(p) or p.times)
+    graphs.run(some_piece(), lambda p: ran.append(p) or p.times)
     assert (len(ran), graphs.replays) == (1, 2)
 
 
@@ -141,7 +141,7 @@ def test_a_cpu_runs_the_step_as_it_is_written() -> None:
     )
     calls = []
     for _ in range(3):
-        graphs.run(piece, 1.0, lambda p: calls.append(p) or p.data)  # type: ignore[func-returns-value]
+        graphs.run(piece, lambda p: calls.append(p) or p.data)  # type: ignore[func-returns-value]
     assert calls == [piece] * 3
 
 

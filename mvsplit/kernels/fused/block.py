@@ -12,7 +12,12 @@ of which one counts here):
 |---|---|---|---|
 | nothing | x, q, k, v, mixed, f, y, packed, f | 28 D | silu(gate)⊙value, inside its own backward |
 | packed | the same without `packed` | 16 D | y·W13ᵀ |
+| attention | x, y, f of the FFN | 6 D | the attention branch too |
+| trunk | x, f of the FFN | 4 D | the first merge too |
 | all | x | 2 D | everything but the last merge |
+
+So a byte less costs more at each level: f of the FFN, of which only the gains' gradients have need,
+is two large kernels.
 
 Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the FFN.
 """
@@ -28,6 +33,7 @@ from torch.nn.functional import linear
 
 from mvsplit.kernels.attention import attend
 from mvsplit.kernels.block_parts import (
+    RECOMPUTE,
     BlockSettings,
     BlockWeights,
     Recompute,
@@ -71,15 +77,13 @@ def _attention_branch(x: Tensor, weights: BlockWeights, s: BlockSettings) -> _At
     learns = not torch.is_inference_mode_enabled()  # where nothing can be differentiated
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_(learns) for t in (q, k, v))
-        out = attend(q, k, v, s.segments)
+        out = attend(q, k, v, s.segments, zero_padding=True)  # no bias: see `Attention`
     f = linear(out.detach().transpose(1, 2).flatten(-2), weights.proj)
     return _Attended(q, k, v, r, out, f)
 
 
-def _ffn_branch(y: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
-    """The packed projection and the branch's output."""
-    packed = linear(y, weights.w13)
-    return packed, linear(swiglu.swiglu(packed), weights.w2)
+def _ffn_output(packed: Tensor, weights: BlockWeights) -> Tensor:
+    return linear(swiglu.swiglu(packed), weights.w2)
 
 
 def _forward(
@@ -87,30 +91,39 @@ def _forward(
 ) -> tuple[Tensor, _Kept]:
     attended = _attention_branch(x, weights, s)
     y, first = merge_forward(x, attended.f, merges[0])
-    packed, f = _ffn_branch(y, weights)
+    packed = linear(y, weights.w13)
+    f = _ffn_output(packed, weights)
     out, second = merge_forward(y, f, merges[1])
     return out, _Kept(attended, y, first, packed, f, second)
 
 
 def _thinned(kept: _Kept, recompute: Recompute) -> _Kept:
     """Without what is to be computed again."""
-    if recompute == "all":
-        return _Kept(None, None, None, None, None, kept.second)
-    return kept._replace(packed=None) if recompute == "packed" else kept
+    lacks = RECOMPUTE[: RECOMPUTE.index(recompute) + 1]
+    return _Kept(
+        None if "attention" in lacks else kept.attended,
+        None if "trunk" in lacks else kept.y,
+        None if "trunk" in lacks else kept.first,
+        None if "packed" in lacks else kept.packed,
+        None if "all" in lacks else kept.f,
+        kept.second,
+    )
 
 
 def _completed(
     kept: _Kept, x: Tensor, weights: BlockWeights, merges: tuple[Merge, Merge], s: BlockSettings
 ) -> _Kept:
     """With everything that was not kept computed again, by the same operations."""
-    if kept.attended is None:
+    attended, y, first, packed, f, second = kept
+    if attended is None:
         attended = _attention_branch(x, weights, s)
+    if y is None:
         y, first = merge_forward(x, attended.f, merges[0])
-        packed, f = _ffn_branch(y, weights)
-        return _Kept(attended, y, first, packed, f, kept.second)
-    if kept.packed is None and kept.y is not None:
-        return kept._replace(packed=linear(kept.y, weights.w13))
-    return kept
+    if packed is None:
+        packed = linear(y, weights.w13)
+    if f is None and merges[1].learns:
+        f = _ffn_output(packed, weights)
+    return _Kept(attended, y, first, packed, f, second)
 
 
 def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:

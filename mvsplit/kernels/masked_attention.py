@@ -1,0 +1,121 @@
+"""Attention where padding is no key, in ways that do not add a mask to the scores.
+
+**In sequences.** Where the real tokens of each sample come first, the padded batch is, without a
+byte moved, a packed batch of twice as many sequences: the real tokens of a sample, its padding, and
+so on. Kernels for sequences of unequal lengths take that as it is, and real tokens never see
+padding. Padding attends to itself.
+
+**Zero keys.** A padded key that is zero scores 0 for every query and so adds exp(0) = 1 to the sum
+Z that its softmax divides by; a padded value that is zero adds nothing else. So with m padded keys
+
+    out = out₀ · Z/(Z − m),   ln(Z − m) = ln Z + log1p(−m/Z)                                   (1)
+
+are the output and the log-sum-exp over the real keys alone, and from these two the backward of any
+flash attention gives the exact gradients of q and of the real keys and values: it recomputes
+exp(score − lse), and a zero key passes nothing to q. It serves where padded rows of k and v are
+zero, as they are behind a projection without bias, for padding leaves every merge as zero.
+
+Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them.
+
+Shapes: B batch, H heads, T tokens, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvsplit.kernels.segments import Segments
+
+Library = Literal["cudnn", "flash"]
+_aten = torch.ops.aten
+
+
+def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments, library: Library) -> Tensor:
+    """Attention over the real tokens; q, k, v [B, H, T, K], as many key heads as heads.
+
+    Raises:
+        RuntimeError: the library does not take such inputs, or real tokens do not come first.
+    """
+    bounds = segments.sequence_bounds()
+    if bounds is None:
+        raise RuntimeError("a segment before the last may have padding")
+    if q.shape[1] != k.shape[1]:
+        raise RuntimeError("fewer key heads than heads")
+    return _InSequences.apply(q, k, v, bounds, q.shape[2], library)
+
+
+def with_zero_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The same where padded rows of k and v are zero. Gradients of these rows have no meaning.
+
+    Raises:
+        RuntimeError: cuDNN does not take such inputs.
+    """
+    padding = segments.padding()
+    assert padding is not None
+    return _ZeroKeys.apply(q, k, v, padding)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """[B, H, T, K] → [B·T, H, K], a view where tokens lie one behind the other."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _unpacked(x: Tensor, batch: int) -> Tensor:
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class _InSequences(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, library: Library
+    ) -> Tensor:
+        batch = q.shape[0]
+        inputs = [_packed(t) for t in (q, k, v)]
+        of = (bounds, bounds, longest, longest)
+        if library == "flash":
+            out, lse, *rest = _aten._flash_attention_forward(*inputs, *of, 0.0, False, False)
+            rest = rest[:2]
+        else:
+            found = _aten._cudnn_attention_forward(*inputs, None, *of, True, 0.0, False, False)
+            out, lse, rest = found[0], found[1], list(found[6:8])
+        ctx.save_for_backward(*inputs, out, lse, bounds, *rest)
+        ctx.batch, ctx.longest, ctx.library = batch, longest, library
+        return _unpacked(out, batch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, bounds, *rest = ctx.saved_tensors
+        of = (bounds, bounds, ctx.longest, ctx.longest)
+        inputs = (_packed(grad), q, k, v, out, lse)
+        if ctx.library == "flash":
+            grads = _aten._flash_attention_backward(*inputs, *of, 0.0, False, *rest)
+        else:
+            grads = _aten._cudnn_attention_backward(*inputs, *rest, None, *of, 0.0, False)
+        return *(_unpacked(g, ctx.batch) for g in grads), None, None, None
+
+
+class _ZeroKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        from mvsplit.kernels.fused.zero_keys import leave_out_zero_keys_
+
+        found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
+        out, lse = found[0], found[1]
+        leave_out_zero_keys_(out, lse, padding)
+        ctx.save_for_backward(q, k, v, out, lse, *found[6:8])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, seed, offset = ctx.saved_tensors
+        grads = _aten._scaled_dot_product_cudnn_attention_backward(
+            grad, q, k, v, out, lse, seed, offset, None, None, None, q.shape[2], k.shape[2], 0.0,
+            False,
+        )  # fmt: skip
+        return *grads, None

@@ -1,0 +1,151 @@
+"""Ways to leave padding out of attention; the libraries' part is plain fp64 PyTorch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvsplit.kernels import Segments
+from mvsplit.kernels import masked_attention as masked
+from mvsplit.kernels.masked_attention import in_sequences, with_zero_keys
+
+BATCH, HEADS, IMAGE, TEXT, HEAD = 3, 2, 5, 4, 8
+VALID = torch.tensor([2, 4, 0])
+SEGMENTS = Segments.image_and_text(IMAGE, TEXT, VALID)
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v and the gradient of the output; rows of padding are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (BATCH, IMAGE + TEXT, HEADS, HEAD)
+    found = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(4)]
+    real = SEGMENTS.mask[..., None, None]  # type: ignore[index]
+    return [(t * real).to(dtype).transpose(1, 2) for t in found]
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """Sample by sample over its real tokens; zero elsewhere."""
+    rows = []
+    for b, text in enumerate(VALID.tolist()):
+        n = IMAGE + text
+        weights = torch.softmax(q[b, :, :n] @ k[b, :, :n].mT / HEAD**0.5, -1)
+        empty = q.new_zeros(HEADS, TEXT - text, HEAD)
+        rows.append(torch.cat((weights @ v[b, :, :n], empty), 1))
+    return torch.stack(rows)
+
+
+def with_gradients(way: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of q, k and v, real rows only."""
+    leaves = [t.detach().requires_grad_() for t in given[:3]]
+    out = way(*leaves, SEGMENTS)
+    grads = torch.autograd.grad(out, leaves, given[3].to(out))
+    return [t.transpose(1, 2)[SEGMENTS.mask].double() for t in (out.detach(), *grads)]
+
+
+class Libraries:
+    """The operators beneath `scaled_dot_product_attention`, as they are documented, in fp64."""
+
+    def _flash_attention_forward(self, q, k, v, starts, _, longest, *rest):
+        assert int((starts[1:] - starts[:-1]).max()) <= longest
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            scores = torch.einsum("qhk,shk->hqs", q[a:b], k[a:b]) / HEAD**0.5
+            lse[a:b] = torch.logsumexp(scores, -1).T
+            out[a:b] = torch.einsum("hqs,shk->qhk", torch.softmax(scores, -1), v[a:b])
+        return out, lse, torch.zeros(2), torch.zeros(0), None
+
+    def _flash_attention_backward(self, grad, q, k, v, out, lse, starts, *_):
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            parts = [t[a:b].transpose(0, 1) for t in (grad, q, k, v, out)]
+            for target, part in zip(grads, flash_backward(*parts, lse[a:b].T), strict=True):
+                target[a:b] = part.transpose(0, 1)
+        return tuple(grads)
+
+    def _cudnn_attention_forward(self, q, k, v, bias, starts, same, longest, most, keep, *_):
+        assert bias is None
+        assert keep
+        out, lse, *_ = self._flash_attention_forward(q, k, v, starts, same, longest, most)
+        return out, lse, starts, starts, longest, most, "seed", "offset", None
+
+    def _cudnn_attention_backward(self, grad, q, k, v, out, lse, seed, offset, bias, starts, *_):
+        assert (seed.tolist(), offset.tolist(), bias) == ([1], [2], None)
+        return self._flash_attention_backward(grad, q, k, v, out, lse, starts)
+
+    def _scaled_dot_product_cudnn_attention(self, q, k, v, bias, keep, *_):
+        scores = q.double() @ k.double().mT / HEAD**0.5
+        out = (torch.softmax(scores, -1) @ v.double()).to(q)
+        lse = torch.logsumexp(scores, -1, keepdim=True).float()
+        return out, lse, None, None, 0, 0, torch.tensor([1]), torch.tensor([2]), None
+
+    def _scaled_dot_product_cudnn_attention_backward(self, grad, q, k, v, out, lse, *_):
+        return flash_backward(grad, q, k, v, out, lse[..., 0])
+
+
+def flash_backward(grad, q, k, v, out, lse):
+    """Gradients from the output and the log-sum-exp that were kept, as flash attention has them."""
+    p = torch.exp(q @ k.mT / HEAD**0.5 - lse[..., None])
+    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) / HEAD**0.5
+    return ds @ k, ds.mT @ q, p.mT @ grad
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Libraries()
+    found = known._cudnn_attention_forward
+
+    def with_state(*inputs: Any) -> Any:
+        out, lse, a, b, c, d, *_ = found(*inputs)
+        return out, lse, a, b, c, d, torch.tensor([1]), torch.tensor([2]), None
+
+    known._cudnn_attention_forward = with_state  # type: ignore[method-assign]
+    monkeypatch.setattr(masked, "_aten", known)
+
+
+@pytest.mark.parametrize("library", ["flash", "cudnn"])
+def test_sequences_are_attention_over_the_real_tokens(library: Any) -> None:
+    given = draw(0)
+    found = with_gradients(lambda *t: in_sequences(*t, library), given)
+    for value, wanted in zip(found, with_gradients(truth, given), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_not_even_nan_passes_from_one_sequence_to_the_next() -> None:
+    given = draw(1)
+    padding = ~SEGMENTS.mask[:, None, :, None].expand_as(given[0])  # type: ignore[index]
+    spoilt = [t.masked_fill(padding, torch.nan) for t in given[:3]]
+    found = with_gradients(lambda *t: in_sequences(*t, "flash"), [*spoilt, given[3]])
+    for value, wanted in zip(found, with_gradients(truth, given), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_zero_keys_are_left_out_of_output_and_gradients() -> None:
+    """The kernel is fp32: what it corrects is right to its rounding."""
+    pytest.importorskip("triton")
+    given = [t.float() for t in draw(2)]
+    found = with_gradients(with_zero_keys, given)
+    wanted = with_gradients(truth, [t.double() for t in given])
+    for value, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
+    naive = with_gradients(lambda q, k, v, s: torch.softmax(q @ k.mT / HEAD**0.5, -1) @ v, given)
+    assert (naive[0] - wanted[0]).abs().max() > 0.1  # zero keys do take part if they are let
+
+
+def test_sequences_want_the_real_tokens_first() -> None:
+    q, k, v, _ = draw(3)
+    elsewhere = Segments((IMAGE, TEXT), torch.tensor([[3, 4]] * BATCH))
+    with pytest.raises(RuntimeError, match="a segment before the last may have padding"):
+        in_sequences(q, k, v, elsewhere, "flash")
+    with pytest.raises(RuntimeError, match="fewer key heads"):
+        in_sequences(q, k[:, :1], v[:, :1], SEGMENTS, "flash")
+
+
+def test_bounds_and_padding_count_the_tokens() -> None:
+    assert SEGMENTS.sequence_bounds().tolist() == [0, 7, 9, 18, 18, 23, 27]  # type: ignore[union-attr]
+    assert SEGMENTS.padding().tolist() == [2, 0, 4]  # type: ignore[union-attr]
+    assert Segments((3, 2)).sequence_bounds() is None
+    assert Segments((3, 2)).padding() is None
