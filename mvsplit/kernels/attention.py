@@ -12,6 +12,7 @@ Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -143,7 +144,9 @@ def _fastest(
         if name == "math" and times:
             break  # the last resort
         try:
-            times[name] = _milliseconds(_trial(q, k, v, segments, way))
+            with warnings.catch_warnings():  # of the kernels that do not take these inputs
+                warnings.simplefilter("ignore", UserWarning)
+                times[name] = _milliseconds(_trial(q, k, v, segments, way))
         except RuntimeError as error:  # says that it does not take such inputs
             _logger.debug("attention %s: %s", name, error)
             refused[name] = error
