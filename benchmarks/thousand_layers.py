@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import PEAK, free, peak_gib, seconds, synchronise
+from step_parts import PEAK, free, peak_gib, seconds, synchronise
 
 from mvsplit.presets import get_preset
 from mvsplit.training import Experiment, train
