@@ -1,39 +1,45 @@
-"""Claim: FSDP2 trains 400 layers on N GPUs at nearly N times the rate of one, and 1000 layers fit.
+"""Claim: N GPUs train 400 layers at more than 92 % of N times the rate of one, and 1000 layers fit.
 
-First every GPU trains a network of 400 layers alone, all at once, so that one GPU and N are
-measured in the same minute on the same machine. Then they train one network together, sharded, in
-several layouts. At last they take one step of 1000 layers, if its state fits. A sample has 256
-image and 64 text tokens at D = 1024; the batch per GPU is the same throughout; the step holds the
-clip by the true global norm and the update.
+First every GPU trains alone, all at once, so that one GPU and N are measured in the same minute on
+the same machine. Then they train one network together, which each of them holds whole, with fp32
+and with bf16 weights; sharded by FSDP2 in several layouts; 1000 layers; with and without a save in
+the background; and a checkpoint of N processes goes on on N/2. A sample has 256 image and 64 text
+tokens at D = 1024; the step holds the clip by the true global norm and the update.
 
-Gate: a small network has the same losses sharded as alone, to rounding.
+Gates: the mean of gradients over the ranks is that of fp64, to one rounding; a small network has
+the same losses and gradient norms in every layout as alone, to rounding.
 
-    torchrun --nproc-per-node 8 benchmarks/parallel_step.py [--json FILE]
+    torchrun --nproc-per-node 8 benchmarks/parallel_step.py [--stages …] [--batch 1024] [--json F]
     torchrun --nproc-per-node 2 benchmarks/parallel_step.py --trial        (two CPU processes)
 
-Cost: about three minutes on eight GPUs; half a minute for the trial, whose times mean nothing.
+Without --batch, each GPU has 104 samples a step whatever their number; with it, its share of that.
+A stage that does not fit into the budget is left out, and listed so. --json adds to what the file
+holds. `resume` goes on from what `save` left in --folder. Cost: about three minutes on two GPUs;
+half a minute for the trial, whose times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import json
+import logging
 import os
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from parallel_parts import exchange_errors, link_rates, save_and_step, saved_again
+from step_parts import Size, Trainer, free, peak_gib, rates, seconds
 
-from mvsplit.models import DiT, DiTConfig
-from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
-from mvsplit.training.builders import build_model
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.distributed import (
     from_each,
@@ -41,88 +47,58 @@ from mvsplit.training.distributed import (
     launched_device,
     launched_rank,
     launched_world,
+    rank,
     world,
 )
-from mvsplit.training.memory_plan import Planner
-from mvsplit.training.optimizer import AdamW, clip_gradients_, flatten_parameters, global_norm
-from mvsplit.training.step import Piece, add_gradients
+from mvsplit.training.pieces import Piece
 
-TEXT = 64
 LAYOUTS = {
-    "4 blocks a unit": ParallelConfig(unit=4),
-    "8 blocks a unit": ParallelConfig(unit=8),
-    "8 blocks a unit, 2 ahead": ParallelConfig(unit=8, prefetch=2),
-    "8 blocks a unit, kept after forward": ParallelConfig(unit=8, reshard=False),
+    "8 blocks a unit": ParallelConfig(layout="shard", unit=8),
+    "8 blocks a unit, kept after forward": ParallelConfig(layout="shard", unit=8, reshard=False),
 }
-STATE_BYTES = 24  # of a sharded parameter: weight, copy, gradient as it comes and as it is kept, 8
+SAMPLES = 104  # a step on each GPU, as in train_step.py
 
 
 @dataclass(frozen=True)
-class Size:
-    """Small for a trial on CPUs."""
+class Job:
+    """What is measured: small for a trial on CPUs."""
 
+    size: Size
+    device: str
     depth: int = 400
     deep: int = 1000
-    width: int = 1024
-    heads: int = 8
-    side: int = 16
-    samples: int = 64  # on each GPU
-    steps: int = 6
+    samples: int = SAMPLES  # a step on each GPU
+    piece: int = 26
+    steps: int = 3
+    window: int = 12  # steps between two saves
 
-    @property
-    def tokens(self) -> int:
-        return self.side**2 + TEXT
-
-    def model(self, depth: int) -> DiTConfig:
-        return DiTConfig(
-            depth=depth,
-            width=self.width,
-            heads=self.heads,
-            ffn_width=3 * self.width,
-            channels=128,
-            text_width=self.width,
-            rule=RuleConfig(name="mvsplit", beta=0.05),
-        )
+    def pieces(self, weights: str) -> tuple[int, int]:
+        """Samples of a piece and pieces of a step, as in train_step.py: fp32 weights leave less
+        room."""
+        size = self.piece if weights == "bf16" else max(self.piece // 2, 1)
+        return size, self.samples // size
 
 
-TRIAL = Size(depth=6, deep=12, width=32, heads=2, side=3, samples=2, steps=3)
+def config(**changes: Any) -> TrainConfig:
+    return replace(TrainConfig(steps=1, batch_size=1), **changes)
 
 
-class Trainer:
-    """A network with its optimiser, and batches of noise; the same code as a run's step."""
+# Gates
 
-    def __init__(self, model: DiTConfig, config: TrainConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.model = build_model(model, config, device)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.groups = flatten_parameters(self.model)
-        self.optimizer = AdamW(self.groups, config)
-        self.planner = Planner(self.model, config, device)
 
-    def piece(self, size: Size, samples: int, seed: int) -> Piece:
-        generator = torch.Generator(self.device).manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=self.device)
-
-        return Piece(
-            data=draw(samples, 128, size.side, size.side),
-            noise=draw(samples, 128, size.side, size.side),
-            times=torch.rand(samples, generator=generator, device=self.device),
-            text=draw(samples, TEXT, size.width),
-            text_valid=None,
-        )
-
-    def step(self, piece: Piece, tokens: int, lr: float = 1e-4) -> float:
-        """The loss of this process's piece."""
-        self.planner.before(tokens)
-        self.optimizer.zero_grad()
-        losses = add_gradients(self.model, self.config, [piece])
-        self.optimizer.collect_grads()
-        loss, norm = torch.stack([losses.mean(), global_norm(self.groups)]).tolist()
-        clip_gradients_(self.groups, norm, self.config.clip)
-        self.optimizer.step(lr)
-        return loss
+def losses_of(job: Job, layout: ParallelConfig) -> list[float]:
+    """Loss and gradient norm of four steps of six layers in fp32; each process has its rows of the
+    same batch, or all of them where it is alone."""
+    small = replace(job.size, width=min(job.size.width, 256), heads=2)
+    trainer = Trainer(small.model(6), config(parallel=layout), small, job.device)
+    whole = trainer.piece(2 * launched_world(), seed=7)
+    first = 2 * launched_rank()
+    share = slice(first, first + 2) if world() > 1 else slice(None)
+    found = []
+    for _ in range(4):
+        loss, norm = trainer.step([rows(whole, share)], lr=1e-3)
+        found += [statistics.fmean(from_each(loss)), norm]
+    return found
 
 
 def rows(piece: Piece, share: slice) -> Piece:
@@ -135,149 +111,188 @@ def rows(piece: Piece, share: slice) -> Piece:
     )
 
 
-def config(parallel: ParallelConfig | None = None, **changes: Any) -> TrainConfig:
-    known = TrainConfig(steps=1, batch_size=1, parallel=parallel or ParallelConfig())
-    return replace(known, **changes)
+def gate(job: Job, expected: list[float]) -> dict[str, Any]:
+    """The largest relative difference of losses and norms from those of one process."""
+    layouts = {"replicated": ParallelConfig(layout="replicate"), **LAYOUTS}
+    worst = {}
+    for name, layout in layouts.items():
+        pairs = zip(losses_of(job, layout), expected, strict=True)
+        worst[name] = max(abs(found / wanted - 1) for found, wanted in pairs)
+    exchange = exchange_errors(job.device)
+    passed = max(worst.values()) < 1e-4 and exchange["passed"]
+    return {"largest_difference": worst, "exchange": exchange, "passed": passed}
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+# Steps
 
 
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def measure(trainer: Trainer, size: Size, steps: int, warm: int = 2) -> dict[str, Any]:
+def measure(trainer: Trainer, job: Job, piece: int, pieces: int) -> dict[str, Any]:
     """The median step of this process, and what all of them made of it."""
-    piece = trainer.piece(size, size.samples, seed=launched_rank())
-    tokens = size.samples * size.tokens
-    times = []
-    for _ in range(warm + steps):
-        synchronise(trainer.device)
-        start = time.perf_counter()
-        trainer.step(piece, tokens)
-        synchronise(trainer.device)
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[warm:])
-    on_gpu = trainer.device.type == "cuda"
+    parts = [trainer.piece(piece, 100 * launched_rank() + k) for k in range(pieces)]
+    first = seconds(lambda: trainer.step(parts[:1]))
+    took = [seconds(lambda: trainer.step(parts)) for _ in range(job.steps + 1)][1:]
+    exchange = [seconds(lambda: trainer.optimizer.collect_grads()) for _ in range(2)][1]
+    update = [seconds(lambda: trainer.optimizer.step(0.0)) for _ in range(2)][1]
+    found = rates(trainer, piece * pieces, statistics.median(took))
     return {
-        "seconds": seconds,
-        "tokens_per_second": tokens * world() / seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "samples_on_each": piece * pieces,
+        "piece": piece,
+        "first_step_seconds": first,
+        "all": took,
+        **found,
+        "tokens_per_second": found["tokens_per_second"] * world(),
+        "exchange_seconds": exchange,
+        "update_seconds": update,
         "parameters": trainer.parameters,
     }
 
 
-def gate_losses(size: Size, device: torch.device) -> list[float]:
-    """Four steps of six layers in fp32; each process has its rows of the same batch."""
-    small = replace(size, width=min(size.width, 256), heads=2)
-    trainer = Trainer(small.model(6), config(ParallelConfig(unit=4)), device)
-    ranks = launched_world()
-    whole = trainer.piece(small, 2 * ranks, seed=7)
-    share = slice(2 * launched_rank(), 2 * launched_rank() + 2) if world() > 1 else slice(None)
-    found = []
-    for _ in range(4):
-        each = from_each(trainer.step(rows(whole, share), len(whole.data) * small.tokens, 1e-3))
-        found.append(statistics.fmean(each))
-    return found
+def step(job: Job, weights: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """400 layers."""
+    free()
+    settings = config(precision="bf16", weights=weights, parallel=parallel)
+    trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
+    return measure(trainer, job, *job.pieces(weights)) | {"weights": weights}
 
 
-def alone(size: Size, device: torch.device) -> dict[str, Any]:
-    """One GPU, with weights that fit on it."""
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    large = device.type == "cpu" or memory > 120 * 2**30
-    weights = "fp32" if large else "bf16"
-    trainer = Trainer(size.model(size.depth), config(precision="bf16", weights=weights), device)
-    return measure(trainer, size, size.steps) | {"weights": weights}
-
-
-def together(size: Size, device: torch.device) -> dict[str, Any]:
+def sharded(job: Job) -> dict[str, Any]:
+    """400 layers by FSDP2, kernels launched one by one."""
     found = {}
     for name, layout in LAYOUTS.items():
-        free(device)
-        trainer = Trainer(size.model(size.depth), config(layout, precision="bf16"), device)
-        found[name] = measure(trainer, size, size.steps)
-        del trainer
+        found[name] = step(replace(job, steps=1, samples=job.pieces("fp32")[0]), "fp32", layout)
     return found
 
 
-def deep(size: Size, device: torch.device) -> dict[str, Any]:
-    """One step of the deepest network, or why not."""
-    free(device)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in DiT(size.model(size.deep)).parameters())
-    need = STATE_BYTES * parameters / world()
-    if device.type == "cuda" and need > 0.8 * torch.cuda.mem_get_info(device)[0]:
-        return {"not_run": f"needs {need / 2**30:.0f} GiB a GPU for its state"}
-    layout = config(ParallelConfig(unit=8), precision="bf16")
-    trainer = Trainer(size.model(size.deep), layout, device)
-    return measure(trainer, replace(size, samples=max(size.samples // 4, 1)), 1, warm=1)
+def thousand(job: Job, weights: str, layout: str) -> dict[str, Any]:
+    """A step of 1000 layers on one piece of each GPU, and the losses of a few more."""
+    free()
+    parallel = ParallelConfig(layout=layout, unit=8)
+    settings = config(precision="bf16", weights=weights, parallel=parallel)
+    trainer = Trainer(job.size.model(job.deep, beta=0.03), settings, job.size, job.device)
+    parts = [trainer.piece(job.pieces(weights)[0], launched_rank())]
+    losses, took = [], []
+    for number in range(1, 5):
+        lr = 1e-4 * min(1.0, number / 5)
+        took.append(seconds(lambda lr=lr: losses.append(trainer.step(parts, lr))))
+    found = rates(trainer, len(parts[0].data), min(took[2:]))
+    return {
+        "first_step_seconds": took[0],
+        **found,
+        "tokens_per_second": found["tokens_per_second"] * world(),
+        "losses": [statistics.fmean(from_each(loss)) for loss, _ in losses],
+        "norms": [norm for _, norm in losses],
+        "parameters": trainer.parameters,
+    }
+
+
+def saving(job: Job, folder: Path) -> dict[str, Any]:
+    """Steps of 400 layers with bf16 weights, with and without a save in the background."""
+    free()
+    settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
+    trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
+    piece, pieces = job.pieces("bf16")
+    parts = [trainer.piece(piece, 100 * launched_rank() + k) for k in range(pieces)]
+    return save_and_step(trainer, parts, folder, job.window)
+
+
+def resume(job: Job, folder: Path) -> dict[str, Any]:
+    """The checkpoint of `saving` on these processes."""
+    free()
+    settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
+    trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
+    return saved_again(trainer, folder) | {"peak_gib": peak_gib()}
+
+
+def stages(job: Job, args: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """Of all processes together: name, seconds that it takes about, and what it does."""
+    whole = ParallelConfig(layout="replicate")
+    yield "links", 5, lambda: link_rates(job.device)
+    yield "replicated bf16", 25, lambda: step(job, "bf16", whole)
+    yield "replicated fp32", 30, lambda: step(job, "fp32", whole)
+    yield "thousand replicated", 30, lambda: thousand(job, "bf16", "replicate")
+    yield "save", 90, lambda: saving(job, args.folder)
+    yield "sharded", 40, lambda: sharded(job)
+    yield "thousand sharded", 60, lambda: thousand(job, args.sharded_weights, "shard")
+    yield "resume", 30, lambda: resume(job, args.folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trial", action="store_true", help="small, on CPUs")
-    parser.add_argument("--samples", type=int, default=Size.samples)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    size = TRIAL if args.trial else Size(samples=args.samples)
+    args = arguments()
+    logging.basicConfig(level=logging.INFO if launched_rank() == 0 else logging.WARNING)
     on_gpu = torch.cuda.is_available() and not args.trial
-    device = torch.device(launched_device("cuda") if on_gpu else "cpu")
+    device = launched_device("cuda") if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)
-    expected = gate_losses(size, device)
-    one = alone(size, device)
-    free(device)
-    with joined(timeout=600):
-        found = gate_losses(size, device)
-        worst = max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
-        if not worst < 1e-4:
-            raise SystemExit(f"sharded losses differ by {worst:.1e}; no time is taken")
-        many = together(size, device)
-        thousand = deep(size, device)
-        ranks = world()
-    if launched_rank():
-        return
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"torchrun --nproc-per-node {ranks} benchmarks/parallel_step.py"
-        + (" --trial" if args.trial else f" --samples {size.samples}"),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "processes": ranks,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "largest_difference_of_losses": worst,
-        "samples_on_each": size.samples,
-        "layers": size.depth,
-        "alone": one,
-        "sharded": many,
-        "deep": {"layers": size.deep, **thousand},
-    }
-    report(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    job = Job(Size(), device)
+    if args.batch:
+        job = replace(job, piece=32, samples=args.batch // launched_world())
+    if args.trial:
+        size = Size(32, 2, 3, 8)
+        job = Job(size, device, depth=4, deep=6, samples=4, piece=2, steps=2, window=2)
+    result = Result(args, job, on_gpu)
+    alone = ("alone bf16", 25, "bf16"), ("alone fp32", 25, "fp32")
+    expected = losses_of(job, ParallelConfig()) if args.wants("gate") else []
+    for name, about, weights in alone:
+        result.run(name, about, lambda w=weights: step(job, w, ParallelConfig()))
+    free()
+    with ExitStack() as stack:
+        stack.enter_context(joined(timeout=600))
+        result.run("gate", 15, lambda: gate(job, expected))
+        for name, about, run in stages(job, args):
+            result.run(name, about, run)
 
 
-def report(result: dict[str, Any]) -> None:
-    one, ranks = result["alone"], result["processes"]
-    difference = result["largest_difference_of_losses"]
-    print(f"{result['layers']} layers, {result['device']}; losses agree to {difference:.1e}")
-    shown = {f"alone ({one['weights']} weights)": (one, 1)}
-    shown |= {name: (line, ranks) for name, line in result["sharded"].items()}
-    if "seconds" in result["deep"]:
-        shown[f"{result['deep']['layers']} layers, one step"] = (result["deep"], ranks)
-    for name, (line, count) in shown.items():
-        rate = line["tokens_per_second"]
-        peak = f"{line['peak_gib']:6.1f} GiB" if line["peak_gib"] else ""
-        share = f"{rate / count / one['tokens_per_second']:6.1%} of one" if count > 1 else ""
-        print(f"{name:38}{count:3} {line['seconds']:8.3f} s {rate:12,.0f} tokens/s {share} {peak}")
-    if "not_run" in result["deep"]:
-        print(f"{result['deep']['layers']} layers: not run, {result['deep']['not_run']}")
+class Result:
+    """What was found, on the disk after every stage."""
+
+    def __init__(self, args: argparse.Namespace, job: Job, on_gpu: bool) -> None:
+        self._args, self._began = args, time.perf_counter()
+        self.found: dict[str, Any] = {}
+        if args.json and args.json.exists():
+            self.found = json.loads(args.json.read_text())
+        self.found |= {
+            "date": datetime.date.today().isoformat(),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+            "processes": launched_world(),
+            "layers": job.depth,
+            "batch": job.samples * launched_world(),
+        }
+        command = " ".join(["torchrun", f"--nproc-per-node {launched_world()}", *sys.argv])
+        self.found["commands"] = [*self.found.get("commands", []), command]
+
+    def run(self, name: str, about: int, stage: Callable[[], Any]) -> None:
+        if not self._args.wants(name):
+            return
+        late = max(from_each(time.perf_counter() - self._began)) + about > self._args.budget
+        self.found[name] = "not run: beyond the budget" if late else stage()
+        if launched_rank() == 0:
+            took = time.perf_counter() - self._began
+            print(f"[{took:6.1f} s] {name}: {json.dumps(self.found[name])}", flush=True)
+            if self._args.json:
+                self._args.json.write_text(json.dumps(self.found, indent=1) + "\n")
+        if isinstance(self.found[name], dict) and self.found[name].get("passed") is False:
+            raise SystemExit(f"{name}: the gate failed on rank {rank()}; no time is taken")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--stages", nargs="*", help="only these")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--trial", action="store_true", help="small, on CPUs")
+    parser.add_argument("--batch", type=int, default=0, help="samples of all GPUs together")
+    parser.add_argument("--sharded-weights", default="fp32", help="of the 1000 sharded layers")
+    parser.add_argument("--folder", type=Path, help="of checkpoints; else `save` makes one")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    args.wants = lambda name: (
+        name in args.stages if args.stages else name != "resume" or args.folder is not None
+    )
+    if args.folder is None:  # the same on every process
+        args.folder = Path(tempfile.gettempdir()) / f"parallel_step_{os.getppid()}"
+    return args
 
 
 if __name__ == "__main__":

@@ -52,13 +52,19 @@ class Replicas:
         theirs = torch.empty_like(chunk)
         distributed.all_to_all_single(theirs, chunk)
         total = theirs.view(self.world, -1).sum(0, dtype=torch.float32)
-        distributed.all_gather_into_tensor(chunk, total.div_(self.world).to(chunk.dtype))
+        _all_gather(chunk, total.div_(self.world).to(chunk.dtype))
 
     @torch.no_grad()
     def gather_(self, values: Tensor) -> None:
         """Gives every rank the parts that the others have updated."""
         part = self.part(values)
-        distributed.all_gather_into_tensor(values, part if values.is_cuda else part.clone())
+        _all_gather(values, part if values.is_cuda else part.clone())
+
+
+def _all_gather(whole: Tensor, part: Tensor) -> None:
+    """Under the name that it has had since torch 2.13, or the one before."""
+    gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+    gather(whole, part)
 
 
 def from_holders(held: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
