@@ -17,7 +17,12 @@ import torch
 from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import Experiment, TrainConfig, train
-from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
+from mvsplit.training.checkpoint import (
+    Snapshot,
+    list_checkpoints,
+    load_latest,
+    read_checkpoint,
+)
 
 # A server that has imported everything once; its children start in milliseconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -68,6 +73,26 @@ def assert_same_run(left: Path, right: Path) -> None:
             assert torch.equal(tensor, b.tensors[name][key]), (name, key)
     assert log_of(left) == log_of(right)
     assert lines(left / "layers.jsonl") == lines(right / "layers.jsonl")
+
+
+def last(run: Path) -> Snapshot:
+    """The newest checkpoint of a run, none of which may be damaged."""
+    snapshot, damaged = load_latest(run / "checkpoints")
+    assert snapshot is not None
+    assert not damaged
+    return snapshot
+
+
+def assert_same_weights(ours: Snapshot, theirs: Snapshot) -> None:
+    """Weights, average, both moments: as close as another order of summation leaves them."""
+    assert ours.step == theirs.step
+    for name in ("model", "ema", "optimizer"):
+        a, b = ours.tensors[name], theirs.tensors[name]
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=2e-4, atol=2e-6)
+    assert ours.values["data"] == theirs.values["data"]
+    assert ours.values["updates"] == theirs.values["updates"]
 
 
 def run_until(run: Path, crash_at: int | None) -> None:

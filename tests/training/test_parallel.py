@@ -14,7 +14,7 @@ from filelock import FileLock
 from mvsplit.hub import load_weights, write_weights
 from mvsplit.models import DiT
 from mvsplit.training import load_run
-from mvsplit.training.checkpoint import Snapshot, list_checkpoints, load_latest
+from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.flight import read_flight
 from mvsplit.training.memory_plan import exchange_bytes
@@ -55,25 +55,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def last(run: Path) -> Snapshot:
-    snapshot, damaged = load_latest(run / "checkpoints")
-    assert snapshot is not None
-    assert not damaged
-    return snapshot
-
-
-def assert_same_weights(ours: Snapshot, theirs: Snapshot) -> None:
-    """Weights, average, both moments: as close as another order of summation leaves them."""
-    assert ours.step == theirs.step
-    for name in ("model", "ema", "optimizer"):
-        a, b = ours.tensors[name], theirs.tensors[name]
-        assert a.keys() == b.keys()
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=2e-4, atol=2e-6)
-    assert ours.values["data"] == theirs.values["data"]
-    assert ours.values["updates"] == theirs.values["updates"]
-
-
 def assert_same_numbers(ours: Path, theirs: Path) -> None:
     left, right = runs.log_of(ours), runs.log_of(theirs)
     assert [line["step"] for line in left] == [line["step"] for line in right]
@@ -84,7 +65,7 @@ def assert_same_numbers(ours: Path, theirs: Path) -> None:
 @pytest.mark.parametrize("name", list(LAYOUTS)[1:])
 def test_losses_norms_and_weights_are_those_of_one_process(finished: Path, name: str) -> None:
     assert_same_numbers(finished / name, finished / "one")
-    assert_same_weights(last(finished / name), last(finished / "one"))
+    runs.assert_same_weights(runs.last(finished / name), runs.last(finished / "one"))
 
 
 @pytest.mark.parametrize("name", ["two", "four-sharded", "four-in-two-replicas"])
@@ -109,8 +90,8 @@ def test_a_run_goes_on_on_any_number_of_processes(finished: Path, tmp_path: Path
         options = ["--steps", str(steps), "--save-every", "2", *OPTIONS, "--run-dir", str(run)]
         assert ranks.train(options, world) == [0] * world
     assert_same_numbers(run, finished / "one")
-    ours, theirs = last(run), last(finished / "one")
-    assert_same_weights(ours, theirs)
+    ours, theirs = runs.last(run), runs.last(finished / "one")
+    runs.assert_same_weights(ours, theirs)
     for key, state in ours.tensors["random"].items():
         assert torch.equal(state, theirs.tensors["random"][key])
     assert ours.values["random"] == theirs.values["random"]
@@ -119,7 +100,7 @@ def test_a_run_goes_on_on_any_number_of_processes(finished: Path, tmp_path: Path
 
 
 def test_one_file_of_a_sharded_checkpoint(finished: Path, tmp_path: Path) -> None:
-    stored = last(finished / "four").tensors
+    stored = runs.last(finished / "four").tensors
     for name, ema in (("ema", True), ("model", False)):
         loaded = load_run(finished / "four", ema=ema).model.state_dict()
         file = tmp_path / f"{name}.safetensors"
@@ -139,7 +120,7 @@ def test_a_truncated_shard_is_passed_over_and_named(finished: Path, tmp_path: Pa
     events = {event["event"]: event["message"] for event in runs.lines(run / "events.jsonl")}
     assert "optimizer/00001.safetensors is truncated (200 of" in events["damaged"]
     assert "going back to step 4" in events["damaged"]
-    assert_same_weights(last(run), last(finished / "two"))
+    runs.assert_same_weights(runs.last(run), runs.last(finished / "two"))
 
 
 @pytest.mark.parametrize(
