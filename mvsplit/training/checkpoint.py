@@ -33,6 +33,7 @@ from mvsplit.training.spread import local, part_like
 
 FORMAT = "mvsplit-checkpoint"
 VERSION, SHARDED_VERSION = 1, 2
+_REPLACED = ".replaced"  # of a whole checkpoint whose step is saved again
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -197,7 +198,7 @@ def _publish(
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
     for path in (temporary / "state.json", temporary / "manifest.json", temporary):
         fsync(path)
-    replaced = _hide(final) if final.exists() else None
+    replaced = _hide(final, _REPLACED) if final.exists() else None
     temporary.rename(final)
     fsync(final.parent)
     if replaced is not None:
@@ -253,18 +254,24 @@ def _remove(path: Path) -> None:
     shutil.rmtree(_hide(path))
 
 
-def _hide(path: Path) -> Path:
+def _hide(path: Path, suffix: str = ".old") -> Path:
     """Gives a checkpoint a name under which nobody looks for one."""
-    return path.rename(path.with_name(f".{path.name}.old"))
+    return path.rename(path.with_name(f".{path.name}{suffix}"))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a kill during a save or a removal left behind.
+    """Completes a replacement that a kill broke off between two renames, and removes what else it
+    left behind during a save or a removal.
 
     Raises:
         UserError: it cannot be removed.
     """
     with _tidying(folder):
+        for replaced in folder.glob(f".step_*{_REPLACED}"):
+            final = folder / replaced.name[1 : -len(_REPLACED)]
+            new = folder / f".{final.name}.tmp"  # complete, or the other would have its name
+            if not final.exists():
+                (new if new.exists() else replaced).rename(final)
         for path in folder.glob(".step_*"):
             shutil.rmtree(path)
 

@@ -16,6 +16,7 @@ from mvsplit.training.checkpoint import (
     list_checkpoints,
     load_latest,
     read_checkpoint,
+    remove_leftovers,
     save_checkpoint,
     step_of,
 )
@@ -68,6 +69,27 @@ def test_a_step_that_is_saved_again_never_lacks_a_whole_checkpoint(
     save_checkpoint(tmp_path, again, keep=1)
     assert seen == ["again"]
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def save_again(folder: Path, crash_at: int) -> None:
+    runs._crash_before_change(crash_at)
+    again = dataclasses.replace(snapshot(2), values={"name": "again"})
+    save_checkpoint(folder, again, keep=2)
+
+
+@pytest.mark.parametrize("crash_at", range(9))
+def test_death_while_a_step_is_saved_again_leaves_one_of_both(
+    tmp_path: Path, crash_at: int
+) -> None:
+    """Before every change of the disk, the one between the two renames among them."""
+    save_checkpoint(tmp_path, snapshot(2), keep=2)
+    process = runs.PROCESSES.Process(target=save_again, args=(tmp_path, crash_at))
+    process.start()
+    process.join(60)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    name = read_checkpoint(tmp_path / "step_00000002").values["name"]
+    assert name == ("ü" if crash_at < 5 else "again")
 
 
 def test_views_of_one_buffer_are_saved_apart(tmp_path: Path) -> None:
