@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
 from torch import Tensor
 
 from mvsplit.data import Digits
 from mvsplit.evaluation.frechet import frechet_distance
 from mvsplit.evaluation.scores import share
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 CHANCE = 0.1
 
@@ -23,6 +25,9 @@ CHANCE = 0.1
 def digit_classifier() -> tuple[SVC, float]:
     """A support-vector classifier of the real digits, and its accuracy on real digits that it has
     not seen (a quarter of them, held out)."""
+    from sklearn.model_selection import train_test_split  # here: the import costs about a second
+    from sklearn.svm import SVC
+
     digits = Digits()
     pixels = _pixels(digits.fetch(range(len(digits))).latents)
     seen, held_out, seen_labels, held_out_labels = train_test_split(

@@ -70,7 +70,7 @@ def build_state(experiment: Experiment) -> TrainState:
     model = build_model(model_config, config, device)
     choose_parameters(model, config.tune, generator_for(config.seed, "lora", device=device))
     taps = taps_for_dit(model)
-    groups = flatten_parameters(model)
+    groups = flatten_parameters(model, gains_apart=config.gain_lr != 1)
     peak = peak_learning_rate(config, model_config.width)
     return TrainState(
         model=model,

@@ -159,6 +159,7 @@ class TrainConfig:
         accumulate: pieces that a batch is cut into to save memory; a divisor of `batch_size`.
         lr: learning rate; None for 1e-3 / (0.2·√width), the µP rule of paper §4.
         lr_factor: multiplies the learning rate.
+        gain_lr: multiplies it once more for the gains of the residual rules.
         warmup: steps of linear warm-up; constant afterwards.
         weight_decay: on 2-D weights only, not on gains and biases.
         betas, eps: of AdamW.
@@ -176,6 +177,7 @@ class TrainConfig:
         keep_every: checkpoints of the multiples of so many steps stay too; 0 for none.
         probe_every: steps between looks into every layer; 0 for none.
         probe: the fields of such a look: the cheap ones, or all.
+        probe_burst: most looks in a row that the watch may ask for beside them.
         record_steps: steps that the flight recorder keeps in memory.
         on_alarm: what the run does when the watch raises an alarm (docs/policies.md).
         reaction: how rollback and protect go about it.
@@ -192,6 +194,7 @@ class TrainConfig:
     accumulate: int = 1
     lr: float | None = None
     lr_factor: float = 1.0
+    gain_lr: float = 1.0
     warmup: int = 1000
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -207,6 +210,7 @@ class TrainConfig:
     keep_every: int = 0
     probe_every: int = 100
     probe: Literal["cheap", "all"] = "cheap"
+    probe_burst: int = 10
     record_steps: int = 32
     on_alarm: Policy = "record"
     reaction: ReactionConfig = field(default_factory=ReactionConfig)
@@ -220,12 +224,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("warmup", "weight_decay", "seed", "probe_every", "keep_every"):
+        counts = ("warmup", "weight_decay", "seed", "probe_every", "probe_burst", "keep_every")
+        for name in counts:
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
-        for name in ("lr_factor", "eps", "clip", "time_shift"):
+        for name in ("lr_factor", "gain_lr", "eps", "clip", "time_shift"):
             _require(self, name, getattr(self, name) > 0, "must be greater than 0")
         _require(self, "lr", self.lr is None or self.lr > 0, "must be greater than 0")
-        for name in ("lr", "lr_factor", "weight_decay", "eps", "time_shift"):
+        for name in ("lr", "lr_factor", "gain_lr", "weight_decay", "eps", "time_shift"):
             _require(self, name, getattr(self, name) != math.inf, "must be finite")
         shift = self.sample_shift
         _require(self, "sample_shift", shift is None or 0 < shift < math.inf, "must be positive")
@@ -309,7 +314,7 @@ def _require(config: Any, name: str, holds: bool, rule: str, where: str = "train
 CHANGEABLE = frozenset(
     f"train.{name}"
     for name in (
-        *("steps", "save_every", "keep", "probe_every", "probe", "record_steps"),
+        *("steps", "save_every", "keep", "probe_every", "probe", "probe_burst", "record_steps"),
         *("accumulate", "recompute", "device", "on_alarm", "keep_every", "sample_shift"),
         *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
         *(f"parallel.{item.name}" for item in dataclasses.fields(ParallelConfig)),

@@ -120,7 +120,7 @@ class _Run:
         self._start = start
         self.folder, self.config, self.state = folder, config, state
         recorder = FlightRecorder(folder.path, steps=config.record_steps, tell=self._tell)
-        self._watch, self._alarms = Watch(self._tell), Alarms()
+        self._watch, self._alarms = Watch(self._tell, burst=config.probe_burst), Alarms()
         # The recorder knows a step before the watch may raise an alarm about it. The watch judges
         # on every rank, from the same numbers.
         alone = (*observers, recorder) if rank() == 0 else ()

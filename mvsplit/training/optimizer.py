@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from mvsplit.diagnostics.ranks import is_distributed
+from mvsplit.errors import UserError
 from mvsplit.kernels.low_adamw import BLOCK, LowSettings, LowState, low_adamw_
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import rank
@@ -27,7 +28,7 @@ from mvsplit.training.spread import Spread, is_spread, joined_norms, local
 # a block of elements that share a scale.
 _ALIGNMENT = 16
 
-Kind = Literal["decayed", "low", "rest", "joined", "joined-decayed"]
+Kind = Literal["decayed", "low", "rest", "gains", "joined", "joined-decayed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,9 @@ class FlatGroup:
     """Parameters end to end in one buffer, and their gradients in another.
 
     Attributes:
-        kind: decayed (2-D, under weight decay), low (the same in bf16), rest, or joined and
-            joined-decayed (those that came to the model later, with fewer updates behind them).
+        kind: decayed (2-D, under weight decay), low (the same in bf16), rest, gains (of the rules,
+            where they have a learning rate of their own), or joined and joined-decayed (those that
+            came to the model later, with fewer updates behind them).
         places: for each parameter name, its first element in the buffers and its shape.
         values: [N] the parameters; between them a few zeros that stay zero.
         grads: [N] their gradients.
@@ -91,9 +93,12 @@ class FlatGroup:
         return parts if self.spread is None else self.spread.wrap(parts)
 
 
-def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[FlatGroup]:
+def flatten_parameters(
+    model: nn.Module, joined: Collection[str] = (), *, gains_apart: bool = False
+) -> list[FlatGroup]:
     """Moves all parameters that learn into flat buffers: those with weight decay (2-D), the rest,
-    and of both those that are named in `joined`, which came to the model later.
+    and of both those that are named in `joined`, which came to the model later. `gains_apart` puts
+    the gains of the residual rules into a buffer of their own.
 
     The parameters keep their names, shapes and values; they and their `.grad` become views. Call it
     once the model is on its device, and again when parameters have come or gone. `AdamW.zero_grad`
@@ -102,11 +107,20 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
     Parameters that are spread over ranks stay where they are, and the buffers hold this rank's
     shards of them (`mvsplit.training.spread`). Those that every rank holds get the first rank's
     values, each in a part of the buffer that one rank updates (`mvsplit.training.replicas`).
+
+    Raises:
+        UserError: gains have a learning rate of their own, and some parameters came later.
     """
+    if gains_apart and joined:
+        raise UserError(
+            "train.gain_lr: parameters that come to a running model have the learning rate of all; "
+            "use train.gain_lr=1 with layers or gains that are put in"
+        )
     kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {
         "decayed": [],
         "low": [],
         "rest": [],
+        "gains": [],
         "joined": [],
         "joined-decayed": [],
     }
@@ -114,6 +128,8 @@ def flatten_parameters(model: nn.Module, joined: Collection[str] = ()) -> list[F
         if not parameter.requires_grad:
             continue
         kind: Kind = "joined" if name in joined else "rest"
+        if gains_apart and ".rule_" in name:
+            kind = "gains"
         if parameter.ndim == 2:
             kind = "joined-decayed" if name in joined else "decayed"
             kind = "low" if parameter.dtype == torch.bfloat16 else kind
@@ -204,8 +220,8 @@ class AdamW:
 
     def step(self, lr: float) -> None:
         """One update from the gradients in the groups."""
-        for settings in self._inner.param_groups:
-            settings["lr"] = lr
+        for settings, held in zip(self._inner.param_groups, self._full, strict=True):
+            settings["lr"] = lr * (self._config.gain_lr if held.kind == "gains" else 1.0)
         for group in self.groups:
             if group.spread is not None:
                 group.spread.pull_values(group.cut(group.values))
@@ -284,6 +300,11 @@ class AdamW:
         for moment in self.moments().values():
             local(moment).zero_()
         self.set_updates(dict.fromkeys(self.updates(), 0))
+
+    @property
+    def gains_apart(self) -> bool:
+        """Whether the gains of the rules have a learning rate of their own."""
+        return self._config.gain_lr != 1
 
     def regrouped(self, groups: list[FlatGroup]) -> AdamW:
         """The same optimiser with fresh moments for other groups."""

@@ -138,7 +138,7 @@ class TrainState:
         and the averages, which begin as the parameters are."""
         if self.graphs is not None:
             self.graphs.clear()
-        groups = flatten_parameters(self.model, joined)
+        groups = flatten_parameters(self.model, joined, gains_apart=self.optimizer.gains_apart)
         self.optimizer = self.optimizer.regrouped(groups)
         if self.ema is not None:
             self.ema = EMA(groups, self.ema.decay)

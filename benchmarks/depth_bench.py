@@ -1,0 +1,110 @@
+"""The depth bench: every rule of the registry, at its own learning rate, to 1000 layers deep.
+
+    python benchmarks/depth_bench.py --size gpu --out FOLDER --json FILE [--minutes 9] [--part 0/2]
+
+Before the first run two short trainings on the device must come to the same losses, finite and
+falling. Then runs in the order of what they tell (`mvsplit.reproduce.depth.order`), several at a
+time, until nothing is left or the minutes are over; the same command goes on with the same --out.
+--json keeps all rows in one file; `--page docs/experiments` draws the page from the files there.
+
+Cost: not measured as a whole; any number of minutes gives a part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mvsplit.reproduce.depth.plan import (
+    SIZES,
+    BenchRun,
+    BenchSize,
+    get_entries,
+    get_size,
+    share,
+)
+from mvsplit.reproduce.depth.run import write_row
+from mvsplit.reproduce.depth.study import DepthStudy
+from mvsplit.reproduce.depth.timing import time_sharing
+from mvsplit.training import train
+from mvsplit.training.files import read_lines
+
+
+def check(size: BenchSize) -> None:
+    """Raises AssertionError where a short run on the device is not repeatable or does not learn."""
+    run = BenchRun(
+        entry=get_entries(["mvsplit-root"])[0], depth=4, width=size.width, rate=3.2e-3, seed=0
+    )
+    experiment = run.experiment(replace(size, steps=40, warmup=5))
+    losses = []
+    for _ in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            train(experiment, folder)
+            losses.append([m["loss"] for m in read_lines(Path(folder) / "metrics.jsonl")])
+    first, second = losses
+    assert all(map(math.isfinite, first)), first
+    worst = max(abs(a - b) / b for a, b in zip(first, second, strict=True))
+    assert worst < 0.02, f"two runs of one seed differ by {worst:.2%}"
+    assert first[-1] < 0.8 * first[0], f"loss {first[0]:.3f} → {first[-1]:.3f}"
+    print(f"check: loss {first[0]:.3f} → {first[-1]:.3f}, two runs within {worst:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=[*SIZES], default="small")
+    parser.add_argument("--out", type=Path, default=Path("runs/depth-bench"))
+    parser.add_argument("--json", type=Path, help="all rows in one file")
+    parser.add_argument("--scratch", type=Path, help="run folders while they train")
+    parser.add_argument("--entries", nargs="*", default=[], help="names; all if not given")
+    parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--have", type=Path, nargs="*", default=[], help="earlier --json files")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--depths", type=int, nargs="*", help="instead of those of the size")
+    parser.add_argument("--time", action="store_true", help="times steps, alone and side by side")
+    options = parser.parse_args()
+    size = get_size(options.size)
+    if options.depths:
+        size = replace(size, depths=tuple(options.depths))
+    check(size)
+    if options.time:
+        keep(time_sharing(size), options.json)
+        return
+    part, parts = map(int, options.part.split("/"))
+    entries = share(get_entries(options.entries), part, parts)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+    for path in options.have:
+        for row in json.loads(path.read_text("utf-8"))["rows"]:
+            write_row(row, options.out)
+    study = DepthStudy(
+        options.out,
+        size,
+        entries,
+        workers=options.workers,
+        scratch=options.scratch,
+        say=say,
+    )
+    rows = study.run(minutes=options.minutes)
+    keep({"size": size.name, "rows": rows}, options.json)
+    print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
+
+
+def keep(result: object, path: Path | None) -> None:
+    if path is None:
+        print(json.dumps(result, indent=1))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

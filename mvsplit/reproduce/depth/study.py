@@ -1,0 +1,167 @@
+"""Runs the bench: worker processes that share a device take the most telling run that is left."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.depth.order import in_order
+from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, get_entries
+from mvsplit.reproduce.depth.run import ROWS, check_row, read_rows, run_bench
+
+RESTARTS = 3  # of the worker processes, after one of them has died
+SHAPE = ("depth", "width", "rate", "seed")
+MARGIN = 1.15  # of the time a run like it took, which must be left for a run to begin
+
+
+class DepthStudy:
+    """The bench in one folder. The same folder again goes on: what has a row is not run again.
+
+    Args:
+        out: rows, and the folders of runs that are under way.
+        workers: runs side by side; those of the size if None.
+        scratch: where run folders are while they train; OUT/runs if None.
+        say: is told of each run that has ended.
+
+    Raises:
+        UserError: `workers` < 1.
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        size: BenchSize,
+        entries: Sequence[Entry],
+        *,
+        workers: int | None = None,
+        scratch: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise UserError(f"workers={workers}: must be at least 1")
+        self.out, self.size, self.entries = Path(out), size, entries
+        self.workers, self.say = workers or size.workers, say
+        self.scratch = scratch
+        self.failed: dict[str, str] = {}  # runs that gave an error, by name
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the finished runs.
+
+        Raises:
+            UserError: one is of another experiment.
+        """
+        known = {entry.name: entry for entry in self.entries}
+        rows = [row for row in read_rows(self.out) if row["entry"] in known]
+        for row in rows:
+            run = BenchRun(entry=known[row["entry"]], **{k: row[k] for k in SHAPE})
+            check_row(run, self.size, row, self.out)
+        return rows
+
+    def run(self, *, minutes: float | None = None) -> list[dict[str, Any]]:
+        """Trains what is missing and gives all rows. After `minutes` the runs under way are left;
+        on a CPU they are saved, and go on with the next call.
+
+        Raises:
+            UserError: a row is of another experiment, or worker processes keep dying.
+        """
+        end = math.inf if minutes is None else time.time() + 60 * minutes
+        self.rows()
+        for _ in range(RESTARTS):
+            try:
+                self._work(end)
+                return self.rows()
+            except BrokenProcessPool:
+                self.say("a worker process has died; starting them again")
+        raise UserError(
+            f"worker processes died {RESTARTS} times; run fewer side by side with --workers"
+        )
+
+    def _work(self, end: float) -> None:
+        pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+        busy: dict[Future[bool], BenchRun] = {}
+        try:
+            while True:
+                for run in self._next(busy.values(), end)[: self.workers - len(busy)]:
+                    given = {name: getattr(run, name) for name in SHAPE}
+                    where = (self.out, end, self.scratch)
+                    job = pool.submit(work, run.entry.name, given, self.size, *where)
+                    busy[job] = run
+                if not busy:
+                    return
+                for job in wait(busy, return_when=FIRST_COMPLETED).done:
+                    self._ended(busy.pop(job), job)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _next(self, busy: Any, end: float) -> list[BenchRun]:
+        """What may begin: nothing that is running, and nothing that a look at the rows says would
+        not come to its end in time."""
+        rows, running = read_rows(self.out), set(busy)
+        left = end - time.time()
+        if left <= 0:
+            return []
+        took = [(row["depth"] * row["width"], row["seconds"]) for row in rows]
+        return [
+            run
+            for run in in_order(self.size, self.entries, rows)
+            if run not in running
+            and run.name not in self.failed
+            and expected(run, took) * MARGIN < left
+        ]
+
+    def _ended(self, run: BenchRun, job: Future[bool]) -> None:
+        try:
+            whole = job.result()
+        except BrokenProcessPool:
+            raise
+        except Exception as error:  # the others are worth having; this one is tried the next time
+            self.failed[run.name] = f"{type(error).__name__}: {error}"
+            self.say(f"{run.name}: FAILED, {self.failed[run.name][:200]}")
+            return
+        if not whole:
+            self.say(f"{run.name}: left")
+            return
+        row = json.loads((self.out / ROWS / f"{run.name}.json").read_text("utf-8"))
+        loss = row.get("validation_loss")
+        words = f"loss {loss:.4g}" if loss is not None else row["ended"]
+        self.say(f"{run.name}: {words}, {row['seconds']:.0f} s")
+
+
+def expected(run: BenchRun, took: Sequence[tuple[int, float]]) -> float:
+    """Seconds of a run by those that were as deep and wide or nearest to it, 0 before there is any:
+    the longest among the last three."""
+    if not took:
+        return 0.0
+    here = run.depth * run.width
+    nearest = min((abs(math.log(size / here)), size) for size, _ in took)[1]
+    return max([s for size, s in took if size == nearest][-3:]) * max(here / nearest, 0.1)
+
+
+def work(
+    entry: str,
+    given: dict[str, Any],
+    size: BenchSize,
+    out: Path,
+    end: float,
+    scratch: Path | None,
+) -> bool:
+    """A run in a worker process, which then lets go of all that it held on the device. Entries go
+    by their name, for what they are made of does not travel between processes."""
+    run = BenchRun(entry=get_entries([entry])[0], **given)
+    try:
+        return run_bench(run, size, out, end, scratch)
+    finally:
+        gc.collect()
+        if size.device != "cpu":
+            torch.cuda.empty_cache()
