@@ -29,8 +29,9 @@ from mvsplit.reproduce.depth.plan import (
     share,
 )
 from mvsplit.reproduce.depth.run import write_row
-from mvsplit.reproduce.depth.study import DepthStudy
+from mvsplit.reproduce.depth.study import RULE_FILE, DepthStudy
 from mvsplit.reproduce.depth.timing import time_sharing
+from mvsplit.reproduce.depth.verdict import note_rule
 from mvsplit.training import train
 from mvsplit.training.files import read_lines
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/depth-bench"))
     parser.add_argument("--json", type=Path, help="all rows in one file")
     parser.add_argument("--scratch", type=Path, help="run folders while they train")
-    parser.add_argument("--entries", nargs="*", default=[], help="names; all if not given")
+    parser.add_argument("--entries", nargs="*", default=["all"], help="names, all, or candidates")
     parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--have", type=Path, nargs="*", default=[], help="earlier --json files")
@@ -94,7 +95,8 @@ def main() -> None:
         say=say,
     )
     rows = study.run(minutes=options.minutes)
-    keep({"size": size.name, "rows": rows}, options.json)
+    rule = note_rule(options.out / RULE_FILE)
+    keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
     print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
 
 

@@ -10,12 +10,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, neighbour
+from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, neighbour, place
 
 BEYOND = 2  # rates that a sweep goes beyond its ends, at most
 Rows = Sequence[Mapping[str, Any]]
@@ -37,8 +36,8 @@ def in_order(size: BenchSize, entries: Sequence[Entry], rows: Rows) -> list[Benc
 def _weight(size: BenchSize) -> Any:
     """Within a phase: rates near the middle of the sweep first, then deep networks, for what runs
     long should not begin last."""
-    middle = sum(map(math.log, size.rates)) / len(size.rates)
-    return lambda run: (run.seed, round(abs(math.log(run.rate) - middle), 1), -run.depth)
+    middle = sum(map(place, size.rates)) / len(size.rates)
+    return lambda run: (run.seed, abs(place(run.rate) - middle), -run.depth)
 
 
 def _wanted(size: BenchSize, entry: Entry, rows: Rows) -> Iterator[tuple[int, BenchRun]]:
@@ -54,13 +53,13 @@ def _wanted(size: BenchSize, entry: Entry, rows: Rows) -> Iterator[tuple[int, Be
     for depth in swept:
         yield from ((1, run(depth, rate)) for rate in size.rates)
         yield from ((2, run(depth, rate)) for rate in beyond(size.rates, at(depth)))
-        best = best_rate(at(depth))
+        best = settled(size.rates, at(depth))
         if best is None:
             continue
         yield from ((3, run(depth, best, seed)) for seed in others)
         near = (neighbour(best, -1), neighbour(best, 1))
         yield from ((6, run(depth, rate, seed)) for rate in near for seed in others)
-    guess = best_rate(at(swept[-1]))
+    guess = settled(size.rates, at(swept[-1]))
     if guess is None:
         return
     yield from _around(run, at, last, size.width, guess, size.seeds, 4)
@@ -78,7 +77,7 @@ def _around(
     start = (neighbour(guess, -1), guess, neighbour(guess, 1))
     yield from ((phase, run(depth, rate, width=width)) for rate in start)
     yield from ((phase, run(depth, rate, width=width)) for rate in beyond(start, there))
-    best = best_rate(there)
+    best = settled(start, there)
     if best is not None:
         yield from ((phase, run(depth, best, seed, width)) for seed in seeds[1:])
 
@@ -98,6 +97,12 @@ def beyond(rates: Sequence[float], rows: Rows) -> list[float]:
     if best == tried[-1]:
         return [rate for rate in high if rate > tried[-1]][:1]
     return []
+
+
+def settled(rates: Sequence[float], rows: Rows) -> float | None:
+    """The best rate, once all of `rates` were tried and the best does not lie at an end."""
+    whole = set(rates) <= {row["rate"] for row in rows}
+    return best_rate(rows) if whole and not beyond(rates, rows) else None
 
 
 def best_rate(rows: Rows) -> float | None:

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiTConfig
@@ -34,6 +34,7 @@ class Entry:
         rule: the rule at a depth.
         warmup: what the size's warm-up is multiplied by.
         gain_lr: what the learning rate is multiplied by for the gains.
+        writers: how W_O and W_2 start; as the rule says, if not given.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Entry:
     rule: Callable[[int], RuleConfig]
     warmup: float = 1.0
     gain_lr: float = 1.0
+    writers: Literal["rule", "zero", "standard"] = "rule"
 
 
 def fixed(name: str, **fields: float) -> Callable[[int], RuleConfig]:
@@ -88,6 +90,33 @@ ENTRIES = (
         rule=lambda depth: RuleConfig(name="mvsplit-attention-only", beta=root(depth)),
     ),
     Entry(name="hard-center", label="hard centering", kind="control", rule=fixed("hard-center")),
+)
+
+
+def _candidate(name: str, label: str, beta: float = 1.0, **changes: Any) -> Entry:
+    """MV-Split with β = beta/√L and one thing else; fields of the rule may be "root" for 1/√L."""
+    of_entry = {k: changes.pop(k) for k in ("warmup", "gain_lr", "writers") if k in changes}
+
+    def rule(depth: int) -> RuleConfig:
+        fields: dict[str, Any] = {k: root(depth) if v == "root" else v for k, v in changes.items()}
+        return RuleConfig(name="mvsplit", beta=float(f"{beta * depth**-0.5:.4g}"), **fields)
+
+    return Entry(name=name, label=f"MV-Split {label}", kind="candidate", rule=rule, **of_entry)
+
+
+CANDIDATES = (
+    _candidate("beta-4", "β=4/√L", beta=4.0),
+    _candidate("beta-quarter", "β=0.25/√L", beta=0.25),
+    _candidate("gain-lr-10", "gains × 10 faster", gain_lr=10.0),
+    _candidate("gain-lr-0.1", "gains × 10 slower", gain_lr=0.1),
+    _candidate("alpha", "α=β", alpha="root"),
+    _candidate("alpha-free", "α=β, λ free from 0", alpha="root", tied_leak=False),
+    _candidate("free", "λ free from 0", tied_leak=False),
+    _candidate("standard", "writers standard", writers="standard"),
+    _candidate("alpha-standard", "α=β, writers standard", alpha="root", writers="standard"),
+    _candidate("warm-3", "warm-up × 3", warmup=3.0),
+    _candidate("eps-1e-6", "ε=1e-6", eps=1e-6),
+    _candidate("eps-1e-3", "ε=1e-3", eps=1e-3),
 )
 
 
@@ -155,6 +184,7 @@ class BenchRun:
             patch=size.patch,
             text_width=TEXT_WIDTH,
             rule=self.entry.rule(self.depth),
+            writers=self.entry.writers,
         )
         train = TrainConfig(
             steps=size.steps,
@@ -181,7 +211,12 @@ def grid_rate(step: int) -> float:
 
 def neighbour(rate: float, step: int) -> float:
     """The rate of the grid that lies `step` places above `rate`."""
-    return grid_rate(round(GRID * math.log10(rate)) + step)
+    return grid_rate(place(rate) + step)
+
+
+def place(rate: float) -> int:
+    """k of the rate 10^(k/GRID) of the grid."""
+    return round(GRID * math.log10(rate))
 
 
 SMALL = BenchSize(
@@ -233,12 +268,14 @@ def get_size(name: str) -> BenchSize:
 
 
 def get_entries(names: list[str]) -> list[Entry]:
-    """Entries by name, all if none is named. Raises UserError for an unknown one."""
-    known = {entry.name: entry for entry in ENTRIES}
+    """Entries by name; "all" and "candidates" stand for several. Raises UserError for an unknown
+    one."""
+    groups = {"all": [*ENTRIES], "candidates": [*CANDIDATES]}
+    known = {entry.name: [entry] for entry in (*ENTRIES, *CANDIDATES)} | groups
     for name in names:
         if name not in known:
             raise UserError(f"entry={name!r} is unknown: {nearest(name, known)}")
-    return [known[name] for name in names] if names else [*ENTRIES]
+    return list({e.name: e for name in names for e in known[name]}.values())
 
 
 def share(entries: list[Entry], part: int, parts: int) -> list[Entry]:

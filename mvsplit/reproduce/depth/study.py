@@ -19,7 +19,9 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, get_entries
 from mvsplit.reproduce.depth.run import ROWS, check_row, read_rows, run_bench
+from mvsplit.reproduce.depth.verdict import note_rule
 
+RULE_FILE = "rule.json"
 RESTARTS = 3  # of the worker processes, after one of them has died
 SHAPE = ("depth", "width", "rate", "seed")
 MARGIN = 1.15  # of the time a run like it took, which must be left for a run to begin
@@ -53,6 +55,7 @@ class DepthStudy:
         self.out, self.size, self.entries = Path(out), size, entries
         self.workers, self.say = workers or size.workers, say
         self.scratch = scratch
+        self._rows: list[dict[str, Any]] = []  # as far as this process knows them
         self.failed: dict[str, str] = {}  # runs that gave an error, by name
 
     def rows(self) -> list[dict[str, Any]]:
@@ -76,7 +79,8 @@ class DepthStudy:
             UserError: a row is of another experiment, or worker processes keep dying.
         """
         end = math.inf if minutes is None else time.time() + 60 * minutes
-        self.rows()
+        self._rows = self.rows()
+        note_rule(self.out / RULE_FILE)
         for _ in range(RESTARTS):
             try:
                 self._work(end)
@@ -107,7 +111,7 @@ class DepthStudy:
     def _next(self, busy: Any, end: float) -> list[BenchRun]:
         """What may begin: nothing that is running, and nothing that a look at the rows says would
         not come to its end in time."""
-        rows, running = read_rows(self.out), set(busy)
+        rows, running = self._rows, set(busy)
         left = end - time.time()
         if left <= 0:
             return []
@@ -133,6 +137,7 @@ class DepthStudy:
             self.say(f"{run.name}: left")
             return
         row = json.loads((self.out / ROWS / f"{run.name}.json").read_text("utf-8"))
+        self._rows.append(row)
         loss = row.get("validation_loss")
         words = f"loss {loss:.4g}" if loss is not None else row["ended"]
         self.say(f"{run.name}: {words}, {row['seconds']:.0f} s")
@@ -162,6 +167,6 @@ def work(
     try:
         return run_bench(run, size, out, end, scratch)
     finally:
-        gc.collect()
         if size.device != "cpu":
+            gc.collect()
             torch.cuda.empty_cache()

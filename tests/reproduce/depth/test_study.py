@@ -1,0 +1,120 @@
+"""The bench as a whole, with runs that take no time: what runs, what not again, what fails."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.depth import run as run_module
+from mvsplit.reproduce.depth import study as module
+from mvsplit.reproduce.depth.order import in_order
+from mvsplit.reproduce.depth.run import read_rows, write_row
+from mvsplit.reproduce.depth.study import DepthStudy
+from tests.reproduce.depth.tiny import TINY, entry, row
+
+ENTRIES = [entry("plain"), entry("mvsplit-root")]
+
+
+class Runs:
+    """Stands in for `run_bench`: smallest loss at 3.2e-3, plain networks dead above it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.broken: set[str] = set()
+
+    def __call__(self, run, size, out: Path, end: float, scratch) -> bool:
+        self.names.append(run.name)
+        if run.name in self.broken:
+            raise RuntimeError("out of memory")
+        loss = 0.5 + abs(run.rate - 3.2e-3)
+        dead = run.entry.name == "plain" and run.rate > 3.2e-3
+        shape = {"depth": run.depth, "width": run.width, "seed": run.seed}
+        write_row(row(run.rate, None if dead else loss, name=run.entry.name, **shape), out)
+        return True
+
+
+@pytest.fixture
+def runs(monkeypatch) -> Runs:
+    found = Runs()
+    monkeypatch.setattr(module, "run_bench", found)
+    # Without waiting for the disk.
+    monkeypatch.setattr(run_module, "write_atomically", lambda path, text: path.write_text(text))
+    monkeypatch.setattr(
+        module, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
+    )
+    return found
+
+
+def study(out: Path, **options) -> DepthStudy:
+    return DepthStudy(out, TINY, ENTRIES, workers=2, say=lambda text: None, **options)
+
+
+def test_it_goes_on_until_nothing_is_left(tmp_path, runs):
+    rows = study(tmp_path).run()
+    assert len(runs.names) == len(set(runs.names)) == len(rows)
+    assert in_order(TINY, ENTRIES, rows) == []
+    # Every entry has all seeds at its best rate, at every depth.
+    best = [r for r in rows if r["rate"] == 3.2e-3 and r["width"] == 16]
+    assert {(r["entry"], r["depth"], r["seed"]) for r in best} >= {
+        (e.name, depth, seed) for e in ENTRIES for depth in TINY.depths for seed in TINY.seeds
+    }
+
+
+def test_finished_runs_are_not_run_again(tmp_path, runs):
+    study(tmp_path).run()
+    before, runs.names = read_rows(tmp_path), []
+    assert study(tmp_path).run() == before
+    assert runs.names == []
+
+
+def test_it_goes_on_from_half(tmp_path, runs):
+    whole = {r["run"] for r in study(tmp_path / "a").run()}
+    some = read_rows(tmp_path / "a")[::2]
+    for each in some:
+        write_row(each, tmp_path / "b")
+    runs.names = []
+    assert {r["run"] for r in study(tmp_path / "b").run()} == whole
+    assert set(runs.names) == whole - {r["run"] for r in some}
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_the_next_time(tmp_path, runs):
+    name = "plain-3x16-lr3.2e-03-seed0"
+    runs.broken = {name}
+    first = study(tmp_path)
+    rows = first.run()
+    assert first.failed == {name: "RuntimeError: out of memory"}
+    assert runs.names.count(name) == 1
+    assert len([r for r in rows if r["entry"] == "mvsplit-root"]) > 10
+    runs.broken, runs.names = set(), []
+    assert name in {r["run"] for r in study(tmp_path).run()}
+    assert runs.names[0] == name
+
+
+def test_no_run_begins_that_would_not_end_in_time(tmp_path, runs):
+    write_row(row(1e-3, 0.5, depth=3, seconds=1e6), tmp_path)  # a run as deep takes 12 days
+    study(tmp_path).run(minutes=1)
+    assert not [name for name in runs.names if "-3x16-" in name]
+    assert not runs.names or "-2x16-" in runs.names[0]
+    assert study(tmp_path / "over").run(minutes=0) == []
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path, runs):
+    write_row(row(1e-3, 0.5) | {"fingerprint": "another"}, tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        study(tmp_path).run()
+    assert runs.names == []
+
+
+def test_the_rule_is_noted_before_the_first_run(tmp_path, runs, monkeypatch):
+    def broken(*given) -> bool:
+        assert (tmp_path / module.RULE_FILE).exists()
+        raise RuntimeError
+
+    monkeypatch.setattr(module, "run_bench", broken)
+    assert study(tmp_path).run() == []
+
+
+def test_there_is_at_least_one_worker(tmp_path):
+    with pytest.raises(UserError, match="workers=0: must be at least 1"):
+        DepthStudy(tmp_path, TINY, ENTRIES, workers=0)
