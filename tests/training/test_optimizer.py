@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvsplit.errors import UserError
+from mvsplit.models import DiT, DiTConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.ema import EMA, decay_at
 from mvsplit.training.optimizer import (
@@ -196,3 +198,61 @@ def test_ema_against_its_formula() -> None:
     for name, average in ema.parameters().items():
         torch.testing.assert_close(average.double(), wanted[name], rtol=1e-5, atol=1e-5)
     assert (decay_at(1, 0.999), decay_at(10**6, 0.999)) == (2 / 11, 0.999)
+
+
+def test_gains_may_learn_at_a_rate_of_their_own() -> None:
+    """Against torch's AdamW with a group for the gains of the rules, on a real network; and the
+    moments of a run that is continued belong to the same parameters."""
+    config = TrainConfig(steps=1, batch_size=1, gain_lr=8.0, weight_decay=0.3)
+    plain, flat = tiny_dit(), tiny_dit()
+    named = dict(plain.named_parameters())
+    gains = [n for n in named if n.endswith(("alpha", "beta"))]
+    assert len(gains) == 8
+    kinds = {
+        "gains": (gains, 0.8, 0.0),
+        "decayed": ([n for n, p in named.items() if p.ndim == 2], 0.1, 0.3),
+        "rest": ([n for n, p in named.items() if p.ndim == 1 and n not in gains], 0.1, 0.0),
+    }
+    reference = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in names], "lr": lr, "weight_decay": decay}
+            for names, lr, decay in kinds.values()
+        ],
+        betas=config.betas,
+        eps=config.eps,
+    )
+    ours = AdamW(flatten_parameters(flat, gains_apart=True), config)
+    assert {g.kind: sorted(g.places) for g in ours.groups} == {
+        kind: sorted(names) for kind, (names, _, _) in kinds.items()
+    }
+    for step in range(3):
+        for model, optimizer in ((plain, reference), (flat, ours)):
+            optimizer.zero_grad()
+            gradients(model, step)
+        reference.step()
+        ours.step(0.1)
+    for a, b in zip(plain.parameters(), flat.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert ours.updates() == {"decayed": 3, "rest": 3, "gains": 3}
+
+
+def tiny_dit() -> DiT:
+    size = {"depth": 2, "width": 8, "heads": 1, "ffn_width": 12, "channels": 2, "text_width": 8}
+    return DiT(DiTConfig(**size), torch.Generator().manual_seed(0))
+
+
+def gradients(model: nn.Module, step: int) -> None:
+    """Set by hand: a network whose writers are zero gives its gains none at first."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.grad is None:
+            parameter.grad = values
+        else:
+            parameter.grad.copy_(values)
+
+
+def test_parameters_that_come_later_cannot_have_a_rate_of_their_own() -> None:
+    model = tiny_dit()
+    with pytest.raises(UserError, match=r"train\.gain_lr"):
+        flatten_parameters(model, ["blocks.0.rule_ffn.beta"], gains_apart=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mvsplit.diagnostics.detector import Detector
 from mvsplit.training import NonFiniteError, Observer, train
 from mvsplit.training.progress import ProgressLine
 from mvsplit.training.watch import Watch
@@ -53,6 +54,19 @@ def test_it_asks_for_looks_while_something_stirs_but_not_for_ever():
             watch.on_probe(SimpleNamespace(step=step), {"step": step, "layer": [0], "tcs": [0.1]})
     assert asked.count(True) == 3
     assert asked.index(True) == 39
+
+
+class Restless(Detector):
+    """Something always stirs."""
+
+    stirred = property(lambda self: True, lambda self, value: None)
+
+
+@pytest.mark.parametrize(("burst", "looked"), [(0, [4, 8]), (2, [1, 2, 4, 8])])
+def test_a_run_says_how_many_looks_the_watch_may_ask_for(tmp_path, monkeypatch, burst, looked):
+    monkeypatch.setattr("mvsplit.training.watch.Detector", Restless)
+    train(experiment(probe_every=4, probe_burst=burst, device="cpu"), tmp_path / "run")
+    assert [line["step"] for line in lines(tmp_path / "run" / "layers.jsonl")] == looked
 
 
 def test_a_run_that_breaks_has_the_alarm_in_its_events_and_a_flight(tmp_path):
