@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mvsplit.data.cache import Cache
+from mvsplit.data.clips import Clips
 from mvsplit.data.digits import Digits
 from mvsplit.data.shapes import Shapes
 from mvsplit.data.types import Dataset
@@ -14,6 +15,7 @@ from mvsplit.errors import UserError, nearest
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "cache": Cache,
+    "clips": Clips,
     "digits": Digits,
     "shapes": Shapes,
 }

@@ -28,6 +28,7 @@ from mvsplit.data.captions import (
 from mvsplit.data.counter import stream_key, uniforms
 
 SLOTS = 4
+_PER_SCENE = 64  # random numbers
 # The six kinds of GenEval (Ghosh et al., arXiv 2310.11513) under its tags, and scenes of three or
 # four objects that are all described.
 TASKS = (
@@ -106,7 +107,7 @@ class SceneTable:
 
 def draw_scenes(seed: int, indices: NDArray[np.uint64]) -> SceneTable:
     """Scene number `index` of the endless series `seed`, for every index of `indices` [B]."""
-    draws = _Draws(seed, indices)
+    draws = Draws(stream_key("scenes", seed), indices, _PER_SCENE)
     task = draws.choice(len(TASKS))[:, 0]
     count = _counts(task, draws)
     shape, colour = _shapes(task, draws), _colours(task, draws)
@@ -138,20 +139,18 @@ def draw_scenes(seed: int, indices: NDArray[np.uint64]) -> SceneTable:
     )
 
 
-class _Draws:
-    """The random numbers of each scene, handed out in a fixed order."""
+class Draws:
+    """The random numbers of each scene, `most` of the stream `key`, handed out in a fixed order."""
 
-    _PER_SCENE = 64
-
-    def __init__(self, seed: int, indices: NDArray[np.uint64]) -> None:
-        first = indices * np.uint64(self._PER_SCENE)
-        counters = np.add.outer(first, np.arange(self._PER_SCENE, dtype=np.uint64))
-        self._numbers = uniforms(stream_key("scenes", seed), counters)  # [B, 64]
-        self._used = 0
+    def __init__(self, key: int, indices: NDArray[np.uint64], most: int) -> None:
+        first = indices * np.uint64(most)
+        counters = np.add.outer(first, np.arange(most, dtype=np.uint64))
+        self._numbers = uniforms(key, counters)  # [B, most]
+        self._most, self._used = most, 0
 
     def uniform(self, columns: int = 1) -> Floats:
         start, self._used = self._used, self._used + columns
-        assert self._used <= self._PER_SCENE
+        assert self._used <= self._most
         return self._numbers[:, start : self._used]  # [B, columns] in [0, 1)
 
     def choice(self, options: int, columns: int = 1) -> Integers:
@@ -164,7 +163,7 @@ class _Draws:
         return np.argsort(self.uniform(options), axis=1)  # [B, options], permutations
 
 
-def _counts(task: Integers, draws: _Draws) -> Integers:
+def _counts(task: Integers, draws: Draws) -> Integers:
     counting, composition = 2 + draws.choice(3)[:, 0], 3 + draws.choice(2)[:, 0]
     fixed = np.array([1, 2, 0, 1, 2, 2, 0])[task]
     return np.where(
@@ -172,13 +171,13 @@ def _counts(task: Integers, draws: _Draws) -> Integers:
     )  # [B]
 
 
-def _shapes(task: Integers, draws: _Draws) -> Integers:
+def _shapes(task: Integers, draws: Draws) -> Integers:
     """All different, but the same four times where objects are to be counted."""
     shape = draws.order(len(SHAPES))[:, :SLOTS]
     return np.where((task == COUNTING)[:, None], shape[:, :1], shape)  # [B, 4]
 
 
-def _colours(task: Integers, draws: _Draws) -> Integers:
+def _colours(task: Integers, draws: Draws) -> Integers:
     """Free; one colour where objects are counted, two different ones where they are told apart."""
     colour, step = draws.choice(len(COLOURS), SLOTS), 1 + draws.choice(len(COLOURS) - 1)[:, 0]
     other = (colour[:, 0] + step) % len(COLOURS)
@@ -187,7 +186,7 @@ def _colours(task: Integers, draws: _Draws) -> Integers:
 
 
 def _centres(
-    count: Integers, relation: Integers, radius: Floats, task: Integers, draws: _Draws
+    count: Integers, relation: Integers, radius: Floats, task: Integers, draws: Draws
 ) -> Floats:
     """[B, 4, 2]. One object lies anywhere, a pair side by side, more each in a quadrant."""
     shake = 2 * np.stack([draws.uniform(SLOTS), draws.uniform(SLOTS)], axis=2) - 1  # in [-1, 1)
@@ -201,7 +200,7 @@ def _centres(
     return np.where((count == 1)[:, None, None], alone, cell + shake * (0.25 - reach))
 
 
-def _pair_cells(relation: Integers, draws: _Draws) -> Floats:
+def _pair_cells(relation: Integers, draws: Draws) -> Floats:
     """[B, 4, 2], of which two are used: cells of side 1/2, the first `relation` of the second.
 
     Along the relation centres are at least 0.27 apart and across it at most 0.23, so no pair can

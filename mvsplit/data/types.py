@@ -1,7 +1,7 @@
 """What a data set hands out, and what the loader makes of it.
 
-Shapes: B batch, C channels, H height, W width, T text tokens (the longest of the batch), Dc text
-width.
+Shapes: B batch, C channels, F frames of clips, H height, W width, T text tokens (the longest of the
+batch), Dc text width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 class Examples:
     """Samples of a data set in the order asked for."""
 
-    latents: Tensor  # [B, C, H, W] float32, in [-1, 1] for pictures
+    latents: Tensor  # [B, C, H, W], of clips [B, C, F, H, W], float32, in [-1, 1] for pictures
     captions: list[str]  # B strings
 
 
@@ -27,7 +27,7 @@ class Examples:
 class Batch:
     """What one training step reads."""
 
-    latents: Tensor  # [B, C, H, W] float32
+    latents: Tensor  # [B, C, H, W] or [B, C, F, H, W] float32
     text: Tensor  # [B, T, Dc] float32, zero where there is no word
     text_valid: Tensor | None  # [B] int64, words of each sample; None: all have T
     indices: Tensor  # [B] int64, the samples' places in the data set
@@ -66,6 +66,21 @@ class BucketedDataset(Protocol):
 
     def fetch(self, indices: Sequence[int], draws: NDArray[np.uint64] | None = None) -> Examples:
         """As that of `Dataset`; 64 random bits for each sample choose among its variants."""
+
+
+@runtime_checkable
+class ClipDataset(Protocol):
+    """A `Dataset` of clips."""
+
+    @property
+    def frames(self) -> int:
+        """F of its latents [B, C, F, H, W]."""
+
+
+def sample_shape(dataset: Dataset) -> tuple[int, ...]:
+    """Of the latents of a sample: (C, H, W), or of a clip (C, F, H, W)."""
+    frames = (dataset.frames,) if isinstance(dataset, ClipDataset) else ()
+    return (dataset.channels, *frames, dataset.height, dataset.width)
 
 
 class WordDataset(Dataset, Protocol):

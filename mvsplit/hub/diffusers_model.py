@@ -45,6 +45,8 @@ class MVSplitDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_width: int,
         kv_heads: int | None = None,
         patch: int = 1,
+        patch_frames: int = 1,
+        mean: str = "clip",
         attention_bias: bool = False,
         ffn_bias: bool = False,
         rule: dict[str, Any] | None = None,

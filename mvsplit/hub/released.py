@@ -272,6 +272,8 @@ def _check_exportable(config: DiTConfig) -> None:
         "model.norm_eps": (config.norm_eps, 1e-5),
         "model.qk_eps": (config.qk_eps, 1e-6),
         "model.rope_theta": (config.rope_theta, 10_000.0),
+        "model.patch_frames": (config.patch_frames, 1),
+        "model.mean": (config.mean, "clip"),
     }
     for name, (value, needed) in fixed.items():
         if value != needed:

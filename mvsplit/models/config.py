@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mvsplit.errors import UserError, nearest
 from mvsplit.residuals import RULES, RuleConfig
+
+Mean = Literal["clip", "frame", "sequence"]
+MEANS: tuple[str, ...] = typing.get_args(Mean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,9 @@ class DiTConfig:
         ffn_width: F, the hidden width of SwiGLU.
         channels: C of the latents.
         patch: side of a square patch.
+        patch_frames: frames of a patch of a clip; pictures need 1.
+        mean: what has a mean of its own, beside the text: the whole clip, or each frame of it (of
+            patches); or the sequence, clip and text together. A picture is a clip of one frame.
         text_width: width of the text states; they are projected where it differs from `width`.
         attention_bias, ffn_bias: biases on the projections (the released model has none).
         rule: the residual rule and its start values.
@@ -39,6 +47,8 @@ class DiTConfig:
     text_width: int
     kv_heads: int | None = None
     patch: int = 1
+    patch_frames: int = 1
+    mean: Mean = "clip"
     attention_bias: bool = False
     ffn_bias: bool = False
     rule: RuleConfig = field(default_factory=RuleConfig)
@@ -48,7 +58,8 @@ class DiTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "ffn_width", "channels", "text_width", "patch"):
+        sizes = ("depth", "width", "heads", "ffn_width", "channels", "text_width", "patch")
+        for name in (*sizes, "patch_frames"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: must be at least 1")
         for name in ("rope_theta", "qk_eps", "norm_eps"):
@@ -77,10 +88,41 @@ class DiTConfig:
             raise UserError(
                 f"model.writers={self.writers!r} is unknown: choose 'rule', 'zero' or 'standard'"
             )
+        if self.mean not in MEANS:
+            raise UserError(f"model.mean={self.mean!r} is unknown: {nearest(self.mean, MEANS)}")
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def patch_values(self) -> int:
+        """Values of a patch of latents."""
+        return self.channels * self.patch_frames * self.patch**2
+
+    def patch_grid(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, rows and columns of patches of latents of `size`, (H, W) or (F, H, W)."""
+        frames, height, width = size if len(size) == 3 else (1, *size)
+        return frames // self.patch_frames, height // self.patch, width // self.patch
+
+    def check_frames(self, frames: int) -> None:
+        """Raises UserError where a clip of so many frames cannot be read; a picture has one."""
+        if frames < self.patch_frames:
+            what = "a picture has 1" if frames == 1 else f"the clip has {frames}"
+            raise UserError(
+                f"model.patch_frames={self.patch_frames}: {what} frame{'s' * (frames > 1)}, fewer "
+                "than a patch; take longer clips, or a smaller model.patch_frames"
+            )
+        if frames % self.patch_frames:
+            raise UserError(
+                f"model.patch_frames={self.patch_frames} does not divide the {frames} frames of "
+                f"the clip; choose from {_divisors(frames)}"
+            )
+        if frames > self.patch_frames and self.head_width < 8:
+            raise UserError(
+                f"model.width / model.heads = {self.head_width}: rotary embedding on three axes "
+                "needs a head width of at least 8; choose fewer heads"
+            )
 
     @property
     def groups(self) -> int:

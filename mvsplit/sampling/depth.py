@@ -101,12 +101,11 @@ def skip_effects(model: DiT, latents: Tensor, text: Tensor, valid: Tensor | None
     finally:
         for handle in handles:
             handle.remove()
-    height, width = latents.shape[2:]
     effects = []
     for index, (x, *rest) in enumerate(states):
         for block in model.blocks[index + 1 :]:
             x = block(x, *rest)
-        velocity = model.read_out(x, rest[-1], height, width)
+        velocity = model.read_out(x, latents.shape[2:])
         effects.append((velocity - whole).double().norm() / whole.double().norm())
     return torch.stack(effects).cpu()
 

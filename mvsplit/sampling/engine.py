@@ -10,7 +10,7 @@ What it cannot do it leaves to the model, and says so once:
 | where | what runs |
 |---|---|
 | CUDA, bf16 or fp16, post-norm rule, no biases | fused kernels in one CUDA graph |
-| CUDA otherwise: fp32, biases, Keel, pre-norm, sandwich, no Triton | the model's own ops in one CUDA graph |
+| CUDA otherwise: fp32, biases, Keel, pre-norm, sandwich, clips, no Triton | the model's own ops in one CUDA graph |
 | CPU; gradients; autocast; hooks or replaced parts; CUDA graphs fail | the model itself |
 """  # noqa: E501
 
@@ -147,7 +147,7 @@ class Engine:
         self, latents: Tensor, text: Tensor, valid: Tensor | None
     ) -> tuple[_Evaluation, str]:
         """How to evaluate at this shape, and that in words."""
-        obstacle = fused_obstacle(self.model)
+        obstacle = "it draws clips" if latents.ndim == 5 else fused_obstacle(self.model)
         if obstacle is not None:
             return self.model, f"the model's own ops in one CUDA graph, because {obstacle}"
         from mvsplit.sampling.engine_plan import Network
@@ -194,6 +194,8 @@ def fused_obstacle(model: DiT) -> str | None:
     """Why the fused kernels cannot do a model's blocks, if so."""
     if not HAS_TRITON:
         return "Triton is not installed (it comes with CUDA builds of torch)"
+    if model.config.mean == "sequence":
+        return "image and text have one mean together (model.mean)"
     dtype = next(model.parameters()).dtype
     if dtype not in FUSED_DTYPES:
         return f"its fused kernels take bf16 and fp16, not {dtype}"

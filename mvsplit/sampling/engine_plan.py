@@ -154,7 +154,7 @@ class Network:
         self.x = self.trunk
         self.run_blocks([cast(Block, block) for block in self.model.blocks], plan)
         image = self.stream.image_tokens(self.x)
-        return unpatchify(self.model.head(image), self.config.patch, *self.size)
+        return unpatchify(self.model.head(image), self.config.patch, self.size)
 
     def run_blocks(self, blocks: Sequence[Block], plan: Plan) -> None:
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):

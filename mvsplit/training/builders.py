@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -17,6 +18,7 @@ from mvsplit.data import (
     build_dataset,
     load_latent_encoder,
     load_text_encoder,
+    sample_shape,
 )
 from mvsplit.data.encoders import LatentEncoder, Pixels
 from mvsplit.data.types import Dataset, WordDataset
@@ -181,6 +183,8 @@ def build_data(config: DataConfig) -> Dataset:
     a name that is unknown, options it does not have, or data that are damaged."""
     given = {
         "size": config.size,
+        "frames": config.frames,
+        "motions": config.motions or None,
         "seed": config.series,
         "split": config.split,
         "path": config.path,
@@ -229,23 +233,24 @@ def build_codec(dataset: Dataset, device: torch.device) -> LatentEncoder:
     return vae
 
 
-def largest_sample(dataset: Dataset, patch: int) -> tuple[int, int]:
+def largest_sample(dataset: Dataset, model: DiTConfig) -> tuple[int, int]:
     """Image tokens of the largest sample and words of the longest caption, `UNKNOWN_TEXT` where
     the data do not know them."""
-    image = max(height * width for height, width in _shapes(dataset)) // patch**2
+    image = max(math.prod(model.patch_grid(size)) for size in _sizes(dataset))
     return image, getattr(dataset, "caption_words", UNKNOWN_TEXT)
 
 
 def _tokens(experiment: Experiment, dataset: Dataset) -> int:
     """Of the largest piece of a batch on one process, padding included."""
     config = experiment.train
-    image, words = largest_sample(dataset, experiment.model.patch)
+    image, words = largest_sample(dataset, experiment.model)
     samples = config.batch_size // (world() * config.accumulate)
     return samples * (image + padded(words))
 
 
-def _shapes(dataset: Dataset) -> Sequence[tuple[int, int]]:
-    return dataset.shapes if isinstance(dataset, Cache) else [(dataset.height, dataset.width)]
+def _sizes(dataset: Dataset) -> Sequence[tuple[int, ...]]:
+    """(H, W) of the latents, of clips (F, H, W)."""
+    return dataset.shapes if isinstance(dataset, Cache) else [sample_shape(dataset)[1:]]
 
 
 def check_fit(model: DiTConfig, dataset: Dataset) -> None:
@@ -255,7 +260,8 @@ def check_fit(model: DiTConfig, dataset: Dataset) -> None:
             f"model.channels={model.channels}: the data have {dataset.channels}; use "
             f"model.channels={dataset.channels}"
         )
-    for height, width in _shapes(dataset):
+    for *frames, height, width in _sizes(dataset):
+        model.check_frames(*frames or (1,))
         if height % model.patch or width % model.patch:
             raise UserError(
                 f"model.patch={model.patch} does not divide the image size "

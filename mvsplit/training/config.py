@@ -24,8 +24,11 @@ class DataConfig:
     """Which samples a run sees.
 
     Attributes:
-        dataset: digits, shapes, or cache for pictures that `mvsplit encode` has written.
+        dataset: digits, shapes, clips of moving shapes, or cache for pictures that `mvsplit encode`
+            has written.
         size: pixels a side, for data sets that are rendered at a choice of sizes.
+        frames: of a clip, for data sets of clips.
+        motions: of the clips, those of move, bounce, pair, pass that are drawn; all if empty.
         series: which endless series of a data set without end (its own seed).
         split: of the digits, "train" keeps a quarter for `mvsplit evaluate`; all if not given.
         embedder_seed: which frozen word embedding.
@@ -36,6 +39,8 @@ class DataConfig:
 
     dataset: str = "digits"
     size: int | None = None
+    frames: int | None = None
+    motions: tuple[str, ...] = ()
     series: int | None = None
     split: str | None = None
     embedder_seed: int = 0

@@ -114,7 +114,7 @@ def make_plan(config: DiTConfig, tokens: int, allowed: int) -> Plan:
     """
     depth = config.depth
     each: dict[Recompute, int] = {level: tokens * kept_bytes(config, level) for level in RECOMPUTE}
-    ends = tokens * 12 * config.channels * config.patch**2  # latents, noise, velocity, in fp32
+    ends = tokens * 12 * config.patch_values  # latents, noise, velocity, in fp32
     working = tokens * working_bytes(config) + 2 * cast_bytes(config) + ends + depth * NODE_BYTES
     room = allowed - working - depth * each["all"]
     levels: list[Recompute] = ["all"] * depth

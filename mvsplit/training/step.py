@@ -243,8 +243,8 @@ def _of_all_ranks(losses: Tensor, indices: Tensor, tokens: int) -> tuple[Tensor,
 
 def _tokens(model: DiT, latents: Tensor, text: Tensor) -> int:
     """Tokens that the network processes for such a batch, padding included."""
-    samples, _, height, width = latents.shape
-    return samples * (height * width // model.config.patch**2 + text.shape[1])
+    each = math.prod(model.config.patch_grid(latents.shape[2:])) + text.shape[1]
+    return len(latents) * each
 
 
 def _explain(

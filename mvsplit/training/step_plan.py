@@ -100,7 +100,7 @@ def sample_of(
         words = UNKNOWN_TEXT
     else:
         dataset = build_data(replace(data, verify=False))
-        found, words = largest_sample(dataset, patch)
+        found, words = largest_sample(dataset, experiment.model)
         source = f"data set {data.dataset}, longest captions"
         if isinstance(dataset, Cache):
             source = f"cache {data.path}; {UNKNOWN_TEXT} text tokens assumed"

@@ -34,7 +34,7 @@ def test_digits_has_no_other_samples(index):
 
 
 def test_registry_builds_by_name():
-    assert set(DATASETS) == {"cache", "digits", "shapes"}
+    assert set(DATASETS) == {"cache", "clips", "digits", "shapes"}
     assert isinstance(build_dataset("digits"), Digits)
     shapes = build_dataset("shapes", size=64, seed=3)
     assert torch.equal(shapes.fetch([5]).latents, Shapes(size=64, seed=3).fetch([5]).latents)

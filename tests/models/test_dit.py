@@ -155,7 +155,7 @@ def test_patchify_is_a_convolution_and_unpatchify_undoes_it(patch):
     convolved = functional.conv2d(latents, weight, stride=patch).flatten(2).transpose(1, 2)
     torch.testing.assert_close(tokens @ weight.flatten(1).T, convolved)
     head_order = tokens.unflatten(-1, (5, patch, patch)).permute(0, 1, 3, 4, 2).flatten(2)
-    assert torch.equal(unpatchify(head_order, patch, *latents.shape[2:]), latents)
+    assert torch.equal(unpatchify(head_order, patch, latents.shape[2:]), latents)
 
 
 def test_grouped_heads_are_repeated_heads():
@@ -270,7 +270,7 @@ def test_zero_writers_pass_the_trunk_unchanged_at_the_start(name):
     dit = DiT(config, torch.Generator().manual_seed(1)).double()
     latents, text = draw(2, 3, 4, 2, seed=50), draw(2, 4, 7, seed=51)
     stream, segments = dit.embed(latents, text, None)
-    expected = unpatchify(dit.head(stream[:, segments.slices[0]]), 2, 4, 2)
+    expected = unpatchify(dit.head(stream[:, segments.slices[0]]), 2, (4, 2))
     torch.testing.assert_close(dit(latents, text), expected, rtol=1e-4, atol=1e-4)
 
 

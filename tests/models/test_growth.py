@@ -61,7 +61,7 @@ def test_the_difference_is_that_of_one_norm_however_many_blocks() -> None:
     model(*args)
     (x,) = trunks
     shrunk = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    expected = model.read_out(shrunk, model.embed(*args)[1], 6, 4)
+    expected = model.read_out(shrunk, (6, 4))
     for depth in (4, 20):
         torch.testing.assert_close(deeper(model, depth, "end")(*args), expected, rtol=0, atol=1e-9)
     assert 0 < (shrunk - x).norm() / x.norm() < EPS / 2
