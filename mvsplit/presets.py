@@ -137,6 +137,54 @@ PRESETS: dict[str, Experiment] = {
             sample_shift=2.0,  # docs/samplers.md
         ),
     ),
+    # One moving shape with its caption, 8 frames of 32×32: a few minutes on two cores.
+    "clips-tiny": Experiment(
+        model=DiTConfig(
+            depth=6,
+            width=96,
+            heads=4,
+            ffn_width=288,
+            channels=3,
+            patch=8,
+            patch_frames=2,
+            text_width=64,
+            rule=RuleConfig(name="mvsplit"),
+        ),
+        data=DataConfig(dataset="clips", size=32, frames=8, motions=("move",)),
+        train=TrainConfig(
+            steps=1200,
+            batch_size=32,
+            lr=2e-3,
+            warmup=50,
+            ema_decay=0.99,
+            save_every=400,
+            sample_shift=2.0,
+        ),
+    ),
+    # All motions, in patches of 4×4 pixels of one frame: minutes on a GPU.
+    "clips-12l": Experiment(
+        model=DiTConfig(
+            depth=12,
+            width=256,
+            heads=8,
+            ffn_width=768,
+            channels=3,
+            patch=4,
+            text_width=256,
+            rule=RuleConfig(name="mvsplit"),
+        ),
+        data=DataConfig(dataset="clips", size=32, frames=8),
+        train=TrainConfig(
+            steps=6_000,
+            batch_size=64,
+            lr=1e-3,
+            warmup=200,
+            ema_decay=0.998,
+            precision="bf16",
+            save_every=1000,
+            sample_shift=2.0,
+        ),
+    ),
     # One's own pictures, from the cache of `mvsplit encode` that data.path names. The widths are
     # those of the FLUX.2 autoencoder and of Qwen3-0.6B.
     "pictures": Experiment(

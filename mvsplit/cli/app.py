@@ -62,6 +62,10 @@ def serving(args: Arguments) -> Iterator[Served]:
         folder = Path(name)
         gradio = load_gradio(folder / "cache")  # what is missing is said before weights are read
         subject = open_subject(args)
+        if subject.kind == "clip":
+            raise UserError(
+                f"{args.source}: draws clips, which the page cannot show; mvsplit sample"
+            )
         network = accelerated(subject.model, say=lambda choice: print(f"network: {choice}"))
         drawing = Drawing(subject, network, folder / "pictures")
         served = serve_page(gradio, build_page(gradio, subject, drawing), folder, args.port)

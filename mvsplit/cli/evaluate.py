@@ -14,9 +14,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from mvsplit.cli import evaluate_compare
 from mvsplit.cli.bars import progress_bar
 from mvsplit.cli.subject import Options, Subject, find_run, open_subject
-from mvsplit.data import Digits, Shapes
+from mvsplit.data import Clips, Digits, Shapes
 from mvsplit.data.types import Dataset
 from mvsplit.errors import UserError
+from mvsplit.evaluation.clip_reader import require_frames
+from mvsplit.evaluation.clips import evaluate_clips
 from mvsplit.evaluation.digits import digit_frechet, evaluate_digits
 from mvsplit.evaluation.drawn import DrawnPictures, draw_missing
 from mvsplit.evaluation.geneval import evaluate_shapes, geneval_indices, scenes_at
@@ -40,6 +42,7 @@ from mvsplit.training import DataConfig, read_experiment
 from mvsplit.training.builders import build_data
 
 VALIDATION_SAMPLES = 256
+JUDGED = ("digits", "shapes", "clips")  # data sets whose pictures are read
 REAL_SHAPES = 2400  # rendered pictures, for the Fréchet distance
 Scores = Iterator[tuple[str, float]]
 
@@ -121,6 +124,8 @@ class Evaluating:
         self.args, self.subject = args, open_subject(args)
         run = find_run(args.source)
         self.data = None if run is None else read_experiment(run).data
+        if self.subject.kind == "clip" and args.num_images:
+            require_frames(self.subject.shape[1])
         self.folder = Path("evaluations") if run is None else run / "evaluations"
         self.config = _config(args, self.subject)
         self.name = args.name or _name(args, self.subject, self.config)
@@ -200,7 +205,8 @@ class Evaluating:
             "prompts_sha256": text_sha256(prompts),
         }
         recipe = {"weights": self.passport["weights"]["sha256"], **self.passport["sampling"]}
-        drawn = DrawnPictures(self.folder / self.name, recipe)
+        frames = self.subject.shape[1] if self.subject.kind == "clip" else None
+        drawn = DrawnPictures(self.folder / self.name, recipe, frames)
         steps = len(prompts) * self.config.steps
         begun = min(drawn.done, len(prompts)) * self.config.steps
         task = bar.add_task("drawing", total=steps, completed=begun)
@@ -241,6 +247,8 @@ class Evaluating:
         if self._kind == "shapes":
             shapes = self._shapes(SERIES)
             return [s.caption for s in scenes_at(shapes, geneval_indices(shapes, count))]
+        if self._kind == "clips":
+            return [scene.caption for scene in self._clips().scenes(range(count))]
         if self.held_out is None:
             raise UserError("prompts: give --prompts FILE, one a line, or --num-images 0")
         dataset: Dataset = self.held_out.dataset
@@ -251,10 +259,12 @@ class Evaluating:
     def _judge(self, drawn: DrawnPictures, bar: Progress) -> dict[str, float]:
         count = self.args.num_images
         scores: dict[str, float] = {}
-        if self.args.prompts is None and self._kind in ("digits", "shapes"):
+        if self.args.prompts is None and self._kind in JUDGED:
             judge: Callable[[DrawnPictures], Scores] = getattr(self, f"_judge_{self._kind}")
             scores |= dict(judge(drawn))
         if self.args.reference is not None:
+            if self.subject.kind == "clip":
+                raise UserError(f"reference={self.args.reference}: is for pictures, not for clips")
             scores |= dict(self._judge_real(drawn, bar))
         if not scores:
             print(f"{count} pictures are drawn; to score them give --reference and --inception")
@@ -277,12 +287,16 @@ class Evaluating:
         self.passport["reference"] = {"pictures": len(real), "sha256": values_sha256(real)}
         yield from evaluate_shapes(drawn.read(len(scenes)), scenes, real)
 
+    def _judge_clips(self, drawn: DrawnPictures) -> Scores:
+        scenes = self._clips().scenes(range(self.args.num_images))
+        yield from evaluate_clips(drawn.read(len(scenes)), scenes)
+
     def _judge_real(self, drawn: DrawnPictures, bar: Progress) -> Scores:
         assert self.args.reference is not None
         assert self.args.inception is not None
         device = next(self.subject.model.parameters()).device
         network = load_network(self.args.inception, device, batch_size=self.args.batch_size)
-        _, height, width = self.subject.shape
+        height, width = self.subject.shape[1:]
         side = height * self.subject.codec.multiple, width * self.subject.codec.multiple
         reference = Reference(self.args.reference, side)
         self.passport["real"] = {
@@ -309,6 +323,12 @@ class Evaluating:
         shapes = build_data(replace(self.data, series=series))
         assert isinstance(shapes, Shapes)
         return shapes
+
+    def _clips(self) -> Clips:
+        assert isinstance(self.data, DataConfig)
+        clips = build_data(replace(self.data, series=SERIES))
+        assert isinstance(clips, Clips)
+        return clips
 
 
 def _config(args: Arguments, subject: Subject) -> SamplingConfig:

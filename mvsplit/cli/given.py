@@ -34,6 +34,8 @@ def read_edit(
             if value is not None:
                 raise UserError(f"{name}={value}: needs a picture; give it with --image")
         return None
+    if subject.kind == "clip":
+        raise UserError(f"image={image}: a clip cannot begin with a picture; leave --image out")
     picture = open_picture(image, "image")
     known = None if mask is None else _read_mask(mask, picture.size, subject)
     if strength is None:
@@ -62,7 +64,7 @@ def open_picture(path: Path, option: str) -> Image.Image:
 
 def picture_size(subject: Subject) -> tuple[int, int]:
     """Width and height in pixels of what the subject draws."""
-    _, height, width = subject.shape
+    height, width = subject.shape[1:]
     return width * subject.codec.multiple, height * subject.codec.multiple
 
 
@@ -84,7 +86,7 @@ def _read_mask(path: Path, size: tuple[int, int], subject: Subject) -> Tensor:
         )
     drawn = mask.convert("L").point(lambda grey: 255 if grey >= _WHITE else 0)
     black = torch.from_numpy(np.array(_fitted(drawn, subject)) == 0)
-    _, height, width = subject.shape
+    height, width = subject.shape[1:]
     cells = black.reshape(height, subject.codec.multiple, width, subject.codec.multiple)
     known = cells.all(3).all(1)
     if known.all():

@@ -1,4 +1,5 @@
-"""`mvsplit sample RUN_OR_WEIGHTS --prompt …`: pictures from a trained run or released weights."""
+"""`mvsplit sample RUN_OR_WEIGHTS --prompt …`: pictures from a trained run or released weights, or
+clips from a run on clips."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import TaskProgressColumn
+from torch import Tensor
 
 from mvsplit.cli.bars import progress_bar
 from mvsplit.cli.given import read_edit
@@ -21,26 +23,34 @@ from mvsplit.data import DATASETS
 from mvsplit.errors import UserError
 from mvsplit.sampling import (
     SAMPLERS,
+    ClipFolder,
     Edit,
     PictureFolder,
     SamplingConfig,
     accelerated,
     generate,
     skip_least,
+    to_clips,
     to_pictures,
 )
 
 RANKING_STEPS, RANKING_PICTURES = 4, 4  # of the look that ranks the blocks
 GRID_AT_MOST = 256  # pictures; more would not be seen anyway
+ROWS_AT_MOST = 32  # clips of a contact sheet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(Options):
-    """Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl.
+    """Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl. A run on
+    clips draws clips: GIF files, a contact sheet and metadata.jsonl.
 
     Attributes:
         prompt: what to draw; "" for no condition. A run knows the words of its data (see above).
-        num_images: how many pictures.
+        num_images: how many pictures, or clips.
+        frames: of a clip; only those of the run's training are possible, and are taken if not
+            given.
+        fps: frames a second at which a clip is shown.
+        mp4: write each clip as MP4 too (extra video).
         seed: of the noise; picture k has the same noise in any batch size.
         steps: of the sampler.
         sampler: euler and ab2 and dpmpp-2m evaluate the velocity once a step, heun twice
@@ -67,6 +77,9 @@ class Arguments(Options):
 
     prompt: str
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
+    frames: int | None = None
+    fps: float = 8.0
+    mp4: bool = False
     seed: int = 0
     steps: int = 35
     sampler: str = "euler"
@@ -84,6 +97,8 @@ class Arguments(Options):
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise UserError(f"num-images={self.num_images}: must be at least 1")
+        if not 0.1 <= self.fps <= 100:
+            raise UserError(f"fps={self.fps:g}: must be in 0.1 … 100 frames a second")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -107,7 +122,8 @@ def describe() -> str:
     lines = [f"Words of a run on {name}: {known}." for name, known in words.items()]
     return "\n\n".join(
         (
-            "Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl.",
+            "Draws pictures with a trained run or weights; PNG files, a grid and metadata.jsonl. A "
+            "run on clips draws clips: GIF files, a contact sheet and metadata.jsonl.",
             f"Samplers: {', '.join(SAMPLERS)}.",
             *lines,
             "A run on a cache and released weights take any words.",
@@ -118,18 +134,37 @@ def describe() -> str:
 def run(args: Arguments) -> None:
     """Draws the pictures and says where they are, also when it is interrupted."""
     subject = open_subject(args)
+    _check_clips(args, subject)
     config = _config(args, subject)
     edit = read_edit(args.image, args.mask, args.strength, subject)
     subject.embedder.encode([args.prompt])  # an unknown word is an error before a folder is made
     subject = _shallower(subject, args, config)
-    pictures = PictureFolder(args.out or _new_folder(subject, args))
     record = _record(args, config, edit, subject)
+    folder, kind = args.out or _new_folder(subject, args), subject.kind
+    output = _Clips(folder, record, args) if kind == "clip" else _Pictures(folder, record)
     print(_summary(args, config, edit, subject), flush=True)
     try:
-        _draw(subject, config, args.num_images, edit, pictures, record)
+        _draw(subject, config, args.num_images, edit, output)
     finally:
-        saved = len(list(pictures.path.glob("[0-9]*.png")))
-        print(f"{saved} of {args.num_images} pictures are in {pictures.path}")
+        print(f"{output.saved} of {args.num_images} {kind}s are in {folder}")
+
+
+def _check_clips(args: Arguments, subject: Subject) -> None:
+    """Raises UserError where options for clips do not fit what is drawn with."""
+    if subject.kind == "picture":
+        for name, value in (("frames", args.frames), ("mp4", args.mp4 or None)):
+            if value is not None:
+                raise UserError(
+                    f"{name}={value}: {args.source} draws pictures; train on clips, for example "
+                    "mvsplit train clips-tiny"
+                )
+        return
+    frames = subject.shape[1]
+    if args.frames not in (None, frames):
+        raise UserError(
+            f"frames={args.frames}: {args.source} was trained on clips of {frames} frames and "
+            f"knows no other; leave --frames out, or train with --data.frames {args.frames}"
+        )
 
 
 def _config(args: Arguments, subject: Subject) -> SamplingConfig:
@@ -185,8 +220,48 @@ def _summary(args: Arguments, config: SamplingConfig, edit: Edit | None, subject
     passes = config.passes(1.0 if edit is None else edit.strength)
     return (
         f"{config.sampler}, {config.steps} steps, guidance {config.guidance:g}, shift "
-        f"{config.shift:g}{source}: {passes} passes of the network a picture"
+        f"{config.shift:g}{source}: {passes} passes of the network a {subject.kind}"
     )
+
+
+class _Pictures:
+    """Where pictures go as soon as their batch is done, and then the grid."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self._folder, self.record = PictureFolder(path), record
+        self._first: list[Image.Image] = []
+        self.saved = 0
+
+    def add(self, indices: Sequence[int], decoded: Tensor) -> None:
+        made = to_pictures(decoded)
+        for index, picture in zip(indices, made, strict=True):
+            self._folder.add(index, picture, {**self.record, "index": index})
+            self.saved += 1
+        self._first += made[: GRID_AT_MOST - len(self._first)]
+
+    def finish(self) -> None:
+        if self._first:
+            self._folder.add_grid(self._first, self.record)
+
+
+class _Clips:
+    """Where clips go as soon as their batch is done, and then the contact sheet."""
+
+    def __init__(self, path: Path, record: dict[str, Any], args: Arguments) -> None:
+        self._folder, self.record = ClipFolder(path, args.fps, mp4=args.mp4), record
+        self._first: list[list[Image.Image]] = []
+        self.saved = 0
+
+    def add(self, indices: Sequence[int], decoded: Tensor) -> None:
+        made = to_clips(decoded)
+        for index, frames in zip(indices, made, strict=True):
+            self._folder.add_clip(index, frames, {**self.record, "index": index})
+            self.saved += 1
+        self._first += made[: ROWS_AT_MOST - len(self._first)]
+
+    def finish(self) -> None:
+        if self._first:
+            self._folder.add_contact_sheet(self._first, self.record)
 
 
 def _draw(
@@ -194,18 +269,16 @@ def _draw(
     config: SamplingConfig,
     count: int,
     edit: Edit | None,
-    folder: PictureFolder,
-    record: dict[str, Any],
+    output: _Pictures | _Clips,
 ) -> None:
-    """Saves every picture as soon as its batch is done, then the grid."""
-    first: list[Image.Image] = []
+    """Saves everything as soon as its batch is done, then all in one picture."""
     network = accelerated(subject.model, say=lambda choice: print(f"network: {choice}", flush=True))
     with progress_bar(Console(stderr=True), TaskProgressColumn()) as bar:
         task = bar.add_task(f"drawing with {subject.title}", total=count * config.steps)
         batches = generate(
             network,
             subject.embedder,
-            [record["prompt"]] * count,
+            [output.record["prompt"]] * count,
             subject.shape,
             config,
             edit=edit,
@@ -213,13 +286,9 @@ def _draw(
         )
         try:
             for batch in batches:
-                made = to_pictures(subject.codec.decode(batch.latents))
-                for index, picture in zip(batch.indices, made, strict=True):
-                    folder.add(index, picture, {**record, "index": index})
-                first += made[: GRID_AT_MOST - len(first)]
+                output.add(batch.indices, subject.codec.decode(batch.latents))
         finally:  # what is finished is shown together, also after Ctrl-C
-            if first:
-                folder.add_grid(first, record)
+            output.finish()
 
 
 def _new_folder(subject: Subject, args: Arguments) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from mvsplit.data import Embedder
+from mvsplit.data import Embedder, sample_shape
 from mvsplit.data.encoders import LatentEncoder, Pixels
 from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
@@ -38,7 +38,7 @@ class Subject:
 
     Attributes:
         model, embedder: the network and what encodes its prompts.
-        shape: (C, H, W) of its latents.
+        shape: (C, H, W) of its latents, or of clips (C, F, H, W).
         codec: pictures in [−1, 1] to latents [B, C, H, W] and back.
         shift: of the time, where nothing else is asked for.
         shift_source: whose that is.
@@ -49,7 +49,7 @@ class Subject:
 
     model: DiT
     embedder: Embedder
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     codec: LatentEncoder
     shift: float
     shift_source: str
@@ -57,6 +57,11 @@ class Subject:
     folder: Path
     name: str
     record: dict[str, Any]
+
+    @property
+    def kind(self) -> Literal["picture", "clip"]:
+        """What it draws."""
+        return "picture" if len(self.shape) == 3 else "clip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ def _of_run(run: Path, args: Options) -> Subject:
     return Subject(
         model=loaded.model,
         embedder=loaded.embedder,
-        shape=(data.channels, data.height, data.width),
+        shape=sample_shape(data),
         codec=build_codec(data, device),
         shift=shift,
         shift_source=shift_source,

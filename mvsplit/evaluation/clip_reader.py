@@ -3,10 +3,10 @@ what passes in front of what.
 
 Nothing learned. Every frame is read as a picture (`reader`); then
 
-1. What has one colour in several frames, the first or the last among them, is one object; its shape
-   is the one that most frames show.
-2. Its way is the best of a straight line and of a line that turns back once along one axis, by least
-   squares; where two objects come too near to each other to be read apart, the frames do not count.
+1. What has one colour in several frames, the first or the last among them, is one object; its
+   shape is the one that most frames show.
+2. Its way is the best of a straight line and of a line that turns back once along one axis, by
+   least squares; frames in which two objects come too near to be read apart do not count.
 3. Where the ways of two objects cross, the frames are painted both ways, either in front, and the
    painting with the smaller error says which it is.
 
@@ -101,15 +101,21 @@ def read_clips(clips: Tensor) -> list[SeenClip]:
         UserError: too few frames to see a motion.
     """
     frames = clips.shape[2]
-    if frames < FEWEST_FRAMES:
-        raise UserError(
-            f"clips of {frames} frames: the reader needs at least {FEWEST_FRAMES} to see a motion"
-        )
+    require_frames(frames)
     seen = read_pictures(clips.transpose(1, 2).flatten(0, 1))
     return [
         _read_clip(clip, seen[start : start + frames])
         for clip, start in zip(clips, range(0, len(seen), frames), strict=True)
     ]
+
+
+def require_frames(frames: int) -> None:
+    """Raises UserError where clips of so many frames are too short to be read."""
+    if frames < FEWEST_FRAMES:
+        raise UserError(
+            f"clips of {frames} frames are too short to see a motion: the reader needs at least "
+            f"{FEWEST_FRAMES}; for the loss alone give --num-images 0"
+        )
 
 
 def _read_clip(clip: Tensor, frames: Sequence[SeenPicture]) -> SeenClip:

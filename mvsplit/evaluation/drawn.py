@@ -1,7 +1,7 @@
 """Drawn pictures that wait on the disk to be scored, so that a killed evaluation goes on.
 
 FOLDER/recipe.json     all that decides the pictures; another recipe is refused
-FOLDER/000000.png, …   in their own size, each whole or not there
+FOLDER/000000.png, …   in their own size, each whole or not there; of a clip, its frames side by side
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mvsplit.data import Embedder
 from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.sampling import Engine, SamplingConfig, generate, save_png
+from mvsplit.sampling.images import to_bytes
 
 _RECIPE = "recipe.json"
 
@@ -27,12 +28,17 @@ _RECIPE = "recipe.json"
 class DrawnPictures:
     """A folder of pictures 0 … done - 1 of one recipe.
 
+    Args:
+        folder: created if absent.
+        recipe: all that decides the pictures.
+        frames: of clips; None for pictures.
+
     Raises:
         UserError: the folder holds pictures of another recipe, or cannot be written.
     """
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], frames: int | None = None) -> None:
+        self.folder, self._frames = folder, frames
         file, given = folder / _RECIPE, json.loads(json.dumps(recipe))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,15 +69,21 @@ class DrawnPictures:
         return next(k for k in range(len(names) + 1) if self.path(k).name not in names)
 
     def add(self, indices: Sequence[int], pictures: Tensor) -> None:
-        """Saves pictures [B, 1 or 3, S, S] in [−1, 1]; values outside are cut."""
-        pixels = pictures.float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+        """Saves pictures [B, 1 or 3, S, S], or clips [B, 1 or 3, F, S, S], in [−1, 1]; values
+        outside are cut."""
+        if self._frames is not None:
+            pictures = pictures.transpose(2, 3).flatten(3)  # [B, C, S, F·S]
+        pixels = to_bytes(pictures)
         for index, array in zip(indices, pixels.permute(0, 2, 3, 1).numpy(), strict=True):
             picture = Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
             save_png(self.path(index), picture, {"index": index})
 
     def read(self, count: int) -> Tensor:
-        """The first `count` pictures, [N, C, S, S] in [−1, 1]."""
-        return torch.cat([read_png(path) for path in self.paths(count)]).float() / 127.5 - 1
+        """The first `count` pictures, [N, C, S, S] in [−1, 1], or clips [N, C, F, S, S]."""
+        pictures = torch.cat([read_png(path) for path in self.paths(count)]).float() / 127.5 - 1
+        if self._frames is None:
+            return pictures
+        return pictures.unflatten(3, (self._frames, -1)).transpose(2, 3)
 
 
 def draw_missing(

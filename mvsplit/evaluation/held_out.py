@@ -24,7 +24,7 @@ from mvsplit.sampling import sample_noise
 from mvsplit.training import DataConfig
 from mvsplit.training.builders import build_data, build_embedder
 
-SERIES = 1_000_003  # of the shapes that no preset trains on
+SERIES = 1_000_003  # of the shapes and clips that no preset trains on
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -46,7 +46,7 @@ class HeldOut:
 def held_out(config: DataConfig, text_width: int, path: Path | None = None) -> HeldOut:
     """Samples of the same kind as those of `config` that a training on it never sees.
 
-    Digits: the quarter that split="train" leaves out. Shapes: another series. A cache: another one,
+    Digits: the quarter that split="train" leaves out. Shapes and clips: another series. A cache: another one,
     at `path`, made with the same encoders.
 
     Raises:
@@ -65,8 +65,8 @@ def held_out(config: DataConfig, text_width: int, path: Path | None = None) -> H
             )
         return HeldOut(dataset=Digits("held-out"), embedder=None, name="digits held-out")
     series = SERIES if config.series != SERIES else SERIES + 1
-    shapes = build_data(replace(config, series=series))
-    return HeldOut(dataset=shapes, embedder=None, name=f"shapes series {series}")
+    dataset = build_data(replace(config, series=series))
+    return HeldOut(dataset=dataset, embedder=None, name=f"{config.dataset} series {series}")
 
 
 def _other_cache(config: DataConfig, text_width: int, path: Path | None) -> HeldOut:

@@ -3,6 +3,7 @@ disk."""
 
 from mvsplit.sampling.depth import skip_least, without_blocks
 from mvsplit.sampling.edit import Edit, sample_edit
+from mvsplit.sampling.clips import ClipFolder, to_clips
 from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.generate import Generated, SamplingConfig, generate
 from mvsplit.sampling.guidance import classifier_free
@@ -13,6 +14,7 @@ from mvsplit.sampling.samplers import SAMPLERS, Velocity, ab2, dpmpp_2m, euler, 
 
 __all__ = [
     "SAMPLERS",
+    "ClipFolder",
     "Edit",
     "Engine",
     "Generated",
@@ -34,6 +36,7 @@ __all__ = [
     "sample_noise",
     "save_png",
     "skip_least",
+    "to_clips",
     "to_pictures",
     "without_blocks",
 ]

@@ -43,11 +43,16 @@ def to_pictures(latents: Tensor) -> list[Image.Image]:
         )
     if not latents.isfinite().all():
         raise UserError("latents hold values that are not finite; there is no picture of them")
-    pixels = latents.float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+    pixels = to_bytes(latents)
     factor = math.ceil(_SMALLEST_SIDE / max(latents.shape[2:]))
     enlarged = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     arrays = enlarged.permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def to_bytes(latents: Tensor) -> Tensor:
+    """[−1, 1] to 0 … 255, uint8 on the CPU; values outside are cut."""
+    return latents.float().add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 
 
 def make_grid(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -72,9 +77,18 @@ def save_png(path: Path, picture: Image.Image, record: Mapping[str, Any]) -> Non
     info.add_itxt(METADATA_KEY, _to_json(record))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
+    save_bytes(path, buffer.getvalue())
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -113,13 +127,17 @@ class PictureFolder:
         """Saves a picture and, after it, its line. Raises UserError where the disk is full."""
         path = self.path / f"{index:05d}.png"
         save_png(path, picture, record)
-        line = _to_json({"file_name": path.name, **record}) + "\n"
+        self.note(path.name, record)
+        return path
+
+    def note(self, file_name: str, record: Mapping[str, Any]) -> None:
+        """Adds the line of a file that is there."""
+        line = _to_json({"file_name": file_name, **record}) + "\n"
         try:
             with open(self._metadata, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
             raise _cannot_write(self._metadata, error) from error
-        return path
 
     def add_grid(self, pictures: Sequence[Image.Image], record: Mapping[str, Any]) -> Path:
         """Saves `grid.png`. Raises UserError where the disk is full."""
