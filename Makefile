@@ -22,10 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(EXTRAS): $(STAMP)
-	@echo "Adding the extras 'hub' and 'app' for the tests of diffusers, transformers and the page,"
+	@echo "Adding the extras 'hub', 'app' and 'video' for the tests of diffusers, the page and MP4 files,"
 	@echo "and torch-fidelity, without its torchvision, for those of the scores"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,hub,app]'
+		--constraint constraints.txt --editable '.[dev,hub,app,video]'
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --no-deps torch-fidelity
 	@touch $@

@@ -1,7 +1,7 @@
 """Drawn pictures that wait on the disk to be scored, so that a killed evaluation goes on.
 
 FOLDER/recipe.json     all that decides the pictures; another recipe is refused
-FOLDER/000000.png, …   in their own size, each whole or not there; of a clip, its frames side by side
+FOLDER/000000.png, …   in their own size, each whole or not there; a clip's frames side by side
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class HeldOut:
 def held_out(config: DataConfig, text_width: int, path: Path | None = None) -> HeldOut:
     """Samples of the same kind as those of `config` that a training on it never sees.
 
-    Digits: the quarter that split="train" leaves out. Shapes and clips: another series. A cache: another one,
-    at `path`, made with the same encoders.
+    Digits: the quarter that split="train" leaves out. Shapes and clips: another series. A cache:
+    another one, at `path`, made with the same encoders.
 
     Raises:
         UserError: the training saw all digits; no path for a cache, or one that shares pictures

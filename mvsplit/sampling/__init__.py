@@ -1,9 +1,9 @@
 """Sampling: samplers, guidance, given pictures, noise of its own for each picture, and pictures on
 disk."""
 
+from mvsplit.sampling.clips import ClipFolder, to_clips
 from mvsplit.sampling.depth import skip_least, without_blocks
 from mvsplit.sampling.edit import Edit, sample_edit
-from mvsplit.sampling.clips import ClipFolder, to_clips
 from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.generate import Generated, SamplingConfig, generate
 from mvsplit.sampling.guidance import classifier_free
