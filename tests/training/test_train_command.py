@@ -49,7 +49,7 @@ def test_options_reach_every_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tinny"], "preset='tinny' is unknown: did you mean tiny?"),
+        (["tinny"], "preset='tinny' is unknown: did you mean tiny"),
         ([], "preset: name one first, for example tiny"),
         (["--steps", "3"], "preset: name one first"),
         (["tiny", "--steps", "0"], "train.steps=0: must be at least 1"),
