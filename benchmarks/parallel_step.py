@@ -39,6 +39,7 @@ import torch
 from parallel_parts import exchange_errors, link_rates, save_and_step, saved_again
 from step_parts import Size, Trainer, free, peak_gib, rates, seconds
 
+from mvsplit.models import DiT
 from mvsplit.training import TrainConfig
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.distributed import (
@@ -56,6 +57,7 @@ LAYOUTS = {
     "8 blocks a unit": ParallelConfig(layout="shard", unit=8),
     "8 blocks a unit, kept after forward": ParallelConfig(layout="shard", unit=8, reshard=False),
 }
+FP32_BYTES = 24  # of a sharded parameter: weight, copy, gradient as it comes and as it is kept, 8
 SAMPLES = 104  # a step on each GPU, as in train_step.py
 
 
@@ -69,13 +71,14 @@ class Job:
     deep: int = 1000
     samples: int = SAMPLES  # a step on each GPU
     piece: int = 26
+    piece_fp32: int = 13
     steps: int = 3
     window: int = 12  # steps between two saves
 
     def pieces(self, weights: str) -> tuple[int, int]:
-        """Samples of a piece and pieces of a step, as in train_step.py: fp32 weights leave less
-        room."""
-        size = self.piece if weights == "bf16" else max(self.piece // 2, 1)
+        """Samples of a piece and pieces of a step, as in train_step.py where nothing is asked for:
+        fp32 weights leave less room."""
+        size = self.piece if weights == "bf16" else self.piece_fp32
         return size, self.samples // size
 
 
@@ -90,7 +93,8 @@ def losses_of(job: Job, layout: ParallelConfig) -> list[float]:
     """Loss and gradient norm of four steps of six layers in fp32; each process has its rows of the
     same batch, or all of them where it is alone."""
     small = replace(job.size, width=min(job.size.width, 256), heads=2)
-    trainer = Trainer(small.model(6), config(parallel=layout), small, job.device)
+    # ε above the rounding of gradients, of which AdamW would else make steps
+    trainer = Trainer(small.model(6), config(parallel=layout, eps=1e-5), small, job.device)
     whole = trainer.piece(2 * launched_world(), seed=7)
     first = 2 * launched_rank()
     share = slice(first, first + 2) if world() > 1 else slice(None)
@@ -163,10 +167,16 @@ def sharded(job: Job) -> dict[str, Any]:
     return found
 
 
-def thousand(job: Job, weights: str, layout: str) -> dict[str, Any]:
-    """A step of 1000 layers on one piece of each GPU, and the losses of a few more."""
+def thousand(job: Job, layout: str) -> dict[str, Any]:
+    """Steps of 1000 layers on one piece of each GPU; with bf16 weights, unless fp32 would fit."""
     free()
     parallel = ParallelConfig(layout=layout, unit=8)
+    weights = "bf16"
+    if layout == "shard" and job.device != "cpu":
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DiT(job.size.model(job.deep)).parameters())
+        room = torch.cuda.get_device_properties(job.device).total_memory
+        weights = "fp32" if FP32_BYTES * parameters / world() < 0.7 * room else "bf16"
     settings = config(precision="bf16", weights=weights, parallel=parallel)
     trainer = Trainer(job.size.model(job.deep, beta=0.03), settings, job.size, job.device)
     parts = [trainer.piece(job.pieces(weights)[0], launched_rank())]
@@ -181,6 +191,7 @@ def thousand(job: Job, weights: str, layout: str) -> dict[str, Any]:
         "tokens_per_second": found["tokens_per_second"] * world(),
         "losses": [statistics.fmean(from_each(loss)) for loss, _ in losses],
         "norms": [norm for _, norm in losses],
+        "weights": weights,
         "parameters": trainer.parameters,
     }
 
@@ -209,10 +220,10 @@ def stages(job: Job, args: argparse.Namespace) -> Iterator[tuple[str, int, Calla
     yield "links", 5, lambda: link_rates(job.device)
     yield "replicated bf16", 25, lambda: step(job, "bf16", whole)
     yield "replicated fp32", 30, lambda: step(job, "fp32", whole)
-    yield "thousand replicated", 30, lambda: thousand(job, "bf16", "replicate")
+    yield "thousand replicated", 30, lambda: thousand(job, "replicate")
     yield "save", 90, lambda: saving(job, args.folder)
     yield "sharded", 40, lambda: sharded(job)
-    yield "thousand sharded", 60, lambda: thousand(job, args.sharded_weights, "shard")
+    yield "thousand sharded", 60, lambda: thousand(job, "shard")
     yield "resume", 30, lambda: resume(job, args.folder)
 
 
@@ -225,10 +236,11 @@ def main() -> None:
         torch.cuda.set_device(device)
     job = Job(Size(), device)
     if args.batch:
-        job = replace(job, piece=32, samples=args.batch // launched_world())
+        job = replace(job, piece=32, piece_fp32=32, samples=args.batch // launched_world())
     if args.trial:
-        size = Size(32, 2, 3, 8)
-        job = Job(size, device, depth=4, deep=6, samples=4, piece=2, steps=2, window=2)
+        small = {"depth": 4, "deep": 6, "samples": 4, "piece": 2, "piece_fp32": 1, "window": 2}
+        job = Job(Size(128, 2, 3, 8), device, **small)
+    job = replace(job, steps=args.steps)
     result = Result(args, job, on_gpu)
     alone = ("alone bf16", 25, "bf16"), ("alone fp32", 25, "fp32")
     expected = losses_of(job, ParallelConfig()) if args.wants("gate") else []
@@ -283,7 +295,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--trial", action="store_true", help="small, on CPUs")
     parser.add_argument("--batch", type=int, default=0, help="samples of all GPUs together")
-    parser.add_argument("--sharded-weights", default="fp32", help="of the 1000 sharded layers")
+    parser.add_argument("--steps", type=int, default=3, help="that are timed")
     parser.add_argument("--folder", type=Path, help="of checkpoints; else `save` makes one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -172,8 +172,7 @@ class TrainConfig:
         ema_decay: of the averaged weights; 0 keeps none.
         precision: fp32, or bf16 arithmetic.
         weights: of the blocks' matrices: fp32, or bf16 rounded stochastically with moments of 3
-            bytes an element, 7 bytes a parameter in all instead of 16 (needs precision=bf16 and
-            one process).
+            bytes an element, 7 bytes a parameter in all instead of 16 (needs precision=bf16).
         recompute: what the backward of a block computes again instead of keeping it, on a GPU:
             nothing, its packed FFN projection, all, or auto: as little as memory allows.
         seed: of initial weights, order of the data, dropped captions, noise and times.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvsplit.models import DiT
 from mvsplit.training.nonfinite import families
-from mvsplit.training.optimizer import FlatGroup, norm_of, over_ranks
+from mvsplit.training.optimizer import FlatGroup, counted_once, norm_of, over_ranks
 
 FAMILIES = ("Embed", "Q", "K", "V", "Attn_WO", "FFN_W13", "FFN_W2", "LoRA_A", "gains", "Final")
 
@@ -54,11 +54,11 @@ def family_norms(model: DiT, groups: Iterable[FlatGroup]) -> dict[str, Tensor]:
     waits for it. Where parameters are spread over ranks, every rank has to call it."""
     groups = list(groups)
     found: dict[str, list[Tensor]] = {}
-    for group in groups:
+    for group, counts in counted_once(groups):
         if group not in _bands:
             _bands[group] = _cut(model, group)
         for band in _bands[group]:
-            found.setdefault(band.family, []).append(band.norms())
+            found.setdefault(band.family, []).append(band.norms() * counts)
     names = [family for family in FAMILIES if family in found]
     here = [torch.linalg.vector_norm(torch.stack(found[name]), dim=0) for name in names]
     return dict(zip(names, over_ranks(groups, here), strict=True))

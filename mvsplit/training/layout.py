@@ -55,8 +55,6 @@ def layout_of(
         return _layout(parallel.layout, "as asked for")
     if parallel.replicas > 1:
         return _layout("shard", f"train.parallel.replicas={parallel.replicas} divides them")
-    if config.weights == "bf16":
-        return _layout("replicate", "bf16 weights are not sharded")
     if gpu is None:
         return _layout("replicate", "which is faster")
     memory = step_memory(model, with_layout(config, "replicate"), tokens, gpu, ranks)

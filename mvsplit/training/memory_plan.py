@@ -99,7 +99,8 @@ def exchange_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
     units = 2 + parallel.prefetch if parallel.reshard else -(-model.depth // parallel.unit)
     gathered = units * parallel.unit * matrices
     sent = 2 * parallel.unit * 3 * matrices  # of two units, in half precision and in fp32
-    arrived = 2 * model.depth * matrices // (ranks // parallel.replicas)
+    each = 1 if config.weights == "bf16" else 2
+    arrived = each * model.depth * matrices // (ranks // parallel.replicas)
     added_up = 2 * model.depth * matrices if config.accumulate > 1 else 0
     return gathered + sent + arrived + added_up
 

@@ -9,7 +9,7 @@ depth. What is saved is cut out of the buffers by parameter name and knows nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -172,8 +172,8 @@ def clip_gradients_(groups: Iterable[FlatGroup], norm: float, limit: float) -> N
 def global_norm(groups: Iterable[FlatGroup]) -> Tensor:
     """The L2 norm of all gradients together, on all ranks; a scalar on the device."""
     groups = list(groups)
-    here = torch.linalg.vector_norm(torch.stack([norm_of(group.grads) for group in groups]))
-    return over_ranks(groups, [here])[0]
+    each = [norm_of(group.grads) * counts for group, counts in counted_once(groups)]
+    return over_ranks(groups, [torch.linalg.vector_norm(torch.stack(each))])[0]
 
 
 def norm_of(x: Tensor, dim: int | None = None) -> Tensor:
@@ -182,9 +182,17 @@ def norm_of(x: Tensor, dim: int | None = None) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, dtype=dtype)
 
 
+def counted_once(groups: Sequence[FlatGroup]) -> Iterator[tuple[FlatGroup, float]]:
+    """Each group with 1, or with 0 where it is another rank's to count it before `over_ranks`."""
+    spread = next((group.spread for group in groups if group.spread is not None), None)
+    first = spread is None or all(distributed.get_rank(ranks) == 0 for ranks in spread.groups)
+    for group in groups:
+        yield group, float(first or group.replicas is None)
+
+
 def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]:
-    """Norms of gradients in `groups`, each of what this rank holds, as those of the whole."""
-    spread = groups[0].spread
+    """Norms of gradients in `groups`, each of what this rank counts, as those of the whole."""
+    spread = next((group.spread for group in groups if group.spread is not None), None)
     return norms if spread is None else joined_norms(norms, spread.groups)
 
 
@@ -260,7 +268,7 @@ class AdamW:
     def mine(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of parameters by name, those that this rank is to save: all, or where every rank holds
         them what it updates; the first rank also what nobody updates."""
-        if self.groups[0].replicas is None:
+        if all(group.replicas is None for group in self.groups):
             return dict(named)
         held = {name for group in (*self._full, *self._low) for name in group.places}
         learning = {name for group in self.groups for name in group.places}
@@ -276,11 +284,9 @@ class AdamW:
             for name, part in group.named(self._inner.state[group.values][moment]).items()
         }
         for group, state in self._low.items():
-            found |= {f"exp_avg_codes.{n}": part for n, part in group.cut(state.codes).items()}
-            found |= {f"exp_avg_sq.{n}": part for n, part in group.cut(state.second).items()}
-            for name, (start, shape) in group.places.items():
-                blocks = slice(start // BLOCK, -(-(start + shape.numel()) // BLOCK))
-                found[f"exp_avg_scales.{name}"] = state.scales[blocks]
+            found |= {f"exp_avg_codes.{n}": part for n, part in group.named(state.codes).items()}
+            found |= {f"exp_avg_sq.{n}": part for n, part in group.named(state.second).items()}
+            found |= {f"exp_avg_scales.{n}": part for n, part in _scales(group, state).items()}
         return found
 
     def updates(self) -> dict[str, int]:
@@ -309,6 +315,15 @@ class AdamW:
     def regrouped(self, groups: list[FlatGroup]) -> AdamW:
         """The same optimiser with fresh moments for other groups."""
         return AdamW(groups, self._config)
+
+
+def _scales(group: FlatGroup, state: LowState) -> dict[str, Tensor]:
+    """The scales of each parameter's first moment, a row of them."""
+    parts = {}
+    for name, (start, shape) in group.places.items():
+        blocks = slice(start // BLOCK, -(-(start + shape.numel()) // BLOCK))
+        parts[name] = state.scales[blocks]
+    return parts if group.spread is None else group.spread.wrap_rows(parts)
 
 
 def peak_learning_rate(config: TrainConfig, width: int) -> float:

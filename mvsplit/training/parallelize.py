@@ -18,6 +18,7 @@ from torch import nn
 
 from mvsplit.diagnostics.ranks import is_distributed
 from mvsplit.errors import UserError
+from mvsplit.kernels.low_adamw import BLOCK
 from mvsplit.models import Block, DiT
 from mvsplit.training.config import ParallelConfig, TrainConfig
 from mvsplit.training.distributed import world
@@ -30,7 +31,7 @@ def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
     first batch shows its shape (`memory_plan`).
 
     Raises:
-        UserError: the processes cannot be divided as `train.parallel` says, or keep bf16 weights.
+        UserError: the processes or bf16 weights cannot be divided as `train.parallel` says.
     """
     if config.weights == "bf16":
         lower_weights(model)
@@ -43,24 +44,8 @@ def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
 
 def shards(config: TrainConfig) -> bool:
     """Whether a run of this configuration divides its parameters over processes. `auto` does not:
-    `mvsplit.training.layout` turns it into what fits.
-
-    Raises:
-        UserError: parameters that cannot be divided.
-    """
-    if not is_distributed() or config.parallel.layout != "shard":
-        return False
-    check_shards(config)
-    return True
-
-
-def check_shards(config: TrainConfig) -> None:
-    """Raises UserError for parameters that cannot be divided."""
-    if config.weights == "bf16":
-        raise UserError(
-            "train.weights='bf16' cannot be sharded; choose train.parallel.layout=replicate, or "
-            "weights=fp32"
-        )
+    `mvsplit.training.layout` turns it into what fits."""
+    return is_distributed() and config.parallel.layout == "shard"
 
 
 def lower_weights(model: DiT) -> None:
@@ -93,7 +78,12 @@ def raised_weights(model: nn.Module) -> Iterator[None]:
 
 
 def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
-    """Divides every parameter over the ranks of `mesh`, by rows."""
+    """Divides every parameter over the ranks of `mesh`, by rows. Of a network with bf16 weights
+    only those, for a unit's are of one precision; what is left every rank holds whole.
+
+    Raises:
+        UserError: bf16 weights whose moments cannot be divided.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # Gathered as what the arithmetic runs in: autocast would keep a copy of every whole weight for
@@ -102,12 +92,15 @@ def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    whole = set()
+    if config.weights == "bf16":
+        _check_blocks(model, mesh.size() // config.parallel.replicas)
+        whole = {p for p in model.parameters() if p.dtype != torch.bfloat16}
     units = _units(list(cast(Iterable[nn.Module], model.blocks)), config.parallel.unit)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
     for unit in units:
-        fully_shard(
-            unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.parallel.reshard
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, reshard_after_forward=config.parallel.reshard, **settings)
+    fully_shard(model, reshard_after_forward=False, **settings)
     # The velocity is a view, and nobody changes it in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     heads = [cast(Any, unit[0]) for unit in units]  # what stands for a unit
@@ -115,6 +108,19 @@ def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
         ahead = config.parallel.prefetch
         head.set_modules_to_forward_prefetch(heads[i + 1 : i + 1 + ahead])
         head.set_modules_to_backward_prefetch(heads[max(0, i - ahead) : i][::-1])
+
+
+def _check_blocks(model: DiT, shards: int) -> None:
+    """Raises UserError where the rows of the matrices in bf16 cannot be divided together with the
+    scales of their moments, of which there is one for `BLOCK` numbers of a row."""
+    for name, parameter in model.named_parameters():
+        rows, columns = parameter.shape if parameter.ndim == 2 else (0, 0)
+        if parameter.dtype == torch.bfloat16 and (rows % shards or columns % BLOCK):
+            raise UserError(
+                f"train.weights='bf16' cannot be sharded over {shards} processes: {name} has "
+                f"{rows} rows of {columns}, which have to be multiples of {shards} and {BLOCK}; "
+                f"choose train.parallel.layout=replicate or weights=fp32"
+            )
 
 
 def sync_gradients(model: nn.Module, wanted: bool) -> None:

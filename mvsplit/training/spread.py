@@ -63,6 +63,15 @@ class Spread:
         """Shards by name as DTensors like the parameters, sharing the memory of `parts`."""
         return {name: _like(self.parameters[name], part) for name, part in parts.items()}
 
+    def wrap_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of numbers in a row for each parameter, of which every rank has as many."""
+        found = {}
+        for name, row in rows.items():
+            parameter = self.parameters[name]
+            ranks = parameter.numel() // local(parameter).numel()
+            found[name] = _like(parameter, row, torch.Size([ranks * len(row)]))
+        return found
+
     @torch.no_grad()
     def pull_values(self, parts: Mapping[str, Tensor]) -> None:
         """Copies the parameters into the buffer's parts."""
@@ -124,7 +133,8 @@ def _sharding_groups(parameter: Any) -> tuple[Any, ...]:
     return tuple(mesh.get_group(i) for i, p in enumerate(placements) if isinstance(p, Shard))
 
 
-def _like(parameter: Any, part: Tensor) -> Tensor:
+def _like(parameter: Any, part: Tensor, shape: torch.Size | None = None) -> Tensor:
+    """A DTensor with the placement of `parameter`, and its shape or another one."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -132,6 +142,6 @@ def _like(parameter: Any, part: Tensor) -> Tensor:
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=parameter.shape if shape is None else shape,
+        stride=parameter.stride() if shape is None else (1,),
     )

@@ -66,7 +66,7 @@ class TrainState:
     @property
     def sharded(self) -> bool:
         """Whether this process holds a part of each parameter only."""
-        return self.optimizer.groups[0].spread is not None
+        return any(group.spread is not None for group in self.optimizer.groups)
 
     def learning_rate(self, step: int) -> float:
         """Of step n = 1, 2, …: the schedule's, times what an alarm has left of it."""

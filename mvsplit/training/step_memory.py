@@ -129,7 +129,7 @@ def state_parts(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> dict[s
     copies = 2 if sharded else 1  # the flat buffers hold shards once more (`spread.py`)
     whole = shards if sharded else 1
     return {
-        "weights": (2.0 * low + 4.0 * full * copies) / whole,
+        "weights": (2.0 * low + 4.0 * full) * copies / whole,
         "gradients": (2.0 * low + 4.0 * full) / whole,
         "moments": (_LOW_MOMENTS * low + 8.0 * full) / shards,
         "average (EMA)": 4.0 * count.all / shards if config.ema_decay else 0.0,

@@ -18,7 +18,6 @@ from mvsplit.training.builders import UNKNOWN_TEXT, build_data, largest_sample
 from mvsplit.training.config import Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu
 from mvsplit.training.layout import Layout, layout_of, with_layout
-from mvsplit.training.parallelize import check_shards
 from mvsplit.training.pieces import padded
 from mvsplit.training.step_memory import StepMemory, count_parameters, step_memory
 from mvsplit.training.step_time import WAITING, Shape, StepTime, is_rough, step_time
@@ -147,8 +146,6 @@ def _figures(
 ) -> tuple[Layout, Shape, StepMemory, StepTime]:
     shape = _shape(config, gpus, sample)
     layout = layout_of(model, config, shape.tokens, gpu, gpus)
-    if layout.name == "shard" and gpus > 1:
-        check_shards(config)
     config = with_layout(config, layout.name)
     memory = step_memory(model, config, shape.tokens, gpu, gpus)
     time = step_time(model, config, shape, memory.levels, gpu, ranks=gpus)
@@ -224,7 +221,7 @@ def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
     """In the order of what they cost."""
     if config.ema_decay:
         yield {"ema_decay": 0.0}
-    if config.weights == "fp32" and _may_lower(config, gpus):
+    if config.weights == "fp32":
         yield _LOW
         if config.ema_decay:
             yield _LOW | {"ema_decay": 0.0}
@@ -235,15 +232,9 @@ def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
 _LOW = {"precision": "bf16", "weights": "bf16"}
 
 
-def _may_lower(config: TrainConfig, gpus: int) -> bool:
-    """Whether bf16 weights are possible: they are not sharded."""
-    return gpus == 1 or (config.parallel.layout != "shard" and config.parallel.replicas == 1)
-
-
 def _together(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
-    low = _LOW if _may_lower(experiment.train, gpus) else {}
     tried: list[dict[str, Any]] = [
-        {**low, "ema_decay": 0.0, "accumulate": None},
+        {**_LOW, "ema_decay": 0.0, "accumulate": None},
         {"ema_decay": 0.0, "gpus": None},
     ]
     found = [_try(experiment, gpu, gpus, sample, changes) for changes in tried]

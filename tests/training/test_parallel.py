@@ -131,7 +131,8 @@ def test_a_truncated_shard_is_passed_over_and_named(finished: Path, tmp_path: Pa
         ([*SHARD, "--on-alarm", "protect"], "train.on_alarm='protect' changes the network while"),
         (
             [*SHARD, "--precision", "bf16", "--weights", "bf16"],
-            "train.weights='bf16' cannot be sharded; choose train.parallel.layout=replicate",
+            "train.weights='bf16' cannot be sharded over 2 processes: "
+            "blocks.0.attention.qkv.weight has 72 rows of 24, which have to be multiples of 2 and",
         ),
         (
             ["--parallel.layout", "replicate", "--parallel.replicas", "2"],

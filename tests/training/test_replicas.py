@@ -11,6 +11,7 @@ import torch
 
 from mvsplit.training import build_state, train
 from mvsplit.training.checkpoint import save_checkpoint
+from mvsplit.training.config import ParallelConfig
 from mvsplit.training.distributed import group_of_saves, joined, rank, world
 from mvsplit.training.replicas import Replicas, equal_parts
 from mvsplit.training.step import train_step
@@ -86,25 +87,33 @@ def test_surgery_is_that_of_one_process(tmp_path: Path) -> None:
     runs.assert_same_weights(ours, theirs)
 
 
-def train_low(folder: Path, steps: int) -> None:
-    train(runs.experiment(steps=steps, **LOW), folder)
+def train_low(folder: Path, steps: int, layout: str) -> None:
+    parallel = ParallelConfig(layout=layout)  # type: ignore[arg-type]
+    experiment = runs.experiment(steps=steps, parallel=parallel, **LOW)
+    model = replace(runs.MODEL, width=128, ffn_width=128, text_width=128)
+    train(replace(experiment, model=model), folder)
 
 
-def test_bf16_weights_go_on_bit_for_bit_and_as_on_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["replicate", "shard"])
+def test_bf16_weights_go_on_bit_for_bit_and_as_on_one_process(tmp_path: Path, layout: str) -> None:
     """On as many processes the bits of an undisturbed run; on one, another sequence of chances."""
-    ranks.call(train_low, 2, tmp_path / "whole", 6)
-    ranks.call(train_low, 2, tmp_path / "run", 4)
-    ranks.call(train_low, 2, tmp_path / "run", 6)
+    ranks.call(train_low, 2, tmp_path / "whole", 6, layout)
+    ranks.call(train_low, 2, tmp_path / "run", 4, layout)
+    ranks.call(train_low, 2, tmp_path / "run", 6, layout)
     whole, run = (runs.last(tmp_path / name) for name in ("whole", "run"))
     for name in ("model", "ema", "optimizer"):
         assert whole.tensors[name].keys() == run.tensors[name].keys()
         for key, tensor in whole.tensors[name].items():
             assert torch.equal(tensor, run.tensors[name][key]), key
-    train_low(tmp_path / "one", 6)
+    train_low(tmp_path / "one", 6, layout)
     alone, together = (runs.log_of(tmp_path / name) for name in ("one", "whole"))
     assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-3)
     assert together[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-2)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
-    train_low(tmp_path / "run", 8)  # what two have saved, on one
+    other = "shard" if layout == "replicate" else "replicate"
+    ranks.call(train_low, 2, tmp_path / "run", 7, other)  # what one layout has saved, in the other
+    train_low(tmp_path / "run", 8, layout)  # and on one
     assert runs.log_of(tmp_path / "run")[-1]["step"] == 8
+    last = runs.log_of(tmp_path / "run")[-1]["loss"]
+    assert last < alone[0]["loss"]
