@@ -72,10 +72,10 @@ def main() -> None:
     size = get_size(options.size)
     if options.depths:
         size = replace(size, depths=tuple(options.depths))
-    check(size)
     if options.time:
         keep(time_sharing(size), options.json)
         return
+    check(size)
     part, parts = map(int, options.part.split("/"))
     entries = share(get_entries(options.entries), part, parts)
     began = time.monotonic()

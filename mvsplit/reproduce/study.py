@@ -6,10 +6,8 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from mvsplit.reproduce.rule import fingerprint, judge
 from mvsplit.reproduce.runlog import Runs, read_run
 from mvsplit.reproduce.sizes import Size
 from mvsplit.reproduce.trial import Trial, run_trial
+from mvsplit.reproduce.workers import worker_pool
 
 RULES = "rules.json"
 
@@ -124,7 +123,7 @@ class Study:
 
     def _train(self, todo: Sequence[Trial], end: float) -> None:
         began, done = time.monotonic(), 0
-        with _pool(self.workers) as pool:
+        with worker_pool(self.workers) as pool:
             jobs: dict[Future[bool], Trial] = {
                 pool.submit(run_trial, t, self.runs, end): t for t in todo
             }
@@ -140,16 +139,6 @@ class Study:
                     raise KeyboardInterrupt
                 done += 1
                 self.say(f"{name} ({done} of {len(todo)}, {time.monotonic() - began:.0f} s)")
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes; what has not begun when something fails is not begun."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 1. a sweep of the learning rate with one seed, at every depth but the last
 2. rates beyond the sweep, where the best one lies at its end
 3. the other seeds at each entry's best rate
-4. the last depth around the best rate of the depth before it, then its seeds
-5. shapes with as many parameters
-6. the other seeds at the neighbours of the best rates
+4. the last depth at the best rate of the depth before it, the best entries first; the sweep of
+   candidates at the smallest depth
+5. candidates at the depths after it, the best first, and their seeds
+6. the last depth at the rates beside, and its seeds
+7. shapes with as many parameters
+8. the other seeds at the neighbours of the best rates
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, neighbour, place
@@ -20,66 +24,118 @@ BEYOND = 2  # rates that a sweep goes beyond its ends, at most
 Rows = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """A run, when it comes, and the loss that the entry reached where the wish comes from."""
+
+    phase: int
+    run: BenchRun
+    loss: float = 0.0
+
+
 def in_order(size: BenchSize, entries: Sequence[Entry], rows: Rows) -> list[BenchRun]:
     """The runs that are wanted and have no row yet, in order. What is wanted later depends on the
     rows: ask again when there are more."""
     done = {row["run"] for row in rows}
-    found: dict[int, list[BenchRun]] = defaultdict(list)
-    for entry in entries:
-        mine = [row for row in rows if row["entry"] == entry.name]
-        for phase, run in _wanted(size, entry, mine):
-            found[phase].append(run)
-    ordered = [run for phase in sorted(found) for run in sorted(found[phase], key=_weight(size))]
-    return [run for run in dict.fromkeys(ordered) if run.name not in done]
+    wishes = [
+        wish
+        for entry in entries
+        for wish in _Wishes(size, entry, [row for row in rows if row["entry"] == entry.name]).all()
+    ]
+    runs = dict.fromkeys(wish.run for wish in sorted(wishes, key=_weight(size)))
+    return [run for run in runs if run.name not in done]
 
 
-def _weight(size: BenchSize) -> Any:
-    """Within a phase: rates near the middle of the sweep first, then deep networks, for what runs
-    long should not begin last."""
+def _weight(size: BenchSize) -> Callable[[_Wish], Any]:
+    """Within a phase: the best entries first, then rates near the middle of the sweep, then deep
+    networks, for what runs long should not begin last."""
     middle = sum(map(place, size.rates)) / len(size.rates)
-    return lambda run: (run.seed, abs(place(run.rate) - middle), -run.depth)
+
+    def weight(wish: _Wish) -> Any:
+        run = wish.run
+        return wish.phase, run.seed, wish.loss, abs(place(run.rate) - middle), -run.depth
+
+    return weight
 
 
-def _wanted(size: BenchSize, entry: Entry, rows: Rows) -> Iterator[tuple[int, BenchRun]]:
-    first, *others = size.seeds
-    *swept, last = size.depths
+class _Wishes:
+    """What one entry wants, by its rows."""
 
-    def run(depth: int, rate: float, seed: int = first, width: int = size.width) -> BenchRun:
-        return BenchRun(entry=entry, depth=depth, width=width, rate=rate, seed=seed)
+    def __init__(self, size: BenchSize, entry: Entry, rows: Rows) -> None:
+        self.size, self.entry, self.rows = size, entry, rows
 
-    def at(depth: int, width: int = size.width) -> Rows:
-        return [row for row in rows if (row["depth"], row["width"]) == (depth, width)]
+    def all(self) -> Iterator[_Wish]:
+        candidate = self.entry.kind == "candidate"
+        *swept, last = self.size.depths
+        for depth in swept:
+            yield from self._candidate(depth, swept[0]) if candidate else self._sweep(depth)
+        guess = settled(self.size.rates, self._at(swept[-1]))
+        if guess is None:
+            return
+        loss = _loss(self._at(swept[-1]), guess)
+        phases = (9, 9) if self.entry.kind == "control" else (6, 6) if candidate else (4, 6)
+        yield from self._around(last, self.size.width, guess, phases, loss)
+        for depth, width in self.size.shapes:
+            yield from self._around(depth, width, guess, (7, 7), loss)
 
-    for depth in swept:
-        yield from ((1, run(depth, rate)) for rate in size.rates)
-        yield from ((2, run(depth, rate)) for rate in beyond(size.rates, at(depth)))
-        best = settled(size.rates, at(depth))
-        if best is None:
-            continue
-        yield from ((3, run(depth, best, seed)) for seed in others)
-        near = (neighbour(best, -1), neighbour(best, 1))
-        yield from ((6, run(depth, rate, seed)) for rate in near for seed in others)
-    guess = settled(size.rates, at(swept[-1]))
-    if guess is None:
-        return
-    yield from _around(run, at, last, size.width, guess, size.seeds, 4)
-    if entry.kind == "control":
-        return
-    for depth, width in size.shapes:
-        yield from _around(run, at, depth, width, guess, size.seeds, 5)
+    def _sweep(self, depth: int) -> Iterator[_Wish]:
+        rates, there = self.size.rates, self._at(depth)
+        yield from (_Wish(1, self._run(depth, rate)) for rate in rates)
+        yield from (_Wish(2, self._run(depth, rate)) for rate in beyond(rates, there))
+        best = settled(rates, there)
+        if best is not None:
+            yield from (_Wish(3, run) for run in self._seeds(depth, best))
+            for rate in (neighbour(best, -1), neighbour(best, 1)):
+                yield from (_Wish(8, run) for run in self._seeds(depth, rate))
+
+    def _candidate(self, depth: int, first: int) -> Iterator[_Wish]:
+        """At the smallest depth a sweep; deeper only what has one there."""
+        rates, there = self.size.rates, self._at(depth)
+        before = settled(rates, self._at(first))
+        if depth != first and before is None:
+            return
+        phase = 4 if depth == first else 5
+        loss = 0.0 if before is None else _loss(self._at(first), before)
+        for rate in (*rates, *beyond(rates, there)):
+            yield _Wish(phase, self._run(depth, rate), loss)
+        best = settled(rates, there)
+        if best is not None:
+            yield from (_Wish(phase + 1, run, loss) for run in self._seeds(depth, best))
+
+    def _around(
+        self, depth: int, width: int, guess: float, phases: tuple[int, int], loss: float
+    ) -> Iterator[_Wish]:
+        """A sweep that begins at a guess and goes on where the best lies at its end, then seeds."""
+        there, (first, later) = self._at(depth, width), phases
+        yield _Wish(first, self._run(depth, guess, width=width), loss)
+        rates = (neighbour(guess, -1), guess, neighbour(guess, 1))
+        for rate in (*rates, *beyond(rates, there)):
+            yield _Wish(later, self._run(depth, rate, width=width), loss)
+        best = settled(rates, there)
+        if best is not None:
+            yield from (_Wish(later, run, loss) for run in self._seeds(depth, best, width))
+
+    def _run(self, depth: int, rate: float, width: int = 0, seed: int | None = None) -> BenchRun:
+        return BenchRun(
+            entry=self.entry,
+            depth=depth,
+            width=width or self.size.width,
+            rate=rate,
+            seed=self.size.seeds[0] if seed is None else seed,
+        )
+
+    def _seeds(self, depth: int, rate: float, width: int = 0) -> Iterator[BenchRun]:
+        return (self._run(depth, rate, width, seed) for seed in self.size.seeds[1:])
+
+    def _at(self, depth: int, width: int = 0) -> Rows:
+        shape = (depth, width or self.size.width)
+        return [row for row in self.rows if (row["depth"], row["width"]) == shape]
 
 
-def _around(
-    run: Any, at: Any, depth: int, width: int, guess: float, seeds: Sequence[int], phase: int
-) -> Iterator[tuple[int, BenchRun]]:
-    """A sweep that begins at a guess and goes on where the best lies at its end, then its seeds."""
-    there = at(depth, width)
-    start = (neighbour(guess, -1), guess, neighbour(guess, 1))
-    yield from ((phase, run(depth, rate, width=width)) for rate in start)
-    yield from ((phase, run(depth, rate, width=width)) for rate in beyond(start, there))
-    best = settled(start, there)
-    if best is not None:
-        yield from ((phase, run(depth, best, seed, width)) for seed in seeds[1:])
+def _loss(rows: Rows, rate: float) -> float:
+    """The mean validation loss at a rate at which every run lives."""
+    losses = [row["validation_loss"] for row in rows if row["rate"] == rate]
+    return sum(losses) / len(losses)
 
 
 def beyond(rates: Sequence[float], rows: Rows) -> list[float]:

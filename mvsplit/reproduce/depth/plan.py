@@ -135,6 +135,7 @@ class BenchSize:
         validation: held-out samples of the validation loss.
         pictures: drawn for the task scores, in `drawing` steps.
         probes: looks into every layer.
+        room: of L × D of all runs at a time together, for the device's memory.
     """
 
     name: str
@@ -153,6 +154,7 @@ class BenchSize:
     pictures: int
     drawing: int
     probes: int
+    room: int
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
 
@@ -198,7 +200,7 @@ class BenchRun:
             save_every=size.steps if size.device == "cuda" else max(size.steps // 4, 1),
             keep=1,
             probe_every=max(size.steps // size.probes, 1),
-            probe_burst=1,
+            probe_burst=0,
             device=size.device,
         )
         return Experiment(model=model, train=train, data=DataConfig(dataset="shapes", size=32))
@@ -236,6 +238,7 @@ SMALL = BenchSize(
     pictures=48,
     drawing=6,
     probes=4,
+    room=2 * 108 * 64,
 )
 GPU = BenchSize(
     name="gpu",
@@ -243,17 +246,18 @@ GPU = BenchSize(
     workers=8,
     depths=(100, 400, 1000),
     width=64,
-    steps=300,
-    warmup=30,
+    steps=200,
+    warmup=20,
     batch_size=32,
-    rates=(3.2e-4, 1e-3, 3.2e-3, 1e-2),
+    rates=(1e-3, 3.2e-3, 1e-2),
     seeds=(0, 1, 2),
     shapes=((400, 64), (100, 128), (25, 256)),
     patch=4,
     validation=256,
-    pictures=96,
-    drawing=8,
-    probes=3,
+    pictures=48,
+    drawing=6,
+    probes=2,
+    room=8 * 400 * 64,
     precision="bf16",
     device="cuda",
 )

@@ -93,7 +93,7 @@ def run_bench(
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     row["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
     row["torch"] = torch.__version__
-    row |= from_logs(path, row["floor"], size.steps, finite=ended == FINISHED)
+    row |= from_logs(path, row["floor"], finite=ended == FINISHED)
     if ended == FINISHED:
         assert held.state is not None
         row |= score(held.state, size)
@@ -135,12 +135,13 @@ _PLAIN = Experiment(
 _DECIDES_NOTHING = ("train.device", "train.save_every", "train.keep")
 
 
-def from_logs(path: Path, floor: float, steps: int, *, finite: bool) -> dict[str, Any]:
+def from_logs(path: Path, floor: float, *, finite: bool) -> dict[str, Any]:
     """What the logs say of a run: its curve, its collapse, its speed, the watch's words.
 
     Returns:
         `curve`: the mean training loss of each WINDOW steps; `collapse_step`, `collapse_seconds`:
         when it lost what it had learned, None where it did not; `seconds_a_step`: the median;
+        `seconds_stepping`: of all steps; `looks`: how many there were;
         `similarity`: of tokens, deepest quarter, in the last look; `watch`: the first alarm, if
         there was one, else the first warning.
     """
@@ -162,7 +163,8 @@ def from_logs(path: Path, floor: float, steps: int, *, finite: bool) -> dict[str
         "seconds_a_step": _finite(np.median(seconds)) if len(seconds) else None,
         "similarity": _finite(np.mean(deep)) if deep else None,
         "watch": first_words(events),
-        "lost_steps": steps - len(metrics),
+        "looks": len(looks),
+        "seconds_stepping": _finite(seconds.sum()),
     }
 
 

@@ -7,9 +7,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, get_entries
 from mvsplit.reproduce.depth.run import ROWS, check_row, read_rows, run_bench
 from mvsplit.reproduce.depth.verdict import note_rule
+from mvsplit.reproduce.workers import worker_pool
 
 RULE_FILE = "rule.json"
 RESTARTS = 3  # of the worker processes, after one of them has died
@@ -92,11 +92,10 @@ class DepthStudy:
         )
 
     def _work(self, end: float) -> None:
-        pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
         busy: dict[Future[bool], BenchRun] = {}
-        try:
+        with worker_pool(self.workers) as pool:
             while True:
-                for run in self._next(busy.values(), end)[: self.workers - len(busy)]:
+                while (run := self._next([*busy.values()], end)) is not None:
                     given = {name: getattr(run, name) for name in SHAPE}
                     where = (self.out, end, self.scratch)
                     job = pool.submit(work, run.entry.name, given, self.size, *where)
@@ -105,24 +104,25 @@ class DepthStudy:
                     return
                 for job in wait(busy, return_when=FIRST_COMPLETED).done:
                     self._ended(busy.pop(job), job)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    def _next(self, busy: Any, end: float) -> list[BenchRun]:
-        """What may begin: nothing that is running, and nothing that a look at the rows says would
-        not come to its end in time."""
-        rows, running = self._rows, set(busy)
+    def _next(self, busy: Sequence[BenchRun], end: float) -> BenchRun | None:
+        """What may begin: nothing that is running or has failed, nothing that would not come to its
+        end in time by what its like have taken, and nothing that the device has no room for."""
         left = end - time.time()
-        if left <= 0:
-            return []
-        took = [(row["depth"] * row["width"], row["seconds"]) for row in rows]
-        return [
+        if left <= 0 or len(busy) >= self.workers:
+            return None
+        took = [(row["depth"] * row["width"], row["seconds"]) for row in self._rows]
+        room = self.size.room - sum(run.depth * run.width for run in busy) if busy else math.inf
+        wanted = in_order(self.size, self.entries, self._rows)
+        fits = (
             run
-            for run in in_order(self.size, self.entries, rows)
-            if run not in running
+            for run in wanted
+            if run not in busy
             and run.name not in self.failed
+            and run.depth * run.width <= room
             and expected(run, took) * MARGIN < left
-        ]
+        )
+        return next(fits, None)
 
     def _ended(self, run: BenchRun, job: Future[bool]) -> None:
         try:

@@ -40,9 +40,7 @@ def runs(monkeypatch) -> Runs:
     monkeypatch.setattr(module, "run_bench", found)
     # Without waiting for the disk.
     monkeypatch.setattr(run_module, "write_atomically", lambda path, text: path.write_text(text))
-    monkeypatch.setattr(
-        module, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count)
-    )
+    monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
     return found
 
 
