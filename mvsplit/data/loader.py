@@ -103,6 +103,7 @@ class Loader:
             text=text,
             text_valid=None if bool((valid == text.shape[1]).all()) else valid,
             indices=torch.from_numpy(indices),
+            rejected=examples.rejected,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Examples:
 
     latents: Tensor  # [B, C, H, W], of clips [B, C, F, H, W], float32, in [-1, 1] for pictures
     captions: list[str]  # B strings
+    rejected: Tensor | None = None  # [B, C, H, W] of pairs, to which `latents` were preferred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Batch:
     text: Tensor  # [B, T, Dc] float32, zero where there is no word
     text_valid: Tensor | None  # [B] int64, words of each sample; None: all have T
     indices: Tensor  # [B] int64, the samples' places in the data set
+    rejected: Tensor | None = None  # as in `Examples`
 
 
 class Dataset(Protocol):

@@ -1,5 +1,6 @@
-"""Rectified flow: path, target, loss and times."""
+"""Rectified flow: path, target, losses and times."""
 
+from mvsplit.flow.preference import implicit_rewards, preference_losses
 from mvsplit.flow.rectified import (
     advance,
     flow_loss,
@@ -16,8 +17,10 @@ __all__ = [
     "advance",
     "flow_loss",
     "flow_losses",
+    "implicit_rewards",
     "interpolate",
     "log_snr",
+    "preference_losses",
     "sample_times",
     "schedule",
     "shift_time",

@@ -40,6 +40,7 @@ from mvsplit.training.finetune import choose_parameters
 from mvsplit.training.graphs import Graphs
 from mvsplit.training.layout import choose_layout, with_layout
 from mvsplit.training.memory_plan import Planner
+from mvsplit.training.objective import build_objective
 from mvsplit.training.optimizer import (
     AdamW,
     flatten_parameters,
@@ -85,6 +86,7 @@ def build_state(experiment: Experiment) -> TrainState:
         planner=Planner(model, config, device),
         graphs=None if shards(config) else Graphs(model, device),
         layout=layout.reason,
+        objective=build_objective(model, config),
     )
 
 

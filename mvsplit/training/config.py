@@ -35,6 +35,8 @@ class DataConfig:
         path: folder of a cache that `mvsplit encode` has made.
         verify: compute the checksums of a cache before the first step.
         prefetch: batches that a thread makes ahead of time.
+        pairs: a parquet file of captions and samples of which one was preferred, for
+            train.objective=dpo; the data set then says how captions and pictures are encoded.
     """
 
     dataset: str = "digits"
@@ -47,6 +49,7 @@ class DataConfig:
     path: str | None = None
     verify: bool = True
     prefetch: int = 2
+    pairs: str | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch < 0:
@@ -155,6 +158,25 @@ class TuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Learning from pairs of which one was preferred (docs/alignment.md).
+
+    Attributes:
+        beta: β, what a change of the loss is worth as a reward: the larger, the closer the network
+            stays to the one that it started from.
+        anchor: weight of the flow-matching loss of the preferred samples beside it.
+    """
+
+    beta: float = 1000.0
+    anchor: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = "train.dpo"
+        _require(self, "beta", 0 < self.beta < math.inf, "must be greater than 0", where)
+        _require(self, "anchor", 0 <= self.anchor < math.inf, "must not be negative", where)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a network is trained (paper §4 where the defaults are its own).
 
@@ -191,6 +213,8 @@ class TrainConfig:
         device: cpu, cuda, cuda:1, …; auto is cuda where there is one.
         parallel: how the run lies on several processes.
         tune: which parameters learn.
+        objective: flow matching, or dpo: the pairs that data.pairs names.
+        dpo: how it learns from pairs.
     """
 
     steps: int
@@ -224,6 +248,8 @@ class TrainConfig:
     device: str = "auto"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    objective: Literal["flow", "dpo"] = "flow"
+    dpo: DPOConfig = field(default_factory=DPOConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
@@ -249,6 +275,8 @@ class TrainConfig:
         known = self.recompute in choices
         _require(self, "recompute", known, f"choose one of: {', '.join(choices)}")
         _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
+        known = self.objective in ("flow", "dpo")
+        _require(self, "objective", known, "choose flow or dpo")
         known = self.on_alarm in POLICIES
         _require(self, "on_alarm", known, f"choose one of: {', '.join(POLICIES)}")
         if self.tune.freezes and self.on_alarm == "protect":
@@ -323,7 +351,7 @@ CHANGEABLE = frozenset(
         *(f"reaction.{item.name}" for item in dataclasses.fields(ReactionConfig)),
         *(f"parallel.{item.name}" for item in dataclasses.fields(ParallelConfig)),
     )
-) | {"data.path", "data.verify", "data.prefetch"}
+) | {"data.path", "data.pairs", "data.verify", "data.prefetch"}
 
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:

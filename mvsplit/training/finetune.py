@@ -16,7 +16,7 @@ from mvsplit.models.growth import grown, places
 from mvsplit.models.lora import add_lora, fingerprint, lora_parameters
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import Snapshot, copy_tensors
-from mvsplit.training.config import Experiment, TuneConfig
+from mvsplit.training.config import Experiment, TrainConfig, TuneConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.ema import EMA
 from mvsplit.training.growth import carry_over
@@ -132,11 +132,7 @@ def begin_from(
     """
     origin = experiment.origin
     if origin is None:
-        if experiment.train.tune.what == "lora":
-            raise UserError(
-                "train.tune.what='lora': an adapter belongs to trained weights; name them with "
-                "--from"
-            )
+        _require_no_start(experiment.train)
         return
     if start is None:
         raise UserError(f"origin.source={origin.source}: pass what reads it as `start`")
@@ -147,6 +143,12 @@ def begin_from(
     weights = dict(state.model.state_dict())
     adapters = {name: weights.pop(name) for name in lora_parameters(state.model)}
     copy_tensors(dict(model.state_dict()), weights, origin.source)
+    if found.adapter is not None and experiment.train.objective == "dpo":
+        raise UserError(
+            f"adapter={origin.adapter}: with train.objective=dpo adapters start at nothing, so "
+            f"that the reference is the network without them; leave --tune.what lora out to merge "
+            f"it, or merge it first with mvsplit convert"
+        )
     if found.adapter is not None:
         copy_tensors(found.adapter, adapters, f"{origin.adapter}")
     if origin.grow is not None and found.source is not None:
@@ -156,6 +158,20 @@ def begin_from(
         _take_moments(state, found.source, origin.source)
     if state.ema is not None:
         state.ema = EMA(state.optimizer.groups, state.ema.decay)
+    state.objective.begin()
+
+
+def _require_no_start(config: TrainConfig) -> None:
+    """Raises UserError where training makes no sense from weights that are drawn."""
+    if config.tune.what == "lora":
+        raise UserError(
+            "train.tune.what='lora': an adapter belongs to trained weights; name them with --from"
+        )
+    if config.objective == "dpo":
+        raise UserError(
+            "train.objective='dpo': a preference is measured against trained weights; name them "
+            "with --from"
+        )
 
 
 def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:

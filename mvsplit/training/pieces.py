@@ -21,6 +21,7 @@ class Piece:
     text: Tensor  # [B, T, Dc]
     text_valid: Tensor | None  # [B]
     parts: Tensor | None = None  # how many such pieces the batch has, []
+    rejected: Tensor | None = None  # x0 [B, C, H, W] of pairs, to which `data` was preferred
 
 
 def padded(text: int) -> int:

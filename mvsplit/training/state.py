@@ -21,6 +21,7 @@ from mvsplit.training.distributed import rank, world
 from mvsplit.training.ema import EMA
 from mvsplit.training.graphs import Graphs
 from mvsplit.training.memory_plan import Planner
+from mvsplit.training.objective import FLOW, Objective
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.randomness import global_states, restore_globals
 from mvsplit.training.reactions import Reactions
@@ -42,6 +43,7 @@ class TrainState:
     | what was done about alarms | `reactions` |
     | what the weights came from, if they were not drawn | `base` |
     | which layers came to the network later | `new_layers` |
+    | what a preference is measured against | `objective` |
     | step | `step` |
 
     `taps`, `device`, `planner` and `graphs` are rebuilt; `layout` says how the network lies on
@@ -58,6 +60,7 @@ class TrainState:
     planner: Planner | None = None
     graphs: Graphs | None = None
     layout: str | None = None
+    objective: Objective = FLOW
     step: int = 0
     reactions: Reactions = field(default_factory=Reactions)
     base: str | None = None  # `fingerprint` of the weights that the run started from
@@ -80,6 +83,7 @@ class TrainState:
         tensors = {
             "model": self.optimizer.mine(self.model.state_dict()),
             "optimizer": self.optimizer.moments(),
+            **self.objective.tensors(),
         }
         if rank() == 0:
             tensors["random"] = random_tensors
@@ -111,6 +115,7 @@ class TrainState:
         self.set_apart(snapshot.values.get("new_layers", []))
         self._take_rule(snapshot)
         targets = {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.moments()}
+        targets |= self.objective.tensors()
         if self.ema is not None:
             targets["ema"] = self.ema.parameters()
         for name, target in targets.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mvsplit.data import Batch
 from mvsplit.diagnostics.taps import gradient_norm_tensors, read
-from mvsplit.flow import flow_losses, interpolate, sample_times
+from mvsplit.flow import sample_times
 from mvsplit.models import DiT
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import at, from_each, rank, rows_of_each, world
@@ -28,6 +28,7 @@ from mvsplit.training.nonfinite import (
     first_in_gradients,
     first_in_weights,
 )
+from mvsplit.training.objective import FLOW, Objective, piece_losses
 from mvsplit.training.optimizer import clip_gradients_, global_norm
 from mvsplit.training.parallelize import sync_gradients
 from mvsplit.training.pieces import Piece, in_few_lengths
@@ -49,6 +50,7 @@ def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -
     if samples > len(data):
         share = slice(rank() * len(data), (rank() + 1) * len(data))
         noise, times = noise[share], times[share]
+    rejected = None if batch.rejected is None else batch.rejected.to(device)
     text = batch.text.to(device)
     valid = None if batch.text_valid is None else batch.text_valid.to(device)
     if device.type == "cuda":
@@ -62,6 +64,7 @@ def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -
             times=times[rows],
             text=text[rows],
             text_valid=None if valid is None else valid[rows],
+            rejected=None if rejected is None else rejected[rows],
         )
 
 
@@ -89,36 +92,26 @@ class Gradients:
     family_norms: dict[str, list[float]]
 
 
-def piece_losses(model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
-    """The flow-matching loss of each sample of a piece (Eq. 2), [B] in fp32. bf16 concerns the
-    network only: the path, the loss and the weights are fp32."""
-    z = interpolate(piece.data, piece.noise, piece.times)
-    low = config.precision == "bf16"
-    with torch.autocast(z.device.type, torch.bfloat16, enabled=low):
-        # The text in bf16 too, or concatenation would lift the whole trunk to fp32.
-        text = piece.text.bfloat16() if low else piece.text
-        velocity = model(z, text, piece.text_valid)
-    return flow_losses(velocity, piece.data, piece.noise)
-
-
 def add_gradients(
     model: DiT,
     config: TrainConfig,
     parts: list[Piece],
     graphs: Graphs | None = None,
     after_first: Callable[[], None] | None = None,
+    objective: Objective = FLOW,
 ) -> Tensor:
     """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
-    returns the loss of each sample, [B]. Ranks send each other their gradients once. `after_first`
-    is called when the first piece has been forward and back."""
+    returns what the objective measures of each sample, [B] or [B, names]. Ranks send each other
+    their gradients once. `after_first` is called when the first piece has been forward and back."""
     samples = sum(len(piece.data) for piece in parts)
     found = []
 
     def run(piece: Piece) -> Tensor:
         assert piece.parts is not None
-        losses = piece_losses(model, piece, config)
+        measured = objective(model, piece, config)
+        losses = measured if measured.ndim == 1 else measured[:, 0]
         (losses.mean() / piece.parts).backward()
-        return losses.detach()
+        return measured.detach()
 
     for number, piece in enumerate((_counted(piece, samples) for piece in parts), start=1):
         at(f"forward and backward of piece {number}")
@@ -142,14 +135,14 @@ def accumulate_gradients(
     parts: list[Piece],
     after_first: Callable[[], None] | None = None,
 ) -> Tensor:
-    """The gradients of the mean loss over all pieces instead of those that were there; returns the
-    loss of each sample, [B]."""
+    """The gradients of the mean loss over all pieces instead of those that were there; returns what
+    the objective measures of each sample, [B] or [B, names]."""
     if state.planner is not None:
-        state.planner.before(max(_tokens(state.model, p.data, p.text) for p in parts))
+        state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in parts))
     state.optimizer.zero_grad()
-    losses = add_gradients(state.model, config, parts, state.graphs, after_first)
+    measured = add_gradients(state.model, config, parts, state.graphs, after_first, state.objective)
     state.optimizer.collect_grads()
-    return losses
+    return measured
 
 
 def train_step(
@@ -167,8 +160,8 @@ def train_step(
             where it returns False, the update is not made and the step is not counted.
 
     Returns:
-        `loss`, `grad_norm` (before clipping), `lr`, `tokens`, and the gradient norms of W_O, W_2,
-        W_Q and W_K over the deepest quarter of the layers.
+        `loss` and what else the objective measures, `grad_norm` (before clipping), `lr`, `tokens`,
+        and the gradient norms of W_O, W_2, W_Q and W_K over the deepest quarter of the layers.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing was updated.
@@ -177,8 +170,8 @@ def train_step(
     at(f"the batch of step {step}")
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
-    losses = accumulate_gradients(state, config, parts, after_first)
-    metrics, found = _read_all(state, losses, batch)
+    measured = accumulate_gradients(state, config, parts, after_first)
+    metrics, found = _read_all(state, measured, batch)
     lr = state.learning_rate(step)
     numbers = metrics | {"lr": lr, "tokens": found.tokens}
     if before_update is not None:
@@ -194,7 +187,7 @@ def train_step(
         if before_update(gradients) is False:
             return numbers
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise NonFiniteError(_explain(state.model, config, parts, step, metrics))
+        raise NonFiniteError(_explain(state, config, parts, step, metrics))
     at("the update")
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
     state.optimizer.step(lr)
@@ -216,12 +209,16 @@ class _Whole:
     family_norms: dict[str, list[float]]
 
 
-def _read_all(state: TrainState, losses: Tensor, batch: Batch) -> tuple[dict[str, float], _Whole]:
+def _read_all(state: TrainState, measured: Tensor, batch: Batch) -> tuple[dict[str, float], _Whole]:
     """The numbers of a step: waits for the device, once where one process is alone."""
-    indices, tokens = batch.indices, _tokens(state.model, batch.latents, batch.text)
+    indices = batch.indices
+    tokens = _tokens(state.model, batch.latents, batch.text, batch.rejected)
     if world() > 1:
-        losses, indices, tokens = _of_all_ranks(losses, indices, tokens)
-    scalars = {"loss": losses.mean(), "grad_norm": global_norm(state.optimizer.groups)}
+        measured, indices, tokens = _of_all_ranks(measured, indices, tokens)
+    losses, *others = measured.view(len(measured), -1).unbind(1)
+    means = [column.mean() for column in (losses, *others)]
+    scalars = dict(zip(state.objective.names, means, strict=True))
+    scalars["grad_norm"] = global_norm(state.optimizer.groups)
     scalars |= gradient_norm_tensors(state.taps)
     norms = family_norms(state.model, state.optimizer.groups)
     numbers = iter(read([*scalars.values(), losses, *norms.values()]))
@@ -241,24 +238,23 @@ def _of_all_ranks(losses: Tensor, indices: Tensor, tokens: int) -> tuple[Tensor,
     return losses.float(), indices.long(), round(float(each.sum()))
 
 
-def _tokens(model: DiT, latents: Tensor, text: Tensor) -> int:
-    """Tokens that the network processes for such a batch, padding included."""
+def _tokens(model: DiT, latents: Tensor, text: Tensor, rejected: Tensor | None) -> int:
+    """Tokens that the network learns from for such a batch, padding included."""
     each = math.prod(model.config.patch_grid(latents.shape[2:])) + text.shape[1]
-    return len(latents) * each
+    return len(latents) * each * (1 if rejected is None else 2)
 
 
 def _explain(
-    model: DiT, config: TrainConfig, parts: list[Piece], step: int, metrics: dict[str, float]
+    state: TrainState, config: TrainConfig, parts: list[Piece], step: int, metrics: dict[str, float]
 ) -> str:
     """Which value is not finite, and where it began: in a weight, else an activation, else a
     gradient."""
+    model, objective = state.model, state.objective
     weight = first_in_weights(model)
     if weight is not None:
         origin = f"the weights of {weight} are not finite"
     elif not math.isfinite(metrics["loss"]):
-        found = [
-            first_in_activations(model, partial(piece_losses, model, p, config)) for p in parts
-        ]
+        found = [first_in_activations(model, partial(objective, model, p, config)) for p in parts]
         place = next((p for places in from_each(found) for p in places if p), None)
         origin = f"first in the output of {place}" if place else "every activation is finite"
     else:
