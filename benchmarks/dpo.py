@@ -17,25 +17,28 @@ device as on the CPU.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvsplit.data import Batch, Scene, Shapes, WordEmbedder
+from mvsplit.data import Batch, Shapes, WordEmbedder
 from mvsplit.data.scenes import COMPOSITION, draw_scenes
 from mvsplit.diagnostics.probe import LayerProbe
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.evaluation.geneval import evaluate_shapes, geneval_indices, scenes_at
 from mvsplit.evaluation.held_out import SERIES
-from mvsplit.evaluation.preference import DrawnPairs, draw_pairs
+from mvsplit.evaluation.preference import draw_pairs, judge_of_shapes
 from mvsplit.evaluation.reader import read_pictures
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import LoRAConfig, merge_lora
@@ -54,11 +57,12 @@ from mvsplit.training import (
 )
 from mvsplit.training.config import DPOConfig
 from mvsplit.training.finetune import begin_from
-from mvsplit.training.objective import piece_losses
-from mvsplit.training.step import pieces
+from mvsplit.training.objective import Preference, piece_losses
+from mvsplit.training.optimizer import global_norm
+from mvsplit.training.step import accumulate_gradients, pieces
 
 SIZE = 32
-WORDS = 24  # tokens that every caption is padded to, masked: one shape, so one graph
+WORDS = 16  # tokens that every caption is padded to, masked: one shape, so one graph
 LAYER_FIELDS = ("tcs", "rho", "g_mean_attn", "g_ctr_attn", "g_mean_ffn", "g_ctr_ffn")
 MODEL = DiTConfig(
     depth=24,
@@ -71,6 +75,15 @@ MODEL = DiTConfig(
     rule=RuleConfig(name="mvsplit"),
 )
 DRAW = SamplingConfig(steps=20, sampler="ab2", guidance=2.0, shift=2.0, batch_size=1024)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pairs in memory."""
+
+    captions: list[str]
+    chosen: Tensor
+    rejected: Tensor
 
 
 def say(**fields: Any) -> None:
@@ -116,6 +129,7 @@ class Store:
         self.text, self.valid = text.to(device), valid.to(device)
         self.batch_size, self.dropout, self.position = batch_size, dropout, 0
         self.embedder = Words()
+        self._nowhere = torch.zeros(batch_size, dtype=torch.long)
         self._generator = torch.Generator(device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long, device=device)
         if not len(self.data):
@@ -134,7 +148,7 @@ class Store:
             latents=self.data[chosen],
             text=self.text[captions],
             text_valid=self.valid[captions],
-            indices=chosen.cpu(),
+            indices=self._nowhere,  # to ask the device for them would wait for it
             rejected=None if self.rejected is None else self.rejected[chosen],
         )
 
@@ -147,7 +161,7 @@ def experiment(options: argparse.Namespace, **changes: Any) -> Experiment:
         batch_size=options.batch,
         lr=options.lr,
         warmup=100,
-        ema_decay=0.998,
+        ema_decay=0.999,
         precision="bf16" if gpu else "fp32",
         seed=options.seed,
         device=options.device,
@@ -159,58 +173,82 @@ def experiment(options: argparse.Namespace, **changes: Any) -> Experiment:
     )
 
 
-def scenes_of(series: int, count: int, *, composed: bool) -> Store | Any:
-    """Where the first `count` scenes of a series lie, with or without those of several objects."""
-    import numpy as np
-
-    numbers = np.arange(2 * count, dtype=np.uint64)
-    if not composed:
-        numbers = numbers[draw_scenes(series, numbers).task != COMPOSITION]
-    return numbers[:count].tolist()
+def numbers_of(series: int, first: int, count: int) -> list[int]:
+    """Places of `count` scenes of a series that are of the six tasks, from `first` on."""
+    numbers = np.arange(first, first + 2 * count, dtype=np.uint64)
+    return numbers[draw_scenes(series, numbers).task != COMPOSITION][:count].tolist()
 
 
-def real_store(options: argparse.Namespace, *, composed: bool, seed: int) -> Store:
-    """Rendered scenes of the training's series."""
-    device = torch.device(options.device)
-    shapes = Shapes(size=SIZE, seed=options.seed, device=device)
-    numbers = scenes_of(options.seed, options.scenes, composed=composed)
+def real_store(options: argparse.Namespace, first: int, *, series: int | None = None) -> Store:
+    """Rendered scenes of the training's series, from a place on."""
+    series = options.series if series is None else series
+    shapes = Shapes(size=SIZE, seed=series)
+    numbers = numbers_of(series, first, options.scenes)
     parts = [shapes.fetch(numbers[i : i + 4096]) for i in range(0, len(numbers), 4096)]
     return Store(
         torch.cat([part.latents for part in parts]),
         [caption for part in parts for caption in part.captions],
         batch_size=options.batch,
-        seed=seed,
+        seed=options.seed,
         dropout=0.1,
-        device=device,
+        device=torch.device(options.device),
     )
 
 
-def begin(wanted: Experiment, store: Store, base: DiT | None) -> TrainState:
-    """A run on `store`, from the weights of `base` if given."""
+def begin(
+    wanted: Experiment, store: Store, base: DiT | None, dpo: DPOConfig | None = None
+) -> TrainState:
+    """A run on `store`, from the weights of `base` if given; of pairs if there is a `dpo`."""
     if base is not None:
         wanted = replace(wanted, origin=Origin(source="the base"))
     state = build_state(wanted)
+    if dpo is not None:
+        state.objective = Preference(state.model, dpo)
     begin_from(state, wanted, None if base is None else lambda: Start(model=base))
     state.loader = store  # type: ignore[assignment]
     return state
 
 
-def learn(state: TrainState, config: TrainConfig, steps: int, until: float) -> list[dict[str, Any]]:
-    """Takes `steps` steps, or as many as there is time for; the numbers of every 50th."""
+def learn(state: TrainState, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
+    """Takes `steps` steps; the numbers of every 25th."""
     kept = []
     for number in range(1, steps + 1):
         metrics = train_step(state, config)
-        if number == 1 or number % 50 == 0:
-            kept.append({"step": state.step, **{k: v for k, v in metrics.items() if k != "tokens"}})
-            if time.perf_counter() > until:
-                break
+        if number == 1 or number % 25 == 0:
+            kept.append({"step": state.step, **metrics})
     return kept
+
+
+def learn_unwatched(
+    state: TrainState, config: TrainConfig, steps: int, until: float, floor: float
+) -> int:
+    """Takes `steps` steps as `train_step` does but without looking at them, so that the device never
+    waits, or as many as there is time for; over the last 30 % the rate falls to `floor` of it.
+    Returns how many."""
+    began = time.perf_counter()
+    for number in range(1, steps + 1):
+        share = max(number / steps, (time.perf_counter() - began) / max(until - began, 1e-9))
+        if share > 1:
+            return number - 1
+        parts = list(pieces(state.loader.next_batch(), state.step + 1, config, state.device))
+        losses = accumulate_gradients(state, config, parts)
+        groups = state.optimizer.groups
+        scale = (config.clip / global_norm(groups)).clamp(max=1)
+        for group in groups:
+            group.grads.mul_(scale)
+        state.step += 1
+        falling = 1 - (1 - floor) * max(0.0, share - 0.7) / 0.3
+        state.optimizer.step(state.learning_rate(state.step) * falling)
+        assert state.ema is not None
+        state.ema.update(state.step)
+        if number % 2000 == 0:
+            seconds = round(time.perf_counter() - began, 1)
+            say(step=state.step, seconds=seconds, loss=round(float(losses.mean()), 4))
+    return steps
 
 
 def averaged(state: TrainState) -> DiT:
     """A network of its own with the averaged weights, adapters merged."""
-    import copy
-
     assert state.ema is not None
     model = copy.deepcopy(state.model)
     with torch.no_grad():
@@ -223,8 +261,6 @@ def averaged(state: TrainState) -> DiT:
 
 def drawing(model: DiT) -> DiT:
     """The network as it draws: in bf16 on a GPU."""
-    import copy
-
     model = copy.deepcopy(model)
     return model.bfloat16() if next(model.parameters()).is_cuda else model
 
@@ -261,9 +297,7 @@ def check_reader(device: torch.device) -> None:
 def look(model: DiT, options: argparse.Namespace) -> dict[str, list[float | None]]:
     """The fields of every layer on held-out scenes, always at the same noise and times."""
     wanted = experiment(replace_options(options, batch=256), seed=77)
-    store = real_store(
-        replace_options(options, seed=SERIES, scenes=256, batch=256), composed=False, seed=0
-    )
+    store = real_store(replace_options(options, scenes=256, batch=256), 0, series=SERIES)
     model = model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
     (piece,) = pieces(store.next_batch(), 0, wanted.train, torch.device(options.device))
@@ -291,59 +325,47 @@ def load(options: argparse.Namespace) -> DiT:
     return model.requires_grad_(False).eval()
 
 
-def pairs_of(model: DiT, options: argparse.Namespace) -> tuple[DrawnPairs, dict[str, Any]]:
+def pairs_of(model: DiT, options: argparse.Namespace) -> tuple[Drawn, dict[str, Any]]:
     """Pairs on captions of the training's series, and what they cost."""
     began = time.perf_counter()
-    shapes = Shapes(size=SIZE, seed=options.seed)
-    scenes = scenes_at(shapes, scenes_of(options.seed, options.captions, composed=False))
-    found = list(
-        draw_pairs(drawing(model), Words(), scenes, SIZE, replace(DRAW, seed=options.seed))
-    )
-    whole = DrawnPairs(
-        asked=sum(f.asked for f in found),
-        captions=[c for f in found for c in f.captions],
+    shapes = Shapes(size=SIZE, seed=options.series)
+    scenes = scenes_at(shapes, numbers_of(options.series, 8 * options.scenes, options.captions))
+    captions = [scene.caption for scene in scenes]
+    config = replace(DRAW, seed=options.seed)
+    shape, judge = (3, SIZE, SIZE), judge_of_shapes(scenes)
+    found = list(draw_pairs(drawing(model), Words(), captions, shape, config, judge))
+    pairs = Drawn(
+        captions=[captions[place] for f in found for place in f.places],
         chosen=torch.cat([f.chosen for f in found]),
         rejected=torch.cat([f.rejected for f in found]),
-        points=[p for f in found for p in f.points],
     )
-    kinds: dict[str, int] = {}
-    for best, worst in whole.points:
-        kinds[f"{best} over {worst}"] = kinds.get(f"{best} over {worst}", 0) + 1
+    kinds = Counter(f"{best} over {worst}" for f in found for best, worst in f.points)
     spent = round(time.perf_counter() - began, 1)
-    return whole, {"captions": whole.asked, "pairs": len(whole.captions), **kinds, "seconds": spent}
+    return pairs, {"captions": len(captions), "pairs": kinds.total(), **kinds, "seconds": spent}
 
 
 def base(options: argparse.Namespace) -> DiT:
-    """Pre-training, then SFT at a lower rate on the six tasks alone."""
+    """Pre-training, or going on with --base, then SFT on other scenes at a low rate."""
     began = time.perf_counter()
-    store = real_store(options, composed=True, seed=options.seed)
+    store = real_store(options, 0)
+    other = real_store(options, 4 * options.scenes)
     say(stage="data", seconds=round(time.perf_counter() - began, 1), samples=len(store.data))
-    wanted = experiment(options)
-    state = begin(wanted, store, None)
-    learn(state, wanted.train, 3, math.inf)
-    say(stage="compiled", seconds=round(time.perf_counter() - began, 1))
-    for part in range(options.parts):
-        until = began + options.seconds * (part + 1) / options.parts
-        kept = learn(state, wanted.train, options.steps // options.parts, until)
-        seconds = round(time.perf_counter() - began, 1)
-        say(
-            stage="pre-training",
-            seconds=seconds,
-            **kept[-1],
-            scores=score(averaged(state), options),
-        )
-    pretrained = averaged(state)
-    store = real_store(options, composed=False, seed=options.seed + 1)
-    tuned = experiment(options, lr=options.lr / 10, seed=options.seed + 1000)
-    state = begin(tuned, store, pretrained)
-    kept = learn(
-        state, tuned.train, options.sft_steps, began + options.seconds + options.sft_seconds
+    stages = (
+        ("pre-training", store, options.lr, options.steps, options.seconds, 0.1),
+        ("sft", other, options.lr / 10, options.sft_steps, options.sft_seconds, 0.1),
     )
-    model = averaged(state)
-    seconds = round(time.perf_counter() - began, 1)
-    say(stage="sft", seconds=seconds, **kept[-1], scores=score(model, options))
-    if options.save:
-        save(model, options.save)
+    model, until = load(options) if options.base else None, began
+    for number, (name, samples, rate, steps, seconds, floor) in enumerate(stages):
+        until += seconds
+        wanted = experiment(options, lr=rate, seed=options.seed + 1000 * number)
+        state = begin(wanted, samples, model)
+        taken = learn_unwatched(state, wanted.train, steps, until, floor)
+        model = averaged(state)
+        spent = round(time.perf_counter() - began, 1)
+        say(stage=name, seconds=spent, steps=taken, scores=score(model, options))
+        if options.save:
+            save(model, options.save)
+    assert model is not None
     return model
 
 
@@ -365,7 +387,7 @@ def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def aligned(
-    start: DiT, drawn: DrawnPairs, name: str, fields: dict[str, Any], options: argparse.Namespace
+    start: DiT, drawn: Drawn, name: str, fields: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One way: DPO, or flow matching on the preferred pictures or on real ones."""
     began = time.perf_counter()
@@ -373,7 +395,7 @@ def aligned(
     common = {"batch_size": batch, "seed": options.seed, "device": device}
     dpo = name.startswith("dpo")
     if name.startswith("real"):
-        store = real_store(replace_options(options, batch=batch), composed=False, seed=3)
+        store = real_store(replace_options(options, batch=batch, scenes=16384), 10**7)
     else:
         rejected = drawn.rejected if dpo else None
         store = Store(drawn.chosen, drawn.captions, rejected, **common, dropout=0.0 if dpo else 0.1)
@@ -386,17 +408,15 @@ def aligned(
         weight_decay=0.0,
         ema_decay=0.99,
         tune=tune,
-        objective="dpo" if dpo else "flow",
-        dpo=DPOConfig(
-            beta=float(fields.get("beta", 1000.0)), anchor=float(fields.get("anchor", 0.0))
-        ),
     )
-    state = begin(wanted, store, start)
-    kept = learn(state, wanted.train, int(fields.get("steps", 400)), math.inf)
+    preference = DPOConfig(
+        beta=float(fields.get("beta", 1000.0)), anchor=float(fields.get("anchor", 0.0))
+    )
+    state = begin(wanted, store, start, preference if dpo else None)
+    kept = learn(state, wanted.train, int(fields.get("steps", 400)))
     if (
         dpo
-        and abs(kept[0]["loss"] - math.log(2) - kept[0]["loss_chosen"] * wanted.train.dpo.anchor)
-        > 0.02
+        and abs(kept[0]["loss"] - math.log(2) - kept[0]["loss_chosen"] * preference.anchor) > 0.02
     ):
         raise SystemExit(f"gate failed: DPO begins at {kept[0]['loss']}, not at log 2")
     spent = round(time.perf_counter() - began, 1)
@@ -422,7 +442,7 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=10**6)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of pre-training, at most")
     parser.add_argument("--sft-seconds", type=float, default=math.inf)
-    parser.add_argument("--parts", type=int, default=1, help="pre-training is scored so often")
+    parser.add_argument("--series", type=int, default=0, help="of the scenes that are trained on")
     parser.add_argument("--pictures", type=int, default=1536, help="that are scored")
     parser.add_argument("--captions", type=int, default=8192, help="that are drawn twice")
     parser.add_argument("--pairs-batch", type=int, default=256)

@@ -47,7 +47,8 @@ from mvsplit.training import (
     train_step,
 )
 from mvsplit.training.finetune import begin_from
-from mvsplit.training.step import piece_losses, pieces
+from mvsplit.training.objective import piece_losses
+from mvsplit.training.step import pieces
 
 NEW = "purple"
 PICTURES = 200

@@ -40,7 +40,8 @@ from mvsplit.training import (
     train,
 )
 from mvsplit.training.builders import build_loader
-from mvsplit.training.step import piece_losses, pieces
+from mvsplit.training.objective import piece_losses
+from mvsplit.training.step import pieces
 
 STAGES = ((2, 600), (10, 120), (50, 72))  # layers, steps
 BUDGET = sum(depth * steps for depth, steps in STAGES)  # layers × steps

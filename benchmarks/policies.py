@@ -48,7 +48,8 @@ from mvsplit.training import (
 from mvsplit.training.checkpoint import load_latest
 from mvsplit.training.config import Policy, ReactionConfig
 from mvsplit.training.files import read_lines
-from mvsplit.training.step import piece_losses, pieces
+from mvsplit.training.objective import piece_losses
+from mvsplit.training.step import pieces
 
 PLAIN = RuleConfig(name="plain")
 REFERENCE = "mvsplit from the start"

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
     "encode": ("mvsplit.cli.encode", "encode pictures and captions for training"),
     "sample": ("mvsplit.cli.sample", "draw pictures with a trained run or released weights"),
     "evaluate": ("mvsplit.cli.evaluate", "score a run or weights; compare scores"),
+    "pairs": ("mvsplit.cli.pairs", "draw captions twice and keep which picture was better"),
     "app": ("mvsplit.cli.app", "draw in the browser (extra app)"),
     "grow": ("mvsplit.cli.grow", "deeper weights that compute the same"),
     "convert": ("mvsplit.cli.convert", "weights between released files, checkpoints, diffusers"),

@@ -49,10 +49,15 @@ def evaluate_digits(latents: Tensor, labels: Sequence[int]) -> Iterator[tuple[st
         error, and `digit_accuracy_real`, the same for held-out real digits, which bounds what can
         be expected.
     """
-    classifier, real = digit_classifier()
-    read = classifier.predict(_pixels(latents.clamp(-1, 1)))
-    yield from share("digit_accuracy", (read == np.asarray(labels)).tolist())
-    yield "digit_accuracy_real", real
+    right = [digit == label for digit, label in zip(read_digits(latents), labels, strict=True)]
+    yield from share("digit_accuracy", right)
+    yield "digit_accuracy_real", digit_classifier()[1]
+
+
+def read_digits(latents: Tensor) -> list[int]:
+    """What the classifier reads in [N, 1, 8, 8]; values outside [−1, 1] are cut."""
+    classifier, _ = digit_classifier()
+    return classifier.predict(_pixels(latents.clamp(-1, 1))).tolist()
 
 
 def digit_frechet(latents: Tensor) -> Iterator[tuple[str, float]]:

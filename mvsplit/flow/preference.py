@@ -1,8 +1,8 @@
 """Diffusion-DPO for a rectified flow: learning from pairs of which one was preferred.
 
-Of a pair of samples under one caption, w is preferred to l. With the flow-matching loss of a sample,
-ℓ = ‖v − v̂(z_t)‖² (Eq. 2), under the network that learns, ℓ_θ, and under the frozen one that it
-started from, ℓ_ref, the implicit reward of a sample is r = −(β/2)·(ℓ_θ − ℓ_ref), and
+Of a pair of samples under one caption, w is preferred to l. With the flow-matching loss of a
+sample, ℓ = ‖v − v̂(z_t)‖² (Eq. 2), under the network that learns, ℓ_θ, and under the frozen one that
+it started from, ℓ_ref, the implicit reward of a sample is r = −(β/2)·(ℓ_θ − ℓ_ref), and
 
     L = −E log σ(r_w − r_l)
       = −E log σ(−(β/2)·[(ℓ_θ(w) − ℓ_ref(w)) − (ℓ_θ(l) − ℓ_ref(l))]).

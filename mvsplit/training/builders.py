@@ -21,6 +21,7 @@ from mvsplit.data import (
     sample_shape,
 )
 from mvsplit.data.encoders import LatentEncoder, Pixels
+from mvsplit.data.pairs import Pairs
 from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
@@ -148,9 +149,12 @@ def build_loader(experiment: Experiment) -> Loader:
     config, train = experiment.data, experiment.train
     dataset = build_data(config)
     check_fit(experiment.model, dataset)
+    embedder = build_embedder(config, dataset, experiment.model.text_width)
+    if (pairs := build_pairs(experiment, dataset, embedder)) is not None:
+        check_fit(experiment.model, pairs)
     return Loader(
-        dataset,
-        build_embedder(config, dataset, experiment.model.text_width),
+        dataset if pairs is None else pairs,
+        embedder,
         batch_size=train.batch_size,
         seed=train.seed,
         caption_dropout=train.caption_dropout,
@@ -195,6 +199,42 @@ def build_data(config: DataConfig) -> Dataset:
     if config.dataset == "cache":
         options["verify"] = config.verify and is_first_of_machine()
     return together(lambda: build_dataset(config.dataset, **options))
+
+
+def build_pairs(
+    experiment: Experiment, dataset: Dataset, embedder: WordEmbedder | CachedText
+) -> Pairs | None:
+    """The pairs that `data.pairs` names, encoded as the samples of `dataset` are; None for flow
+    matching.
+
+    Raises:
+        UserError: there are pairs without use for them, or none where they are needed; they cannot
+            be read; a word embedder does not know the words of a caption.
+    """
+    path, objective = experiment.data.pairs, experiment.train.objective
+    if objective == "flow":
+        if path is not None:
+            raise UserError(f"data.pairs={path}: flow matching reads none; add --objective dpo")
+        return None
+    if path is None:
+        raise UserError(
+            "train.objective='dpo' learns from pairs: name a parquet file with --data.pairs; "
+            "mvsplit pairs draws some with a run on shapes or digits"
+        )
+    codec = build_codec(dataset, resolve_device(experiment.train.device))
+    encode = None if isinstance(codec, Pixels) else codec.encode
+    pairs = Pairs(path, dataset.channels, encode)
+    if isinstance(embedder, WordEmbedder):
+        for row, caption in enumerate(pairs.captions):
+            _check_caption(embedder, caption, f"row {row} of {path}")
+    return pairs
+
+
+def _check_caption(embedder: WordEmbedder, caption: str, where: str) -> None:
+    try:
+        embedder.encode([caption])
+    except UserError as error:
+        raise UserError(f"data.pairs: {where}: {error}") from error
 
 
 def build_embedder(config: DataConfig, dataset: Dataset, width: int) -> WordEmbedder | CachedText:
@@ -252,7 +292,8 @@ def _tokens(experiment: Experiment, dataset: Dataset) -> int:
 
 def _sizes(dataset: Dataset) -> Sequence[tuple[int, ...]]:
     """(H, W) of the latents, of clips (F, H, W)."""
-    return dataset.shapes if isinstance(dataset, Cache) else [sample_shape(dataset)[1:]]
+    several = isinstance(dataset, (Cache, Pairs))
+    return dataset.shapes if several else [sample_shape(dataset)[1:]]
 
 
 def check_fit(model: DiTConfig, dataset: Dataset) -> None:

@@ -177,9 +177,8 @@ class FlightRecorder(Observer):
         (folder / "state").mkdir()
         # The weights before the step are here whole if the update is not made yet.
         if self._state.step < step and not self._state.sharded:
-            weights = Snapshot(
-                step=self._state.step, tensors={"model": dict(model.state_dict())}, values={}
-            )
+            tensors = {"model": dict(model.state_dict()), **self._state.objective.tensors()}
+            weights = Snapshot(step=self._state.step, tensors=tensors, values={})
             save_checkpoint(folder / "state", weights, keep=1)
         saved = _before(self.run / "checkpoints", step)
         _link_newest(saved, folder / "state")
@@ -215,8 +214,9 @@ def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
 
 def _write_batch(path: Path, batch: Batch) -> None:
     tensors = {"latents": batch.latents, "text": batch.text, "indices": batch.indices}
-    if batch.text_valid is not None:
-        tensors["text_valid"] = batch.text_valid
+    for name, tensor in (("text_valid", batch.text_valid), ("rejected", batch.rejected)):
+        if tensor is not None:
+            tensors[name] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 

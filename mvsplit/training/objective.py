@@ -70,8 +70,8 @@ FLOW = FlowMatching()
 class Preference:
     """Diffusion-DPO in its flow-matching form (`mvsplit.flow.preference`).
 
-    The two samples of a pair share their time and their noise, as in the code of Diffusion-DPO: what
-    both losses owe to these goes out in their difference.
+    The two samples of a pair share their time and their noise, as in the code of Diffusion-DPO:
+    what both losses owe to these goes out in their difference.
 
     Args:
         model: the network that learns; it has its adapters, if any, and says what learns.

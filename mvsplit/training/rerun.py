@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvsplit.diagnostics.attribution import (
     CENTERED,
@@ -36,8 +36,9 @@ from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.parallelize import raised_weights
+from mvsplit.training.pieces import Piece
 from mvsplit.training.state import TrainState
-from mvsplit.training.step import Piece, add_gradients, piece_losses, pieces, train_step
+from mvsplit.training.step import add_gradients, pieces, train_step
 
 MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
 
@@ -116,8 +117,9 @@ def _restore(state: TrainState, flight: Flight) -> None:
         state.restore(snapshot)
         return
     # Weights alone are enough where no step lies between, and the flight holds the batch.
-    weights = dict(state.model.state_dict())
-    snapshot.copy_to("model", weights)
+    snapshot.copy_to("model", dict(state.model.state_dict()))
+    for name, tensors in state.objective.tensors().items():
+        snapshot.copy_to(name, tensors)
     state.step = snapshot.step
 
 
@@ -141,7 +143,13 @@ class Rerun:
         state = self.state
         state.optimizer.zero_grad()
         with within or nullcontext():
-            losses = add_gradients(state.model, config or self.config, list(self._parts(rows)))
+            measured = add_gradients(
+                state.model,
+                config or self.config,
+                list(self._parts(rows)),
+                objective=state.objective,
+            )
+        losses = measured.view(len(measured), -1)[:, 0]
         norms = family_norms(state.model, state.optimizer.groups)
         scalars = [losses.mean(), global_norm(state.optimizer.groups)]
         loss, norm, *rest = read([*scalars, losses, *norms.values()])
@@ -165,6 +173,7 @@ class Rerun:
                 times=whole.times[chosen],
                 text=whole.text[chosen],
                 text_valid=None if whole.text_valid is None else whole.text_valid[chosen],
+                rejected=None if whole.rejected is None else whole.rejected[chosen],
             )
 
     def trial(self, name: str, label: str, gradient: Gradient) -> Trial:
@@ -182,7 +191,8 @@ class Rerun:
         at α = 0 on one branch and on both."""
         if self.config.precision != "fp32":
             fp32 = dataclasses.replace(self.config, precision="fp32", weights="fp32")
-            raised = raised_weights(self.state.model)
+            networks = (self.state.model, *self.state.objective.networks())
+            raised = raised_weights(nn.ModuleList(networks))
             yield self.trial("fp32", "in fp32", self.run(self.rows, fp32, raised))
         for name, branches in _BRANCHES.items():
             within = CenteredAdjoints(self.state.taps, branches)
@@ -239,7 +249,8 @@ class Rerun:
         model = self.state.model
         gradients = first_in_gradients(model)
         parts = self._parts(self.rows)
-        runs = (lambda part=part: piece_losses(model, part, self.config) for part in parts)
+        objective = self.state.objective
+        runs = (lambda part=part: objective(model, part, self.config) for part in parts)
         activations = (first_in_activations(model, run) for run in runs)
         return {
             "weights": first_in_weights(model),
@@ -279,7 +290,8 @@ class Rerun:
         handle = self.state.model.register_forward_hook(look)
         for part in parts:
             with LayerProbe(self.state.taps, fields=CHEAP_FIELDS) as probe:
-                loss = piece_losses(self.state.model, part, self.config).mean()
+                measured = self.state.objective(self.state.model, part, self.config)
+                loss = measured.view(len(measured), -1)[:, 0].mean()
                 (loss / len(parts)).backward()
             splits.append(probe.arrays())
         handle.remove()

@@ -28,7 +28,7 @@ from mvsplit.training.nonfinite import (
     first_in_gradients,
     first_in_weights,
 )
-from mvsplit.training.objective import FLOW, Objective, piece_losses
+from mvsplit.training.objective import FLOW, Objective
 from mvsplit.training.optimizer import clip_gradients_, global_norm
 from mvsplit.training.parallelize import sync_gradients
 from mvsplit.training.pieces import Piece, in_few_lengths
@@ -109,7 +109,7 @@ def add_gradients(
     def run(piece: Piece) -> Tensor:
         assert piece.parts is not None
         measured = objective(model, piece, config)
-        losses = measured if measured.ndim == 1 else measured[:, 0]
+        losses = measured.view(len(measured), -1)[:, 0]
         (losses.mean() / piece.parts).backward()
         return measured.detach()
 

@@ -15,7 +15,8 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training import build_state, train
 from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
 from mvsplit.training.parallelize import raised_weights
-from mvsplit.training.step import piece_losses, pieces, train_step
+from mvsplit.training.objective import piece_losses
+from mvsplit.training.step import pieces, train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
 

@@ -1,0 +1,299 @@
+"""The objective of pairs: its loss and gradient, its reference, and a run of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvsplit.cli.start import starter
+from mvsplit.data.digits import NAMES
+from mvsplit.data.pairs import write_pairs
+from mvsplit.diagnostics.probe import FIELDS, LayerProbe
+from mvsplit.errors import UserError
+from mvsplit.hub import load_weights
+from mvsplit.models import DiT
+from mvsplit.models.lora import LoRAConfig
+from mvsplit.training import (
+    DataConfig,
+    Experiment,
+    NonFiniteError,
+    Origin,
+    TrainState,
+    TuneConfig,
+    build_state,
+    load_run,
+    train,
+    train_step,
+)
+from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
+from mvsplit.training.config import DPOConfig
+from mvsplit.training.explanation import explain
+from mvsplit.training.finetune import begin_from
+from mvsplit.training.flight import flight_of_run
+from mvsplit.training.objective import Preference
+from mvsplit.training.pieces import Piece
+from mvsplit.training.step import accumulate_gradients, pieces
+from tests.training import runs
+
+TUNES = {
+    "all": TuneConfig(),
+    "layers": TuneConfig(only=("blocks.1.*", "head.*")),
+    "lora": TuneConfig(what="lora", lora=LoRAConfig(rank=2, alpha=4.0)),
+}
+BETA, ANCHOR = 30.0, 0.2
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pairs of noise in the size of digits."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    draws = torch.rand(20, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    write_pairs(path, ((NAMES[k % 10], *pair) for k, pair in enumerate(draws)))
+    return path
+
+
+def aligning(whole: Path, pairs: Path, tune: str = "all", **changes: Any) -> Experiment:
+    """Four steps on the pairs from the weights of the run `whole`."""
+    dpo = DPOConfig(beta=BETA, anchor=ANCHOR)
+    fields = {"steps": 4, "seed": 1, "dpo": dpo, "tune": TUNES[tune], **changes}
+    return Experiment(
+        model=runs.MODEL,
+        train=replace(runs.TRAIN, objective="dpo", **fields),
+        data=DataConfig(pairs=str(pairs)),
+        origin=Origin(source=str(whole)),
+    )
+
+
+def begun(experiment: Experiment) -> TrainState:
+    state = build_state(experiment)
+    begin_from(state, experiment, starter(experiment))
+    return state
+
+
+def moved_away(model: DiT) -> None:
+    """So that the network is no longer its reference."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += 0.05 * noise
+
+
+def by_hand(model: DiT, reference: DiT, piece: Piece) -> Tensor:
+    """The mean of what is minimised, sample after sample, from the formula as it is printed."""
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(len(piece.data)):
+        error: dict[tuple[str, str], Tensor] = {}
+        assert piece.rejected is not None
+        for which, x0 in (("w", piece.data[k]), ("l", piece.rejected[k])):
+            t, x1 = piece.times[k], piece.noise[k]
+            for name, network in (("θ", model), ("ref", reference)):
+                z = (1 - t) * x0 + t * x1
+                velocity = network(z[None], piece.text[k : k + 1], None)[0]
+                error[which, name] = (x0 - x1 - velocity).square().sum() / x0.numel()
+        inside = (error["w", "θ"] - error["w", "ref"]) - (error["l", "θ"] - error["l", "ref"])
+        total = total - torch.log(1 / (1 + torch.exp(BETA / 2 * inside)))
+        total = total + ANCHOR * error["w", "θ"]
+    return total / len(piece.data)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_loss_and_gradients_in_fp64(whole_run: Path, pairs: Path, tune: str) -> None:
+    experiment = aligning(whole_run, pairs, tune)
+    state = begun(experiment)
+    (piece,) = pieces(state.loader.next_batch(), 1, experiment.train, state.device)
+    assert piece.rejected is not None
+    assert piece.text_valid is None
+    wide = {name: v.double() for name, v in vars(piece).items() if v is not None}
+    piece = Piece(**wide, text_valid=None)
+    model = copy.deepcopy(state.model).double()
+    objective = Preference(model, experiment.train.dpo)
+    moved_away(model)
+    measured = objective(model, piece, experiment.train)
+    (measured[:, 0].mean()).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.grad = None
+    reference = load_weights(whole_run).double()
+    expected = by_hand(model, reference, piece)
+    expected.backward()
+    assert float(measured[:, 0].detach().mean()) == pytest.approx(float(expected), rel=1e-10)
+    assert float(measured[:, 1].abs().min()) > 1e-3  # a margin that is none would test nothing
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-12)
+            assert found[name].any()
+    dpo = measured[:, 0] - ANCHOR * measured[:, 3]
+    torch.testing.assert_close(dpo, -torch.log(torch.sigmoid(measured[:, 1])))
+    assert measured[:, 2].tolist() == [float(m > 0) for m in measured[:, 1]]
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_it_starts_at_log_2_and_equal_samples_push_nothing(
+    whole_run: Path, pairs: Path, tune: str
+) -> None:
+    config = aligning(whole_run, pairs, tune, dpo=DPOConfig(beta=BETA), accumulate=2)
+    state = begun(config)
+    parts = list(pieces(state.loader.next_batch(), 1, config.train, state.device))
+    measured = accumulate_gradients(state, config.train, parts)
+    assert measured[:, 0].tolist() == [torch.tensor(2.0).log().item()] * 8
+    assert measured[:, 1:3].tolist() == [[0.0, 0.5]] * 8
+    assert torch.equal(measured[:, 3:5], measured[:, 5:7])
+    assert sum(float(group.grads.norm()) for group in state.optimizer.groups) > 1e-2
+    same = [replace(part, rejected=part.data) for part in parts]
+    assert accumulate_gradients(state, config.train, same)[:, 0].tolist() == measured[:, 0].tolist()
+    for group in state.optimizer.groups:
+        # Of either sample −½·β/2·∂ℓ, summed in another order.
+        assert float(group.grads.abs().max()) < 1e-5
+
+
+def test_the_cut_of_a_batch_changes_nothing(whole_run: Path, pairs: Path) -> None:
+    found = []
+    for accumulate in (1, 4):
+        experiment = aligning(whole_run, pairs, accumulate=accumulate)
+        state = begun(experiment)
+        moved_away(state.model)
+        parts = list(pieces(state.loader.next_batch(), 1, experiment.train, state.device))
+        assert len(parts) == accumulate
+        measured = accumulate_gradients(state, experiment.train, parts)
+        found.append((measured, *(group.grads.clone() for group in state.optimizer.groups)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_the_reference_stays_and_shares_what_does_not_learn(
+    whole_run: Path, pairs: Path, tune: str
+) -> None:
+    experiment = aligning(whole_run, pairs, tune, lr=0.1, warmup=1)
+    state = begun(experiment)
+    assert isinstance(state.objective, Preference)
+    start = dict(load_weights(whole_run).named_parameters())
+    for _ in range(3):
+        train_step(state, experiment.train)
+    reference = dict(state.objective.reference.named_parameters())
+    own = dict(state.model.named_parameters())
+    shared = {n for n, p in own.items() if reference[n].data_ptr() == p.data_ptr()}
+    assert shared == {n for n, p in own.items() if not p.requires_grad or ".lora_" in n}
+    for name, weight in start.items():
+        assert torch.equal(reference[name], weight)
+        assert not reference[name].requires_grad or name in shared
+    batch = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 16)
+    with torch.no_grad():
+        before = load_weights(whole_run)(*batch)
+        torch.testing.assert_close(state.objective.reference(*batch), before)
+        assert (state.model(*batch) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    whole_run: Path, pairs: Path, tmp_path: Path, tune: str
+) -> None:
+    """Without its source: the reference is in the checkpoint."""
+    whole = aligning(whole_run, pairs, tune, steps=6)
+    train(whole, tmp_path / "one", start=starter(whole))
+    half = aligning(whole_run, pairs, tune, steps=3)
+    train(half, tmp_path / "two", start=starter(half))
+    train(whole, tmp_path / "two", start=None)
+    runs.assert_same_run(tmp_path / "one", tmp_path / "two")
+    saved = read_checkpoint(list_checkpoints(tmp_path / "two" / "checkpoints")[-1]).tensors
+    assert ("reference" in saved) == (tune != "lora")
+    log = runs.log_of(tmp_path / "one")
+    assert log[0]["loss"] == pytest.approx(math.log(2) + ANCHOR * log[0]["loss_chosen"])
+    assert log[-1]["margin"] != 0.0
+    assert {"accuracy", "loss_rejected", "reference_chosen", "reference_rejected"} <= set(log[-1])
+    sample = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 16)
+    drawn = load_run(tmp_path / "one").model(*sample)
+    torch.testing.assert_close(load_weights(tmp_path / "one")(*sample), drawn)
+
+
+def test_other_pairs_are_noticed(whole_run: Path, pairs: Path, tmp_path: Path) -> None:
+    first = aligning(whole_run, pairs, steps=1)
+    train(first, tmp_path / "run", start=starter(first))
+    others = tmp_path / "others.parquet"
+    write_pairs(others, [("one", torch.zeros(1, 8, 8), torch.ones(1, 8, 8))] * 20)
+    with pytest.raises(UserError, match="pairs: the loader has"):
+        train(aligning(whole_run, others, steps=2), tmp_path / "run")
+
+
+def test_the_probe_sees_the_network_alone(whole_run: Path, pairs: Path) -> None:
+    """Every field, attention included: the same as where the reference is no network at all."""
+    experiment = aligning(whole_run, pairs)
+    state = begun(experiment)
+    moved_away(state.model)
+    assert isinstance(state.objective, Preference)
+    parts = list(pieces(state.loader.next_batch(), 1, experiment.train, state.device))
+
+    def probed() -> dict[str, Any]:
+        with LayerProbe(state.taps, fields=FIELDS) as probe:
+            accumulate_gradients(state, experiment.train, parts)
+        return probe.arrays()
+
+    watched, outputs = probed(), []
+    reference = state.objective.reference
+    with torch.no_grad():
+        reference.register_forward_hook(lambda _, args, output: outputs.append(output))
+        accumulate_gradients(state, experiment.train, parts)
+    replay: Callable[..., Tensor] = lambda *args: outputs[0]  # noqa: E731
+    state.objective.reference = replay  # type: ignore[assignment]
+    assert probed() == watched
+    assert len(outputs) == 1
+
+
+def test_a_step_is_explained_as_it_was(whole_run: Path, pairs: Path, tmp_path: Path) -> None:
+    experiment = aligning(whole_run, pairs, steps=4)
+    train(experiment, tmp_path / "run", start=starter(experiment))
+    found = explain(flight_of_run(tmp_path / "run", 4))
+    assert found.reproduction.exact
+    assert found.reproduction.recorded["loss"] == runs.log_of(tmp_path / "run")[3]["loss"]
+
+
+def test_a_value_that_is_not_finite_is_named(whole_run: Path, pairs: Path) -> None:
+    experiment = aligning(whole_run, pairs)
+    state = begun(experiment)
+    with torch.no_grad():
+        state.model.get_parameter("blocks.1.ffn.w2.weight").mul_(1e38)
+    with pytest.raises(NonFiniteError, match="layer 1"):
+        train_step(state, experiment.train)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (
+            lambda whole, pairs: replace(aligning(whole, pairs), data=DataConfig()),
+            "objective='dpo' learns from pairs: name a parquet file with --data.pairs",
+        ),
+        (
+            lambda whole, pairs: replace(aligning(whole, pairs), train=runs.TRAIN),
+            "data.pairs=.*: flow matching reads none; add --objective dpo",
+        ),
+        (
+            lambda whole, pairs: replace(aligning(whole, pairs), origin=None),
+            "objective='dpo': a preference is measured against trained weights; .* --from",
+        ),
+        (
+            lambda whole, pairs: aligning(whole, pairs, dpo=DPOConfig(beta=0.0)),
+            r"train.dpo.beta=0.0: must be greater than 0",
+        ),
+        (
+            lambda whole, pairs: aligning(whole, pairs, dpo=DPOConfig(anchor=-1.0)),
+            r"train.dpo.anchor=-1.0: must not be negative",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    whole_run: Path, pairs: Path, tmp_path: Path, experiment: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        wanted = experiment(whole_run, pairs)
+        train(wanted, tmp_path / "run", start=starter(wanted))
