@@ -30,7 +30,7 @@ def test_loss_and_gradient(beta: float) -> None:
     losses.sum().backward()
     for row, loss, gradient in zip(numbers.tolist(), losses, numbers.grad, strict=True):
         expected, slopes = by_hand(row, beta)
-        assert float(loss) == pytest.approx(expected, rel=1e-12)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
         assert gradient.tolist() == pytest.approx(slopes, rel=1e-12)
 
 

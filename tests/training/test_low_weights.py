@@ -14,8 +14,8 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import build_state, train
 from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
-from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.objective import piece_losses
+from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.step import pieces, train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
