@@ -292,8 +292,9 @@ def _tokens(experiment: Experiment, dataset: Dataset) -> int:
 
 def _sizes(dataset: Dataset) -> Sequence[tuple[int, ...]]:
     """(H, W) of the latents, of clips (F, H, W)."""
-    several = isinstance(dataset, (Cache, Pairs))
-    return dataset.shapes if several else [sample_shape(dataset)[1:]]
+    if isinstance(dataset, (Cache, Pairs)):
+        return dataset.shapes
+    return [sample_shape(dataset)[1:]]
 
 
 def check_fit(model: DiTConfig, dataset: Dataset) -> None:
