@@ -53,10 +53,7 @@ _LIBRARIES = {
 }
 _ANY: Way = partial(_by_library, list(_LIBRARIES.values()))
 _WAYS: dict[str, Way] = {name: partial(_by_library, b) for name, b in _LIBRARIES.items()}
-_SEQUENCES: dict[str, Way] = {
-    "cudnn in sequences": partial(in_sequences, library="cudnn"),
-    "flash in sequences": partial(in_sequences, library="flash"),
-}
+_SEQUENCES: dict[str, Way] = {"flash in sequences": in_sequences}
 _ZERO_KEYS: dict[str, Way] = {"cudnn with zero keys": with_zero_keys}
 _ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _WAYS
 _chosen: dict[_Key, Way] = {}
@@ -71,7 +68,8 @@ def attend(
         q: [B, H, T, K].
         k, v: [B, G, T, K] with H a multiple of G.
         segments: of the T tokens; their mask says which are real.
-        zero_padding: a promise that padded rows of k and v are zero.
+        zero_padding: a promise that padded rows of k and v are zero, and that heads of q and k have
+            unit RMS.
 
     Returns:
         [B, H, T, K]; rows of padding hold values without meaning, and so do their gradients.

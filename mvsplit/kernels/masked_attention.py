@@ -2,8 +2,8 @@
 
 **In sequences.** Where the real tokens of each sample come first, the padded batch is, without a
 byte moved, a packed batch of twice as many sequences: the real tokens of a sample, its padding, and
-so on. Kernels for sequences of unequal lengths take that as it is, and real tokens never see
-padding. Padding attends to itself.
+so on. Flash attention for sequences of unequal lengths takes that as it is, and real tokens never
+see padding. Padding attends to itself. (cuDNN's cannot be captured in a CUDA graph.)
 
 **Zero keys.** A padded key that is zero scores 0 for every query and so adds exp(0) = 1 to the sum
 Z that its softmax divides by; a padded value that is zero adds nothing else. So with m padded keys
@@ -12,8 +12,10 @@ Z that its softmax divides by; a padded value that is zero adds nothing else. So
 
 are the output and the log-sum-exp over the real keys alone, and from these two the backward of any
 flash attention gives the exact gradients of q and of the real keys and values: it recomputes
-exp(score − lse), and a zero key passes nothing to q. It serves where padded rows of k and v are
-zero, as they are behind a projection without bias, for padding leaves every merge as zero.
+exp(score − lse), and a zero key passes nothing to q. Rows whose Z is nearly all m are computed anew
+(`kernels/fused/zero_keys.py`). It serves where padded rows of k and v are zero, as they are behind
+a projection without bias, for padding leaves every merge as zero; and where no score is far below
+zero, for backward sees exp(−lse) at zero keys: heads of unit RMS have none below −√K.
 
 Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them.
 
@@ -22,7 +24,7 @@ Shapes: B batch, H heads, T tokens, K head width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,33 +32,34 @@ from torch.autograd.function import once_differentiable
 
 from mvsplit.kernels.segments import Segments
 
-Library = Literal["cudnn", "flash"]
 _aten = torch.ops.aten
 
 
-def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments, library: Library) -> Tensor:
+def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Attention over the real tokens; q, k, v [B, H, T, K], as many key heads as heads.
 
     Raises:
-        RuntimeError: the library does not take such inputs, or real tokens do not come first.
+        RuntimeError: flash attention does not take such inputs, or real tokens do not come first.
     """
     bounds = segments.sequence_bounds()
     if bounds is None:
         raise RuntimeError("a segment before the last may have padding")
     if q.shape[1] != k.shape[1]:
         raise RuntimeError("fewer key heads than heads")
-    return _InSequences.apply(q, k, v, bounds, q.shape[2], library)
+    return _InSequences.apply(q, k, v, bounds, q.shape[2])
 
 
 def with_zero_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The same where padded rows of k and v are zero. Gradients of these rows have no meaning.
+    """The same where padded rows of k and v are zero and scores are above −80. Gradients of these
+    rows have no meaning.
 
     Raises:
         RuntimeError: cuDNN does not take such inputs.
     """
     padding = segments.padding()
     assert padding is not None
-    return _ZeroKeys.apply(q, k, v, padding)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return _ZeroKeys.apply(q, k, v, segments.mask, padding)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -70,43 +73,34 @@ def _unpacked(x: Tensor, batch: int) -> Tensor:
 
 class _InSequences(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, library: Library
-    ) -> Tensor:
-        batch = q.shape[0]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
         inputs = [_packed(t) for t in (q, k, v)]
-        of = (bounds, bounds, longest, longest)
-        if library == "flash":
-            out, lse, *rest = _aten._flash_attention_forward(*inputs, *of, 0.0, False, False)
-            rest = rest[:2]
-        else:
-            found = _aten._cudnn_attention_forward(*inputs, None, *of, True, 0.0, False, False)
-            out, lse, rest = found[0], found[1], list(found[6:8])
-        ctx.save_for_backward(*inputs, out, lse, bounds, *rest)
-        ctx.batch, ctx.longest, ctx.library = batch, longest, library
-        return _unpacked(out, batch)
+        out, lse, seed, unused, _ = _aten._flash_attention_forward(
+            *inputs, bounds, bounds, longest, longest, 0.0, False, False
+        )
+        ctx.save_for_backward(*inputs, out, lse, bounds, seed, unused)
+        ctx.batch, ctx.longest = q.shape[0], longest
+        return _unpacked(out, q.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, bounds, *rest = ctx.saved_tensors
-        of = (bounds, bounds, ctx.longest, ctx.longest)
-        inputs = (_packed(grad), q, k, v, out, lse)
-        if ctx.library == "flash":
-            grads = _aten._flash_attention_backward(*inputs, *of, 0.0, False, *rest)
-        else:
-            grads = _aten._cudnn_attention_backward(*inputs, *rest, None, *of, 0.0, False)
-        return *(_unpacked(g, ctx.batch) for g in grads), None, None, None
+        q, k, v, out, lse, bounds, seed, unused = ctx.saved_tensors
+        grads = _aten._flash_attention_backward(
+            _packed(grad), q, k, v, out, lse, bounds, bounds, ctx.longest, ctx.longest, 0.0, False,
+            seed, unused,
+        )  # fmt: skip
+        return *(_unpacked(g, ctx.batch) for g in grads), None, None
 
 
 class _ZeroKeys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
         from mvsplit.kernels.fused.zero_keys import leave_out_zero_keys_
 
         found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
         out, lse = found[0], found[1]
-        leave_out_zero_keys_(out, lse, padding)
+        leave_out_zero_keys_(out, lse, q, k, v, mask, padding)
         ctx.save_for_backward(q, k, v, out, lse, *found[6:8])
         return out
 
@@ -118,4 +112,4 @@ class _ZeroKeys(torch.autograd.Function):
             grad, q, k, v, out, lse, seed, offset, None, None, None, q.shape[2], k.shape[2], 0.0,
             False,
         )  # fmt: skip
-        return *grads, None
+        return *grads, None, None

@@ -115,15 +115,15 @@ class Segments:
         return members.expand(like.shape[0], -1, -1), averages.expand(like.shape[0], -1, -1)
 
     def key_bias(self, like: Tensor) -> Tensor | None:
-        """What attention adds to its scores: 0 for real keys, −∞ for padding, [B, 1, T, T] in the
-        dtype of `like`; None where every token is real. Computed once for each dtype."""
+        """What attention adds to its scores: 0 for real keys, −∞ for padding, [B, 1, 1, T] in the
+        dtype of `like`; None where every token is real. Computed once for each dtype. One row for
+        all queries: cuDNN reads it in less time than T equal ones."""
         if self.mask is None:
             return None
         if like.dtype not in self._biases:
             row = torch.zeros(self.mask.shape, dtype=like.dtype, device=self.mask.device)
             row.masked_fill_(~self.mask, -torch.inf)
-            total = self.mask.shape[1]
-            self._biases[like.dtype] = row[:, None, None, :].expand(-1, 1, total, -1).contiguous()
+            self._biases[like.dtype] = row[:, None, None, :]
         return self._biases[like.dtype]
 
     def sequence_bounds(self) -> Tensor | None:

@@ -1,5 +1,9 @@
 """Leaves keys that are zero out of a finished softmax (`mvsplit.kernels.masked_attention`, Eq. 1).
 
+Z − m is exact to rounding while the real keys have a share in Z; where they have next to none, it
+would be what is left of two large numbers. Tiles with such a row are computed anew from their
+queries over the real keys alone, which is slow and rare: the mean score has to be below −5 or so.
+
 Shapes: B batch, H heads, T tokens, K head width.
 """
 
@@ -12,43 +16,94 @@ from torch import Tensor
 
 from mvsplit.kernels.fused.common import block
 
-_ROWS = 32  # rows (a token of a head) a program
+_ROWS = 32  # tokens of a head a program
+_KEYS = 32  # at a time, where a tile is computed anew
+LEAST = 1 / 64  # share of the real keys in Z; the log-sum-exp is right to some 1e-6
 
 
-@triton.jit(do_not_specialize=["rows", "total"])
-def zero_keys_kernel(
-    p_out, p_lse, p_padding, s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, rows, total,
-    H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _anew(
+    p_q, p_k, p_v, p_mask, s_kt, s_vt, o_q, m_q, total, scale,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    # Rows in the order of memory: sample, token, head.
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m = i < rows
-    i_h = i % H
-    i_t = i // H % total
-    i_b = (i // H // total).to(tl.int64)
-    p = p_lse + i_b * s_lb + i_h * s_lh + i_t * s_lt
-    lse = tl.load(p, m, 0.0)
-    share = tl.load(p_padding + i_b, m, 0.0) * tl.exp(-lse)  # m/Z
-    tl.store(p, lse + tl.log(1 - share), mask=m)
+    """Softmax over the real keys alone: output [ROWS, K] and log-sum-exp [ROWS]."""
     o_k = tl.arange(0, BLOCK_K)
-    m_o = m[:, None] & (o_k < K)[None, :]
-    p_o = p_out + (i_b * s_ob + i_h * s_oh + i_t * s_ot)[:, None] + o_k[None, :]
-    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / (1 - share)[:, None]
+    b_q = tl.load(p_q + o_q[:, None] + o_k[None, :], m_q[:, None] & (o_k < K)[None, :], 0.0)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    part = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    for first in range(0, total, KEYS):
+        o_n = first + tl.arange(0, KEYS)
+        real = (o_n < total) & (tl.load(p_mask + o_n, o_n < total, 0) != 0)
+        m_n = real[:, None] & (o_k < K)[None, :]
+        b_k = tl.load(p_k + (o_n * s_kt)[:, None] + o_k[None, :], m_n, 0.0)
+        b_v = tl.load(p_v + (o_n * s_vt)[:, None] + o_k[None, :], m_n, 0.0)
+        score = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        score = tl.where(real[None, :], score, float("-inf"))
+        now = tl.maximum(most, tl.max(score, 1))
+        safe = tl.where(now == float("-inf"), 0.0, now)
+        weight = tl.exp(score - safe[:, None])
+        fade = tl.exp(most - safe)
+        part = part * fade + tl.sum(weight, 1)
+        b_out = b_out * fade[:, None]
+        b_out += tl.dot(weight.to(b_v.dtype), b_v, input_precision="ieee")
+        most = now
+    some = tl.where(part > 0, part, 1.0)
+    return b_out / some[:, None], tl.where(part > 0, most + tl.log(some), 0.0)
+
+
+@triton.jit(do_not_specialize=["total"])
+def zero_keys_kernel(
+    p_out, p_lse, p_padding, p_q, p_k, p_v, p_mask,
+    s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
+    total, scale, LEAST: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    # The heads of the same tokens, which lie side by side, are worked on at the same time.
+    i_h = tl.program_id(0) % H
+    i_b = tl.program_id(1).to(tl.int64)
+    o_t = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
+    m_t = o_t < total
+    p = p_lse + i_b * s_lb + i_h * s_lh + o_t * s_lt
+    lse = tl.load(p, m_t, 0.0)
+    padding = tl.load(p_padding + i_b)
+    share = padding * tl.exp(tl.where(padding > 0, -lse, 0.0))  # m/Z, for which Z is at least m
+    lost = m_t & (1 - share < LEAST)
+    rest = tl.where(lost, 1.0, 1 - share)
+    o_k = tl.arange(0, BLOCK_K)
+    m_o = m_t[:, None] & (o_k < K)[None, :]
+    p_o = p_out + i_b * s_ob + i_h * s_oh + (o_t * s_ot)[:, None] + o_k[None, :]
+    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / rest[:, None]
+    lse += tl.log(rest)
+    if tl.max(lost.to(tl.int32), 0) > 0:
+        anew, of = _anew(
+            p_q + i_b * s_qb + i_h * s_qh, p_k + i_b * s_kb + i_h * s_kh,
+            p_v + i_b * s_vb + i_h * s_vh, p_mask + i_b * total, s_kt, s_vt, o_t * s_qt, m_t,
+            total, scale, K, BLOCK_K, ROWS, KEYS,
+        )  # fmt: skip
+        out = tl.where(lost[:, None], anew, out)
+        lse = tl.where(lost, of, lse)
+    tl.store(p, lse, mask=m_t)
     tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
 
 
-def leave_out_zero_keys_(out: Tensor, lse: Tensor, padding: Tensor) -> None:
-    """Corrects, in place, a softmax that `padding` keys and values of zero took part in.
+def leave_out_zero_keys_(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Tensor
+) -> None:
+    """Corrects, in place, a softmax that padded keys and values, all zero, took part in.
 
     Args:
-        out: [B, H, T, K], dense in K.
+        out: [B, H, T, K], dense in K; of softmax(QKᵀ/√K)V over all keys.
         lse: [B, H, T] or [B, H, T, 1] fp32, the natural log-sum-exp of the scores.
-        padding: [B] fp32, such keys of each sample; fewer than all.
+        q, k, v: [B, H, T, K], dense in K.
+        mask: [B, T] booleans, dense, true on real tokens.
+        padding: [B] fp32, how many are not.
     """
     batch, heads, total, width = out.shape
-    rows = batch * heads * total
+    strides = [s for t in (out, lse, q, k, v) for s in t.stride()[:3]]
     with torch.no_grad():
-        zero_keys_kernel[(triton.cdiv(rows, _ROWS),)](
-            out, lse, padding, *out.stride()[:3], *lse.stride()[:3], rows, total,
-            H=heads, K=width, BLOCK_K=block(width), ROWS=_ROWS, num_warps=4,
+        zero_keys_kernel[(triton.cdiv(total, _ROWS) * heads, batch)](
+            out, lse, padding, q, k, v, mask.view(torch.uint8), *strides, total, width**-0.5,
+            LEAST=LEAST, H=heads, K=width, BLOCK_K=block(width), ROWS=_ROWS, KEYS=_KEYS,
+            num_warps=4,
         )  # fmt: skip
