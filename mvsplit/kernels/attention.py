@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from mvsplit.kernels.capture import capture
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.masked_attention import in_sequences, with_zero_keys
 from mvsplit.kernels.segments import Segments
@@ -181,7 +182,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         kept = run()
     graph.replay()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

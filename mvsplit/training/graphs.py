@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mvsplit.kernels.block_parts import has_gradient_hooks
+from mvsplit.kernels.capture import capture
 from mvsplit.models.block import _is_watched
 from mvsplit.training.pieces import Piece
 
@@ -76,6 +77,10 @@ class Graphs:
                 if self._recorded:
                     self.clear()
                 return run(piece)
+            # A larger piece finds no room in the blocks of a smaller one's graph.
+            smaller = any(_size(r.piece) < _size(piece) for r in self._recorded.values())
+            if smaller or len(self._recorded) >= _MOST:
+                self.clear()
             self._record(key, piece, run)
         if key not in self._recorded:
             return run(piece)
@@ -116,8 +121,6 @@ class Graphs:
             self.clear()
 
     def _record(self, key: Any, piece: Piece, run: Run) -> None:
-        if len(self._recorded) >= _MOST:
-            self.clear()
         parts: dict[str, Any] = {f.name: _own(getattr(piece, f.name)) for f in fields(piece)}
         own = Piece(**parts)
         gc.collect()
@@ -127,8 +130,7 @@ class Graphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            # Other threads, such as the one that watches over NCCL, may do what they like.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with capture(graph, self._pool):
                 losses = run(own)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -143,6 +145,10 @@ class Graphs:
 
 def _shape(value: Tensor | None) -> Any:
     return None if value is None else (tuple(value.shape), value.dtype)
+
+
+def _size(piece: Piece) -> int:
+    return piece.data.numel() + piece.text.numel()
 
 
 def _own(value: Tensor | None) -> Tensor | None:

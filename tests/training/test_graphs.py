@@ -86,6 +86,10 @@ class Recording(Graphs):
     def replay(self) -> None:
         self.replays += 1
 
+    def recorded_texts(self) -> list[int]:
+        """Text tokens of each graph's piece, in the order of recording."""
+        return [r.piece.text.shape[1] for r in self._recorded.values()]
+
     def _record(self, key: Any, piece: Piece, run: Run) -> None:
         self._recorded[key] = _Recorded(self, piece, run(piece))
 
@@ -114,9 +118,22 @@ def test_another_shape_finds_the_memory_of_the_graphs_free() -> None:
     graphs.run(some_piece(8), lambda p: held.append(len(graphs._recorded)) or p.times)
     assert held == [0]
     for _ in range(2):
-        graphs.run(some_piece(4), losses_of)
         graphs.run(some_piece(8), losses_of)
+        graphs.run(some_piece(4), losses_of)
     assert (len(graphs._recorded), graphs.replays) == (2, 6)
+
+
+def test_a_larger_piece_is_recorded_before_the_smaller_ones() -> None:
+    """In the pool that they share the blocks of a smaller graph are too small for it."""
+    graphs = Recording(DiT(runs.MODEL))
+    for text in (4, 8, 4):
+        graphs.run(some_piece(text), losses_of)
+    assert graphs.recorded_texts() == [4]
+    graphs.run(some_piece(8), losses_of)
+    assert graphs.recorded_texts() == [8]
+    for text in (4, 8):
+        graphs.run(some_piece(text), losses_of)
+    assert graphs.recorded_texts() == [8, 4]  # and both stay
 
 
 def test_a_graph_is_not_replayed_once_other_parameters_learn() -> None:

@@ -1,0 +1,55 @@
+"""Recording a CUDA graph, so that a recording that fails leaves the process as it was.
+
+Where a recording is broken off, `torch.cuda.graph` (2.11) leaves the current stream changed, the
+allocator in the belief that it is still recording, so that no freed memory is ever given back, and
+the default generator so that it refuses to draw. All three are put right here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def capture(graph: Any, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph` on the current device. One recording at a time: the default generator can
+    take part in no more. Other threads may do what they like meanwhile.
+
+    Args:
+        graph: a `torch.cuda.CUDAGraph`.
+        pool: where it takes its memory from; a pool of its own if None.
+
+    Raises:
+        RuntimeError: what was done cannot be recorded.
+    """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    stream = torch.cuda.current_stream()
+    with _one_at_a_time:
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            _clean_up(pool, stream)
+            raise
+
+
+def _clean_up(pool: Any, stream: Any) -> None:
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it does not believe that it records: the capture was ended
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    try:
+        torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:
+        default = torch.cuda.default_generators[device]
+        fresh = torch.Generator(torch.device("cuda", device))
+        fresh.manual_seed(default.initial_seed())
+        default.graphsafe_set_state(fresh.graphsafe_get_state())
