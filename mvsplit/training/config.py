@@ -193,8 +193,10 @@ class TrainConfig:
         clip: largest global gradient norm.
         ema_decay: of the averaged weights; 0 keeps none.
         precision: fp32, or bf16 arithmetic.
-        weights: of the blocks' matrices: fp32, or bf16 rounded stochastically with moments of 3
-            bytes an element, 7 bytes a parameter in all instead of 16 (needs precision=bf16).
+        weights: of the blocks' matrices, with their gradients and moments: fp32, 16 bytes a
+            parameter; split, fp32 stored as bf16 and the bits that it leaves out, 14 bytes and no
+            casts; bf16, rounded stochastically with moments of 3 bytes an element, 7 bytes. The
+            last two have gradients in bf16 and need precision=bf16.
         recompute: what the backward of a block computes again instead of keeping it, on a GPU:
             nothing, its packed FFN projection, all, or auto: as little as memory allows.
         seed: of initial weights, order of the data, dropped captions, noise and times.
@@ -230,7 +232,7 @@ class TrainConfig:
     clip: float = 1.0
     ema_decay: float = 0.9999
     precision: Literal["fp32", "bf16"] = "fp32"
-    weights: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["fp32", "split", "bf16"] = "fp32"
     recompute: Literal["auto", "nothing", "packed", "attention", "trunk", "all"] = "auto"
     seed: int = 0
     save_every: int = 1000
@@ -251,6 +253,11 @@ class TrainConfig:
     objective: Literal["flow", "dpo"] = "flow"
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
+    @property
+    def bf16_weights(self) -> bool:
+        """Whether the matrices that the blocks read are bf16."""
+        return self.weights != "fp32"
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "record_steps"):
             _require(self, name, getattr(self, name) >= 1, "must be at least 1")
@@ -268,7 +275,8 @@ class TrainConfig:
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
         _require(self, "precision", self.precision in ("fp32", "bf16"), "choose fp32 or bf16")
-        _require(self, "weights", self.weights in ("fp32", "bf16"), "choose fp32 or bf16")
+        known = self.weights in ("fp32", "split", "bf16")
+        _require(self, "weights", known, "choose fp32, split or bf16")
         fits = self.weights == "fp32" or self.precision == "bf16"
         _require(self, "weights", fits, "needs train.precision=bf16")
         choices = ("auto", *RECOMPUTE)

@@ -37,8 +37,8 @@ def carry_over(
         raise UserError("grow: the source has no moments; name a run or a checkpoint of mvsplit")
     if "low" in counts or "low" in state.optimizer.updates():
         raise UserError(
-            "train.weights='bf16': layers that come later need a bias correction of their own, "
-            "which bf16 weights do not have; choose fp32"
+            "train.weights: layers that come later need a bias correction of their own, which "
+            "weights in bf16 or split do not have; choose fp32"
         )
     state.set_apart(new_layers(moved, state.model.config.depth))
     late = set(source.values.get("new_layers", []))

@@ -94,12 +94,12 @@ def exchange_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
     if ranks == 1:
         return 0
     if config.parallel.layout != "shard":
-        return STAGING + 2 * STAGING // ranks if config.weights == "bf16" else 0
+        return STAGING + 2 * STAGING // ranks if config.bf16_weights else 0
     parallel, matrices = config.parallel, cast_bytes(model)
     units = 2 + parallel.prefetch if parallel.reshard else -(-model.depth // parallel.unit)
     gathered = units * parallel.unit * matrices
     sent = 2 * parallel.unit * 3 * matrices  # of two units, in half precision and in fp32
-    each = 1 if config.weights == "bf16" else 2
+    each = 1 if config.bf16_weights else 2
     arrived = each * model.depth * matrices // (ranks // parallel.replicas)
     added_up = 2 * model.depth * matrices if config.accumulate > 1 else 0
     return gathered + sent + arrived + added_up

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 from mvsplit.diagnostics.ranks import is_distributed
 from mvsplit.errors import UserError
 from mvsplit.kernels.low_adamw import BLOCK, LowSettings, LowState, low_adamw_
+from mvsplit.kernels.split_adamw import SplitState, split_adamw_
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import rank
 from mvsplit.training.replicas import Replicas, equal_parts
@@ -198,7 +199,8 @@ def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]
 
 class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel;
-    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`). Of groups that
+    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`), or with the
+    other half of fp32 weights and moments in fp32 (`mvsplit.kernels.split_adamw`). Of groups that
     every rank holds, a rank has the moments of its part only."""
 
     def __init__(self, groups: list[FlatGroup], config: TrainConfig) -> None:
@@ -206,7 +208,8 @@ class AdamW:
         self._config = config
         held = [group.mine() for group in groups]
         self._full = [group for group in held if group.kind != "low"]
-        self._low = {g: LowState.zeros(g.values) for g in held if g.kind == "low"}
+        kind = SplitState if config.weights == "split" else LowState
+        self._low = {g: kind.zeros(g.values) for g in held if g.kind == "low"}
         self._low_updates = 0
         for group in self._full:
             group.values.grad = group.grads
@@ -241,7 +244,10 @@ class AdamW:
             lr, *config.betas, config.eps, config.weight_decay, self._low_updates
         )
         for group, state in self._low.items():
-            low_adamw_(group.values, group.grads, state, settings_low)
+            if isinstance(state, SplitState):
+                split_adamw_(group.values, group.grads, state, settings_low)
+            else:
+                low_adamw_(group.values, group.grads, state, settings_low)
         for group in self.groups:
             if group.spread is not None:
                 group.spread.push_values(group.cut(group.values))
@@ -276,7 +282,8 @@ class AdamW:
 
     def moments(self) -> dict[str, Tensor]:
         """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`; of a bf16
-        group the first as `exp_avg_codes.PARAMETER` and `exp_avg_scales.PARAMETER`."""
+        group the first as `exp_avg_codes.PARAMETER` and `exp_avg_scales.PARAMETER`, or with
+        `low_bits.PARAMETER` what the weights leave out."""
         found = {
             f"{moment}.{name}": part
             for moment in ("exp_avg", "exp_avg_sq")
@@ -284,6 +291,10 @@ class AdamW:
             for name, part in group.named(self._inner.state[group.values][moment]).items()
         }
         for group, state in self._low.items():
+            if isinstance(state, SplitState):
+                for name, values in zip(("low_bits", "exp_avg", "exp_avg_sq"), state, strict=True):
+                    found |= {f"{name}.{n}": part for n, part in group.named(values).items()}
+                continue
             found |= {f"exp_avg_codes.{n}": part for n, part in group.named(state.codes).items()}
             found |= {f"exp_avg_sq.{n}": part for n, part in group.named(state.second).items()}
             found |= {f"exp_avg_scales.{n}": part for n, part in _scales(group, state).items()}
@@ -303,8 +314,9 @@ class AdamW:
 
     def forget(self) -> None:
         """Begins with fresh moments."""
-        for moment in self.moments().values():
-            local(moment).zero_()
+        for name, moment in self.moments().items():
+            if not name.startswith("low_bits."):
+                local(moment).zero_()
         self.set_updates(dict.fromkeys(self.updates(), 0))
 
     @property

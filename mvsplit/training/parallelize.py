@@ -33,7 +33,7 @@ def parallelize(model: DiT, config: TrainConfig, device: torch.device) -> None:
     Raises:
         UserError: the processes or bf16 weights cannot be divided as `train.parallel` says.
     """
-    if config.weights == "bf16":
+    if config.bf16_weights:
         lower_weights(model)
     if shards(config):
         shard(model, config, _mesh(config.parallel, device))
@@ -95,6 +95,7 @@ def shard(model: DiT, config: TrainConfig, mesh: Any) -> None:
     whole = set()
     if config.weights == "bf16":
         _check_blocks(model, mesh.size() // config.parallel.replicas)
+    if config.bf16_weights:
         whole = {p for p in model.parameters() if p.dtype != torch.bfloat16}
     units = _units(list(cast(Iterable[nn.Module], model.blocks)), config.parallel.unit)
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}

@@ -31,7 +31,8 @@ from mvsplit.training.memory_plan import (
 CONTEXT = 0.5 * 2**30  # of CUDA and its libraries: the process less PyTorch's own and the graph's,
 # in the out-of-memory message of benchmarks/results/train_step_h200_2026-11-24.json
 OUTSIDE = ("graph", "CUDA context")
-_LOW_MOMENTS = 1 + 4 / 128 + 2  # bytes an element (`kernels/low_adamw.py`)
+# Bytes of optimiser state an element whose weight is bf16 (`kernels/low_adamw`, `split_adamw`).
+_LOW_STATE = {"bf16": 1 + 4 / 128 + 2, "split": 2 + 4 + 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Parameters:
     """How many there are.
 
     Attributes:
-        low: elements of the blocks' matrices, which `train.weights=bf16` concerns.
+        low: elements of the blocks' matrices, which `train.weights` concerns.
         rest: all others.
     """
 
@@ -124,14 +125,14 @@ def state_parts(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> dict[s
     count = count_parameters(model)
     sharded = ranks > 1 and config.parallel.layout == "shard"
     shards = ranks // config.parallel.replicas
-    low = count.low if config.weights == "bf16" else 0
+    low = count.low if config.bf16_weights else 0
     full = count.all - low
     copies = 2 if sharded else 1  # the flat buffers hold shards once more (`spread.py`)
     whole = shards if sharded else 1
     return {
         "weights": (2.0 * low + 4.0 * full) * copies / whole,
         "gradients": (2.0 * low + 4.0 * full) / whole,
-        "moments": (_LOW_MOMENTS * low + 8.0 * full) / shards,
+        "moments": (_LOW_STATE.get(config.weights, 0.0) * low + 8.0 * full) / shards,
         "average (EMA)": 4.0 * count.all / shards if config.ema_decay else 0.0,
     }
 

@@ -310,7 +310,7 @@ def optimiser_bytes(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> fl
     norm, and the averages where they are kept (clipping, which is rare, is not counted)."""
     low, full = _low_and_full(model, config)
     looked_at = (4 + 4) * full + (2 + 2) * low  # by zeroing and the norm
-    updated = 28 * full + 12 * low
+    updated = 28 * full + (26 if config.weights == "split" else 12) * low
     if config.ema_decay:
         updated += (8 + 4) * full + (8 + 2 + 8) * low  # bf16 weights through an fp32 copy
     shards = ranks // config.parallel.replicas
@@ -321,7 +321,7 @@ def optimiser_bytes(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> fl
 def _low_and_full(model: DiTConfig, config: TrainConfig) -> tuple[int, int]:
     """Parameters in bf16 and in fp32."""
     count = count_parameters(model)
-    low = count.low if config.weights == "bf16" else 0
+    low = count.low if config.bf16_weights else 0
     return low, count.all - low
 
 

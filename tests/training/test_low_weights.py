@@ -21,6 +21,7 @@ from mvsplit.training.surgery import protect
 from tests.training import runs
 
 LOW = {"precision": "bf16", "weights": "bf16"}
+SPLIT = {"precision": "bf16", "weights": "split"}
 
 
 def test_half_and_half_is_the_whole(tmp_path: Path) -> None:
@@ -28,6 +29,35 @@ def test_half_and_half_is_the_whole(tmp_path: Path) -> None:
     train(runs.experiment(steps=4, **LOW), tmp_path / "run")
     train(runs.experiment(**LOW), tmp_path / "run")
     runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_split_weights_come_back_with_their_other_half(tmp_path: Path) -> None:
+    train(runs.experiment(**SPLIT), tmp_path / "whole")
+    train(runs.experiment(steps=4, **SPLIT), tmp_path / "run")
+    train(runs.experiment(**SPLIT), tmp_path / "run")
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_split_weights_follow_fp32_closely(tmp_path: Path) -> None:
+    """Only gradients differ, by their rounding to bf16, and starts, by that of the weights."""
+    train(runs.experiment(steps=30, precision="bf16"), tmp_path / "full")
+    train(runs.experiment(steps=30, **SPLIT), tmp_path / "split")
+    full, split = (runs.log_of(tmp_path / name) for name in ("full", "split"))
+    for ours, theirs in zip(split, full, strict=True):
+        assert abs(ours["loss"] / theirs["loss"] - 1) < 0.01
+
+
+def test_fresh_moments_leave_the_other_half_of_the_weights() -> None:
+    experiment = runs.experiment(**SPLIT)
+    state = build_state(experiment)
+    for _ in range(2):
+        train_step(state, experiment.train)
+    moments = state.optimizer.moments()
+    halves = {n: t.clone() for n, t in moments.items() if n.startswith("low_bits.")}
+    assert any((t != 0).any() for t in halves.values())
+    state.optimizer.forget()
+    for name, moment in moments.items():
+        assert torch.equal(moment, halves.get(name, torch.zeros_like(moment)))
 
 
 def test_follows_full_precision(tmp_path: Path) -> None:
