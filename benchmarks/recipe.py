@@ -3,8 +3,7 @@
 Networks of 400 layers at D = 128 learn the coloured shapes for 1,000 steps with the run's own step:
 fp32 weights and fp32 AdamW, and what `train.weights` offers instead, from the same seeds, so that
 all see the same pictures, noise and times. What is compared is the mean loss of the last 100 steps;
-it may differ by at most 2 %. Their CUDA graphs run side by side on one GPU, a thread each: a
-network of this width does not fill it.
+it may differ by at most 2 %. Each is a process, all at once on one GPU.
 
     python benchmarks/recipe.py [--variants fp32 bf16 …] [--seeds 0 1] [--budget 150] [--json FILE]
     python benchmarks/recipe.py --small         (a trial of the code on a CPU)
@@ -15,12 +14,13 @@ Cost: two to three minutes on one H200 for two variants and two seeds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
+import signal
 import statistics
+import subprocess
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.builders import build_state
-from mvsplit.training.state import TrainState
 from mvsplit.training.step import train_step
 
 LAST = 100  # steps whose mean loss is compared
 LIMIT = 0.02
+WARM = 20  # steps after which time is taken: graphs are recorded by then
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"weights": "fp32"},
+    "split": {"weights": "split"},
     "bf16": {"weights": "bf16"},
     "fp32 throughout": {"weights": "fp32", "precision": "fp32"},
 }
@@ -45,9 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def experiment(variant: str, seed: int, steps: int, small: bool) -> Experiment:
     width = 32 if small else 128
-    settings: dict[str, Any] = {"precision": "fp32" if small else "bf16"} | VARIANTS[variant]
-    if small:
-        settings |= {"weights": "fp32", "precision": "fp32"}
+    settings: dict[str, Any] = {"precision": "bf16"} | VARIANTS[variant]
     return Experiment(
         model=DiTConfig(
             depth=6 if small else 400,
@@ -72,53 +71,72 @@ def experiment(variant: str, seed: int, steps: int, small: bool) -> Experiment:
     )
 
 
-class Run:
-    """One network, on a stream of its own."""
-
-    def __init__(self, variant: str, seed: int, steps: int, small: bool) -> None:
-        self.name, self.seed = variant, seed
-        self.experiment = experiment(variant, seed, steps, small)
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.failure: str | None = None
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        with self.on_stream():
-            self.state: TrainState = build_state(self.experiment)
-
-    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
-
-    def go(self, until: int, deadline: float) -> None:
-        """Steps to `until`, or what the time allows."""
-        try:
-            with self.on_stream():
-                while self.state.step < until and time.perf_counter() < deadline:
-                    found = train_step(self.state, self.experiment.train)
-                    self.losses.append(found["loss"])
-                    self.norms.append(found["grad_norm"])
-        except Exception as error:  # of a thread: said in the result
-            self.failure = f"{type(error).__name__}: {error}"[:300]
+def learn(variant: str, seed: int, out: Path, args: argparse.Namespace) -> None:
+    """One run, in a process of its own; `out` has its losses every so often."""
+    config = experiment(variant, seed, args.steps, args.small)
+    deadline = time.perf_counter() + args.budget
+    state = build_state(config)
+    losses: list[float] = []
+    began = time.perf_counter()
+    while state.step < args.steps and time.perf_counter() < deadline:
+        losses.append(train_step(state, config.train)["loss"])
+        if state.step == WARM:
+            began = time.perf_counter()
+        if state.step % 50 == 0 or state.step == args.steps:
+            each = (time.perf_counter() - began) / max(1, state.step - WARM)
+            temporary = out.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"losses": losses, "seconds_a_step": each}))
+            temporary.replace(out)
 
 
-def compare(runs: list[Run]) -> dict[str, Any]:
+def run_all(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What each run has left behind, by variant and seed. No process outlives this one."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    files = {(v, s): folder / f"{v}-{s}.json" for s in args.seeds for v in args.variants}
+    shared = [f"--steps={args.steps}", f"--budget={args.budget}", *(["--small"] * args.small)]
+    processes = []
+    try:
+        for (variant, seed), out in files.items():
+            child = ["--child", variant, str(seed), str(out), *shared]
+            processes.append(subprocess.Popen([sys.executable, __file__, *child]))
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2 if args.small else 5)
+            print(
+                ", ".join(f"{v} {s}: {progress(out)}" for (v, s), out in files.items()), flush=True
+            )
+    finally:
+        for process in processes:
+            process.kill()
+    return {run: json.loads(out.read_text()) for run, out in files.items() if out.exists()}
+
+
+def progress(out: Path) -> str:
+    if not out.exists():
+        return "-"
+    found = json.loads(out.read_text())
+    return f"{len(found['losses'])} steps of {found['seconds_a_step'] * 1e3:.0f} ms"
+
+
+def compare(runs: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """The mean loss of the last steps that all have taken, and the gaps to fp32."""
-    steps = min(len(run.losses) for run in runs)
+    steps = min((len(run["losses"]) for run in runs.values()), default=0)
     last = {
-        (run.name, run.seed): statistics.fmean(run.losses[max(0, steps - LAST) : steps])
-        for run in runs
+        run: statistics.fmean(found["losses"][max(0, steps - LAST) : steps])
+        for run, found in runs.items()
+        if steps
     }
     gaps = {
         f"{name}, seed {seed}": loss / last["fp32", seed] - 1
         for (name, seed), loss in last.items()
         if name != "fp32" and ("fp32", seed) in last
     }
+    names = {run: f"{run[0]}, seed {run[1]}" for run in runs}
     return {
         "steps": steps,
-        "mean_of_last": {f"{name}, seed {seed}": loss for (name, seed), loss in last.items()},
+        "mean_of_last": {names[run]: loss for run, loss in last.items()},
         "gaps": gaps,
-        "passed": bool(gaps) and all(abs(gap) <= LIMIT for gap in gaps.values()),
-        "losses": {f"{r.name}, seed {r.seed}": [round(x, 5) for x in r.losses] for r in runs},
-        "failures": {f"{r.name}, seed {r.seed}": r.failure for r in runs if r.failure},
+        "seconds_a_step": {names[run]: found["seconds_a_step"] for run, found in runs.items()},
+        "losses": {names[r]: [round(x, 5) for x in found["losses"]] for r, found in runs.items()},
     }
 
 
@@ -130,39 +148,32 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    began = time.perf_counter()
-    deadline = began + args.budget
-    runs = [Run(v, s, args.steps, args.small) for s in args.seeds for v in args.variants]
-    for run in runs:  # one by one, for a graph cannot be recorded while others allocate
-        run.go(min(3, args.steps), deadline)
-        print(f"[{time.perf_counter() - began:6.1f} s] {run.name}, seed {run.seed}: recorded", flush=True)  # fmt: skip  # noqa: E501
-    threads = [threading.Thread(target=run.go, args=(args.steps, deadline)) for run in runs]
-    from_here = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        for thread in threads:
-            thread.join(10.0 / len(threads))
-        shown = ", ".join(f"{r.name} {r.seed}: {len(r.losses)} {r.losses[-1]:.4f}" for r in runs)
-        print(f"[{time.perf_counter() - began:6.1f} s] {shown}", flush=True)
-    took = time.perf_counter() - from_here
-    found = compare(runs)
+    if args.child:
+        variant, seed, out = args.child
+        learn(variant, int(seed), Path(out), args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(run_all(args, Path(folder)))
+    wanted = (len(args.variants) - 1) * len(args.seeds)
+    whole = found["steps"] == args.steps and len(found["gaps"]) == wanted
+    model = experiment("fp32", 0, args.steps, args.small).model
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
-        "seconds_a_step_of_all": took / max(1, found["steps"] - 3),
-        "depth": runs[0].experiment.model.depth,
-        "width": runs[0].experiment.model.width,
+        "depth": model.depth,
+        "width": model.width,
+        "passed": whole and all(abs(gap) <= LIMIT for gap in found["gaps"].values()),
         **found,
     }
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "losses"}, indent=1))
     if not result["passed"]:
-        raise SystemExit("the losses differ by more than 2 %, or a run failed")
+        raise SystemExit("the losses differ by more than 2 %, or a run did not end")
 
 
 if __name__ == "__main__":
