@@ -31,7 +31,10 @@ Needs = Literal["CPU", "GPU", "GPUs"]
 _NEEDS: dict[str, Needs] = {
     "engine": "GPU",
     "fused_ops": "GPU",
+    "masked_attention": "GPU",
     "parallel_step": "GPUs",
+    "recipe": "GPU",
+    "thousand_layers": "GPU",
     "train_step": "GPU",
     "watch_cost": "GPU",
 }
