@@ -186,6 +186,7 @@ def thousand(job: Job, layout: str) -> dict[str, Any]:
         took.append(seconds(lambda lr=lr: losses.append(trainer.step(parts, lr))))
     found = rates(trainer, len(parts[0].data), min(took[2:]))
     return {
+        "samples_on_each": len(parts[0].data),
         "first_step_seconds": took[0],
         **found,
         "tokens_per_second": found["tokens_per_second"] * world(),

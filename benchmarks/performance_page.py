@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from performance_parallel import several
 from performance_parts import distance, engine, fused, ideas, not_run, plans, training
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,11 @@ def page() -> str:
         plans(graphs, eager),
         distance(graphs, eager, reference),
         engine(merged(load("engine_h200_*.json"))),
+        several(
+            merged(load("parallel_step_h200x2_*.json")),
+            merged(load("eight_gpus_h200x*.json")),
+            merged(load("eight_gpus_predicted.json")),
+        ),
         ideas(graphs, eager, reference, rows(ops)),
         not_run(graphs),
     )

@@ -399,7 +399,6 @@ UNMEASURED = {
     "masked": "what masked text costs in attention",
     "recipe": "the loss of bf16 weights against fp32 over 1,000 steps at 400 layers, D = 128",
     "resume": "30 steps, save and resume of 13.6 billion parameters on a GPU",
-    "several": "training on several GPUs (`mvsplit bench parallel_step`)",
 }
 
 
