@@ -73,7 +73,7 @@ class Job:
     piece: int = 26
     piece_fp32: int = 13
     steps: int = 3
-    window: int = 12  # steps between two saves
+    window: int = 8  # steps between two saves
 
     def pieces(self, weights: str) -> tuple[int, int]:
         """Samples of a piece and pieces of a step, as in train_step.py where nothing is asked for:
@@ -267,9 +267,8 @@ class Result:
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "torch": torch.__version__,
-            "processes": launched_world(),
+            "processes": max(self.found.get("processes", 1), launched_world()),
             "layers": job.depth,
-            "batch": job.samples * launched_world(),
         }
         command = " ".join(["torchrun", f"--nproc-per-node {launched_world()}", *sys.argv])
         self.found["commands"] = [*self.found.get("commands", []), command]
