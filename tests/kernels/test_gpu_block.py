@@ -77,14 +77,14 @@ def by_node(block, valid, device, *, recompute, adds=False, dtype=torch.float32)
     settings = BlockSettings(cos, sin, places, HEADS, block.attention.eps, eps, recompute, adds)
     weights = BlockWeights(*(m.weight for m in block._matrices()))
     if adds:
-        for weight in weights:
-            weight.grad = torch.ones_like(weight)
+        for parameter in block.parameters():
+            parameter.grad = torch.ones_like(parameter)
     out = run(x, weights, rules[0].gains(), rules[1].gains(), settings)
     (out * grad).sum().backward()
     grads = {name: p.grad for name, p in block.named_parameters()}
     if adds:
         for name, p in block.named_parameters():
-            grads[name] = p.grad - 1 if p.ndim == 2 else p.grad
+            grads[name] = p.grad - 1
     return out.detach(), x.grad, grads
 
 
@@ -143,11 +143,14 @@ def test_added_gradients_do_not_pass_through_autograd(device):
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     x, grad = (t.to(device) for t in draw(torch.float32))
-    found = torch.autograd.grad(call(block, x), weights, grad, allow_unused=True)
-    assert found == (None,) * 4
+    gains = [p for p in block.parameters() if p.ndim < 2]
+    gains[0].grad = torch.ones_like(gains[0])
+    found = torch.autograd.grad(call(block, x), [*weights, *gains], grad, allow_unused=True)
+    assert found[:5] == (None,) * 5
+    assert all(g is not None for g in found[5:])  # they have no buffer to be added to
     wanted = truth(make_block(RULES["mvsplit"]), None)[2]
     for name, parameter in block.named_parameters():
-        if parameter.ndim == 2:
+        if parameter.grad is not None:
             assert error(parameter.grad - 1, wanted[name]) < 2e-5, name
 
 

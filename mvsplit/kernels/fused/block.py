@@ -24,7 +24,7 @@ Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from mvsplit.kernels.block_parts import (
 )
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
-from mvsplit.kernels.reference import Gains
+from mvsplit.kernels.reference import Gain, Gains
 
 
 class _Attended(NamedTuple):
@@ -149,6 +149,27 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, adds: bool) -> Ten
     return (a @ b).to(weight.dtype)
 
 
+def _gain_gradients(
+    gains: tuple[Gain | None, ...], grads: tuple[Tensor | None, ...], adds: bool
+) -> list[Tensor | None]:
+    """The same for the gains: all of a block's are added in one launch. What is left for autograd
+    is returned."""
+    own = [
+        (i, gain.grad)
+        for i, gain in enumerate(gains)
+        if adds
+        and grads[i] is not None
+        and isinstance(gain, Tensor)
+        and gain.is_leaf
+        and gain.grad is not None
+        and not has_gradient_hooks(gain)
+    ]
+    if own:
+        torch._foreach_add_([grad for _, grad in own], [cast(Tensor, grads[i]) for i, _ in own])
+    added = {i for i, _ in own}
+    return [None if i in added else grad for i, grad in enumerate(grads)]
+
+
 def _add_input_gradient(trunk: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Adds the gradient through a matrix to the trunk's own, in place. [B, T, D]"""
     trunk.flatten(0, 1).addmm_(grad.flatten(0, 1), weight)
@@ -181,7 +202,8 @@ class _Block(torch.autograd.Function):
         grad, of_a, grad_qkv, grad_proj = _attention_backward(
             grad, x, kept, weights, low, merges[0], s
         )
-        return grad, None, None, grad_qkv, grad_proj, grad_w13, grad_w2, *of_a, *of_f
+        of_gains = _gain_gradients((*merges[0].gains, *merges[1].gains), (*of_a, *of_f), s.adds)
+        return grad, None, None, grad_qkv, grad_proj, grad_w13, grad_w2, *of_gains
 
 
 def _ffn_backward(
