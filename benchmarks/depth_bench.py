@@ -5,7 +5,8 @@
 Before the first run two short trainings on the device must come to the same losses, finite and
 falling. Then runs in the order of what they tell (`mvsplit.reproduce.depth.order`), several at a
 time, until nothing is left or the minutes are over; the same command goes on with the same --out.
---json keeps all rows in one file; `--page docs/experiments` draws the page from the files there.
+--json keeps all rows in one file; --pages docs/experiments adds them to those that the page is
+drawn from, and --draw does no more than that.
 
 Cost: not measured as a whole; any number of minutes gives a part of it.
 """
@@ -20,6 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.plan import (
     SIZES,
     BenchRun,
@@ -67,11 +69,16 @@ def main() -> None:
     parser.add_argument("--have", type=Path, nargs="*", default=[], help="earlier --json files")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--depths", type=int, nargs="*", help="instead of those of the size")
+    parser.add_argument("--pages", type=Path, help="docs/experiments: keeps rows and page there")
+    parser.add_argument("--draw", action="store_true", help="runs nothing: --have, then --pages")
     parser.add_argument("--time", action="store_true", help="times steps, alone and side by side")
     options = parser.parse_args()
     size = get_size(options.size)
     if options.depths:
         size = replace(size, depths=tuple(options.depths))
+    if options.draw:
+        draw(size, options.have, options.pages)
+        return
     if options.time:
         keep(time_sharing(size), options.json)
         return
@@ -96,8 +103,27 @@ def main() -> None:
     )
     rows = study.run(minutes=options.minutes)
     rule = note_rule(options.out / RULE_FILE)
-    keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
+    if options.json is not None:
+        keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
+    if options.pages is not None:
+        from mvsplit.reproduce.depth.page import keep_rows, write_page
+
+        keep_rows(size, rule, rows, options.pages)
+        print(write_page(options.pages))
     print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
+
+
+def draw(size: BenchSize, have: list[Path], pages: Path | None) -> None:
+    """The page, with the rows of some --json files added to those that it is drawn from."""
+    # Here: what draws is missing where runs are run.
+    from mvsplit.reproduce.depth.page import keep_rows, write_page
+
+    if pages is None:
+        raise UserError("--draw needs --pages FOLDER, whose results the page is written from")
+    for path in have:
+        result = json.loads(path.read_text("utf-8"))
+        keep_rows(size, result["rule"], result["rows"], pages)
+    print(write_page(pages))
 
 
 def keep(result: object, path: Path | None) -> None:

@@ -1,0 +1,189 @@
+"""The bench's page in Markdown, with its pictures, from the rows that lie beside it.
+
+FOLDER/depth-bench.md and FOLDER/depth-bench-*.png are drawn from FOLDER/results/depth-bench-*.json
+and from nothing else, so that they can be written again without a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.depth.page_parts import (
+    best_table,
+    collapse_table,
+    rate_table,
+    shape_table,
+    timing_table,
+)
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchSize
+from mvsplit.reproduce.depth.plot import save_best, save_rates, save_seconds
+from mvsplit.reproduce.depth.table import Cell, cells, for_verdict
+from mvsplit.reproduce.depth.verdict import (
+    ERRORS,
+    RULE,
+    SEEDS,
+    TIE,
+    against_rivals,
+    best,
+    new_default,
+    rule_sha256,
+)
+
+NAME = "depth-bench"
+RESULTS = "results"
+TODAY = "mvsplit-1"  # the setting that `RuleConfig` has by default
+HEAD = """# The depth bench: every rule at its own learning rate
+
+    mvsplit bench depth_bench --size small --out runs/depth-bench
+
+The paper compares three stabilisers at one learning rate, without repeats. Here each rule of the
+registry has a sweep of its own, with the same data, steps and network, and what is best is repeated
+with other seeds. Settings of MV-Split that are not the paper's stand below as candidates.
+
+**What is measured.** Captioned shapes of 32×32 pixels. Validation loss: on samples that no
+training sees, at fixed noise and times ([evaluation](../evaluation.md)). A run *lives* if it stays
+finite and this loss ends below 0.8 of the token floor, the loss of a network that answers all
+tokens alike.
+Tasks: GenEval's six and the Fréchet distance of [the exact reader](../evaluation.md), guidance 2.
+Figures are means ± one standard deviation over seeds; **1 seed** marks those without a spread.
+
+**Not covered.** Toy pictures, narrow networks, batches of 16 or 32 and some hundred steps, where
+the paper trains 100,000: who is ahead after so few need not be ahead later, and a collapse that
+comes late is not seen. Only the learning rate is swept: warm-up, decay and clipping are the same
+for all. The best rate is chosen by the same held-out samples that it is judged by, for every entry
+alike.
+"""
+
+
+def keep_rows(
+    size: BenchSize, rule: Mapping[str, str], rows: Sequence[Mapping[str, Any]], folder: Path
+) -> Path:
+    """Adds rows to those that the page of `folder` is drawn from: a run that is there already is
+    replaced, and the rule keeps its earliest date. One row a line."""
+    path = folder / RESULTS / f"{NAME}-{size.name}.json"
+    there: dict[str, Any] = {"rule": rule, "rows": []}
+    if path.exists():
+        there = json.loads(path.read_text("utf-8"))
+    by_run = {row["run"]: row for row in (*there["rows"], *rows)}
+    first = min((there["rule"], rule), key=lambda each: each["written"])
+    lines = ",\n".join(json.dumps(by_run[name]) for name in sorted(by_run))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f'"size": {json.dumps(size.name)},\n"rule": {json.dumps(first)},\n'
+    path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    return path
+
+
+def write_page(folder: Path | str) -> Path:
+    """Writes the page and its pictures.
+
+    Raises:
+        UserError: there is no result to write them from.
+    """
+    folder = Path(folder)
+    parts = [HEAD, "## The rule of the verdicts\n", *_quoted(RULE), ""]
+    found = 0
+    for size in SIZES.values():
+        path = folder / RESULTS / f"{NAME}-{size.name}.json"
+        if path.exists():
+            found += 1
+            parts += _of_size(size, json.loads(path.read_text("utf-8")), folder)
+    if not found:
+        raise UserError(
+            f"{folder / RESULTS} holds no rows of the bench; run it: mvsplit bench {NAME} "
+            f"--pages {folder}"
+        )
+    parts.append(
+        f"Written by `python benchmarks/depth_bench.py --draw --pages FOLDER` from `{RESULTS}/`."
+    )
+    page = folder / f"{NAME}.md"
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def _quoted(text: str) -> list[str]:
+    return [f"> {line}" for line in text.splitlines()]
+
+
+def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[str]:
+    timing = _timing(size, folder)
+    main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
+    here = [cell for cell in main if cell.width == size.width]
+    save_rates(here, size, folder / f"{NAME}-{size.name}-rates.png")
+    save_best([*here, *other], size, folder / f"{NAME}-{size.name}-best.png")
+    seeds = len({row["seed"] for row in result["rows"]})
+    device = sorted({f"{row['device']}, torch {row['torch']}" for row in result["rows"]})
+    parts = [
+        f"## {size.name}: {size.hardware}\n",
+        f"{len(result['rows'])} runs, {seeds} seed{'s' if seeds > 1 else ''} at most, "
+        f"{size.steps} steps of {size.batch_size} samples, {size.warmup} of them warm-up, width "
+        f"{size.width}; {'; '.join(device)}. The rule was written {result['rule']['written']}, "
+        f"before the first of the runs{_changed(result)}.\n",
+        *verdict_words(size, [*main, *other]),
+        f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",
+        f"![Loss against learning rate]({NAME}-{size.name}-rates.png)\n",
+    ]
+    for depth in size.depths:
+        parts += best_table(depth, size, [*here, *other], timing)
+    parts += rate_table(size, [*here, *other])
+    parts += collapse_table(result["rows"])
+    parts += shape_table(size, main, timing)
+    if timing:
+        save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
+        parts += timing_table(timing, f"{NAME}-{size.name}-seconds.png")
+    parts += missing(size, main)
+    return parts
+
+
+def _timing(size: BenchSize, folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS / f"{NAME}-timing-{size.name}.json"
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def _changed(result: Mapping[str, Any]) -> str:
+    return "" if result["rule"]["sha256"] == rule_sha256() else ", **and changed since**"
+
+
+def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
+    """What the rule says, and the numbers that it says it of."""
+    settings = for_verdict(found, size, ("mvsplit", "candidate"))
+    rivals = for_verdict(found, size, ("rival",))
+    verdict, standing = against_rivals(settings, rivals)
+    default = new_default(settings, TODAY)
+    labels = {cell.entry.name: cell.entry.label for cell in found}
+    lines = [f"**MV-Split against its rivals: {verdict}.** By the rule above:\n"]
+    for depth in settings:
+        rival, mine = best(rivals[depth]), best(settings[depth])
+        if rival is None or mine is None:
+            lacks = "rival" if rival is None else "setting of MV-Split"
+            lines.append(f"- {depth} layers: no {lacks} has {SEEDS} seeds; cannot tell")
+            continue
+        words = ", ".join(
+            f"{labels[name]} {where}"
+            for name, where in sorted(standing[depth].items())
+            if where != "cannot tell"
+        )
+        lines.append(
+            f"- {depth} layers: the best rival is {labels[rival]}, the best setting "
+            f"{labels[mine]} ({standing[depth][mine]}; all that can be told: {words or 'nothing'})"
+        )
+    new = f"becomes {labels[default]}" if default else f"stays {labels.get(TODAY, TODAY)}"
+    tail = f"**The default {new}.** Ties are {TIE:.0%} wide, and {ERRORS:g} standard errors count."
+    return [*lines, "", tail + "\n"]
+
+
+def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
+    """What has not been run yet, for a page that says so."""
+    have = {(c.entry.name, c.depth): c for c in found if c.width == size.width}
+    lines = []
+    for depth in size.depths:
+        absent = [e.label for e in ENTRIES if (e.name, depth) not in have]
+        here = [have[e.name, depth] for e in ENTRIES if (e.name, depth) in have]
+        few = [c.entry.label for c in here if c.rate and len(c.best) < len(size.seeds)]
+        for words, names in (("not run", absent), (f"fewer than {len(size.seeds)} seeds", few)):
+            if names:
+                lines.append(f"- {depth} layers, {words}: {', '.join(names)}")
+    return ["### Left to run\n", *(lines or ["Nothing."]), ""]

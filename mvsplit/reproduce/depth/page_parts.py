@@ -1,0 +1,179 @@
+"""The tables of the bench's page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mvsplit.reproduce.depth.plan import BenchSize
+from mvsplit.reproduce.depth.table import (
+    Cell,
+    at_equal_time,
+    collapses,
+    key,
+    mean,
+    seconds_alone,
+    spread,
+    watch_count,
+)
+
+NOTHING = "–"
+
+
+def figure(values: Sequence[float], digits: int = 3, *, mark: bool = False) -> str:
+    """Mean ± standard deviation; a single value as it is, with a mark that it has no spread."""
+    middle, wide = mean(values), spread(values)
+    if middle is None:
+        return NOTHING
+    text = f"{middle:.{digits}g}"
+    if wide is None:
+        return f"{text} (**1 seed**)" if mark else text
+    return f"{text} ± {wide:.2g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, with an empty line after it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(cells) + " |" for cells in lines), ""]
+
+
+def best_table(
+    depth: int, size: BenchSize, found: Sequence[Cell], timing: Mapping[str, Any]
+) -> list[str]:
+    """What each entry reaches at its best rate, the best first."""
+    here = [c for c in found if c.depth == depth and c.width == size.width]
+    if not here:
+        return [f"### {depth} layers\n", "Not run.\n"]
+    timed = at_equal_time(here, timing)
+    here.sort(key=lambda cell: mean(cell.losses or []) or float("inf"))
+    rows = [
+        [
+            cell.entry.label + (" (control)" if cell.entry.kind == "control" else ""),
+            NOTHING if cell.rate is None else f"{cell.rate:.2g}",
+            figure(cell.losses or [], mark=True) if cell.rate else "nothing lives",
+            figure(timed.get(key(cell), [])),
+            figure(cell.over_seeds("tasks", "geneval_mean"), 2),
+            figure(cell.over_seeds("tasks", "shapes_frechet"), 2),
+            figure(cell.over_seeds("similarity"), 2),
+            _optional(seconds_alone(timing, cell.entry, depth, size.width)),
+            _optional(max(cell.over_seeds("peak_gib"), default=None)),
+        ]
+        for cell in here
+    ]
+    head = (
+        *("entry", "best rate", "validation loss", "training loss at equal time", "GenEval"),
+        *("Fréchet", "token similarity", "s a step", "peak GiB"),
+    )
+    return [f"### {depth} layers\n", *table(head, rows)]
+
+
+def _optional(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}"
+
+
+def rate_table(size: BenchSize, found: Sequence[Cell]) -> list[str]:
+    """Which learning rates live; what was tried stands beside it, for a range may go on."""
+
+    def span(rates: Sequence[float]) -> str:
+        return NOTHING if not rates else f"{rates[0]:.2g} … {rates[-1]:.2g}"
+
+    def words(cell: Cell | None) -> str:
+        if cell is None:
+            return "not run"
+        if cell.living == cell.tried:
+            return f"all of {span(cell.tried)}"
+        return f"{span(cell.living)} of {span(cell.tried)}"
+
+    return _by_depth("### Learning rates that live\n", size, found, words)
+
+
+def _by_depth(
+    title: str, size: BenchSize, found: Sequence[Cell], words: Callable[[Cell | None], str]
+) -> list[str]:
+    have = {(c.entry.name, c.depth): c for c in found}
+    names = {c.entry.name: c.entry.label for c in found}
+    rows = [
+        [label, *(words(have.get((name, depth))) for depth in size.depths)]
+        for name, label in names.items()
+    ]
+    return [title, *table(("entry", *(f"{d} layers" for d in size.depths)), rows)]
+
+
+def collapse_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The runs that lost what they had learned, and what the watch said over all runs."""
+    count = watch_count(rows)
+    head = ("run", "collapse at step", "after, s", "the watch")
+    lost = [
+        [
+            row["run"],
+            str(row["collapse_step"]),
+            _optional(row["collapse_seconds"]),
+            _watch(row["watch"]),
+        ]
+        for row in collapses(rows)
+    ]
+    return [
+        "### Collapses, and the watch\n",
+        f"Of {count.dead} runs that do not live the watch raised an alarm in "
+        f"{count.dead_with_alarm}; of {count.living} that live, in {count.living_with_alarm}. "
+        "Below: runs whose loss was under 0.8 of the floor and is above 0.9 of it at the end, or "
+        "not finite; seconds with several runs sharing the device.\n",
+        *(table(head, lost) if lost else ["None.\n"]),
+    ]
+
+
+def _watch(said: Mapping[str, Any] | None) -> str:
+    if said is None:
+        return "nothing"
+    return f"{said['level']} {said['verdict']} at step {said['step']}"
+
+
+def shape_table(size: BenchSize, found: Sequence[Cell], timing: Mapping[str, Any]) -> list[str]:
+    """Depth against width at equally many parameters."""
+    shapes = [shape for shape in size.shapes if any(_shape(c) == shape for c in found)]
+    title = "### Depth against width, at equally many parameters\n"
+    if len(shapes) < 2:
+        return [title, "Not run.\n"]
+    have = {(c.entry.name, _shape(c)): c for c in found if c.rate}
+    names = {n: c.entry.label for (n, shape), c in have.items() if shape != size.shapes[0]}
+    timed = at_equal_time([c for c in found if _shape(c) in shapes], timing)
+    rows = [
+        [
+            label,
+            *(
+                f"{figure(have[name, shape].losses or [], mark=True)}; "
+                f"{figure(timed.get(key(have[name, shape]), []))}"
+                if (name, shape) in have
+                else "not run"
+                for shape in shapes
+            ),
+        ]
+        for name, label in names.items()
+    ]
+    head = ("entry", *(f"{depth} × {width}" for depth, width in shapes))
+    words = (
+        "Layers × width; L·D² is the same, and so is the arithmetic of a step but for attention, "
+        "so that equal steps are equal compute. Validation loss after all steps; training loss "
+        "in the time in which the fastest takes all its steps. Each at its own best rate.\n"
+    )
+    return [title, words, *table(head, rows)]
+
+
+def _shape(cell: Cell) -> tuple[int, int]:
+    return cell.depth, cell.width
+
+
+def timing_table(timing: Mapping[str, Any], picture: str) -> list[str]:
+    """Seconds a step, alone and side by side."""
+    rows = [
+        [count, _optional(max(each["seconds"])), f"{each['steps_a_second']:.3g}"]
+        for count, each in timing["side_by_side"].items()
+    ]
+    head = ("processes", "s a step", "steps a second, all together")
+    return [
+        "### Time\n",
+        f"{timing['device']}, torch {timing['torch']}; medians of {timing['steps']} steps. Copies "
+        "of one network that take turns on the device:\n",
+        *table(head, rows),
+        f"![Seconds a step]({picture})\n",
+    ]
