@@ -27,6 +27,9 @@ Each claim of arXiv 2605.06169 is a few runs and a rule that was written down be
 them; the verdict is what the rule says of the logs, welcome or not. The sizes:
 {"".join(chr(10) + f"- `{size.name}`: {size.hardware}" for size in SIZES.values())}
 
+[The depth bench](depth-bench.md) compares the rules beyond the paper, each at its own learning
+rate.
+
 All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
 others.
 

@@ -1,6 +1,6 @@
 """The bench's page in Markdown, with its pictures, from the rows that lie beside it.
 
-FOLDER/depth-bench.md and FOLDER/depth-bench-*.png are drawn from FOLDER/results/depth-bench-*.json
+FOLDER/depth-bench.md and FOLDER/depth-bench-*.png are drawn from FOLDER/results/depth-bench/*.json
 and from nothing else, so that they can be written again without a run.
 """
 
@@ -34,7 +34,7 @@ from mvsplit.reproduce.depth.verdict import (
 )
 
 NAME = "depth-bench"
-RESULTS = "results"
+RESULTS = "results/depth-bench"
 TODAY = "mvsplit-1"  # the setting that `RuleConfig` has by default
 HEAD = """# The depth bench: every rule at its own learning rate
 
@@ -64,7 +64,7 @@ def keep_rows(
 ) -> Path:
     """Adds rows to those that the page of `folder` is drawn from: a run that is there already is
     replaced, and the rule keeps its earliest date. One row a line."""
-    path = folder / RESULTS / f"{NAME}-{size.name}.json"
+    path = folder / RESULTS / f"{size.name}.json"
     there: dict[str, Any] = {"rule": rule, "rows": []}
     if path.exists():
         there = json.loads(path.read_text("utf-8"))
@@ -87,7 +87,7 @@ def write_page(folder: Path | str) -> Path:
     parts = [HEAD, "## The rule of the verdicts\n", *_quoted(RULE), ""]
     found = 0
     for size in SIZES.values():
-        path = folder / RESULTS / f"{NAME}-{size.name}.json"
+        path = folder / RESULTS / f"{size.name}.json"
         if path.exists():
             found += 1
             parts += _of_size(size, json.loads(path.read_text("utf-8")), folder)
@@ -139,7 +139,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
 
 
 def _timing(size: BenchSize, folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS / f"{NAME}-timing-{size.name}.json"
+    path = folder / RESULTS / f"timing-{size.name}.json"
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 

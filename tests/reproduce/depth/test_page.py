@@ -1,0 +1,178 @@
+"""Tables and page of the bench, on rows made by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.depth import page as module
+from mvsplit.reproduce.depth.page import keep_rows, verdict_words, write_page
+from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
+from mvsplit.reproduce.depth.plan import ENTRIES
+from mvsplit.reproduce.depth.table import (
+    at_equal_time,
+    cells,
+    for_verdict,
+    key,
+    loss_at,
+    seconds_alone,
+    watch_count,
+)
+from tests.reproduce.depth.tiny import TINY, entry, row
+
+PAGES = Path(__file__).parents[3] / "docs" / "experiments"
+RULE = {"sha256": "x", "written": "2026-01-02T00:00:00+00:00"}
+
+
+def seeds(name: str, losses, *, rate: float = 3.2e-3, depth: int = 2, **fields):
+    """A sweep whose other rates are worse, and the seeds of one rate."""
+    other = [r for r in TINY.rates if r != rate]
+    worse = [row(r, max(losses) + 0.1, name=name, depth=depth, **fields) for r in other]
+    each = [
+        row(rate, loss, name=name, depth=depth, seed=s, **fields) for s, loss in enumerate(losses)
+    ]
+    return worse + each
+
+
+def test_a_cell_holds_the_seeds_of_the_best_rate():
+    rows = [*seeds("plain", [0.5, 0.6, 0.7]), row(1e-2, None, name="plain", seed=1)]
+    (cell,) = cells(TINY, [entry("plain")], rows)
+    assert (cell.rate, cell.losses, cell.swept) == (3.2e-3, [0.5, 0.6, 0.7], True)
+    assert (cell.tried, cell.living) == ([1e-3, 3.2e-3, 1e-2], [1e-3, 3.2e-3])
+
+
+def test_what_was_not_swept_whole_is_not_called_dead():
+    dead = [row(rate, None, name="plain") for rate in TINY.rates]
+    (whole,) = cells(TINY, [entry("plain")], dead)
+    (half,) = cells(TINY, [entry("plain")], dead[:2])
+    assert whole.losses == []
+    assert half.losses is None
+
+
+def test_a_figure_without_spread_is_marked():
+    assert figure([0.5], mark=True) == "0.5 (**1 seed**)"
+    assert figure([0.4, 0.6], mark=True) == "0.5 ± 0.14"
+    assert figure([]) == "–"
+
+
+TIMING = {
+    "alone": {
+        "mvsplit-root-2x16": 0.1,
+        "mvsplit-root-3x16": 0.2,
+        "keel-3x16": 0.3,  # half as much again as what runs as one node
+    }
+}
+
+
+def test_seconds_of_an_entry_are_measured_or_by_its_measured_ratio():
+    assert seconds_alone(TIMING, entry("plain"), 3, 16) == 0.2
+    assert seconds_alone(TIMING, entry("keel"), 3, 16) == pytest.approx(0.3)
+    assert seconds_alone(TIMING, entry("keel"), 2, 16) == pytest.approx(0.15)
+    assert seconds_alone(TIMING, entry("plain"), 9, 16) is None
+    assert seconds_alone({}, entry("plain"), 3, 16) is None
+
+
+def test_equal_time_is_that_of_the_fastest():
+    """20 steps of 0.2 s are 13 steps of 0.3 s: one whole window of ten."""
+    rows = [
+        *seeds("plain", [0.5], depth=3, curve=[0.9, 0.6]),
+        *seeds("keel", [0.5], depth=3, curve=[0.8, 0.4]),
+    ]
+    found = cells(TINY, [entry("plain"), entry("keel")], rows)
+    assert at_equal_time(found, TIMING) == {"plain-3x16": [0.6], "keel-3x16": [0.8]}
+    assert [key(cell) for cell in found] == ["plain-3x16", "keel-3x16"]
+
+
+def test_the_loss_at_a_step_is_that_of_the_last_whole_window():
+    run = {"curve": [0.9, 0.6]}
+    assert [loss_at(run, s) for s in (9, 10, 19, 20, 31)] == [None, 0.9, 0.9, 0.6, None]
+
+
+def test_the_watch_is_counted_over_the_dead_and_the_living():
+    alarm = {"level": "alarm", "verdict": "mean-mode", "step": 3, "alarms": 1, "warnings": 0}
+    warning = {"level": "warning", "verdict": "x", "step": 3, "alarms": 0, "warnings": 1}
+    rows = [
+        *[row(1e-3, None, watch=alarm), row(3.2e-3, None, watch=warning)],
+        *[row(1e-2, 0.5), row(1e-2, 0.5, watch=alarm), row(1e-2, 0.5, watch=warning)],
+    ]
+    count = watch_count(rows)
+    assert (count.dead, count.dead_with_alarm) == (2, 1)
+    assert (count.living, count.living_with_alarm) == (3, 1)
+    text = "\n".join(collapse_table([row(1e-3, None, watch=alarm, collapse_step=40), *rows]))
+    assert "Of 3 runs that do not live the watch raised an alarm in 2" in text
+    assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 40 | – | alarm mean-mode at step 3 |" in text
+
+
+def test_the_verdict_is_the_rules_on_the_cells():
+    rows = [
+        row_
+        for depth in TINY.depths
+        for name, losses in (
+            ("plain", [0.50, 0.51, 0.52]),
+            ("mvsplit-root", [0.40, 0.41, 0.42]),
+            ("mvsplit-1", [0.60, 0.61, 0.62]),
+            ("hard-center", [0.1, 0.1, 0.1]),
+        )
+        for row_ in seeds(name, losses, depth=depth)
+    ]
+    found = cells(TINY, ENTRIES, rows)
+    losses = for_verdict(found, TINY, ("rival",))
+    assert losses[2] == {"plain": [0.50, 0.51, 0.52]}  # a control is no rival
+    text = "\n".join(verdict_words(TINY, found))
+    assert "at least as good as its rivals" in text
+    assert "**The default becomes MV-Split β=1/√L.**" in text
+    assert "3 layers: the best rival is plain, the best setting MV-Split β=1/√L (ahead" in text
+    short = cells(TINY, ENTRIES, [r for r in rows if r["seed"] < 2])
+    text = "\n".join(verdict_words(TINY, short))
+    assert "**MV-Split against its rivals: cannot tell.**" in text
+    assert "The default stays" in text
+
+
+def test_a_table_shows_the_best_first_and_what_is_dead():
+    rows = [
+        *seeds("plain", [0.5, 0.6]),
+        *seeds("mvsplit-root", [0.4]),
+        *[row(rate, None, name="keel") for rate in TINY.rates],
+    ]
+    found = cells(TINY, ENTRIES, rows)
+    lines = [line for line in best_table(2, TINY, found, {}) if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| MV-Split β=1/√L",
+        "| plain",
+        "| Keel",
+    ]
+    assert "0.4 (**1 seed**)" in lines[2]
+    assert "0.55 ± 0.071" in lines[3]
+    assert "nothing lives" in lines[4]
+    assert best_table(4, TINY, found, {})[1] == "Not run.\n"
+    (keel,) = [line for line in rate_table(TINY, found) if line.startswith("| Keel")]
+    assert keel == "| Keel | – of 0.001 … 0.01 | not run | not run |"
+
+
+def test_rows_are_added_to_what_is_kept_and_the_rule_keeps_its_date(tmp_path):
+    keep_rows(TINY, RULE, [row(1e-3, 0.5), row(1e-2, 0.6)], tmp_path)
+    later = RULE | {"written": "2026-03-01T00:00:00+00:00"}
+    path = keep_rows(TINY, later, [row(1e-2, 0.7), row(3.2e-3, 0.4)], tmp_path)
+    kept = json.loads(path.read_text())
+    assert kept["rule"] == RULE
+    assert sorted(r["validation_loss"] for r in kept["rows"]) == [0.4, 0.5, 0.7]
+
+
+def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    with pytest.raises(UserError, match="holds no rows of the bench"):
+        write_page(tmp_path)
+    rows = seeds("plain", [0.5, 0.6]) + seeds("mvsplit-root", [0.4], depth=3)
+    keep_rows(TINY, RULE, rows, tmp_path)
+    timing = TIMING | {"device": "cpu", "torch": "2", "steps": 3, "side_by_side": {}}
+    (tmp_path / module.RESULTS / "timing-tiny.json").write_text(json.dumps(timing))
+    text = write_page(tmp_path).read_text()
+    assert "**and changed since**" in text  # the rule is not today's
+    assert "3 layers, not run: plain," in text
+    for name in ("best", "rates", "seconds"):
+        picture = (tmp_path / f"depth-bench-tiny-{name}.png").read_bytes()
+        assert picture[:4] == b"\x89PNG"
+        assert f"](depth-bench-tiny-{name}.png)" in text
+        write_page(tmp_path)
+        assert (tmp_path / f"depth-bench-tiny-{name}.png").read_bytes() == picture
