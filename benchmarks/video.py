@@ -2,17 +2,23 @@
 the presets draw. docs/video.md is written from the results (benchmarks/video_page.py).
 
     python benchmarks/video.py frames [--seeds 0 1 2] [--json FILE]
+    python benchmarks/video.py means [--seeds 0 1 2] [--json FILE]
+    python benchmarks/video.py preset --name clips-12l --seconds 120 --pictures DIR [--json FILE]
 
 Each part first checks that the network on clips is that of the formulas (benchmarks/video_gates.py)
-and writes FILE after every run, so that a killed job keeps what it has.
+and writes FILE after every run, so that a killed job keeps what it has. `--json` of several
+processes are put together by benchmarks/video_page.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import video_frames
+import video_runs
 from video_gates import gates
 
 
@@ -49,7 +56,11 @@ def frames(args: argparse.Namespace, results: Results) -> None:
         for variant, count in video_frames.plan(args.variants):
             if count > args.most_frames:
                 continue
-            row = video_frames.run(variant, count, seed, args.depth, args.device, args.steps)
+            row = with_patience(
+                lambda v=variant, c=count, s=seed: video_frames.run(
+                    v, c, s, args.depth, args.device, args.steps or video_frames.LOOKS[-1]
+                )
+            )
             results.add(row)
             last = row["looks"][-1]
             print(
@@ -61,7 +72,50 @@ def frames(args: argparse.Namespace, results: Results) -> None:
             )
 
 
-PARTS = {"frames": frames}
+def means(args: argparse.Namespace, results: Results) -> None:
+    for seed in args.seeds:
+        for mean in args.means:
+            wanted = video_runs.experiment(mean, seed, args.steps or 1500, args.device)
+            row = with_patience(lambda w=wanted: video_runs.run(w, count=args.count))
+            results.add({"mean": mean, "seed": seed, **row})
+            told = row["guidance 2"]
+            print(
+                f"mean={mean:8} seed {seed}: validation loss {row['validation_loss']:.4f}, exact "
+                f"{told['clip_exact']:.1%}, direction {told['clip_direction']:.1%}, objects "
+                f"{told['clip_objects']:.1%}, {row['seconds']} s",
+                flush=True,
+            )
+
+
+def preset(args: argparse.Namespace, results: Results) -> None:
+    wanted = video_runs.preset(args.name, args.steps, args.device)
+    row = video_runs.run(
+        wanted,
+        count=args.count,
+        seconds=args.seconds,
+        guidances=(2.0, 4.0),
+        pictures=args.pictures,
+    )
+    results.add(
+        {"preset": args.name, "device": args.device, "threads": torch.get_num_threads(), **row}
+    )
+    print(json.dumps(row, indent=1), flush=True)
+
+
+def with_patience(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`run()`, again a little later where a GPU that others use has no memory left."""
+    for _ in range(10):
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            print("no memory left; waiting", flush=True)
+        gc.collect()  # outside of the handler, whose traceback holds the tensors
+        torch.cuda.empty_cache()
+        time.sleep(3)
+    return run()
+
+
+PARTS = {"frames": frames, "means": means, "preset": preset}
 
 
 def main() -> None:
@@ -71,7 +125,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--depth", type=int, default=video_frames.DEPTH)
-    parser.add_argument("--steps", type=int, default=video_frames.LOOKS[-1])
+    parser.add_argument("--steps", type=int, help="that of the part or preset if not given")
+    parser.add_argument("--means", nargs="+", default=list(video_runs.MEANS))
+    parser.add_argument("--count", type=int, default=256, help="samples that are scored")
+    parser.add_argument("--name", default="clips-12l", help="the preset")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of its training")
+    parser.add_argument("--pictures", type=Path, help="where its samples go")
     parser.add_argument("--most-frames", type=int, default=32)
     parser.add_argument("--variants", nargs="+", default=list(video_frames.VARIANTS))
     args = parser.parse_args()
