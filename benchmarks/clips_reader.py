@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,30 +26,19 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes_reader import NEEDED, NOT_GATED, QUALITIES, SERIES, worsened
+
 from mvsplit.data import Clips, ClipScene
 from mvsplit.evaluation.clip_reader import BETWEEN, STILL, SeenClip, read_clips
 from mvsplit.evaluation.clips import motion_holds
-from mvsplit.evaluation.reader import blurred
 
-NEEDED = 0.995
-SERIES = 424_242  # one that neither trains nor scores
-# As for pictures (benchmarks/shapes_reader.py): blur in parts of the side, noise in [−1, 1].
-QUALITIES = {
-    "sharp": (0.0, 0.0),
-    "blur": (0.022, 0.0),
-    "noise": (0.0, 0.1),
-    "blur and noise": (0.022, 0.1),
-    "blur and twice the noise": (0.022, 0.2),
-}
-NOT_GATED = "blur and twice the noise"
 SHAPES_OF_CLIPS = ((8, 32), (16, 32), (8, 64))  # frames, pixels a side
 
 
-def worsened(clips: torch.Tensor, blur: float, noise: float) -> torch.Tensor:
-    grain = torch.randn(clips.shape, generator=torch.Generator().manual_seed(0)).to(clips)
-    frames = clips.transpose(1, 2).flatten(0, 1)
-    soft = blurred(frames, blur * clips.shape[-1]).unflatten(0, (len(clips), -1)).transpose(1, 2)
-    return soft + noise * grain
+def worsened_clips(clips: torch.Tensor, blur: float, noise: float) -> torch.Tensor:
+    frames = worsened(clips.transpose(1, 2).flatten(0, 1).cpu(), blur, noise)
+    return frames.to(clips).unflatten(0, (len(clips), -1)).transpose(1, 2)
 
 
 def mistake(seen: SeenClip, scene: ClipScene) -> str | None:
@@ -80,7 +70,7 @@ def measure(frames: int, size: int, quality: str, count: int, device: str) -> di
     begun = time.perf_counter()
     for start in range(0, count, 250):
         part = clips.fetch(range(start, min(start + 250, count))).latents.to(device)
-        seen += read_clips(worsened(part, *QUALITIES[quality]))
+        seen += read_clips(worsened_clips(part, *QUALITIES[quality]))
     mistakes = [m for s, q in zip(seen, scenes, strict=True) if (m := mistake(s, q))]
     others = scenes[1:] + scenes[:1]
     taken = sum(motion_holds(s, q.statement) for s, q in zip(seen, others, strict=True))

@@ -33,7 +33,7 @@ import numpy as np
 
 from mvsplit.data.captions import BACKGROUNDS, COLOURS, SHAPES
 from mvsplit.data.counter import stream_key
-from mvsplit.data.scenes import MARGIN, Booleans, Draws, Floats, Integers
+from mvsplit.data.scenes import MARGIN, Booleans, Draws, Floats, Integers, rows_of
 
 SLOTS = 2
 MOTIONS = ("move", "bounce", "pair", "pass")
@@ -131,10 +131,7 @@ class ClipTable:
 
     def scenes(self) -> list[ClipScene]:
         """The rows as objects with names."""
-        columns = (column.tolist() for column in vars(self).values())
-        return [
-            _scene(dict(zip(vars(self), row, strict=True))) for row in zip(*columns, strict=True)
-        ]
+        return [_scene(row) for row in rows_of(self)]
 
 
 def draw_clips(seed: int, indices: np.ndarray, motions: Sequence[str] = MOTIONS) -> ClipTable:

@@ -9,6 +9,7 @@ Shapes: B scenes, 4 slots for objects (the first `count` of a scene are used).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +100,14 @@ class SceneTable:
 
     def scenes(self) -> list[Scene]:
         """The rows as objects with names."""
-        columns = (column.tolist() for column in vars(self).values())
-        return [
-            _scene(dict(zip(vars(self), row, strict=True))) for row in zip(*columns, strict=True)
-        ]
+        return [_scene(row) for row in rows_of(self)]
+
+
+def rows_of(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a dataclass of columns [B, …], each as values by the columns' names."""
+    columns = (column.tolist() for column in vars(table).values())
+    for row in zip(*columns, strict=True):
+        yield dict(zip(vars(table), row, strict=True))
 
 
 def draw_scenes(seed: int, indices: NDArray[np.uint64]) -> SceneTable:

@@ -203,7 +203,10 @@ def find_pictures(folder: Path) -> list[Path]:
     """Up to `MOST_PICTURES` of the folder's samples, evenly over the training, the last always
     among them."""
     samples = folder / "samples"
-    paths = sorted([*samples.glob("*.png"), *samples.glob("*/grid.png")], key=_natural)
+    paths = sorted(
+        [*samples.glob("*.png"), *samples.glob("*/grid.png"), *samples.glob("*/contact.png")],
+        key=_natural,
+    )
     if not paths:
         return []
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(MOST_PICTURES, len(paths))).round())

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from mvsplit.cli import main
+from mvsplit.diagnostics.report_run import find_pictures
 from mvsplit.evaluation.passport import read_evaluation
 from mvsplit.sampling import read_record
 from tests.training import runs
@@ -86,6 +87,7 @@ def test_clips_records_and_contact_sheet(run, capsys):
     assert sheet.shape == (3 * 66 - 2, 4 * 66 - 2, 3)
     assert np.ptp([sheet[66 * k :][:64] for k in range(3)], axis=0).max() > 50  # three clips
     assert read_record(folder / "contact.png")["prompt"] == PROMPT
+    assert find_pictures(run) == [folder / "contact.png"]  # of the report
 
 
 def test_a_clip_is_the_same_in_any_batch_size(run, tmp_path):

@@ -36,7 +36,7 @@ BENCHMARK = runpy.run_path(
 def test_what_was_rendered_is_read(quality, frames, size, count):
     clips = Clips(frames, size, seed=77)
     scenes = clips.scenes(range(count))
-    latents = BENCHMARK["worsened"](
+    latents = BENCHMARK["worsened_clips"](
         clips.fetch(range(count)).latents, *BENCHMARK["QUALITIES"][quality]
     )
     seen = read_clips(latents)
