@@ -20,6 +20,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.plan import (
@@ -77,7 +78,8 @@ def main() -> None:
     if options.depths:
         size = replace(size, depths=tuple(options.depths))
     if options.draw:
-        draw(size, options.have, options.pages)
+        have = [json.loads(path.read_text("utf-8")) for path in options.have]
+        draw(size, have, options.pages)
         return
     if options.time:
         keep(time_sharing(size), options.json)
@@ -106,24 +108,25 @@ def main() -> None:
     if options.json is not None:
         keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
     if options.pages is not None:
-        from mvsplit.reproduce.depth.page import keep_rows, write_page
-
-        keep_rows(size, rule, rows, options.pages)
-        print(write_page(options.pages))
+        draw(size, [{"rule": rule, "rows": rows}], options.pages)
     print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
 
 
-def draw(size: BenchSize, have: list[Path], pages: Path | None) -> None:
-    """The page, with the rows of some --json files added to those that it is drawn from."""
+def draw(size: BenchSize, have: list[dict[str, Any]], pages: Path | None) -> None:
+    """The page and its part of the README, with some results added to those that both are drawn
+    from."""
     # Here: what draws is missing where runs are run.
     from mvsplit.reproduce.depth.page import keep_rows, write_page
+    from mvsplit.reproduce.depth.readme import write_readme
 
     if pages is None:
         raise UserError("--draw needs --pages FOLDER, whose results the page is written from")
-    for path in have:
-        result = json.loads(path.read_text("utf-8"))
+    for result in have:
         keep_rows(size, result["rule"], result["rows"], pages)
     print(write_page(pages))
+    readme = Path(__file__).parents[1] / "README.md"
+    if pages.resolve() == readme.parent / "docs" / "experiments" and write_readme(readme, pages):
+        print(readme)
 
 
 def keep(result: object, path: Path | None) -> None:
