@@ -17,6 +17,7 @@ from typing import Any
 
 from performance_parallel import several
 from performance_parts import distance, engine, fused, ideas, not_run, plans, training
+from performance_step import layers, low_precision, masked, thousand
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,12 +60,18 @@ def page() -> str:
     graphs = merged(load("train_step_h200_*.json"))
     eager = merged(load("train_step_eager_h200_*.json"))
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
+    padded = merged(load("masked_attention_h200_*.json"))
+    recipe = merged(load("recipe_h200_*.json"))
+    deep = merged(load("thousand_layers_h200_*.json"))
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
     parts = (
         head,
         fused(rows(ops)),
-        training(graphs, reference),
-        plans(graphs, eager),
+        training(graphs, reference) + layers(graphs),
+        thousand(deep),
+        masked(padded),
+        low_precision(recipe, graphs),
+        plans(graphs, eager, deep),
         distance(graphs, eager, reference),
         engine(merged(load("engine_h200_*.json"))),
         several(
@@ -73,9 +80,9 @@ def page() -> str:
             merged(load("eight_gpus_predicted.json")),
         ),
         ideas(graphs, eager, reference, rows(ops)),
-        not_run(graphs),
+        not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def table(paths: Sequence[Path]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mvsplit.models import DiTConfig
+from mvsplit.presets import get_preset
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.gpus import GIB, GPUS
@@ -27,11 +28,11 @@ NAMES = {
 # Groups of kernels in the profile, by what their names contain.
 GROUPS = {
     "matrix products": ("nvjet", "gemm", "cutlass"),
-    "attention (flash, before cuDNN was chosen)": ("flash",),
+    "attention": ("flash", "cudnn", "sdpa", "zero_keys"),
     "merges": ("split_merge", "scaled_merge"),
     "SwiGLU": ("swiglu",),
     "QK-norm and rotation": ("qk_norm_rope",),
-    "casts of fp32 weights, other copies and fills": ("",),
+    "copies, fills and the rest": ("",),
 }
 PASSES = {  # of [n, D] in bf16 that have to move in a block, forward and backward
     "merges": 2 * (3 + 5),
@@ -97,6 +98,7 @@ block for all layers, every block checkpointed, fp32 weights, our optimiser; sam
 
 STEPS = {
     "step bf16": "ours, bf16 weights (7 bytes a parameter)",
+    "step split": "ours, fp32 weights in two halves (14 bytes)",
     "step fp32": "ours, fp32 weights (16 bytes)",
     "compiled": "torch.compile",
 }
@@ -157,13 +159,13 @@ def network(depth: int) -> DiTConfig:
     )
 
 
-def foretold(stage: Found, depth: int, weights: Any, graph: bool) -> tuple[float, float]:
+def foretold(stage: Found, model: DiTConfig, weights: Any, graph: bool) -> tuple[float, float]:
     """Seconds and peak GiB of the model, for the recompute plan that the run had."""
     samples = stage.get("piece", 26)
     levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
-    model = network(depth)
     config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights=weights, ema_decay=0.0)
-    shape = Shape(samples=samples, length=LENGTH, pieces=stage["samples"] // samples)
+    length = stage.get("length", LENGTH)
+    shape = Shape(samples=samples, length=length, pieces=stage["samples"] // samples)
     memory = step_memory(model, config, shape.tokens, GPUS["h200"])
     kept = sum(shape.tokens * kept_bytes(model, level) for level in levels)
     peak = memory.allocated - memory.parts["activations"] + kept
@@ -171,17 +173,28 @@ def foretold(stage: Found, depth: int, weights: Any, graph: bool) -> tuple[float
     return time.seconds, peak / GIB
 
 
-def plans(graphs: Found, eager: Found) -> str:
+def plans(graphs: Found, eager: Found, deep: Found) -> str:
+    preset = get_preset("mvsplit-1000l-h200").model
     cases = (
-        ("400 layers, bf16 weights, graphs", graphs["step bf16"], 400, "bf16", True),
-        ("400 layers, fp32 weights, graphs", graphs["step fp32"], 400, "fp32", True),
-        ("400 layers, bf16 weights, one by one", eager["step bf16"], 400, "bf16", False),
-        ("400 layers, fp32 weights, one by one", eager["step fp32"], 400, "fp32", False),
-        ("1000 layers, bf16 weights, one by one", eager["thousand"], 1000, "bf16", False),
+        ("400 layers, bf16 weights, graphs", graphs["step bf16"], network(400), "bf16", True),
+        (
+            "400 layers, split weights, graphs",
+            graphs.get("step split"),
+            network(400),
+            "split",
+            True,
+        ),
+        ("400 layers, fp32 weights, graphs", graphs["step fp32"], network(400), "fp32", True),
+        ("1000 layers, bf16 weights, graphs", deep.get("thousand"), preset, "bf16", True),
+        ("400 layers, bf16 weights, one by one", eager["step bf16"], network(400), "bf16", False),
+        ("400 layers, fp32 weights, one by one", eager["step fp32"], network(400), "fp32", False),
+        ("1000 layers, bf16 weights, one by one", eager["thousand"], network(1000), "bf16", False),
     )
     rows = []
-    for name, stage, depth, weights, graph in cases:
-        seconds, peak = foretold(stage, depth, weights, graph)
+    for name, stage, model, weights, graph in cases:
+        if not stage or "seconds" not in stage:
+            continue
+        seconds, peak = foretold(stage, model, weights, graph)
         took, most = stage["seconds"], stage["peak_gib"]
         times = [f"{took:.2f}", f"{seconds:.2f}", f"{seconds / took - 1:+.1%}"]
         rows.append([name, *times, f"{most:.1f}", f"{peak:.1f}", f"{peak / most - 1:+.1%}"])
@@ -190,7 +203,7 @@ def plans(graphs: Found, eager: Found) -> str:
 
 Its constants are those of the profile below, of fused ops and of cuDNN's attention, none fitted to a
 step. *One by one*: without CUDA graphs; the CPU's launches decide, so that these say little about the
-kernels. The run of 1000 layers had the plan of its day, which is what is compared.
+kernels. A run that had another recompute plan in its day is compared with that one.
 
 {markdown(head, rows)}"""  # noqa: E501
 
@@ -209,27 +222,29 @@ def grouped(profile: Found) -> dict[str, float]:
 
 
 def distance(graphs: Found, eager: Found, reference: Found) -> str:
-    profile, gpu = eager["profile"], GPUS["h200"]
-    tokens = eager["step bf16"]["piece"] * LENGTH
+    gpu, tokens = GPUS["h200"], eager["step bf16"]["piece"] * LENGTH
     flops = 6 * tokens * _matrices()
+    before = eager["profile"]
+    now = graphs["profile"] if isinstance(graphs.get("profile"), dict) else before
     rows = []
-    for name, us in grouped(profile).items():
+    for name, us in grouped(now).items():
         floor = flops / gpu.peak * 1e6 if name == "matrix products" else None
         if name in PASSES:
             floor = PASSES[name] * 2 * tokens * 1024 / gpu.copy * 1e6
         limit = "–" if floor is None else f"{floor:.0f}"
-        rows.append([name, f"{us:.0f}", limit, "" if floor is None else f"{us - floor:.0f}"])
-    rows.append(["all kernels", f"{profile['kernels_us']:.0f}", "", ""])
-    reached = flops / grouped(profile)["matrix products"] / 1e6
-    head = ("a block, forward and backward", "µs", "limit, µs", "above it")
+        above = "" if floor is None else f"{us - floor:.0f}"
+        rows.append([name, f"{grouped(before)[name]:.0f}", f"{us:.0f}", limit, above])
+    rows.append(["all kernels", f"{before['kernels_us']:.0f}", f"{now['kernels_us']:.0f}", "", ""])
+    reached = flops / grouped(now)["matrix products"] / 1e6
+    head = ("a block, forward and backward", "at first, µs", "now, µs", "limit, µs", "above it")
     return f"""## The distance to the limit
 
-Kernels of a block at {tokens:,} tokens, from a profile of the step before CUDA graphs, with fp32 weights.
-Limits: 989 TFLOP/s for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at
-{gpu.copy / 1e12:.2f} TB/s.
+Kernels of a block at {tokens:,} tokens, from profiles of the step: at first, with flash attention and
+fp32 weights that were cast whenever they were used, and now, with bf16 weights. Limits: 989 TFLOP/s
+for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.
 
 {markdown(head, rows)}
-{_merges(profile, tokens)}
+{_merges(now, tokens)}
 
 {_split(graphs)}"""  # noqa: E501
 
@@ -242,8 +257,8 @@ def _merges(profile: Found, tokens: int) -> str:
     one = 2 * tokens * 1024 / GPUS["h200"].copy * 1e6
     each = {}
     for way, passes in (("fwd", 3), ("bwd", 5)):
-        kernel = next(k for k in profile["by_kernel_us"] if k.startswith(f"split_merge_{way}"))
-        each[way] = (profile["by_kernel_us"][kernel] / 2, passes * one)
+        kernels = (k for k in profile["by_kernel_us"] if "split_merge" in k and way in k)
+        each[way] = (sum(profile["by_kernel_us"][k] for k in kernels) / 2, passes * one)
     (forward, low), (backward, least) = each["fwd"], each["bwd"]
     return (
         f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes "
@@ -383,18 +398,14 @@ def _forward_ratio(row: Found) -> float:
 
 
 def not_run(graphs: Found) -> str:
-    first = graphs["thousand"]
-    why = "a later run stands in the results"
-    if "out_of_memory" in first:
-        why = "one attempt ran out of memory by a few MiB; the plan leaves more free since"
-    elif "seconds" in first:
-        why = f"{first['seconds']:.1f} s for {first['samples']} samples"
-    lines = [f"1000 layers as CUDA graphs, and MFU there: {why}"]
-    lines += [name for stage, name in UNMEASURED.items() if not _has_result(graphs, stage)]
+    lines = [name for stage, name in UNMEASURED.items() if not _has_result(graphs, stage)]
+    if not lines:
+        return ""
     return "## Not run\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 UNMEASURED = {
+    "thousand": "1000 layers as CUDA graphs, and MFU there",
     "per layer": "seconds a layer at 1000 layers against 100, and the cold start at 1000",
     "masked": "what masked text costs in attention",
     "recipe": "the loss of bf16 weights against fp32 over 1,000 steps at 400 layers, D = 128",
@@ -403,4 +414,5 @@ UNMEASURED = {
 
 
 def _has_result(graphs: Found, stage: str) -> bool:
-    return isinstance(graphs.get(stage), dict)
+    found = graphs.get(stage)
+    return bool(found) and isinstance(found, dict) and "out_of_memory" not in found
