@@ -17,6 +17,8 @@ from mvsplit.residuals import RULES, RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.gpus import GIB, GPUS, find_gpu
 from mvsplit.training.memory_plan import kept_bytes
+from mvsplit.training.optimizer import AdamW, flatten_parameters
+from mvsplit.training.parallelize import lower_weights
 from mvsplit.training.step_memory import (
     count_parameters,
     runs_as_one_node,
@@ -155,6 +157,20 @@ def test_state_in_bytes_a_parameter(weights, ema, each):
     halves = state_parts(model, sharded(train(weights, ema_decay=ema)), ranks=2)
     more = parts["weights"] / 2  # the buffers' copy of the shards
     assert sum(halves.values()) == pytest.approx(sum(parts.values()) / 2 + more)
+
+
+@pytest.mark.parametrize(("weights", "each"), [("split", 14), ("bf16", 7 + 4 / 128)])
+def test_state_of_a_real_optimizer_is_what_the_plan_counts(weights, each):
+    """Two bytes or more a number of a matrix; what is not a matrix has 16."""
+    config = DiTConfig(depth=2, width=128, heads=2, ffn_width=256, channels=3, text_width=128)
+    model, count = DiT(config), count_parameters(config)
+    lower_weights(model)
+    groups = flatten_parameters(model)
+    held = [b for g in groups for b in (g.values, g.grads)]
+    held += AdamW(groups, train(weights)).moments().values()
+    found = sum(t.numel() * t.element_size() for t in held)
+    assert found == pytest.approx(each * count.low + 16 * count.rest, rel=1e-3)  # gaps in buffers
+    assert sum(state_parts(config, train(weights)).values()) == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mvsplit-400l-h200", "mvsplit-1000l-h200"])
