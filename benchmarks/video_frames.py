@@ -39,9 +39,9 @@ def experiment(variant: str, frames: int, seed: int, depth: int, device: str) ->
     rule, writers, trained = VARIANTS[variant]
     model = DiTConfig(
         depth=depth,
-        width=128,
-        heads=4,
-        ffn_width=384,
+        width=192,  # as many as a patch has values
+        heads=6,
+        ffn_width=576,
         channels=3,
         patch=8,  # 16 tokens a frame
         text_width=128,

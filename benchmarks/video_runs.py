@@ -47,20 +47,20 @@ PROMPTS = (
 def experiment(mean: str, seed: int, steps: int, device: str) -> Experiment:
     """A small network for the comparison of means."""
     model = DiTConfig(
-        depth=24,
-        width=128,
-        heads=4,
-        ffn_width=384,
+        depth=12,
+        width=256,
+        heads=8,
+        ffn_width=768,
         channels=3,
         patch=8,
         text_width=128,
-        rule=RuleConfig(name="mvsplit", beta=0.2),
+        rule=RuleConfig(name="mvsplit"),
         mean=mean,  # type: ignore[arg-type]
     )
     config = TrainConfig(
         steps=steps,
         batch_size=64,
-        lr=2e-3,
+        lr=1e-3,
         warmup=100,
         ema_decay=0.99,
         precision="bf16" if device == "cuda" else "fp32",

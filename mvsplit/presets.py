@@ -140,24 +140,24 @@ PRESETS: dict[str, Experiment] = {
     # One moving shape with its caption, 8 frames of 32×32: a few minutes on two cores.
     "clips-tiny": Experiment(
         model=DiTConfig(
-            depth=6,
-            width=96,
+            depth=4,
+            width=96,  # as many as a patch has values: the velocity has to pass through it
             heads=4,
             ffn_width=288,
             channels=3,
-            patch=8,
+            patch=4,
             patch_frames=2,
             text_width=64,
             rule=RuleConfig(name="mvsplit"),
         ),
         data=DataConfig(dataset="clips", size=32, frames=8, motions=("move",)),
         train=TrainConfig(
-            steps=1200,
-            batch_size=32,
+            steps=1500,
+            batch_size=16,
             lr=2e-3,
             warmup=50,
             ema_decay=0.99,
-            save_every=400,
+            save_every=500,
             sample_shift=2.0,
         ),
     ),
