@@ -46,6 +46,7 @@ def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         raise RuntimeError("a segment before the last may have padding")
     if q.shape[1] != k.shape[1]:
         raise RuntimeError("fewer key heads than heads")
+    _require_half(q)
     return _InSequences.apply(q, k, v, bounds, q.shape[2])
 
 
@@ -58,8 +59,16 @@ def with_zero_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     """
     padding = segments.padding()
     assert padding is not None
+    _require_half(q)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _ZeroKeys.apply(q, k, v, segments.mask, padding)
+
+
+def _require_half(q: Tensor) -> None:
+    """PyTorch asks this above the operators that are called here; cuDNN's reads the bytes of fp32
+    as those of fp16, and returns NaN."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"it takes bf16 and fp16, not {q.dtype}")
 
 
 def _packed(x: Tensor) -> Tensor:

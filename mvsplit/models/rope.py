@@ -25,12 +25,12 @@ def rope_tables(
 
         angle = place·θ^(−2i/(K/2)) + frame·θ^(−j/(2⌊K/8⌋)),  j = 0 … 2⌊K/8⌋ − 1,
 
-    j in the order of these pairs. In K = 64 and a grid of 16 patches, space turns them by at most
-    0.15, so they are time's own; at frame 0 nothing is added, so a clip of one frame is a picture,
-    bit for bit, and weights trained on pictures read clips. An attention score still depends on
-    differences of places alone. (A split into three sets of pairs, as in most video models, would
-    give pictures other frequencies. A sum of axes in one angle is the idea of RoPE-Mixed, Heo et
-    al., arXiv 2403.13298, whose frequencies are learned.)
+    j in the order of these pairs. Space turns them by θ^(−1/2) = 0.01 a patch at most, 0.15 on a
+    grid of 16, so they are time's own; at frame 0 nothing is added, so a clip of one frame is a
+    picture, bit for bit, and weights trained on pictures read clips. An attention score still
+    depends on differences of places alone. (A split into three sets of pairs, as in most video
+    models, would give pictures other frequencies. A sum of axes in one angle is the idea of
+    RoPE-Mixed, Heo et al., arXiv 2403.13298, whose frequencies are learned.)
     """
     axis_width = head_width // 2
     steps = torch.arange(0, axis_width, 2, device=device, dtype=torch.float32)

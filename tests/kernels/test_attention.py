@@ -120,3 +120,15 @@ def test_padding_is_no_key() -> None:
             keys, values = k[b, h // 2, :real], v[b, h // 2, :real]
             wanted = torch.softmax(q[b, h] @ keys.T / 2, -1) @ values
             torch.testing.assert_close(found[b, h], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["flash in sequences", "cudnn with zero keys"])
+def test_ways_beneath_the_checks_of_pytorch_refuse_what_they_would_misread(
+    way: str, dtype: torch.dtype
+) -> None:
+    """cuDNN's operator takes fp32 for fp16: its answer came soonest, and was NaN."""
+    segments = Segments.image_and_text(3, 2, torch.tensor([1]))
+    q = torch.randn(1, 1, 5, 8, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"takes bf16 and fp16, not torch\.float"):
+        attention._ALL_WAYS[way](q, q, q, segments)
