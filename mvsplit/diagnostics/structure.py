@@ -130,7 +130,7 @@ def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
     attention = _find_attention(block)
     query, key, width = _find_queries(attention) if attention else (None, None, None)
     writers = {
-        "attn": _first_linear(attention, ATTENTION_WRITERS) if attention else None,
+        "attn": attention_writer(attention) if attention else None,
         "ffn": _find_ffn_writer(block, width or _input_width(block)),
     }
     if names.query:
@@ -162,6 +162,11 @@ def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
     )
 
 
+def attention_writer(module: nn.Module) -> nn.Linear | None:
+    """W_O of an attention, by the names that the common libraries give it."""
+    return _first_linear(module, ATTENTION_WRITERS)
+
+
 def _is_batch_first(block: nn.Module) -> bool:
     attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
     return all(attention.batch_first for attention in attentions)
@@ -187,7 +192,7 @@ def _find_queries(
         return _find_own_queries(attention)
     packed, query = _first_linear(attention, PACKED), _first_linear(attention, QUERIES)
     if packed is not None:
-        writer = _first_linear(attention, ATTENTION_WRITERS)
+        writer = attention_writer(attention)
         queries = packed.out_features // 3 if writer is None else writer.in_features
         keys = queries + (packed.out_features - queries) // 2
         return _rows(packed, 0, queries), _rows(packed, queries, keys), packed.in_features

@@ -41,8 +41,7 @@ def into_mvsplit(model: DiT, *, gain: float = 1.0) -> list[str]:
         UserError: the rule cannot be turned into MV-Split, or `gain` is not in (0, 1]; the model
             is as it was.
     """
-    if not 0 < gain <= 1:
-        raise UserError(f"gain={gain}: must be in (0, 1], for example 0.0625")
+    check_gain(gain)
     old = [_convertible(rule, model.config.rule.name) for rule in rules(model)]
     gains = [_full_gains(rule, gain, like=model.head.weight) for rule in old]
     set_rule(model, _start_of(old[0], gains[0]))
@@ -53,6 +52,26 @@ def into_mvsplit(model: DiT, *, gain: float = 1.0) -> list[str]:
         for weight in writer_parameters(model):
             weight.div_(gain)
     return gain_names(model)
+
+
+def check_gain(gain: float) -> None:
+    """Raises UserError for a gain outside (0, 1]."""
+    if not 0 < gain <= 1:
+        raise UserError(f"gain={gain}: must be in (0, 1], for example 0.0625")
+
+
+@torch.no_grad()
+def anneal_gains(
+    rules: Iterable[Rule], left: int, *, alpha: float = 0.0, leak: float = 0.0
+) -> None:
+    """One step of a straight way of α and λ to `alpha` and `leak`, where they arrive, to the bit,
+    once `left` is 0: of the distance, left/(left + 1) remains. Does nothing below 0."""
+    if left < 0:
+        return
+    for rule in rules:
+        split = cast(MVSplit, rule)
+        for gain, end in ((split.alpha, alpha), (cast(Tensor, split.leak), leak)):
+            gain.lerp_(torch.full_like(gain, end), 1 / (left + 1))
 
 
 def gain_names(model: DiT) -> list[str]:

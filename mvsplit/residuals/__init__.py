@@ -6,7 +6,7 @@ from typing import get_args
 from mvsplit.errors import UserError, nearest
 from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig
 from mvsplit.residuals.controls import HardCenter, mvsplit_attention_only
-from mvsplit.residuals.mvsplit import MVSplit
+from mvsplit.residuals.mvsplit import MVSplit, UnnormedMVSplit
 from mvsplit.residuals.rivals import (
     DeepNorm,
     Keel,
@@ -66,5 +66,6 @@ __all__ = [
     "Rule",
     "RuleConfig",
     "Sandwich",
+    "UnnormedMVSplit",
     "build_rule",
 ]

@@ -15,9 +15,9 @@ number of tokens starts a collapse (Eq. 5), is shut off; it opens only as far as
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mvsplit.kernels import Gains
+from mvsplit.kernels import Gains, Segments, split_merge
 from mvsplit.residuals.base import Branch, PostNorm, RuleConfig
 
 
@@ -47,3 +47,14 @@ class MVSplit(PostNorm):
 
     def gains(self) -> Gains:
         return Gains(self.beta, self.alpha, self.leak)  # a leak of None is tied to α
+
+
+class UnnormedMVSplit(MVSplit):
+    """X' = X + β⊙PF + α⊙JF − λ⊙JX, Eq. 7 with no norm behind it: for the joins of a network that
+    is not ours and normalises its trunk itself, in front of the branches or after the merge.
+    """
+
+    normalised = False
+
+    def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
+        return split_merge(x, f, *self.gains(), segments, norm=False)
