@@ -33,6 +33,8 @@ class StartOptions:
         grow_from: instead of --from: a run with fewer layers, as trained, whose moments and data
             position are taken over; the new layers do nothing at first (docs/growth.md).
         grow_where: where these come.
+        split_from: instead of --from: a run of the same network, as trained, that is turned into
+            MV-Split and goes on, its moments and data position with it (docs/surgery.md).
     """
 
     weights: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -41,6 +43,7 @@ class StartOptions:
     adapter: Path | None = None
     grow_from: Path | None = None
     grow_where: Literal["evenly", "end"] = "evenly"
+    split_from: Path | None = None
 
 
 def origin_of(options: StartOptions) -> Origin | None:
@@ -49,9 +52,19 @@ def origin_of(options: StartOptions) -> Origin | None:
     Raises:
         UserError: options that need --from are given without it.
     """
+    sources = {"--grow-from": options.grow_from, "--split-from": options.split_from}
+    if chosen := [name for name, source in sources.items() if source is not None]:
+        others = {"--from": options.weights, "--adapter": options.adapter}
+        too_many = chosen[1:] + [name for name, value in others.items() if value is not None]
+        if too_many:
+            raise UserError(
+                f"{chosen[0]} takes neither --from nor --adapter nor another source; leave out "
+                f"{too_many[0]}"
+            )
+    if options.split_from is not None:
+        split_from = str(options.split_from)
+        return Origin(source=split_from, ema=False, optimizer="kept", split=True)
     if options.grow_from is not None:
-        if options.weights is not None or options.adapter is not None:
-            raise UserError("--grow-from takes neither --from nor --adapter; leave one out")
         return Origin(
             source=str(options.grow_from), ema=False, optimizer="kept", grow=options.grow_where
         )

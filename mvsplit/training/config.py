@@ -73,8 +73,9 @@ class ReactionConfig:
         limit: how often a run may go back before it stops instead.
         gain: g of protect, the part of the gains that is taken over from the writers: β = α = g,
             W ← W/g. A power of two changes no bit of what the network computes.
-        anneal: steps over which α of a protected network goes to 0, where a network that had
-            MV-Split from the start begins; 0 leaves it to learn from g on.
+        anneal: steps over which α and λ of a protected network go where a network that had MV-Split
+            from the start begins; 0 leaves them to learn from g and 0 on.
+        alpha, leak: where they go.
         go_back: whether protect restores the last good checkpoint before the surgery.
     """
 
@@ -85,6 +86,8 @@ class ReactionConfig:
     limit: int = 5
     gain: float = 1 / 64
     anneal: int = 50
+    alpha: float = 0.0
+    leak: float = 0.0
     go_back: bool = True
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ class ReactionConfig:
             _require(self, name, getattr(self, name) >= 0, "must not be negative", where)
         for name in ("lr_factor", "gain"):
             _require(self, name, 0 < getattr(self, name) <= 1, "must be in (0, 1]", where)
+        for name in ("alpha", "leak"):
+            _require(self, name, 0 <= getattr(self, name) <= 1, "must be in [0, 1]", where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +315,8 @@ class Origin:
         adapter: a LoRA for these weights that goes on learning, or is merged into them.
         grow: where new layers come between those of the source, which then are fewer; None where
             there are as many. Moments and data position go on where the source was.
+        split: whether the source's network becomes an MV-Split network that computes the same, with
+            the gain and the way of α and λ in `train.reaction`; its data position goes on.
         sha256: of their values (`mvsplit.models.lora.fingerprint`); None until they are read.
     """
 
@@ -318,6 +325,7 @@ class Origin:
     optimizer: Literal["fresh", "kept"] = "fresh"
     adapter: str | None = None
     grow: Literal["evenly", "end"] | None = None
+    split: bool = False
     sha256: str | None = None
 
 

@@ -15,13 +15,16 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.growth import grown, places
 from mvsplit.models.lora import add_lora, fingerprint, lora_parameters
 from mvsplit.residuals import RuleConfig
+from mvsplit.training.carried import correction
 from mvsplit.training.checkpoint import Snapshot, copy_tensors
 from mvsplit.training.config import Experiment, TrainConfig, TuneConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.ema import EMA
 from mvsplit.training.growth import carry_over
 from mvsplit.training.randomness import generator_for
+from mvsplit.training.spread import local
 from mvsplit.training.state import TrainState
+from mvsplit.training.surgery import protect
 
 # Where the weights started says nothing about what they are.
 _FREE_SHAPE = ("rule", "writers")
@@ -155,7 +158,9 @@ def begin_from(
         moved = places(found.model.config.depth, model.config.depth, origin.grow)
         carry_over(state, found.source, moved, experiment.train)
     elif found.source is not None:
-        _take_moments(state, found.source, origin.source)
+        _take_moments(state, found.source, origin.source, experiment.train)
+    if origin.split:
+        _split(state, found.source, experiment.train)
     if state.ema is not None:
         state.ema = EMA(state.optimizer.groups, state.ema.decay)
     state.objective.begin()
@@ -174,6 +179,19 @@ def _require_no_start(config: TrainConfig) -> None:
         )
 
 
+def _split(state: TrainState, source: Snapshot | None, config: TrainConfig) -> None:
+    """Turns the network into MV-Split and goes on with the data of the source."""
+    if world() > 1 or config.tune.freezes:
+        raise UserError(
+            "origin.split: every branch gets new gains, on one process and with all parameters "
+            "learning; leave out torchrun and train.tune"
+        )
+    assert source is not None
+    state.loader.load_state_dict(source.values["data"])
+    protect(state, gain=config.reaction.gain)
+    state.reactions = replace(state.reactions, protected_at=state.step)
+
+
 def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:
     """The source as deep as the run; what is drawn is drawn on the CPU."""
     origin, wanted = experiment.origin, state.model.config
@@ -187,7 +205,7 @@ def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:
     # Before anything is made: so that the error is about what differs.
     check_same(replace(model.config, depth=wanted.depth), wanted, origin.source)
     generator = generator_for(experiment.train.seed, "growth")
-    return grown(model, wanted.depth, where=origin.grow, generator=generator)
+    return grown(model, wanted.depth, where=origin.grow, rule=wanted.rule, generator=generator)
 
 
 def check_same(found: DiTConfig, wanted: DiTConfig, source: str) -> None:
@@ -213,8 +231,9 @@ def _fields(found: DiTConfig, wanted: DiTConfig) -> Iterable[tuple[str, Any, Any
             yield f"rule.{name}", *(getattr(rule, name) for rule in rules)
 
 
-def _take_moments(state: TrainState, source: Snapshot, name: str) -> None:
-    """The moments of what learns, and how many updates they have seen."""
+def _take_moments(state: TrainState, source: Snapshot, name: str, config: TrainConfig) -> None:
+    """The moments of what learns, and how many updates they have seen; those that have seen fewer
+    than the rest are put into its units."""
     moments, theirs = state.optimizer.moments(), source.tensors.get("optimizer", {})
     lost = [moment for moment in moments if moment not in theirs]
     if lost:
@@ -223,5 +242,7 @@ def _take_moments(state: TrainState, source: Snapshot, name: str) -> None:
             f"same train.weights have the moments, choose fresh"
         )
     copy_tensors({moment: theirs[moment] for moment in moments}, moments, name)
-    counts = source.values["updates"]
+    counts, late = source.values["updates"], source.values.get("new_layers", [])
+    for moment, values in moments.items():
+        local(values).mul_(correction(moment, late, counts, config.betas))
     state.optimizer.set_updates({kind: counts[kind] for kind in state.optimizer.updates()})

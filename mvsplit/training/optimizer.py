@@ -312,6 +312,11 @@ class AdamW:
         if self._low:
             self._low_updates = counts["low"]
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        """The decay of both moments."""
+        return self._config.betas
+
     def forget(self) -> None:
         """Begins with fresh moments."""
         for name, moment in self.moments().items():

@@ -160,4 +160,5 @@ class TrainState:
                     f"train.parallel.layout=replicate"
                 )
             set_rule(self.model, rule)
-            self.regroup(gain_names(self.model) if joined else ())
+            apart = gain_names(self.model) if joined else ()
+            self.regroup(self.parameters_apart() or apart)

@@ -192,7 +192,7 @@ def train_step(
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
     state.optimizer.step(lr)
     state.step = step
-    anneal(state, config.reaction.anneal)
+    anneal(state, config.reaction)
     if state.ema is not None:
         state.ema.update(step)
     return numbers

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from mvsplit.models.surgery import into_mvsplit, rules, writer_parameters
-from mvsplit.residuals import MVSplit
+from mvsplit.models.surgery import anneal_gains, into_mvsplit, rules, writer_parameters
+from mvsplit.training.carried import correction
+from mvsplit.training.config import ReactionConfig
 from mvsplit.training.replicas import from_holders
+from mvsplit.training.spread import local
 from mvsplit.training.state import TrainState
 
 
@@ -23,9 +23,10 @@ def protect(state: TrainState, *, gain: float) -> None:
     Raises:
         UserError: the rule cannot be turned into MV-Split; the run is as it was.
     """
-    moments, updates = state.optimizer.moments(), state.optimizer.updates()
     averages = {} if state.ema is None else state.ema.parameters()
     new = set(into_mvsplit(state.model, gain=gain))
+    moments, updates = _in_one_unit(state), state.optimizer.updates()
+    state.new_layers = []  # no longer apart: the gains are
     state.regroup(joined=new)
     state.optimizer.set_updates(updates | {"joined": 0})
     fresh = state.optimizer.moments()
@@ -36,6 +37,16 @@ def protect(state: TrainState, *, gain: float) -> None:
     _rescale_writers(state, gain)
 
 
+def _in_one_unit(state: TrainState) -> dict[str, Tensor]:
+    """The moments, those of layers that growth put in multiplied so that they may go on under the
+    count of the rest."""
+    optimizer = state.optimizer
+    moments, counts = optimizer.moments(), optimizer.updates()
+    for name, moment in moments.items() if state.new_layers else ():
+        local(moment).mul_(correction(name, state.new_layers, counts, optimizer.betas))
+    return moments
+
+
 def _take_over(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
     """Copies each tensor from the one of its name, which another rank may have held until now."""
     elsewhere = from_holders(sources, targets.keys())
@@ -43,17 +54,15 @@ def _take_over(targets: dict[str, Tensor], sources: dict[str, Tensor]) -> None:
         target.copy_(sources[name] if name in sources else elsewhere[name])
 
 
-@torch.no_grad()
-def anneal(state: TrainState, steps: int) -> None:
-    """Takes α of a protected network one step closer to 0, where it is `steps` steps after the
-    surgery; what it learns meanwhile shrinks with it. With λ = 0 the network then stands where
-    MV-Split starts, with the gain β that it has. Does nothing in any other network."""
+def anneal(state: TrainState, reaction: ReactionConfig) -> None:
+    """Takes α and λ of a protected network one step closer to `reaction.alpha` and `reaction.leak`,
+    where they are `reaction.anneal` steps after the surgery; what they learn meanwhile shrinks with
+    the distance. At α = λ = 0 the network then stands where MV-Split starts, with the gain β that
+    it has. Does nothing in any other network."""
     at = state.reactions.protected_at
-    if at is None or not 0 < state.step - at <= steps:
-        return
-    left = steps - (state.step - at)
-    for rule in rules(state.model):
-        cast(MVSplit, rule).alpha.mul_(left / (left + 1))
+    if at is not None and state.step > at:
+        left = reaction.anneal - (state.step - at)
+        anneal_gains(rules(state.model), left, alpha=reaction.alpha, leak=reaction.leak)
 
 
 def _rescale_writers(state: TrainState, gain: float) -> None:

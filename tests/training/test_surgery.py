@@ -1,0 +1,229 @@
+"""A run is turned into MV-Split and goes on; moments of late parameters come into one unit."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvsplit.cli.start import StartOptions, origin_of, starter
+from mvsplit.errors import UserError
+from mvsplit.hub import load_weights
+from mvsplit.residuals import RuleConfig
+from mvsplit.training import Experiment, Origin, TrainState, TuneConfig, build_state, train
+from mvsplit.training.carried import correction
+from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
+from mvsplit.training.config import ReactionConfig
+from mvsplit.training.finetune import Start, begin_from
+from mvsplit.training.growth import carry_over
+from mvsplit.training.step import train_step
+from mvsplit.training.surgery import protect
+from tests.training import runs
+from tests.training.test_growth import MOVED, growing
+
+GAIN = 2.0**-4
+PLAIN = replace(runs.MODEL, rule=RuleConfig(name="plain"))
+REACTION = ReactionConfig(gain=GAIN, anneal=4, alpha=0.25, leak=0.5)
+BETAS = runs.TRAIN.betas
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps of a plain network. Not to be written to."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train(replace(runs.experiment(), model=PLAIN), run)
+    return run
+
+
+def splitting(source: Path, **changes: Any) -> Experiment:
+    config = replace(runs.TRAIN, **{"steps": 6, "keep": 9, "reaction": REACTION, **changes})
+    origin = Origin(source=str(source), ema=False, optimizer="kept", split=True)
+    return Experiment(model=PLAIN, train=config, origin=origin)
+
+
+def split(experiment: Experiment, run: Path) -> None:
+    train(experiment, run, start=starter(experiment))
+
+
+def saved(run: Path, which: int = -1) -> Any:
+    return read_checkpoint(list_checkpoints(run / "checkpoints")[which])
+
+
+def test_the_run_begins_with_the_function_of_its_source(plain_run: Path, tmp_path: Path) -> None:
+    """Bit for bit, of the weights as trained; moments and data position are those it had, the
+    writers' in the units of W/g."""
+    split(splitting(plain_run), tmp_path / "run")
+    source, first = saved(plain_run), saved(tmp_path / "run", 0)
+    models = [
+        load_weights(path, ema=False)
+        for path in (plain_run, tmp_path / "run" / "checkpoints" / "step_00000000")
+    ]
+    x, text = torch.randn(4, 1, 8, 8), torch.randn(4, 3, 16)
+    assert torch.equal(*(model(x, text) for model in models))
+    assert first.values["data"] == source.values["data"]
+    n = source.values["updates"]["decayed"]
+    assert first.values["updates"] == {"decayed": n, "rest": n, "joined": 0}
+    for name, moment in source.tensors["optimizer"].items():
+        writer = name.endswith(("attention.proj.weight", "ffn.w2.weight"))
+        unit = (GAIN if name.startswith("exp_avg.") else GAIN**2) if writer else 1.0
+        assert torch.equal(first.tensors["optimizer"][name], moment * unit), name
+    for name, weight in first.tensors["ema"].items():
+        assert torch.equal(weight, first.tensors["model"][name])
+
+
+def test_alpha_and_leak_go_where_they_are_sent(plain_run: Path, tmp_path: Path) -> None:
+    """Four steps after the surgery both have arrived, whatever they learned on the way."""
+    split(splitting(plain_run, steps=4), tmp_path / "run")
+    weights = saved(tmp_path / "run").tensors["model"]
+    for name in ("blocks.0.rule_attention", "blocks.1.rule_ffn"):
+        assert (weights[f"{name}.alpha"] == 0.25).all()
+        assert (weights[f"{name}.leak"] == 0.5).all()
+        assert (weights[f"{name}.beta"] != GAIN).all()  # it learns
+
+
+def test_it_resumes_bit_for_bit(plain_run: Path, tmp_path: Path) -> None:
+    split(splitting(plain_run), tmp_path / "one")
+    split(splitting(plain_run, steps=3), tmp_path / "two")
+    train(splitting(plain_run), tmp_path / "two")
+    runs.assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_it_goes_on_as_the_policy_would(plain_run: Path) -> None:
+    """Restored and operated on in memory, or begun from the checkpoint: the same steps."""
+    source, wanted = saved(plain_run), splitting(plain_run)
+    here = build_state(replace(wanted, origin=None))
+    here.restore(replace(source, tensors={**source.tensors}))
+    protect(here, gain=GAIN)
+    here.reactions = replace(here.reactions, protected_at=here.step)
+    there = build_state(wanted)
+    model = load_weights(plain_run, ema=False)
+    begin_from(there, wanted, lambda: Start(model=model, source=source))
+    there.step = here.step
+    there.reactions = replace(there.reactions, protected_at=there.step)
+    config = replace(wanted.train, steps=20)
+    losses = [[train_step(s, config)["loss"] for s in (here, there)] for _ in range(4)]
+    assert all(a == b for a, b in losses)
+
+
+def test_what_cannot_be_split_is_refused(plain_run: Path, tmp_path: Path) -> None:
+    frozen = splitting(plain_run, tune=TuneConfig(what="all", only=("head.*",)))
+    with pytest.raises(UserError, match=r"origin\.split: every branch gets new gains"):
+        split(frozen, tmp_path / "run")
+    keel = replace(runs.experiment(steps=1), model=replace(PLAIN, rule=RuleConfig(name="keel")))
+    train(keel, tmp_path / "keel")
+    wanted = replace(splitting(tmp_path / "keel"), model=keel.model)
+    with pytest.raises(UserError, match=r"model\.rule\.name='keel' cannot be turned"):
+        split(wanted, tmp_path / "run")
+    with pytest.raises(UserError, match="--split-from takes neither --from nor --adapter"):
+        origin_of(StartOptions(split_from=plain_run, weights=plain_run))
+    with pytest.raises(UserError, match="leave out --split-from"):
+        origin_of(StartOptions(split_from=plain_run, grow_from=plain_run))
+    assert origin_of(StartOptions(split_from=plain_run)) == splitting(plain_run).origin
+
+
+@pytest.mark.parametrize(("alpha", "leak"), [(-0.1, 0.0), (0.0, 1.5)])
+def test_targets_outside_their_range_are_refused(alpha: float, leak: float) -> None:
+    with pytest.raises(UserError, match=r"train\.reaction\.(alpha|leak)=.*must be in \[0, 1\]"):
+        ReactionConfig(alpha=alpha, leak=leak)
+
+
+# Moments
+
+
+def corrected(moment: Tensor, kind: str, updates: int) -> Tensor:
+    """What Adam makes of a moment."""
+    return moment / (1 - BETAS[kind == "exp_avg_sq"] ** updates)
+
+
+def test_a_corrected_moment_is_what_adam_saw() -> None:
+    counts = {"decayed": 100, "rest": 100, "joined": 7, "joined-decayed": 7}
+    moment = torch.tensor(3.0, dtype=torch.double)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        name = f"{kind}.blocks.4.ffn.w2.weight"
+        ours = moment * correction(name, [4, 5], counts, BETAS)
+        torch.testing.assert_close(corrected(ours, kind, 100), corrected(moment, kind, 7))
+        assert correction(name, [5, 40], counts, BETAS) == 1
+        assert correction(name, [], counts, BETAS) == 1
+        gain = f"{kind}.blocks.4.rule_ffn.beta"
+        ours = moment * correction(gain, [], counts, BETAS)
+        torch.testing.assert_close(corrected(ours, kind, 100), corrected(moment, kind, 7))
+        assert correction(gain, [], {"decayed": 100, "rest": 100}, BETAS) == 1
+        assert correction(gain, [], counts | {"joined": 0}, BETAS) == 1  # nothing to correct
+
+
+def grown_state(whole_run: Path, steps: int = 3) -> TrainState:
+    """Five layers, three of which have seen `steps` updates."""
+    wanted = growing(whole_run, steps=20)
+    state = build_state(replace(wanted, origin=None))
+    carry_over(state, saved(whole_run), MOVED, wanted.train)
+    for _ in range(steps):
+        train_step(state, wanted.train)
+    return state
+
+
+def as_adam_sees_them(state: TrainState) -> dict[str, Tensor]:
+    counts = state.optimizer.updates()
+    found = {}
+    for group in state.optimizer.groups:
+        for name, moment in state.optimizer.moments().items():
+            kind, _, parameter = name.partition(".")
+            if parameter in group.places:
+                found[name] = corrected(moment.double(), kind, max(counts[group.kind], 1))
+    return found
+
+
+def test_a_grown_run_can_be_protected(whole_run: Path) -> None:
+    """The layers that came late go on in one group with the rest, and Adam sees the moments that it
+    saw; the state comes back from its snapshot, also after one from before the surgery."""
+    state = grown_state(whole_run)
+    earlier, before = copy.deepcopy(state.snapshot()), as_adam_sees_them(state)
+    assert state.new_layers == [1, 3, 4]
+    protect(state, gain=1.0)
+    assert state.new_layers == []
+    after = as_adam_sees_them(state)
+    for name, moment in before.items():
+        if ".rule_" not in name:
+            torch.testing.assert_close(after[name], moment, rtol=1e-5, atol=0)
+    later = copy.deepcopy(state.snapshot())
+    for snapshot in (earlier, later, earlier):
+        state.restore(copy.deepcopy(snapshot))
+        again = state.snapshot()
+        assert again.values["updates"] == snapshot.values["updates"]
+        for name, moment in snapshot.tensors["optimizer"].items():
+            assert torch.equal(again.tensors["optimizer"][name], moment), name
+
+
+def test_moments_of_a_grown_run_serve_a_new_one(whole_run: Path) -> None:
+    """`--from … --optimizer kept`: the new run has one group."""
+    source = grown_state(whole_run)
+    before = as_adam_sees_them(source)
+    wanted = replace(growing(whole_run, steps=20), origin=Origin(source="grown", optimizer="kept"))
+    state = build_state(wanted)
+    snapshot = source.snapshot()
+    begin_from(state, wanted, lambda: Start(model=source.model, source=snapshot))
+    for name, moment in as_adam_sees_them(state).items():
+        torch.testing.assert_close(moment, before[name], rtol=1e-5, atol=0)
+
+
+def test_a_protected_run_can_grow(plain_run: Path) -> None:
+    """Its gains have seen fewer updates than the rest, and go on in one group with it."""
+    state = build_state(replace(splitting(plain_run), origin=None))
+    state.restore(saved(plain_run))
+    protect(state, gain=1.0)
+    for _ in range(3):
+        train_step(state, replace(runs.TRAIN, steps=99))
+    before, source = as_adam_sees_them(state), copy.deepcopy(state.snapshot())
+    wanted = Experiment(model=replace(state.model.config, depth=5), train=runs.TRAIN)
+    deeper = build_state(wanted)
+    carry_over(deeper, source, MOVED, wanted.train)
+    after = as_adam_sees_them(deeper)
+    for name in ("exp_avg", "exp_avg_sq"):
+        for gain in ("beta", "alpha", "leak"):
+            old, new = (f"{name}.blocks.{layer}.rule_ffn.{gain}" for layer in (1, 2))
+            assert before[old].any()
+            torch.testing.assert_close(after[new], before[old], rtol=1e-5, atol=0)
