@@ -1,171 +1,262 @@
 """Claim: a network that grows in depth and such that are as deep from start to end, at equal
 compute.
 
-Real digits, MV-Split, 2 → 10 → 50 layers: each stage goes on with the weights, moments and data
-position of the one before (`mvsplit train --grow-from`), and new layers do nothing at first.
-Compute is counted in layers times steps; processor seconds are noted too. The validation loss is
-that of 256 unseen digits with the same noise and times throughout, of the weights as trained. Gate:
-at each growth the loss before and after differs by less than 10⁻⁴ of itself. About seven minutes
-on one core.
+MV-Split; each stage goes on with the weights, moments and data position of the one before, as
+`mvsplit train --grow-from` does, and new layers do nothing at first. Compute is counted in layers
+times steps; seconds of the steps are noted too. The validation loss is that of 256 unseen samples
+with the same noise and times throughout, of the weights as trained. Gate: at each growth the loss
+before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 10⁻².
 
-    python benchmarks/growth.py [--json FILE] [--plot FILE] [--seeds 3]
+    python benchmarks/growth.py [--size cpu] [--json FILE] [--plot FILE] [--seeds 3]
+    python benchmarks/growth.py --size gpu --seeds 1 --json FILE
+    python benchmarks/growth.py --from FILE --plot FILE
+
+Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; gpu (shapes,
+2 → 10 → 100 → 400 → 1000 layers, width 128, bf16) about two minutes on an H200 for one seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import statistics
-import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from mvsplit.cli.start import starter
-from mvsplit.data import Digits, Loader
+from mvsplit.data import Loader
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import (
     DataConfig,
     Experiment,
-    Observer,
     Origin,
+    Start,
     TrainConfig,
     TrainState,
-    train,
+    build_state,
+    train_step,
 )
-from mvsplit.training.builders import build_loader
+from mvsplit.training.builders import build_data, build_embedder
+from mvsplit.training.finetune import begin_from
 from mvsplit.training.objective import piece_losses
 from mvsplit.training.step import pieces
 
-STAGES = ((2, 600), (10, 120), (50, 72))  # layers, steps
-BUDGET = sum(depth * steps for depth, steps in STAGES)  # layers × steps
-WAYS = {"grown": STAGES} | {
-    f"{depth} layers throughout": ((depth, BUDGET // depth),) for depth in (50, 10, 2)
-}
-RATES = (1e-3, 3e-3)
 HELD_OUT = 256
 POINTS = 16  # of a curve
-MODEL = DiTConfig(
-    depth=2,
-    width=32,
-    heads=2,
-    ffn_width=96,
-    channels=1,
-    patch=2,
-    text_width=32,
-    rule=RuleConfig(name="mvsplit", beta=0.2),
-)
+Stages = tuple[tuple[int, int], ...]  # layers, steps
 
 
-class Curve(Observer):
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A network, its data and its stages.
+
+    Attributes:
+        beta: where β starts, in layers of a stage of that depth; None for 1/√depth.
+        deep: depths of the networks that keep theirs, in the order in which they are run.
+    """
+
+    stages: Stages
+    deep: tuple[int, ...]
+    rates: tuple[float, ...]
+    beta: float | None
+    width: int
+    batch_size: int
+    warmup: int
+    tolerance: float
+    data: DataConfig
+    held_out: DataConfig
+    channels: int = 1
+    patch: int = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "cpu"
+
+    @property
+    def budget(self) -> int:
+        """Layers × steps."""
+        return sum(depth * steps for depth, steps in self.stages)
+
+    def ways(self) -> dict[str, Stages]:
+        deep = {f"{d} layers throughout": ((d, self.budget // d),) for d in self.deep}
+        return {"grown": self.stages} | deep
+
+    def experiment(self, depth: int, steps: int, rate: float, seed: int) -> Experiment:
+        model = DiTConfig(
+            depth=depth,
+            width=self.width,
+            heads=2,
+            ffn_width=3 * self.width,
+            channels=self.channels,
+            patch=self.patch,
+            text_width=self.width,
+            rule=RuleConfig(name="mvsplit", beta=depth**-0.5 if self.beta is None else self.beta),
+        )
+        train = TrainConfig(
+            steps=steps,
+            batch_size=self.batch_size,
+            lr=rate,
+            warmup=self.warmup,
+            ema_decay=0.0,
+            precision=self.precision,
+            seed=seed,
+            probe_every=0,
+            device=self.device,
+        )
+        return Experiment(model=model, train=train, data=self.data)
+
+
+SIZES = {
+    "cpu": Size(
+        stages=((2, 600), (10, 120), (50, 72)),
+        deep=(50, 10, 2),
+        rates=(1e-3, 3e-3),
+        beta=0.2,
+        width=32,
+        batch_size=32,
+        warmup=10,
+        tolerance=1e-4,
+        data=DataConfig(dataset="digits", split="train"),
+        held_out=DataConfig(dataset="digits", split="held-out"),
+    ),
+    "gpu": Size(
+        stages=((2, 1000), (10, 500), (100, 250), (400, 120), (1000, 100)),
+        deep=(1000, 100, 400),
+        rates=(1e-3,),
+        beta=None,
+        width=128,
+        batch_size=32,
+        warmup=40,
+        tolerance=1e-2,
+        data=DataConfig(dataset="shapes", size=32),
+        held_out=DataConfig(dataset="shapes", size=32, series=99),
+        channels=3,
+        patch=4,
+        precision="bf16",
+        device="cuda",
+    ),
+}
+
+
+class Curve:
     """The validation loss over the compute spent.
 
     Attributes:
         points: compute, loss.
         jumps: relative change of the loss at each growth.
-        seconds: of the processor, for the steps.
+        seconds: for the steps; on a CPU, of the processor.
     """
 
-    def __init__(self, validation: list[Any]) -> None:
-        self._validation = validation
-        self._spent, self._mark = 0, 0.0
+    def __init__(self, size: Size) -> None:
+        self._size, self._parts = size, validation(size)
+        self._clock = time.process_time if size.device == "cpu" else time.perf_counter
+        self._spent = 0
         self.points: list[tuple[int, float]] = []
         self.jumps: list[float] = []
         self.seconds = 0.0
 
-    def on_start(self, state: TrainState, experiment: Experiment) -> None:
-        loss = self._loss(state.model, experiment)
+    def begin(self, state: TrainState, config: TrainConfig) -> None:
+        """Notes the loss at the start, or how growth has changed it."""
+        loss = self._loss(state.model, config)
         if self.points:
             self.jumps.append(abs(loss / self.points[-1][1] - 1))
-        self._experiment = experiment
-        if not self.points:
+        else:
             self.points.append((0, loss))
-        self._mark = time.process_time()
 
-    def on_step(self, state: TrainState, line: dict[str, Any]) -> None:
+    def take(self, state: TrainState, config: TrainConfig) -> None:
+        """Takes a step, and looks at the loss now and then and at the end."""
+        began = self._clock()
+        train_step(state, config)  # waits for the device
+        self.seconds += self._clock() - began
         self._spent += state.model.config.depth
-        self.seconds += time.process_time() - self._mark
-        due = self.points[-1][0] + BUDGET / POINTS
-        if self._spent >= due or state.step == self._experiment.train.steps:
-            self.points.append((self._spent, self._loss(state.model, self._experiment)))
-        self._mark = time.process_time()
+        due = self.points[-1][0] + self._size.budget / POINTS
+        if self._spent >= due or state.step == config.steps:
+            self.points.append((self._spent, self._loss(state.model, config)))
 
     @torch.no_grad()
-    def _loss(self, model: DiT, experiment: Experiment) -> float:
-        parts = self._validation
-        config = experiment.train
-        return float(torch.cat([piece_losses(model, part, config) for part in parts]).mean())
+    def _loss(self, model: DiT, config: TrainConfig) -> float:
+        return float(torch.cat([piece_losses(model, p, config) for p in self._parts]).mean())
 
 
-def experiment(depth: int, steps: int, rate: float, seed: int) -> Experiment:
-    train_config = TrainConfig(
-        steps=steps,
-        batch_size=32,
-        lr=rate,
-        warmup=10,
-        ema_decay=0.0,
-        seed=seed,
-        save_every=steps,
-        probe_every=0,
-        device="cpu",
-    )
-    data = DataConfig(dataset="digits", split="train")
-    return Experiment(model=replace(MODEL, depth=depth), train=train_config, data=data)
+def validation(size: Size) -> list[Any]:
+    """Samples that no run sees, in pieces, with their noise and times."""
+    wanted = size.experiment(2, 1, 1e-3, 99)
+    dataset = build_data(size.held_out)
+    embedder = build_embedder(size.data, dataset, size.width)
+    batch = Loader(dataset, embedder, batch_size=HELD_OUT, seed=99).next_batch()
+    # In pieces that a processor's cache can hold; a GPU wants one.
+    cuts = 4 if size.device == "cpu" else 1
+    config = replace(wanted.train, batch_size=HELD_OUT, accumulate=cuts)
+    return list(pieces(batch, 0, config, torch.device(size.device)))
 
 
-def validation() -> list[Any]:
-    """Digits that no run sees, in pieces, with their noise and times."""
-    wanted = experiment(2, 1, 1e-3, 99)
-    embedder = build_loader(wanted).embedder
-    batch = Loader(Digits("held-out"), embedder, batch_size=HELD_OUT, seed=99).next_batch()
-    config = replace(wanted.train, batch_size=HELD_OUT, accumulate=4)
-    return list(pieces(batch, 0, config, torch.device("cpu")))
+def run(size: Size, stages: Stages, rate: float, seed: int) -> Curve:
+    """Trains through the stages, each of which starts from the last.
 
-
-def run(stages: tuple[tuple[int, int], ...], rate: float, seed: int, parts: list[Any]) -> Curve:
-    """Trains through the stages, each a run of its own that starts from the last."""
-    curve = Curve(parts)
-    with tempfile.TemporaryDirectory() as folder:
-        before: Path | None = None
-        for depth, steps in stages:
-            wanted = experiment(depth, steps, rate, seed)
-            if before is not None:
-                source = Origin(source=str(before), ema=False, optimizer="kept", grow="evenly")
-                wanted = replace(wanted, origin=source)
-            path = Path(folder) / str(depth)
-            train(wanted, path, observers=[curve], start=starter(wanted))
-            before = path
-    if any(jump > 1e-4 for jump in curve.jumps):
+    Raises:
+        SystemExit: a growth has changed the function.
+    """
+    curve = Curve(size)
+    state: TrainState | None = None
+    for depth, steps in stages:
+        wanted = size.experiment(depth, steps, rate, seed)
+        start = None if state is None else _start_from(state)
+        if start is not None:
+            origin = Origin(source="the last stage", ema=False, optimizer="kept", grow="evenly")
+            wanted = replace(wanted, origin=origin)
+        state = build_state(wanted)
+        begin_from(state, wanted, start)
+        del start
+        gc.collect()  # the stage before
+        curve.begin(state, wanted.train)
+        while state.step < steps:
+            curve.take(state, wanted.train)
+        if state.graphs is not None:
+            state.graphs.clear()
+    if any(jump > size.tolerance for jump in curve.jumps):
         raise SystemExit(f"gate failed: growth changed the loss by {curve.jumps}")
     return curve
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _start_from(state: TrainState) -> Callable[[], Start]:
+    """What a deeper run reads: as from a checkpoint of `state`, the weights on the CPU."""
+    with torch.device("meta"):
+        model = DiT(state.model.config)
+    model.to_empty(device="cpu").load_state_dict(state.model.state_dict())
+    return lambda: Start(model=model, source=state.snapshot())
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(RATES), figsize=(9, 3.4), sharey=True)
-    colours = dict(zip(WAYS, ("tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=True))
-    for axis, rate in zip(axes, RATES, strict=True):
+    rows, stages = result["runs"], result["stages"]
+    ways = list(dict.fromkeys(r["way"] for r in rows))
+    rates = sorted({r["lr"] for r in rows})
+    figure, axes = pyplot.subplots(
+        1, len(rates), figsize=(4.6 * max(len(rates), 1.4), 3.4), sharey=True, squeeze=False
+    )
+    colours = dict(zip(ways, ("tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=False))
+    for axis, rate in zip(axes[0], rates, strict=True):
         for row in (r for r in rows if r["lr"] == rate):
             spent, losses = zip(*row["points"], strict=True)
-            label = row["way"] if row["seed"] == 0 else None
+            label = row["way"] if row["seed"] == rows[0]["seed"] else None
             axis.plot(spent, losses, color=colours[row["way"]], label=label, linewidth=1)
         edge = 0
-        for depth, steps in STAGES[:-1]:
+        for depth, steps in stages[:-1]:
             edge += depth * steps
             axis.axvline(edge, color="gray", linewidth=0.6, linestyle=":")
         axis.set(title=f"learning rate {rate:g}", xlabel="layers × steps", yscale="log")
-    axes[0].set_ylabel("validation loss")
-    axes[0].legend(frameon=False)
+    axes[0][0].set_ylabel("validation loss")
+    axes[0][0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -173,27 +264,28 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and spread over the seeds of the loss at the end."""
     found = []
-    for rate in RATES:
-        for way in WAYS:
-            of = [r for r in rows if (r["way"], r["lr"]) == (way, rate)]
-            ends = [r["points"][-1][1] for r in of]
-            found.append(
-                {
-                    "way": way,
-                    "lr": rate,
-                    "loss": round(statistics.mean(ends), 4),
-                    "lowest": round(min(ends), 4),
-                    "highest": round(max(ends), 4),
-                    "seconds": round(statistics.mean(r["seconds"] for r in of), 1),
-                }
-            )
-    return found
+    for rate, way in dict.fromkeys((r["lr"], r["way"]) for r in rows):
+        of = [r for r in rows if (r["way"], r["lr"]) == (way, rate)]
+        ends = [r["points"][-1][1] for r in of]
+        found.append(
+            {
+                "way": way,
+                "lr": rate,
+                "seeds": len(of),
+                "loss": round(statistics.mean(ends), 4),
+                "lowest": round(min(ends), 4),
+                "highest": round(max(ends), 4),
+                "seconds": round(statistics.mean(r["seconds"] for r in of), 1),
+            }
+        )
+    return sorted(found, key=lambda row: row["lr"])
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as docs/growth.md shows it."""
+    kind = "processor seconds" if result.get("size", "cpu") == "cpu" else "seconds"
     lines = [
-        "| learning rate | network | loss at the end | lowest, highest | processor seconds |",
+        f"| learning rate | network | loss at the end | lowest, highest | {kind} |",
         "|---|---|---|---|---|",
     ]
     for row in result["summary"]:
@@ -203,44 +295,65 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--plot", type=Path, help="also draw the curves here")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    parts = validation()
-    rows: list[dict[str, Any]] = []
-    for seed in range(arguments.seeds):
-        for rate in RATES:
-            for way, stages in WAYS.items():
-                curve = run(stages, rate, seed, parts)
-                rows.append(
-                    {
-                        "way": way,
-                        "lr": rate,
-                        "seed": seed,
-                        "seconds": round(curve.seconds, 1),
-                        "jumps": curve.jumps,
-                        "points": [(spent, round(loss, 4)) for spent, loss in curve.points],
-                    }
-                )
-                print(way, rate, seed, rows[-1]["points"][-1], rows[-1]["seconds"], flush=True)
-    result: dict[str, Any] = {
+def environment(name: str) -> dict[str, Any]:
+    size = SIZES[name]
+    return {
         "date": datetime.date.today().isoformat(),
+        "device": "CPU" if size.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "stages": STAGES,
-        "layer_steps": BUDGET,
-        "summary": summary(rows),
-        "runs": rows,
+        "size": name,
+        "settings": asdict(size),
+        "stages": size.stages,
+        "layer_steps": size.budget,
     }
-    print(json.dumps(result["summary"], indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    if arguments.plot:
-        plot(rows, arguments.plot)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs of a size that begin in time; the file is written after each."""
+    size, began = SIZES[options.size], time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    result = environment(options.size) | {"summary": [], "runs": rows}
+    todo = [
+        (seed, rate, way, stages)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
+        for rate in size.rates
+        for way, stages in size.ways().items()
+    ]
+    longest = 0.0
+    for seed, rate, way, stages in todo:
+        if time.perf_counter() - began + longest > options.budget:
+            print(f"no time for {way}, seed {seed}", flush=True)
+            break
+        started = time.perf_counter()
+        curve = run(size, stages, rate, seed)
+        longest = max(longest, time.perf_counter() - started)
+        row = {"way": way, "lr": rate, "seed": seed, "seconds": round(curve.seconds, 1)}
+        row |= {"jumps": curve.jumps, "points": [(at, round(x, 4)) for at, x in curve.points]}
+        rows.append(row)
+        result["summary"] = summary(rows)
+        print(way, rate, seed, row["points"][-1], row["seconds"], curve.jumps, flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--from", dest="source", type=Path, help="a result instead of new runs")
+    parser.add_argument("--plot", type=Path, help="also draw the curves here")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for all runs")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = options.source
+    result = measure(options) if known is None else json.loads(known.read_text())
+    print(table(result))
+    if options.plot:
+        plot(result, options.plot)
 
 
 if __name__ == "__main__":

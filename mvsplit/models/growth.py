@@ -30,7 +30,7 @@ from torch import nn
 from mvsplit.errors import UserError
 from mvsplit.models.block import Block
 from mvsplit.models.dit import DiT
-from mvsplit.residuals import MVSplit, ReZero, Rule
+from mvsplit.residuals import MVSplit, ReZero, Rule, RuleConfig
 
 Where = Literal["evenly", "end"]
 
@@ -58,10 +58,19 @@ def places(old: int, new: int, where: Where) -> list[int]:
 
 @torch.no_grad()
 def grown(
-    model: DiT, depth: int, *, where: Where = "evenly", generator: torch.Generator | None = None
+    model: DiT,
+    depth: int,
+    *,
+    where: Where = "evenly",
+    rule: RuleConfig | None = None,
+    generator: torch.Generator | None = None,
 ) -> DiT:
     """A network of `depth` blocks that computes what `model` does, as the table above says. All
     parameters are copies, but for those of new blocks, which are drawn from `generator`.
+
+    Args:
+        rule: where the gains of new blocks start, if not where those of `model` did: β ≈ 1/√L is
+            a smaller one in a deeper network. It differs from the model's rule in nothing else.
 
     Raises:
         UserError: the rule cannot keep the function, or `depth` is not greater than that of
@@ -73,7 +82,8 @@ def grown(
     moved = places(model.config.depth, depth, where)
     like = model.head.weight
     with like.device:
-        deeper = DiT(replace(model.config, depth=depth), generator).to(like.dtype)
+        config = replace(model.config, depth=depth, rule=rule or model.config.rule)
+        deeper = DiT(config, generator).to(like.dtype)
     weights, learned = dict(deeper.named_parameters()), dict(model.named_parameters())
     for name, parameter in learned.items():
         weights[moved_name(name, moved)].copy_(parameter)

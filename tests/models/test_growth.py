@@ -41,6 +41,23 @@ def test_the_function_stays(rule: str, where: str) -> None:
             assert float((after - before).norm() / before.norm()) < EPS / 2
 
 
+def test_gains_of_new_blocks_start_where_asked() -> None:
+    """A deeper network wants a smaller β in its new blocks; the old keep what they have learned."""
+    model = network("mvsplit")
+    rule = replace(model.config.rule, beta=0.125)
+    after = grown(model, 5, rule=rule, generator=torch.Generator().manual_seed(8))
+    assert after.config.rule == rule
+    old = {0: 0, 1: 1, 3: 2}  # places(3, 5, "evenly")
+    for layer, block in enumerate(after.blocks):
+        for branch in ("attention", "ffn"):
+            beta = block.get_parameter(f"rule_{branch}.beta")
+            if layer in old:
+                before = model.get_parameter(f"blocks.{old[layer]}.rule_{branch}.beta")
+                assert torch.equal(beta, before)
+            else:
+                assert (beta == 0.125).all()
+
+
 def test_a_free_leak_is_closed_in_new_blocks() -> None:
     """A protected network leaks the mean by λ of its own; new blocks may not."""
     model = network("plain").double()
