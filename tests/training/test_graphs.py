@@ -224,6 +224,30 @@ def test_a_surgery_drops_the_graph_and_training_goes_on() -> None:
 
 @pytest.mark.gpu
 @ON_GPU
+def test_a_capture_that_fails_costs_nothing_but_speed(caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be recorded runs as it is written, and chance goes on as if nothing had been."""
+    state = build_state(runs.experiment(device="cuda"))
+    graphs = Graphs(state.model, state.device)
+    batch = state.loader.next_batch()
+    (piece,) = pieces(batch, 1, runs.TRAIN, state.device)
+
+    def run(piece: Piece) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return piece.times * 2
+
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(5)
+    for _ in range(3):
+        assert torch.equal(graphs.run(piece, run), piece.times * 2)
+    assert "runs without a CUDA graph" in caplog.text
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+    assert torch.isfinite(torch.randn(1000, device="cuda").sum())
+
+
+@pytest.mark.gpu
+@ON_GPU
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_half_and_half_is_the_whole_on_a_gpu(tmp_path: Path, weights: str) -> None:
     changes = {"precision": "bf16", "weights": weights, "device": "cuda"}
