@@ -25,8 +25,6 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.monitor import Cadence, Schedule
 from mvsplit.diagnostics.signals import LayerSignals
+from mvsplit.reproduce.workers import worker_pool
 
 _FROM_THE_START = (
     *("front-l32-lr0.012", "front-l64-lr0.012", "plain-l64-d32-lr0.03", "plain-l32-d32-lr0.012"),
@@ -183,7 +182,7 @@ def _by(alarm: int | None, step: int) -> bool:
 
 def measure(runs: Sequence[Run], folder: Path, workers: int) -> dict[str, Any]:
     """The rows of all runs and their counts by split."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         rows = list(pool.map(judge, runs, [folder] * len(runs)))
     return {
         "date": datetime.date.today().isoformat(),

@@ -24,9 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ import torch
 
 from mvsplit.diagnostics.counterfactual import CenteredAdjoints
 from mvsplit.models import DiTConfig
+from mvsplit.reproduce.workers import worker_pool
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import (
     DataConfig,
@@ -45,7 +45,7 @@ from mvsplit.training import (
     build_state,
     train,
 )
-from mvsplit.training.checkpoint import load_latest
+from mvsplit.training.checkpoint import load_latest, read_checkpoint
 from mvsplit.training.config import Policy, ReactionConfig
 from mvsplit.training.files import read_lines
 from mvsplit.training.objective import piece_losses
@@ -71,6 +71,7 @@ class Regime:
     warmup: int = 10
     save_every: int = 20
     probe_every: int = 10
+    probe_burst: int = 10
     dataset: str = "digits"
     size: int | None = None
     patch: int = 2
@@ -99,6 +100,7 @@ class Regime:
             save_every=self.save_every,
             keep=4,
             probe_every=self.probe_every,
+            probe_burst=self.probe_burst,
             on_alarm=trial.on_alarm,
             reaction=trial.reaction,
             device=self.device,
@@ -110,6 +112,8 @@ class Regime:
 REGIMES: dict[str, Regime] = {
     # Dead by step 40 under a learning rate that was too high from the start.
     "digits-32-start": Regime(depth=32, width=32, lr=1.5e-2, steps=200),
+    # Learns for about a hundred steps at one rate, then collapses by itself: the paper's event.
+    "digits-32-late": Regime(depth=32, width=32, lr=1.2e-2, steps=200),
     # Healthy, then the learning rate rises at once: the paper's event, on demand.
     "digits-64-jump": Regime(depth=64, width=32, lr=4e-4, steps=240, jump=100, factor=30),
     "digits-400-jump": Regime(
@@ -120,13 +124,14 @@ REGIMES: dict[str, Regime] = {
         depth=400,
         width=128,
         lr=1e-4,
-        steps=240,
+        steps=180,
         jump=100,
         factor=10,
-        batch_size=64,
+        batch_size=32,
         warmup=50,
         save_every=25,
-        probe_every=25,  # a look costs as much as twenty steps that are replayed
+        probe_every=50,  # a look costs as much as twenty steps that are replayed
+        probe_burst=3,
         dataset="shapes",
         size=32,
         patch=4,
@@ -245,9 +250,10 @@ def _short(event: dict[str, Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def final_loss(experiment: Experiment, folder: Path) -> float:
-    """The loss of the newest checkpoint's weights on samples that are the same for every trial."""
-    snapshot, _ = load_latest(folder / "checkpoints")
+def final_loss(experiment: Experiment, folder: Path, checkpoint: Path | None = None) -> float:
+    """The loss of the weights of a checkpoint, the newest of the run if none is named, on samples
+    that are the same for every trial."""
+    snapshot = read_checkpoint(checkpoint) if checkpoint else load_latest(folder / "checkpoints")[0]
     assert snapshot is not None
     config = replace(experiment.train, batch_size=SAMPLES, accumulate=SAMPLES // 64, seed=12345)
     state = build_state(replace(experiment, train=config))
@@ -327,7 +333,7 @@ def main() -> None:
         if (not options.only or trial.name in options.only)
         and (options.regime, trial.name, seed) not in there
     ]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(options.workers) as pool:
         for job in as_completed([pool.submit(run, *arguments) for arguments in todo]):
             rows.append(row := job.result())
             add_ratios(rows)

@@ -22,9 +22,8 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from mvsplit.data import Batch
 from mvsplit.diagnostics import LayerProbe
+from mvsplit.reproduce.workers import worker_pool
 from mvsplit.training import NonFiniteError, TrainState, build_state, train_step
 
 PROBE_FIELDS = (
@@ -225,7 +225,7 @@ def record(run: Run, folder: Path) -> dict[str, Any]:
 def record_all(runs: Sequence[Run], folder: Path, workers: int, budget: float) -> dict[str, Any]:
     """Records the runs side by side; those not begun within `budget` seconds are left out."""
     end = time.monotonic() + budget
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         jobs: dict[str, Future[Any]] = {
             r.name: pool.submit(record_in_time, r, folder, end)
             for r in sorted(runs, key=lambda r: -r.depth * r.steps)

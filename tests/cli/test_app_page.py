@@ -23,13 +23,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from selenium.webdriver.common.keys import Keys
 
 from mvsplit.cli import main
 from mvsplit.cli.app_page import QUIET
 from mvsplit.sampling import read_record
 from mvsplit.training import train
-from tests.diagnostics.browser import Page, needs_browser, start_browser
+from tests.diagnostics.browser import Keys, Page, needs_browser, start_browser
 from tests.training import runs
 
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
