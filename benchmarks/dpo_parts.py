@@ -1,0 +1,252 @@
+"""What `dpo.py` is made of: a model of shapes, its data in the device's memory, and its steps."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mvsplit.data import Batch, Shapes, WordEmbedder
+from mvsplit.data.scenes import COMPOSITION, draw_scenes
+from mvsplit.models import DiT, DiTConfig
+from mvsplit.models.lora import merge_lora
+from mvsplit.residuals import RuleConfig
+from mvsplit.sampling import SamplingConfig, generate
+from mvsplit.training import (
+    DataConfig,
+    Experiment,
+    Origin,
+    Start,
+    TrainConfig,
+    TrainState,
+    build_state,
+    train_step,
+)
+from mvsplit.training.config import DPOConfig
+from mvsplit.training.finetune import begin_from
+from mvsplit.training.objective import Preference
+from mvsplit.training.optimizer import global_norm
+from mvsplit.training.step import accumulate_gradients, pieces
+
+SIZE = 32
+WORDS = 16  # tokens that every caption is padded to, so that there is one shape, and one graph
+MODEL = DiTConfig(
+    depth=24,
+    width=64,
+    heads=2,
+    ffn_width=192,
+    channels=3,
+    patch=4,
+    text_width=64,
+    rule=RuleConfig(name="mvsplit", beta=0.2),
+)
+DRAW = SamplingConfig(steps=20, sampler="ab2", guidance=2.0, shift=2.0, batch_size=1024)
+
+
+def say(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+class Words:
+    """The embedder of shapes, every caption with as many tokens: those past its end are zero and
+    count as its own, which attention without a mask is faster for."""
+
+    def __init__(self) -> None:
+        shapes = Shapes(size=SIZE)
+        self._words = WordEmbedder(
+            shapes.vocabulary, MODEL.text_width, 0, max_tokens=shapes.caption_words
+        )
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        parts = [self._words.encode(prompts[i : i + 4096])[0] for i in range(0, len(prompts), 4096)]
+        text = torch.cat([pad(part, (0, 0, 0, WORDS - part.shape[1])) for part in parts])
+        return text, torch.full((len(text),), WORDS)
+
+    def spec(self) -> dict[str, Any]:
+        return self._words.spec()
+
+
+class Store:
+    """Samples in the device's memory, gone through in random order; `train_step` reads it as it
+    reads a loader."""
+
+    def __init__(
+        self,
+        data: Tensor,
+        captions: list[str],
+        rejected: Tensor | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        dropout: float,
+        device: torch.device,
+    ) -> None:
+        self.data = data.to(device)
+        self.rejected = None if rejected is None else rejected.to(device)
+        self.text = Words().encode([*captions, ""])[0].to(device)
+        self.batch_size, self.dropout, self.position = batch_size, dropout, 0
+        self.embedder = Words()
+        self._nowhere = torch.zeros(batch_size, dtype=torch.long)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.long, device=device)
+        if not len(self.data):
+            raise SystemExit("there is no sample to learn from")
+
+    def next_batch(self) -> Batch:
+        device, size = self.data.device, self.batch_size
+        while len(self._order) < size:
+            more = torch.randperm(len(self.data), generator=self._generator, device=device)
+            self._order = torch.cat((self._order, more))
+        chosen, self._order = self._order.split((size, len(self._order) - size))
+        drop = torch.rand(size, generator=self._generator, device=device) < self.dropout
+        captions = torch.where(drop, len(self.data), chosen)
+        self.position += size
+        return Batch(
+            latents=self.data[chosen],
+            text=self.text[captions],
+            text_valid=None,
+            indices=self._nowhere,  # to ask the device for them would wait for it
+            rejected=None if self.rejected is None else self.rejected[chosen],
+        )
+
+
+def experiment(options: argparse.Namespace, **changes: Any) -> Experiment:
+    """A run of the model; the data are put into its state."""
+    gpu = options.device == "cuda"
+    train = TrainConfig(
+        steps=1,
+        batch_size=options.batch,
+        lr=options.lr,
+        warmup=100,
+        ema_decay=0.999,
+        precision="bf16" if gpu else "fp32",
+        seed=options.seed,
+        device=options.device,
+        probe_every=0,
+    )
+    model = replace(MODEL, depth=options.depth)
+    return Experiment(
+        model=model, train=replace(train, **changes), data=DataConfig(dataset="shapes", size=SIZE)
+    )
+
+
+def numbers_of(series: int, first: int, count: int) -> list[int]:
+    """Places of `count` scenes of a series that are of the six tasks, from `first` on."""
+    numbers = np.arange(first, first + 2 * count, dtype=np.uint64)
+    return numbers[draw_scenes(series, numbers).task != COMPOSITION][:count].tolist()
+
+
+def real_store(options: argparse.Namespace, first: int, *, series: int | None = None) -> Store:
+    """Rendered scenes of the training's series, from a place on."""
+    series = options.series if series is None else series
+    shapes = Shapes(size=SIZE, seed=series)
+    numbers = numbers_of(series, first, options.scenes)
+    parts = [shapes.fetch(numbers[i : i + 4096]) for i in range(0, len(numbers), 4096)]
+    return Store(
+        torch.cat([part.latents for part in parts]),
+        [caption for part in parts for caption in part.captions],
+        batch_size=options.batch,
+        seed=options.seed,
+        dropout=0.1,
+        device=torch.device(options.device),
+    )
+
+
+def begin(
+    wanted: Experiment, store: Store, base: DiT | None, dpo: DPOConfig | None = None
+) -> TrainState:
+    """A run on `store`, from the weights of `base` if given; of pairs if there is a `dpo`."""
+    if base is not None:
+        wanted = replace(wanted, origin=Origin(source="the base"))
+    state = build_state(wanted)
+    if dpo is not None:
+        state.objective = Preference(state.model, dpo)
+    begin_from(state, wanted, None if base is None else lambda: Start(model=base))
+    state.loader = store  # type: ignore[assignment]
+    return state
+
+
+def learn(state: TrainState, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
+    """Takes `steps` steps; the numbers of every 25th."""
+    kept = []
+    for number in range(1, steps + 1):
+        metrics = train_step(state, config)
+        if number == 1 or number % 25 == 0:
+            kept.append({"step": state.step, **metrics})
+    return kept
+
+
+def learn_unwatched(
+    state: TrainState, config: TrainConfig, steps: int, until: float, floor: float
+) -> int:
+    """Takes `steps` steps as `train_step` does but without looking at them, so that the device
+    never waits, or as many as there is time for; over the last 30 % the rate falls to `floor` of
+    it. Returns how many."""
+    began = time.perf_counter()
+    for number in range(1, steps + 1):
+        share = max(number / steps, (time.perf_counter() - began) / max(until - began, 1e-9))
+        if share > 1:
+            return number - 1
+        parts = list(pieces(state.loader.next_batch(), state.step + 1, config, state.device))
+        losses = accumulate_gradients(state, config, parts)
+        groups = state.optimizer.groups
+        scale = (config.clip / global_norm(groups)).clamp(max=1)
+        for group in groups:
+            group.grads.mul_(scale)
+        state.step += 1
+        falling = 1 - (1 - floor) * max(0.0, share - 0.7) / 0.3
+        state.optimizer.step(state.learning_rate(state.step) * falling)
+        assert state.ema is not None
+        state.ema.update(state.step)
+        if number % 2000 == 0:
+            seconds = round(time.perf_counter() - began, 1)
+            say(step=state.step, seconds=seconds, loss=round(float(losses.mean()), 4))
+    return steps
+
+
+def averaged(state: TrainState) -> DiT:
+    """A network of its own with the averaged weights, adapters merged."""
+    assert state.ema is not None
+    model = copy.deepcopy(state.model)
+    with torch.no_grad():
+        weights = dict(model.named_parameters())
+        for name, average in state.ema.parameters().items():
+            weights[name].copy_(average)
+    merge_lora(model)
+    return model.requires_grad_(False).eval()
+
+
+def save(model: DiT, path: Path) -> None:
+    torch.save({n: p.detach().bfloat16().cpu() for n, p in model.state_dict().items()}, path)
+
+
+def load(options: argparse.Namespace) -> DiT:
+    device = torch.device(options.device)
+    model = DiT(replace(MODEL, depth=options.depth)).to(device)
+    model.load_state_dict({n: p.float() for n, p in torch.load(options.base).items()})
+    return model.requires_grad_(False).eval()
+
+
+def replace_options(options: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def drawing(model: DiT) -> DiT:
+    """The network as it draws: in bf16 on a GPU."""
+    model = copy.deepcopy(model)
+    return model.bfloat16() if next(model.parameters()).is_cuda else model
+
+
+def draw(model: DiT, prompts: list[str], seed: int) -> Tensor:
+    made = generate(drawing(model), Words(), prompts, (3, SIZE, SIZE), replace(DRAW, seed=seed))
+    return torch.cat([batch.latents for batch in made])
