@@ -17,12 +17,14 @@ Gate: DPO begins at log 2; the reader sees the same on the device as on the CPU.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +168,25 @@ def ways(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, dict(field.split("=") for field in fields.split(",") if field)
 
 
+def machine(model: DiT) -> dict[str, Any]:
+    """Where this was measured, and of what."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "way": "machine",
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "model": asdict(model.config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "draw": asdict(DRAW),
+    }
+
+
 def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each way from the same weights; first what they score."""
     before = score(start, options)
-    yield {"way": "sft", "scores": before, "layers": look(start, options)}
+    yield machine(start)
+    yield {"way": "SFT", "scores": before, "layers": look(start, options)}
     drawn, cost = pairs_of(start, options)
     yield {"way": "pairs", **cost}
     for name, fields in ways(options):
