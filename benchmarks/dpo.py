@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from dpo_parts import (
     DRAW,
-    MODEL,
     SIZE,
     Store,
     Words,
@@ -40,24 +39,27 @@ from dpo_parts import (
     draw,
     drawing,
     experiment,
+    is_held_out,
     learn,
     learn_unwatched,
     load,
-    numbers_of,
     real_store,
     replace_options,
     save,
     say,
+    world,
 )
 from torch import Tensor
 
 from mvsplit.data import Shapes
+from mvsplit.data.render import render
 from mvsplit.diagnostics.probe import LayerProbe
 from mvsplit.diagnostics.taps import taps_for_dit
-from mvsplit.evaluation.geneval import evaluate_shapes, geneval_indices, scenes_at
+from mvsplit.evaluation.frechet import fixed_features, frechet_distance
 from mvsplit.evaluation.held_out import SERIES
-from mvsplit.evaluation.preference import draw_pairs, judge_of_shapes
+from mvsplit.evaluation.preference import draw_pairs, judge_of_shapes, points_of_shapes
 from mvsplit.evaluation.reader import read_pictures
+from mvsplit.evaluation.scores import share
 from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.training import TuneConfig
@@ -78,12 +80,24 @@ class Drawn:
 
 
 def score(model: DiT, options: argparse.Namespace) -> dict[str, float]:
-    """On held-out captions, the six tasks in turn; always the same noise for a seed."""
-    shapes = Shapes(size=SIZE, seed=SERIES)
-    scenes = scenes_at(shapes, geneval_indices(shapes, options.pictures))
-    pictures = draw(model, [scene.caption for scene in scenes], seed=10_000 + options.seed)
-    real = Shapes(size=SIZE, seed=SERIES + 2).fetch(range(len(scenes))).latents
-    return {name: round(v, 5) for name, v in evaluate_shapes(pictures, scenes, real)}
+    """Of held-out captions and of those that pairs are made of: the share drawn right, that is an
+    object of the shape and colour, and the share with nothing else beside it; and the Fréchet
+    distance to rendered pictures. Always the same noise for a seed."""
+    found: dict[str, float] = {}
+    everything = world(SERIES, 0, 6 * options.pictures).scenes()
+    for name, held in (("held", True), ("seen", False)):
+        scenes = [s for s in everything if is_held_out(s) == held][: options.pictures]
+        pictures = draw(model, [scene.caption for scene in scenes], seed=10_000 + options.seed)
+        seen = read_pictures(pictures)
+        points = [points_of_shapes(s, q) for s, q in zip(seen, scenes, strict=True)]
+        found |= dict(share(f"{name}_right", [p > 0 for p in points]))
+        found |= dict(share(f"{name}_exact", [p > 1 for p in points]))
+        table = world(SERIES + 1, 0, 6 * options.pictures)
+        rows = [k for k, s in enumerate(table.scenes()) if is_held_out(s) == held]
+        real = render(table, SIZE)[rows[: options.pictures]]
+        distance = frechet_distance(fixed_features(pictures), fixed_features(real))
+        found[f"{name}_frechet"] = distance
+    return {name: round(value, 5) for name, value in found.items()}
 
 
 def check_reader(device: torch.device) -> None:
@@ -120,12 +134,12 @@ def look(model: DiT, options: argparse.Namespace) -> dict[str, list[float | None
 def pairs_of(model: DiT, options: argparse.Namespace) -> tuple[Drawn, dict[str, Any]]:
     """Pairs on captions of the training's series, and what they cost."""
     began = time.perf_counter()
-    shapes = Shapes(size=SIZE, seed=options.series)
-    scenes = scenes_at(shapes, numbers_of(options.series, 8 * options.scenes, options.captions))
+    table = world(0, (3 + options.seed) * 10**8, 2 * options.captions)
+    scenes = [s for s in table.scenes() if not is_held_out(s)][: options.captions]
     captions = [scene.caption for scene in scenes]
     config = replace(DRAW, seed=options.seed)
     shape, judge = (3, SIZE, SIZE), judge_of_shapes(scenes)
-    found = list(draw_pairs(drawing(model), Words(), captions, shape, config, judge))
+    found = list(draw_pairs(drawing(model), Words(options.width), captions, shape, config, judge))
     pairs = Drawn(
         captions=[captions[place] for f in found for place in f.places],
         chosen=torch.cat([f.chosen for f in found]),
@@ -140,7 +154,7 @@ def base(options: argparse.Namespace) -> DiT:
     """Pre-training, or going on with --base, then SFT on other scenes at a low rate."""
     began = time.perf_counter()
     store = real_store(options, 0)
-    other = real_store(options, 4 * options.scenes)
+    other = real_store(options, 10**8)
     say(stage="data", seconds=round(time.perf_counter() - began, 1), samples=len(store.data))
     stages = (
         ("pre-training", store, options.lr, options.steps, options.seconds, 0.1),
@@ -202,10 +216,10 @@ def aligned(
     common = {"batch_size": batch, "seed": options.seed, "device": device}
     dpo = name.startswith("dpo")
     if name.startswith("real"):
-        store = real_store(replace_options(options, batch=batch, scenes=16384), 10**7)
+        store = real_store(replace_options(options, batch=batch, scenes=4096), 2 * 10**8)
     else:
         rejected = drawn.rejected if dpo else None
-        store = Store(drawn.chosen, drawn.captions, rejected, **common, dropout=0.0 if dpo else 0.1)
+        store = Store(drawn.chosen, drawn.captions, rejected, width=options.width, **common)
     tune = TuneConfig(what=fields.get("what", "all"), lora=LoRAConfig(rank=16, alpha=32.0))
     wanted = experiment(
         options,
@@ -241,7 +255,8 @@ def main() -> None:
     parser.add_argument("stage", choices=("base", "align", "all"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--depth", type=int, default=MODEL.depth)
+    parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--scenes", type=int, default=131_072, help="of the training, in memory")
@@ -249,7 +264,6 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=10**6)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of pre-training, at most")
     parser.add_argument("--sft-seconds", type=float, default=math.inf)
-    parser.add_argument("--series", type=int, default=0, help="of the scenes that are trained on")
     parser.add_argument("--pictures", type=int, default=1536, help="that are scored")
     parser.add_argument("--captions", type=int, default=8192, help="that are drawn twice")
     parser.add_argument("--pairs-batch", type=int, default=256)

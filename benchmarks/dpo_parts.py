@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvsplit.data import Batch, Shapes, WordEmbedder
-from mvsplit.data.scenes import COMPOSITION, draw_scenes
+from mvsplit.data import Batch, Scene, Shapes, WordEmbedder
+from mvsplit.data.captions import COLOURS, SHAPES, SIZES
+from mvsplit.data.render import render
+from mvsplit.data.scenes import COLORS, SLOTS, SceneTable, draw_scenes
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import merge_lora
 from mvsplit.residuals import RuleConfig
@@ -39,33 +41,67 @@ from mvsplit.training.optimizer import global_norm
 from mvsplit.training.step import accumulate_gradients, pieces
 
 SIZE = 32
-WORDS = 16  # tokens that every caption is padded to, so that there is one shape, and one graph
-MODEL = DiTConfig(
-    depth=24,
-    width=64,
-    heads=2,
-    ffn_width=192,
-    channels=3,
-    patch=4,
-    text_width=64,
-    rule=RuleConfig(name="mvsplit", beta=0.2),
-)
-DRAW = SamplingConfig(steps=20, sampler="ab2", guidance=2.0, shift=2.0, batch_size=1024)
+WORDS = 16 if torch.cuda.is_available() else 3  # of each caption, padding included: one shape
+KINDS = ("circle", "triangle", "cross", "ring")
+DRAW = SamplingConfig(steps=20, sampler="ab2", guidance=1.0, shift=2.0, batch_size=1024)
 
 
 def say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def network(options: argparse.Namespace) -> DiTConfig:
+    """The network of `--depth` and `--width`."""
+    width = options.width
+    return DiTConfig(
+        depth=options.depth,
+        width=width,
+        heads=width // 32,
+        ffn_width=3 * width,
+        channels=3,
+        patch=4,
+        text_width=width,
+        rule=RuleConfig(name="mvsplit", beta=0.2),
+    )
+
+
+# The world: one large object of four shapes and eight colours on black, "a red ring".
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a caption is one of the quarter that no pair is made of."""
+    thing = scene.objects[0]
+    return (COLOURS.index(thing.colour) + 2 * KINDS.index(thing.shape)) % 4 == 0
+
+
+def world(series: int, first: int, count: int) -> SceneTable:
+    """`count` scenes of a series, from place `first` on: those of one large object of the four
+    shapes, its background black, its caption its colour and shape."""
+    numbers = np.arange(first, first + 18 * count + 400, dtype=np.uint64)
+    table = draw_scenes(series, numbers)
+    kinds = [SHAPES.index(name) for name in KINDS]
+    large = table.size[:, 0] == SIZES.index("large")
+    rows = np.nonzero((table.count == 1) & large & np.isin(table.shape[:, 0], kinds))[0][:count]
+    chosen = replace(table, **{name: column[rows] for name, column in vars(table).items()})
+    silent = np.zeros(len(rows), dtype=bool)
+    return replace(
+        chosen,
+        task=np.full(len(rows), COLORS),
+        background=np.zeros(len(rows), dtype=np.int64),
+        say_background=silent,
+        say_place=silent,
+        say_size=np.zeros((len(rows), SLOTS), dtype=bool),
+        say_colour=~silent,
+    )
+
+
 class Words:
     """The embedder of shapes, every caption with as many tokens: those past its end are zero and
     count as its own, which attention without a mask is faster for."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         shapes = Shapes(size=SIZE)
-        self._words = WordEmbedder(
-            shapes.vocabulary, MODEL.text_width, 0, max_tokens=shapes.caption_words
-        )
+        self._words = WordEmbedder(shapes.vocabulary, width, 0, max_tokens=shapes.caption_words)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         parts = [self._words.encode(prompts[i : i + 4096])[0] for i in range(0, len(prompts), 4096)]
@@ -86,16 +122,16 @@ class Store:
         captions: list[str],
         rejected: Tensor | None = None,
         *,
+        width: int,
         batch_size: int,
         seed: int,
-        dropout: float,
         device: torch.device,
     ) -> None:
         self.data = data.to(device)
         self.rejected = None if rejected is None else rejected.to(device)
-        self.text = Words().encode([*captions, ""])[0].to(device)
-        self.batch_size, self.dropout, self.position = batch_size, dropout, 0
-        self.embedder = Words()
+        self.embedder = Words(width)
+        self.text = self.embedder.encode(captions)[0].to(device)
+        self.batch_size, self.position = batch_size, 0
         self._nowhere = torch.zeros(batch_size, dtype=torch.long)
         self._generator = torch.Generator(device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long, device=device)
@@ -108,12 +144,10 @@ class Store:
             more = torch.randperm(len(self.data), generator=self._generator, device=device)
             self._order = torch.cat((self._order, more))
         chosen, self._order = self._order.split((size, len(self._order) - size))
-        drop = torch.rand(size, generator=self._generator, device=device) < self.dropout
-        captions = torch.where(drop, len(self.data), chosen)
         self.position += size
         return Batch(
             latents=self.data[chosen],
-            text=self.text[captions],
+            text=self.text[chosen],
             text_valid=None,
             indices=self._nowhere,  # to ask the device for them would wait for it
             rejected=None if self.rejected is None else self.rejected[chosen],
@@ -128,36 +162,28 @@ def experiment(options: argparse.Namespace, **changes: Any) -> Experiment:
         batch_size=options.batch,
         lr=options.lr,
         warmup=100,
-        ema_decay=0.999,
+        ema_decay=0.995,
         precision="bf16" if gpu else "fp32",
         seed=options.seed,
         device=options.device,
         probe_every=0,
     )
-    model = replace(MODEL, depth=options.depth)
     return Experiment(
-        model=model, train=replace(train, **changes), data=DataConfig(dataset="shapes", size=SIZE)
+        model=network(options),
+        train=replace(train, **changes),
+        data=DataConfig(dataset="shapes", size=SIZE),
     )
 
 
-def numbers_of(series: int, first: int, count: int) -> list[int]:
-    """Places of `count` scenes of a series that are of the six tasks, from `first` on."""
-    numbers = np.arange(first, first + 2 * count, dtype=np.uint64)
-    return numbers[draw_scenes(series, numbers).task != COMPOSITION][:count].tolist()
-
-
-def real_store(options: argparse.Namespace, first: int, *, series: int | None = None) -> Store:
-    """Rendered scenes of the training's series, from a place on."""
-    series = options.series if series is None else series
-    shapes = Shapes(size=SIZE, seed=series)
-    numbers = numbers_of(series, first, options.scenes)
-    parts = [shapes.fetch(numbers[i : i + 4096]) for i in range(0, len(numbers), 4096)]
+def real_store(options: argparse.Namespace, first: int, *, series: int = 0) -> Store:
+    """Rendered scenes of a series, from a place on."""
+    table = world(series, first, options.scenes)
     return Store(
-        torch.cat([part.latents for part in parts]),
-        [caption for part in parts for caption in part.captions],
+        render(table, SIZE),
+        [scene.caption for scene in table.scenes()],
+        width=options.width,
         batch_size=options.batch,
         seed=options.seed,
-        dropout=0.1,
         device=torch.device(options.device),
     )
 
@@ -208,7 +234,7 @@ def learn_unwatched(
         state.optimizer.step(state.learning_rate(state.step) * falling)
         assert state.ema is not None
         state.ema.update(state.step)
-        if number % 2000 == 0:
+        if number % 250 == 0:
             seconds = round(time.perf_counter() - began, 1)
             say(step=state.step, seconds=seconds, loss=round(float(losses.mean()), 4))
     return steps
@@ -232,7 +258,7 @@ def save(model: DiT, path: Path) -> None:
 
 def load(options: argparse.Namespace) -> DiT:
     device = torch.device(options.device)
-    model = DiT(replace(MODEL, depth=options.depth)).to(device)
+    model = DiT(network(options)).to(device)
     model.load_state_dict({n: p.float() for n, p in torch.load(options.base).items()})
     return model.requires_grad_(False).eval()
 
@@ -247,6 +273,12 @@ def drawing(model: DiT) -> DiT:
     return model.bfloat16() if next(model.parameters()).is_cuda else model
 
 
-def draw(model: DiT, prompts: list[str], seed: int) -> Tensor:
-    made = generate(drawing(model), Words(), prompts, (3, SIZE, SIZE), replace(DRAW, seed=seed))
+def draw(model: DiT, prompts: Sequence[str], seed: int) -> Tensor:
+    made = generate(
+        drawing(model),
+        Words(model.config.width),
+        prompts,
+        (3, SIZE, SIZE),
+        replace(DRAW, seed=seed),
+    )
     return torch.cat([batch.latents for batch in made])

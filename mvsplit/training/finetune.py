@@ -146,12 +146,6 @@ def begin_from(
     weights = dict(state.model.state_dict())
     adapters = {name: weights.pop(name) for name in lora_parameters(state.model)}
     copy_tensors(dict(model.state_dict()), weights, origin.source)
-    if found.adapter is not None and experiment.train.objective == "dpo":
-        raise UserError(
-            f"adapter={origin.adapter}: with train.objective=dpo adapters start at nothing, so "
-            f"that the reference is the network without them; leave --tune.what lora out to merge "
-            f"it, or merge it first with mvsplit convert"
-        )
     if found.adapter is not None:
         copy_tensors(found.adapter, adapters, f"{origin.adapter}")
     if origin.grow is not None and found.source is not None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mvsplit.errors import UserError
 from mvsplit.flow import flow_losses, implicit_rewards, interpolate, preference_losses
-from mvsplit.models import DiT
-from mvsplit.models.lora import LoRALinear, lora_parameters
+from mvsplit.models import Block, DiT
 from mvsplit.training.config import DPOConfig, TrainConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.pieces import Piece
@@ -90,8 +89,8 @@ class Preference:
     def __call__(self, model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
         """Of each pair: what is minimised, r_w − r_l, whether it is positive (½ where it is 0), and
         the flow-matching losses of both, of the network and of its reference."""
-        with torch.no_grad():
-            before_w, before_l = _both_losses(self.reference, piece, config)
+        self._runs_as(model)
+        before_w, before_l = (x.detach() for x in _both_losses(self.reference, piece, config))
         chosen, rejected = _both_losses(model, piece, config)
         beta, anchor = self.config.beta, self.config.anchor
         reward_w = implicit_rewards(chosen, before_w, beta)
@@ -104,6 +103,12 @@ class Preference:
             *(chosen, rejected, before_w, before_l),
         )
         return torch.stack(found, dim=1)
+
+    def _runs_as(self, model: DiT) -> None:
+        """Lets the blocks of the reference keep nothing for a backward that never comes."""
+        for block, other in zip(self.reference.blocks, model.blocks, strict=True):
+            twin = cast(Block, block)
+            twin.recompute, twin.recompute_parts = "all", cast(Block, other).recompute_parts
 
     def begin(self) -> None:
         with torch.no_grad():
@@ -162,20 +167,18 @@ def _both_losses(model: DiT, piece: Piece, config: TrainConfig) -> tuple[Tensor,
 def frozen_twin(model: DiT) -> tuple[DiT, Mapping[str, Tensor]]:
     """A network that stays as `model` is now while this one learns, and its own tensors by name.
 
-    What does not learn is shared with it, and so takes no memory; adapters are switched off instead
-    of copied, since they do nothing at first. What else learns is copied.
+    What does not learn is shared with it, and so takes no memory: with low-rank adapters, all but
+    these, which at first do nothing. What learns is copied. The copies require gradients as the
+    originals do, though none are asked for: kernels are chosen by it, and rounding that differs
+    between both networks would count as a reward.
     """
     shared = {id(parameter): parameter for parameter in model.parameters()}
     twin = copy.deepcopy(model, shared)
-    adapters = lora_parameters(twin)
     copies: dict[str, Tensor] = {}
     for name, parameter in list(twin.named_parameters()):
-        if parameter.requires_grad and name not in adapters:
+        if parameter.requires_grad:
             owner, _, last = name.rpartition(".")
-            own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            own = nn.Parameter(parameter.detach().clone())
             setattr(twin.get_submodule(owner), last, own)
             copies[name] = own.detach()
-    for module in twin.modules():
-        if isinstance(module, LoRALinear):
-            module.enabled = False
     return twin, copies
