@@ -92,6 +92,11 @@ class Graphs:
         recorded.graph.replay()
         return recorded.losses.clone()
 
+    @property
+    def recorded(self) -> int:
+        """How many there are."""
+        return len(self._recorded)
+
     def usable(self) -> bool:
         """Whether nobody has hooked onto a part of the network or a gradient, given a part another
         `forward`, or listens to operations one by one: a replay passes all of them by."""

@@ -154,7 +154,7 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     verdict, standing = against_rivals(settings, rivals)
     default = new_default(settings, TODAY)
     labels = {cell.entry.name: cell.entry.label for cell in found}
-    lines = [f"**MV-Split against its rivals: {verdict}.** By the rule above:\n"]
+    lines = [f"**MV-Split against its rivals: {verdict}.** By the rule of the verdicts:\n"]
     for depth in settings:
         rival, mine = best(rivals[depth]), best(settings[depth])
         if rival is None or mine is None:

@@ -49,8 +49,8 @@ def best_table(
     rows = [
         [
             cell.entry.label + (" (control)" if cell.entry.kind == "control" else ""),
-            NOTHING if cell.rate is None else f"{cell.rate:.2g}",
-            figure(cell.losses or [], mark=True) if cell.rate else "nothing lives",
+            _best_rate(cell),
+            loss_words(cell),
             figure(timed.get(key(cell), [])),
             figure(cell.over_seeds("tasks", "geneval_mean"), 2),
             figure(cell.over_seeds("tasks", "shapes_frechet"), 2),
@@ -65,6 +65,21 @@ def best_table(
         *("Fréchet", "token similarity", "s a step", "peak GiB"),
     )
     return [f"### {depth} layers\n", *table(head, rows)]
+
+
+def _best_rate(cell: Cell) -> str:
+    tried = f"{len(cell.tried)} tried" + ("" if cell.swept else ", sweep not whole")
+    return f"{NOTHING if cell.rate is None else f'{cell.rate:.2g}'} ({tried})"
+
+
+def loss_words(cell: Cell | None) -> str:
+    """The validation loss at the best rate, or why there is none."""
+    if cell is None:
+        return "not run"
+    if cell.rate is None:
+        tried = ", ".join(f"{rate:.2g}" for rate in cell.tried)
+        return "nothing lives" if cell.swept else f"dead at {tried}, others not run"
+    return figure(cell.losses or [], mark=True)
 
 
 def _optional(value: float | None) -> str:

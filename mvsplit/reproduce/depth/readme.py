@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.page import NAME, RESULTS, verdict_words
-from mvsplit.reproduce.depth.page_parts import figure, table
+from mvsplit.reproduce.depth.page_parts import loss_words, table
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, BenchSize
 from mvsplit.reproduce.depth.table import Cell, cells, mean
 
@@ -40,29 +41,32 @@ def readme_block(size: BenchSize, result: Mapping[str, Any]) -> list[str]:
     """The picture, a table of the best entries, and what the rule of the verdicts says."""
     found = cells(size, (*ENTRIES, *CANDIDATES), result["rows"])
     here = [c for c in found if c.width == size.width and c.entry.kind != "control"]
-    have = {(c.entry.name, c.depth): c for c in here if c.rate}
+    have = {(c.entry.name, c.depth): c for c in here}
     depths = [d for d in size.depths if any(depth == d for _, depth in have)]
     most = max(
         depths, key=lambda d: sum(len(c.best) for (_, depth), c in have.items() if depth == d)
     )
     ranked = sorted(
         (c for (_, depth), c in have.items() if depth == most),
-        key=lambda c: (-min(len(c.best), len(size.seeds)), mean(c.losses or []) or 0.0),
+        key=lambda c: (-min(len(c.best), len(size.seeds)), mean(c.losses or []) or math.inf),
     )
     rows = [
-        [cell.entry.label, *(_cell(have.get((cell.entry.name, d))) for d in depths)]
+        [cell.entry.label, *(loss_words(have.get((cell.entry.name, d))) for d in depths)]
         for cell in ranked[:SHOWN]
     ]
-    verdict = verdict_words(size, found)[0].split(":** ")[0].strip("*: \n")
+    verdict = verdict_words(size, found)[0].partition(" By the rule")[0].replace("**", "")
     return [
         f"![Best validation loss of each rule](docs/experiments/{NAME}-{size.name}-best.png)",
         "",
         *table(("rule", *(f"{d} layers" for d in depths)), rows),
-        f"Validation loss on captioned shapes after {size.steps} steps, each at its own best "
-        f"learning rate, ± one standard deviation over seeds. {verdict}",
+        f"Validation loss on captioned shapes after {size.steps} steps, at the best of the "
+        f"{_count(ranked[:SHOWN])} that each was tried at, ± one standard deviation over seeds. "
+        f"{verdict}",
         f"[The whole bench](docs/experiments/{NAME}.md), with its limits.",
     ]
 
 
-def _cell(cell: Cell | None) -> str:
-    return "not run" if cell is None else figure(cell.losses or [], mark=True)
+def _count(found: Sequence[Cell]) -> str:
+    """How many learning rates."""
+    few, most = (pick(len(cell.tried) for cell in found) for pick in (min, max))
+    return f"{few if few == most else f'{few} to {most}'} learning rate{'s' * (most > 1)}"

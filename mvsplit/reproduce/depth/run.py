@@ -58,6 +58,12 @@ class Held(Observer):
     def on_start(self, state: TrainState, experiment: Experiment) -> None:
         self.state = state
 
+    @property
+    def graphs(self) -> int:
+        """CUDA graphs that the steps ran from at the end."""
+        graphs = self.state.graphs if self.state else None
+        return graphs.recorded if graphs else 0
+
 
 def run_bench(
     run: BenchRun,
@@ -78,7 +84,7 @@ def run_bench(
     if size.device == "cpu":
         torch.set_num_threads(1)
     path, experiment = (scratch or out / RUNS) / run.name, run.experiment(size)
-    held, ended, began = Held(), FINISHED, time.perf_counter()
+    held, ended, began, cpu = Held(), FINISHED, time.perf_counter(), time.process_time()
     on_gpu = size.device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -88,7 +94,7 @@ def run_bench(
             return False
     except NonFiniteError as error:
         ended = f"non-finite: {error}"
-    trained = time.perf_counter() - began
+    trained, cpu = time.perf_counter() - began, time.process_time() - cpu
     row = head(run, size) | {"ended": ended, "floor": token_floor(experiment)}
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     row["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
@@ -99,6 +105,7 @@ def run_bench(
         row |= score(held.state, size)
     row["lives"] = ended == FINISHED and row["validation_loss"] < LIVING_LOSS * row["floor"]
     row["seconds_trained"], row["seconds"] = trained, time.perf_counter() - began
+    row["cpu_seconds"], row["graphs"] = cpu, held.graphs
     write_row(row, out)
     shutil.rmtree(path)
     return True

@@ -201,3 +201,15 @@ def test_the_readme_shows_the_best_entries_between_its_marks(tmp_path):
     readme.write_text("no marks")
     with pytest.raises(UserError, match="between which the bench is shown"):
         write_readme(readme, tmp_path, TINY)
+
+
+def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):
+    (tmp_path / module.RESULTS).mkdir(parents=True)
+    for path in (PAGES / module.RESULTS).glob("*.json"):
+        (tmp_path / module.RESULTS / path.name).write_bytes(path.read_bytes())
+    assert write_page(tmp_path).read_text() == (PAGES / "depth-bench.md").read_text()
+    readme = tmp_path / "README.md"
+    kept = (PAGES.parents[1] / "README.md").read_text()
+    readme.write_text(kept)
+    assert write_readme(readme, tmp_path)
+    assert readme.read_text() == kept
