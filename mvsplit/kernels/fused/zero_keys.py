@@ -52,39 +52,58 @@ def _anew(
     return b_out / some[:, None], tl.where(part > 0, most + tl.log(some), 0.0)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["rows", "total"])
 def zero_keys_kernel(
-    p_out, p_lse, p_padding, p_q, p_k, p_v, p_mask,
-    s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
-    total, scale, LEAST: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    p_out, p_lse, p_padding, s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, rows, total,
+    LEAST: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    # The heads of the same tokens, which lie side by side, are worked on at the same time.
+    """Eq. 1; rows that it would not be right for get a log-sum-exp of −∞."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # in the order of memory: token, then head
+    m = i < rows
+    i_h = i % H
+    i_t = i // H % total
+    i_b = (i // H // total).to(tl.int64)
+    p = p_lse + i_b * s_lb + i_h * s_lh + i_t * s_lt
+    lse = tl.load(p, m, 0.0)
+    padding = tl.load(p_padding + i_b, m, 0.0)
+    share = padding * tl.exp(tl.where(padding > 0, -lse, 0.0))  # m/Z, for which Z is at least m
+    lost = 1 - share < LEAST
+    rest = tl.where(lost, 1.0, 1 - share)
+    tl.store(p, tl.where(lost, float("-inf"), lse + tl.log(rest)), mask=m)
+    o_k = tl.arange(0, BLOCK_K)
+    m_o = m[:, None] & (o_k < K)[None, :]
+    p_o = p_out + (i_b * s_ob + i_h * s_oh + i_t * s_ot)[:, None] + o_k[None, :]
+    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / rest[:, None]
+    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+
+
+@triton.jit(do_not_specialize=["total"])
+def lost_rows_kernel(
+    p_out, p_lse, p_q, p_k, p_v, p_mask,
+    s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
+    total, scale, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Computes the rows anew whose log-sum-exp is −∞; a kernel of its own, for it would slow the
+    other down by the registers that it takes."""
     i_h = tl.program_id(0) % H
     i_b = tl.program_id(1).to(tl.int64)
     o_t = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
     m_t = o_t < total
     p = p_lse + i_b * s_lb + i_h * s_lh + o_t * s_lt
-    lse = tl.load(p, m_t, 0.0)
-    padding = tl.load(p_padding + i_b)
-    share = padding * tl.exp(tl.where(padding > 0, -lse, 0.0))  # m/Z, for which Z is at least m
-    lost = m_t & (1 - share < LEAST)
-    rest = tl.where(lost, 1.0, 1 - share)
-    o_k = tl.arange(0, BLOCK_K)
-    m_o = m_t[:, None] & (o_k < K)[None, :]
-    p_o = p_out + i_b * s_ob + i_h * s_oh + (o_t * s_ot)[:, None] + o_k[None, :]
-    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / rest[:, None]
-    lse += tl.log(rest)
+    lost = tl.load(p, m_t, 0.0) == float("-inf")
     if tl.max(lost.to(tl.int32), 0) > 0:
-        anew, of = _anew(
+        out, lse = _anew(
             p_q + i_b * s_qb + i_h * s_qh, p_k + i_b * s_kb + i_h * s_kh,
             p_v + i_b * s_vb + i_h * s_vh, p_mask + i_b * total, s_kt, s_vt, o_t * s_qt, m_t,
             total, scale, K, BLOCK_K, ROWS, KEYS,
         )  # fmt: skip
-        out = tl.where(lost[:, None], anew, out)
-        lse = tl.where(lost, of, lse)
-    tl.store(p, lse, mask=m_t)
-    tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+        o_k = tl.arange(0, BLOCK_K)
+        p_o = p_out + i_b * s_ob + i_h * s_oh + (o_t * s_ot)[:, None] + o_k[None, :]
+        m_o = lost[:, None] & (o_k < K)[None, :]
+        tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
+        tl.store(p, lse, mask=lost)
 
 
 def leave_out_zero_keys_(
@@ -100,10 +119,15 @@ def leave_out_zero_keys_(
         padding: [B] fp32, how many are not.
     """
     batch, heads, total, width = out.shape
-    strides = [s for t in (out, lse, q, k, v) for s in t.stride()[:3]]
+    rows = batch * heads * total
+    of = [s for t in (out, lse) for s in t.stride()[:3]]
+    strides = [s for t in (q, k, v) for s in t.stride()[:3]]
+    sizes = {"H": heads, "K": width, "BLOCK_K": block(width), "ROWS": _ROWS, "num_warps": 4}
     with torch.no_grad():
-        zero_keys_kernel[(triton.cdiv(total, _ROWS) * heads, batch)](
-            out, lse, padding, q, k, v, mask.view(torch.uint8), *strides, total, width**-0.5,
-            LEAST=LEAST, H=heads, K=width, BLOCK_K=block(width), ROWS=_ROWS, KEYS=_KEYS,
-            num_warps=4,
+        zero_keys_kernel[(triton.cdiv(rows, _ROWS),)](
+            out, lse, padding, *of, rows, total, LEAST=LEAST, **sizes
+        )
+        lost_rows_kernel[(triton.cdiv(total, _ROWS) * heads, batch)](
+            out, lse, q, k, v, mask.view(torch.uint8), *of, *strides, total, width**-0.5,
+            KEYS=_KEYS, **sizes,
         )  # fmt: skip
