@@ -31,7 +31,8 @@ _logger = logging.getLogger(__name__)
 _REPEATS = 20
 
 Way = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
-# (B, H, G, T, K), dtype, what is known of padding, differentiated, device index
+# (B, H, G, T, K), dtype, what is known of padding and whether sums are made in a fixed order,
+# differentiated, device index
 _Key = tuple[tuple[int, ...], torch.dtype, str, bool, int]
 
 
@@ -104,6 +105,7 @@ def _key(q: Tensor, k: Tensor, segments: Segments, zero_padding: bool) -> _Key:
     if segments.mask is not None:
         padding = "last" if segments.real_first else "anywhere"
         padding += ", zero" if zero_padding else ""
+    padding += "; deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     return shape, q.dtype, padding, q.requires_grad, q.device.index or 0
 
 

@@ -50,7 +50,7 @@ from mvsplit.training.optimizer import (
 )
 from mvsplit.training.parallelize import parallelize, shards
 from mvsplit.training.pieces import padded
-from mvsplit.training.randomness import generator_for, seed_globals
+from mvsplit.training.randomness import fix_orders, generator_for, seed_globals
 from mvsplit.training.state import TrainState
 
 UNKNOWN_TEXT = 64  # tokens of a caption, where the data do not know their longest
@@ -65,6 +65,8 @@ def build_state(experiment: Experiment) -> TrainState:
     """
     model_config, config = experiment.model, experiment.train
     seed_globals(config.seed)
+    if config.deterministic:
+        fix_orders()
     _check_share(config)
     device = resolve_device(config.device)
     loader = build_loader(experiment)

@@ -204,6 +204,8 @@ class TrainConfig:
             last two have gradients in bf16 and need precision=bf16.
         recompute: what the backward of a block computes again instead of keeping it, on a GPU:
             nothing, its packed FFN projection, all, or auto: as little as memory allows.
+        deterministic: whether sums on a GPU are made in a fixed order, so that a run that was
+            resumed has the bits of one that was not stopped; attention's backward is slower then.
         seed: of initial weights, order of the data, dropped captions, noise and times.
         save_every: steps between checkpoints; the last step is always saved.
         keep: how many checkpoints stay on the disk.
@@ -239,6 +241,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     weights: Literal["fp32", "split", "bf16"] = "fp32"
     recompute: Literal["auto", "nothing", "packed", "attention", "trunk", "all"] = "auto"
+    deterministic: bool = False
     seed: int = 0
     save_every: int = 1000
     keep: int = 3

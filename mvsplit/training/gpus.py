@@ -27,6 +27,7 @@ class Gpu:
         products_fp32: the same in fp32, without TF32.
         copy: device copy, bytes read and written.
         peak: dense bf16, of the data sheet.
+        processors: multiprocessors.
         link: an assumption of what FSDP's collectives reach, one direction.
         source: where memory, products and copy come from.
     """
@@ -37,6 +38,7 @@ class Gpu:
     products_fp32: float
     copy: float
     peak: float
+    processors: int
     link: float
     source: str
 
@@ -49,6 +51,7 @@ GPUS: dict[str, Gpu] = {
         products_fp32=52e12,
         copy=4.25e12,
         peak=989e12,
+        processors=132,
         link=300e9,
         source="benchmarks/results: train_step_eager_h200 (profile), fused_ops_merge_h200 (copy)",
     ),
@@ -59,6 +62,7 @@ GPUS: dict[str, Gpu] = {
         products_fp32=52e12,
         copy=3.0e12,
         peak=989e12,
+        processors=132,
         link=300e9,
         source="products and copy measured by hand on an 80 GB SXM card",
     ),
@@ -69,6 +73,7 @@ GPUS: dict[str, Gpu] = {
         products_fp32=15e12,
         copy=1.8e12,
         peak=312e12,
+        processors=108,
         link=200e9,
         source=_SHEET,
     ),

@@ -26,7 +26,9 @@ from mvsplit.training.graphs import NODE_BYTES
 from mvsplit.training.replicas import STAGING
 
 _logger = logging.getLogger(__name__)
-SPARE = 0.06  # of the device's memory, for libraries and for what a graph's own pool takes more
+# Of the device's memory, for libraries and for what a graph's own pool takes more: 1000 layers used
+# 0.7 GiB more than planned (benchmarks/results/thousand_layers_h200_2026-11-28_first.json).
+SPARE = 0.04
 PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
 
 

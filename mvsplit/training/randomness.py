@@ -2,14 +2,16 @@
 
 Noise and times of step n are functions of (seed, n) alone and are drawn for the whole batch, so
 they do not depend on how the batch is cut. The global generators are seeded too, and saved, for
-whatever else draws from them.
+whatever else draws from them. What is left to chance on a GPU is the order of sums in the backward
+of attention (`fix_orders`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +37,15 @@ def seed_globals(seed: int) -> None:
     random.seed(derive_seed(seed, "python"))
     np.random.seed(derive_seed(seed, "numpy") % 2**32)
     torch.manual_seed(derive_seed(seed, "torch"))
+
+
+def fix_orders() -> None:
+    """Has PyTorch make every sum in a fixed order, in this process from now on; an operation that
+    cannot says so. New tensors are not filled for it, for nobody reads them before they are
+    written."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the size that Hopper has anyway
+    torch.use_deterministic_algorithms(True)
+    cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
 
 
 def global_states() -> tuple[dict[str, Tensor], dict[str, Any]]:

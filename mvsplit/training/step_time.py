@@ -6,6 +6,7 @@ to the time of a step; that is what the model is tested against.
 | constant | from |
 |---|---|
 | `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
+| `_TILE` | the same profile: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
 | `_ATTENTION` | cuDNN's attention, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
 | `_MERGE` | merges in the profile (8,320 tokens) and in `fused_ops_merge_h200` |
@@ -39,6 +40,8 @@ _WIDTH = 1024
 
 # Rate of a block's products over that at 8,448 tokens; below, it falls with the tokens.
 _FEW_TOKENS = ((576, 0.43), (1024, 0.64), (4224, 0.95), (8448, 1.0))
+_PROFILED = 8320  # tokens of the profile
+_TILE = (256, 128)  # of its products, as the names of their kernels say
 # For each token of D = 1024 forward and backward; FLOP/s of long samples (T = 512).
 _ATTENTION = {"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)}
 # (n at D = 1024, forward, backward) of one merge with means.
@@ -133,7 +136,7 @@ def step_time(
     each = _Block(model, config, shape, gpu)
     depth = model.depth
     parts = {
-        "matrix products": depth * 3 * each.products(each.matrices),
+        "matrix products": depth * each.all_products(),
         "attention": depth * (each.attention("forward") + each.attention("backward")),
         "element-wise kernels": depth * (each.elements("forward") + each.elements("backward")),
         "casts of weights": depth * each.casts() if low and config.weights == "fp32" else 0.0,
@@ -171,11 +174,33 @@ class _Block:
         self.model, self.gpu, self.shape = model, gpu, shape
         self.low = config.precision == "bf16"
         self.matrices = cast_bytes(model) // 2  # elements
+        packed = (model.heads + 2 * model.groups) * model.head_width
+        width, hidden = model.width, model.ffn_width
+        self.shapes = {  # of the matrices: what comes out of them, what goes in
+            "qkv": (packed, width),
+            "proj": (width, width),
+            "w13": (2 * hidden, width),
+            "w2": (width, hidden),
+        }
         rule = build_rule(model.rule, width=model.width, depth=model.depth, branch="ffn")
         self._scaled = isinstance(rule, PostNorm) and needs_no_mean(*rule.gains())
 
-    def products(self, elements: float) -> float:
-        """y = x·Wᵀ with matrices of so many elements together."""
+    def all_products(self) -> float:
+        """Forward, gradients of the inputs and of the matrices, [E, D] each: n·E, n·D and E·D
+        numbers come out, and only where they grow with n may the last of them fill the GPU badly.
+        """
+        forward = sum(self.product(*shape) for shape in self.shapes.values())
+        inputs = sum(self.product(inner, out) for out, inner in self.shapes.values())
+        return forward + inputs + self._products(self.matrices)
+
+    def product(self, out: int, inner: int) -> float:
+        """x·Wᵀ, of which [n, out] comes out."""
+        n = self.shape.tokens
+        most = _FEW_TOKENS[-1][0]
+        waste = _waste(n, out, self.gpu) / _waste(_PROFILED, out, self.gpu) if n > most else 1.0
+        return self._products(out * inner) * waste
+
+    def _products(self, elements: float) -> float:
         n = self.shape.tokens
         work = n * (self.model.width / _WIDTH) ** 2
         rate = self.gpu.products * _relative_rate(work)
@@ -206,17 +231,16 @@ class _Block:
 
     def again(self, level: Recompute) -> float:
         """What the backward of a block computes again."""
-        width, hidden = self.model.width, self.model.ffn_width
-        ffn = self.products(2 * width * hidden), self.products(width * hidden)
-        others = self.products(self.matrices) - sum(ffn) + self.attention("forward")
-        swiglu = self._pass("swiglu", "forward", hidden)
+        matrix = {name: self.product(*shape) for name, shape in self.shapes.items()}
+        others = matrix["qkv"] + matrix["proj"] + self.attention("forward")
+        swiglu = self._pass("swiglu", "forward", self.model.ffn_width)
         small = self.elements("forward") - 2 * self.merge("forward") - swiglu
         each = {
             "nothing": 0.0,
-            "packed": ffn[0],
+            "packed": matrix["w13"],
             "attention": others + small,
             "trunk": self.merge("forward"),
-            "all": swiglu + ffn[1],
+            "all": swiglu + matrix["w2"],
         }
         return sum(each[name] for name in RECOMPUTE[: RECOMPUTE.index(level) + 1])
 
@@ -234,6 +258,14 @@ class _Block:
 
 
 _REFERENCE_PRODUCTS = 784e12  # of the GPU that attention was measured on
+
+
+def _waste(n: int, out: int, gpu: Gpu) -> float:
+    """Time of a product over that of one whose [n, out] fills the GPU: its tiles are worked on in
+    waves of one a processor, and a last wave of a few takes as long as a full one."""
+    tiles = math.ceil(n / _TILE[0]) * math.ceil(out / _TILE[1])
+    waves = math.ceil(tiles / gpu.processors)
+    return waves * gpu.processors * _TILE[0] * _TILE[1] / (n * out)
 
 
 def _relative_rate(work: float) -> float:

@@ -48,7 +48,7 @@ def test_the_table_says_whether_it_fits(capsys):
     assert cli.main(["plan", "mvsplit-1000l", "--gpu", "h100"]) == 1
     out = capsys.readouterr().out
     assert "it does not fit; with these changes it does:" in out
-    assert "--gpus 32 --accumulate 1" in out
+    assert "--gpus 16 --accumulate 32" in out
 
 
 @pytest.mark.parametrize(

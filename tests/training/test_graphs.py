@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsplit.models import DiT
-from mvsplit.training import build_state, train
+from mvsplit.training import DataConfig, Experiment, build_state, train
 from mvsplit.training.builders import resolve_device
 from mvsplit.training.graphs import Graphs, Run, _Recorded
 from mvsplit.training.pieces import Piece, in_few_lengths
@@ -255,3 +255,37 @@ def test_half_and_half_is_the_whole_on_a_gpu(tmp_path: Path, weights: str) -> No
     train(runs.experiment(steps=4, **changes), tmp_path / "run")
     train(runs.experiment(**changes), tmp_path / "run")
     runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_wide_heads_and_long_samples_resume_bit_for_bit_where_orders_are_fixed(
+    tmp_path: Path, unfixed_orders: None
+) -> None:
+    """Attention's backward would add up the gradients of queries in any order."""
+    model = replace(runs.MODEL, width=256, text_width=256, ffn_width=512, channels=3)
+    config = replace(
+        runs.TRAIN, precision="bf16", weights="bf16", device="cuda", deterministic=True, steps=6
+    )
+    data = DataConfig(dataset="shapes", size=64)
+    experiment = Experiment(model=model, data=data, train=config)
+    half = replace(experiment, train=replace(config, steps=3))
+    train(experiment, tmp_path / "whole")
+    train(half, tmp_path / "run")
+    train(experiment, tmp_path / "run")
+    runs.assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_may_ask_for_fixed_orders(unfixed_orders: None) -> None:
+    build_state(runs.experiment())
+    assert not torch.are_deterministic_algorithms_enabled()
+    build_state(runs.experiment(deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture
+def unfixed_orders() -> Iterator[None]:
+    """Leaves them to chance again."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
