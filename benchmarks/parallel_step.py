@@ -45,7 +45,6 @@ from mvsplit.training.config import ParallelConfig
 from mvsplit.training.distributed import (
     from_each,
     joined,
-    launched_device,
     launched_rank,
     launched_world,
     rank,
@@ -73,7 +72,8 @@ class Job:
     piece: int = 26
     piece_fp32: int = 13
     steps: int = 3
-    window: int = 8  # steps between two saves
+    saved: int = 100  # layers whose state is saved: steps and copies both grow with them
+    window: int = 30  # steps between two saves
 
     def pieces(self, weights: str) -> tuple[int, int]:
         """Samples of a piece and pieces of a step, as in train_step.py where nothing is asked for:
@@ -198,10 +198,10 @@ def thousand(job: Job, layout: str) -> dict[str, Any]:
 
 
 def saving(job: Job, folder: Path) -> dict[str, Any]:
-    """Steps of 400 layers with bf16 weights, with and without a save in the background."""
+    """Steps with bf16 weights, with and without a save in the background."""
     free()
     settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
-    trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
+    trainer = Trainer(job.size.model(job.saved), settings, job.size, job.device)
     piece, pieces = job.pieces("bf16")
     parts = [trainer.piece(piece, 100 * launched_rank() + k) for k in range(pieces)]
     return save_and_step(trainer, parts, folder, job.window)
@@ -211,7 +211,7 @@ def resume(job: Job, folder: Path) -> dict[str, Any]:
     """The checkpoint of `saving` on these processes."""
     free()
     settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
-    trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
+    trainer = Trainer(job.size.model(job.saved), settings, job.size, job.device)
     return saved_again(trainer, folder) | {"peak_gib": peak_gib()}
 
 
@@ -219,12 +219,12 @@ def stages(job: Job, args: argparse.Namespace) -> Iterator[tuple[str, int, Calla
     """Of all processes together: name, seconds that it takes about, and what it does."""
     whole = ParallelConfig(layout="replicate")
     yield "links", 5, lambda: link_rates(job.device)
-    yield "replicated bf16", 25, lambda: step(job, "bf16", whole)
-    yield "replicated fp32", 30, lambda: step(job, "fp32", whole)
+    yield "replicated bf16", 20, lambda: step(job, "bf16", whole)
+    yield "replicated fp32", 20, lambda: step(job, "fp32", whole)
+    yield "thousand sharded", 40, lambda: thousand(job, "shard")
     yield "thousand replicated", 30, lambda: thousand(job, "replicate")
-    yield "save", 90, lambda: saving(job, args.folder)
-    yield "sharded", 40, lambda: sharded(job)
-    yield "thousand sharded", 60, lambda: thousand(job, "shard")
+    yield "save", 70, lambda: saving(job, args.folder)
+    yield "sharded", 30, lambda: sharded(job)
     yield "resume", 30, lambda: resume(job, args.folder)
 
 
@@ -232,14 +232,22 @@ def main() -> None:
     args = arguments()
     logging.basicConfig(level=logging.INFO if launched_rank() == 0 else logging.WARNING)
     on_gpu = torch.cuda.is_available() and not args.trial
-    device = launched_device("cuda") if on_gpu else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)
     job = Job(Size(), device)
     if args.batch:
         job = replace(job, piece=32, piece_fp32=32, samples=args.batch // launched_world())
     if args.trial:
-        small = {"depth": 4, "deep": 6, "samples": 4, "piece": 2, "piece_fp32": 1, "window": 2}
+        small = {
+            "depth": 4,
+            "deep": 6,
+            "samples": 4,
+            "piece": 2,
+            "piece_fp32": 1,
+            "saved": 4,
+            "window": 2,
+        }
         job = Job(Size(128, 2, 3, 8), device, **small)
     job = replace(job, steps=args.steps)
     result = Result(args, job, on_gpu)

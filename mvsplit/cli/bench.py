@@ -29,6 +29,7 @@ Needs = Literal["CPU", "GPU", "GPUs"]
 
 # What scripts need that do not simply run on a CPU, and arguments without which some do not run.
 _NEEDS: dict[str, Needs] = {
+    "eight_gpus": "GPU",
     "engine": "GPU",
     "fused_ops": "GPU",
     "masked_attention": "GPU",

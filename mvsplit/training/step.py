@@ -141,6 +141,7 @@ def accumulate_gradients(
         state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in parts))
     state.optimizer.zero_grad()
     measured = add_gradients(state.model, config, parts, state.graphs, after_first, state.objective)
+    at("the exchange of gradients")
     state.optimizer.collect_grads()
     return measured
 
