@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from performance_parts import Found, markdown
+from performance_parts import Found, foretold, markdown, network
+
+from mvsplit.training.config import ParallelConfig
 
 STAGES = {  # of parallel_step.py, and the stage of one GPU that each is compared with
     "alone bf16": ("each alone, bf16 weights", None),
@@ -40,8 +42,9 @@ def _measured(found: Found) -> str:
     rows = list(_rows(found))
     if not rows:
         return NOT_YET + "\n"
-    head = ("400 layers unless said", "GPUs", "samples", "s", "tokens/s", "of as many times one")
-    text = markdown((*head, "MFU", "peak GiB", "exchange, s", "update, s"), rows)
+    head = ("400 layers unless said", "GPUs", "samples", "s", "planned", "tokens/s")
+    head = (*head, "of as many times one", "MFU", "peak GiB", "planned", "exchange, s", "update, s")
+    text = markdown(head, rows)
     return "\n".join([text, *_gates(found), *_saving(found)]) + "\n"
 
 
@@ -55,10 +58,25 @@ def _rows(found: Found) -> Iterator[list[str]]:
         for layout, each in steps.items():
             if "seconds" in each:
                 label = name.format(layout, weights=layout)
-                yield _row(label, found["processes"], each, one)
+                yield _row(label, found["processes"], each, one, _plan(stage, each, found))
 
 
-def _row(name: str, gpus: int, step: Found, one: Any) -> list[str]:
+def _plan(stage: str, step: Found, found: Found) -> tuple[float, float]:
+    """Seconds and GiB that the plan gives such a step."""
+    sharded = "sharded" in stage
+    model = network(1000 if stage.startswith("thousand") else found["layers"])
+    parallel = ParallelConfig(layout="shard", unit=8) if sharded else None
+    return foretold(
+        {"piece": step["samples_on_each"], **step, "samples": step["samples_on_each"]},
+        model,
+        step["weights"],
+        not sharded,
+        1 if stage.startswith("alone") else found["processes"],
+        parallel,
+    )
+
+
+def _row(name: str, gpus: int, step: Found, one: Any, planned: tuple[float, float]) -> list[str]:
     share = "–"
     if isinstance(one, dict):
         share = f"{step['tokens_per_second'] / one['tokens_per_second'] / gpus:.1%}"
@@ -69,10 +87,12 @@ def _row(name: str, gpus: int, step: Found, one: Any) -> list[str]:
         "1" if alone else str(gpus),
         f"{samples:,}",
         f"{step['seconds']:.2f}",
+        f"{planned[0]:.2f}",
         f"{step['tokens_per_second']:,.0f}",
         share,
         f"{step['mfu']:.1%}",
         f"{step['peak_gib']:.1f}" if step["peak_gib"] else "–",
+        f"{planned[1]:.1f}",
         f"{step['exchange_seconds']:.3f}" if "exchange_seconds" in step and not alone else "–",
         f"{step['update_seconds']:.3f}" if "update_seconds" in step else "–",
     ]

@@ -12,6 +12,7 @@ from mvsplit.models import DiTConfig
 from mvsplit.presets import get_preset
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
+from mvsplit.training.config import ParallelConfig
 from mvsplit.training.gpus import GIB, GPUS
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import step_memory
@@ -159,17 +160,31 @@ def network(depth: int) -> DiTConfig:
     )
 
 
-def foretold(stage: Found, model: DiTConfig, weights: Any, graph: bool) -> tuple[float, float]:
+def foretold(
+    stage: Found,
+    model: DiTConfig,
+    weights: Any,
+    graph: bool,
+    ranks: int = 1,
+    parallel: ParallelConfig | None = None,
+) -> tuple[float, float]:
     """Seconds and peak GiB of the model, for the recompute plan that the run had."""
     samples = stage.get("piece", 26)
     levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
-    config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights=weights, ema_decay=0.0)
+    config = TrainConfig(
+        steps=1,
+        batch_size=1,
+        precision="bf16",
+        weights=weights,
+        ema_decay=0.0,
+        parallel=parallel or ParallelConfig(),
+    )
     length = stage.get("length", LENGTH)
     shape = Shape(samples=samples, length=length, pieces=stage["samples"] // samples)
-    memory = step_memory(model, config, shape.tokens, GPUS["h200"])
+    memory = step_memory(model, config, shape.tokens, GPUS["h200"], ranks)
     kept = sum(shape.tokens * kept_bytes(model, level) for level in levels)
     peak = memory.allocated - memory.parts["activations"] + kept
-    time = step_time(model, config, shape, levels, GPUS["h200"], graph=graph)
+    time = step_time(model, config, shape, levels, GPUS["h200"], graph=graph, ranks=ranks)
     return time.seconds, peak / GIB
 
 

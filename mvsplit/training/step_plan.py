@@ -178,9 +178,9 @@ def _notes(experiment: Experiment, gpus: int, layout: Layout) -> Iterator[str]:
     if rough:
         yield f"an order of magnitude only: {rough}"
     if gpus > 1:
-        yield "several GPUs: what their links reach is assumed"
+        yield "several GPUs: what their links reach is assumed (two H200: docs/performance.md)"
     if gpus > 1 and layout.name == "shard":
-        yield "sharded: kernels are launched one by one; nothing of it was measured"
+        yield "sharded: kernels are launched one by one; a run on two H200 took 1.4 times as long"
     yield "time is that of the step on a GPU: loading, looks into the layers and saves come on top"
 
 

@@ -60,6 +60,7 @@ _PASSES = {
 }
 _CAST = 1.32  # time of the casts of fp32 weights over that of their bytes
 _KERNELS = {"forward": 11, "backward": 27, "casts": 8}
+_AGAIN = {"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": _KERNELS["forward"] - 2}
 _NODE = 1.3e-6
 LAUNCH = 2.65e-3  # of a block, forward and backward, kernels launched one by one
 _FORWARD_SHARE = 1 / 3  # of `LAUNCH`: backward has twice the operations
@@ -293,15 +294,14 @@ def _node_time(model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute
     """What lies between the kernels of a graph, for one piece."""
     casts = config.weights == "fp32" and config.precision == "bf16"
     count = _KERNELS["forward"] + _KERNELS["backward"] + (_KERNELS["casts"] if casts else 0)
-    again = {"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": _KERNELS["forward"] - 2}
-    return _NODE * (model.depth * count + sum(again[level] for level in levels))
+    return _NODE * (model.depth * count + sum(_AGAIN[level] for level in levels))
 
 
 def _launch_time(
     model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], sharded: bool
 ) -> float:
     """What the CPU takes to launch a piece's kernels one by one."""
-    again = sum(level == "all" for level in levels) * _FORWARD_SHARE
+    again = sum(_AGAIN[level] for level in levels) / _AGAIN["all"] * _FORWARD_SHARE
     units = math.ceil(model.depth / config.parallel.unit) if sharded else 0
     return LAUNCH * (model.depth + again) + 2 * _UNIT * units
 

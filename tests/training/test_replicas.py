@@ -18,8 +18,6 @@ from mvsplit.training.step import train_step
 from mvsplit.training.surgery import protect
 from tests.training import ranks, runs
 
-LOW = {"precision": "bf16", "weights": "bf16"}
-
 
 @pytest.mark.parametrize("sizes", [[5], [3, 3, 3, 3], [1, 9, 1, 1, 7, 2], [4, 0, 4, 16, 1]])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -87,33 +85,39 @@ def test_surgery_is_that_of_one_process(tmp_path: Path) -> None:
     runs.assert_same_weights(ours, theirs)
 
 
-def train_low(folder: Path, steps: int, layout: str) -> None:
+def train_low(folder: Path, steps: int, layout: str, weights: str) -> None:
     parallel = ParallelConfig(layout=layout)  # type: ignore[arg-type]
-    experiment = runs.experiment(steps=steps, parallel=parallel, **LOW)
+    low = {"precision": "bf16", "weights": weights}
+    experiment = runs.experiment(steps=steps, parallel=parallel, **low)
     model = replace(runs.MODEL, width=128, ffn_width=128, text_width=128)
     train(replace(experiment, model=model), folder)
 
 
-@pytest.mark.parametrize("layout", ["replicate", "shard"])
-def test_bf16_weights_go_on_bit_for_bit_and_as_on_one_process(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "weights"), [("replicate", "bf16"), ("shard", "bf16"), ("replicate", "split")]
+)
+def test_bf16_weights_go_on_bit_for_bit_and_as_on_one_process(
+    tmp_path: Path, layout: str, weights: str
+) -> None:
     """On as many processes the bits of an undisturbed run; on one, another sequence of chances."""
-    ranks.call(train_low, 2, tmp_path / "whole", 6, layout)
-    ranks.call(train_low, 2, tmp_path / "run", 4, layout)
-    ranks.call(train_low, 2, tmp_path / "run", 6, layout)
+    ranks.call(train_low, 2, tmp_path / "whole", 6, layout, weights)
+    ranks.call(train_low, 2, tmp_path / "run", 4, layout, weights)
+    ranks.call(train_low, 2, tmp_path / "run", 6, layout, weights)
     whole, run = (runs.last(tmp_path / name) for name in ("whole", "run"))
     for name in ("model", "ema", "optimizer"):
         assert whole.tensors[name].keys() == run.tensors[name].keys()
         for key, tensor in whole.tensors[name].items():
             assert torch.equal(tensor, run.tensors[name][key]), key
-    train_low(tmp_path / "one", 6, layout)
+    train_low(tmp_path / "one", 6, layout, weights)
     alone, together = (runs.log_of(tmp_path / name) for name in ("one", "whole"))
     assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-3)
     assert together[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-2)
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
     other = "shard" if layout == "replicate" else "replicate"
-    ranks.call(train_low, 2, tmp_path / "run", 7, other)  # what one layout has saved, in the other
-    train_low(tmp_path / "run", 8, layout)  # and on one
+    # What one layout has saved, in the other, and on one process.
+    ranks.call(train_low, 2, tmp_path / "run", 7, other, weights)
+    train_low(tmp_path / "run", 8, layout, weights)
     assert runs.log_of(tmp_path / "run")[-1]["step"] == 8
     last = runs.log_of(tmp_path / "run")[-1]["loss"]
     assert last < alone[0]["loss"]

@@ -255,6 +255,20 @@ def test_several_gpus_that_hold_the_network_run_as_one_and_exchange(weights, eac
     assert four.parts["optimiser"] == pytest.approx(looked_at + update / 4)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+def test_two_gpus_take_what_was_measured(weights):
+    step = result("parallel_step_h200x2_2026-11-28.json")[f"replicated {weights}"]
+    pieces = step["samples_on_each"] // step["piece"]
+    shape = Shape(samples=step["piece"], length=320, pieces=pieces)
+    model, config = measured_network(400), train(weights, accumulate=pieces, batch_size=208)
+    memory = step_memory(model, config, shape.tokens, H200, ranks=2)
+    assert Counter(memory.levels) == step["recompute"]
+    assert memory.allocated / GIB == pytest.approx(step["peak_gib"], rel=0.02)
+    time = step_time(model, config, shape, memory.levels, H200, ranks=2)
+    assert time.seconds == pytest.approx(step["seconds"], rel=0.05)
+    assert time.tokens_per_second == pytest.approx(step["tokens_per_second"], rel=0.05)
+
+
 def test_the_layout_is_the_fastest_that_fits():
     sample = Sample(image=256, text=64, source="")
     small, deep = (get_preset(name) for name in ("mvsplit-400l", "mvsplit-1000l"))
