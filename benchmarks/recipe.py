@@ -61,7 +61,7 @@ def experiment(variant: str, seed: int, steps: int, small: bool) -> Experiment:
         data=DataConfig(dataset="shapes", size=32),
         train=TrainConfig(
             steps=steps,
-            batch_size=8 if small else 64,
+            batch_size=8 if small else 16,
             lr=1e-3,
             warmup=100,
             ema_decay=0.0,

@@ -1,10 +1,11 @@
 """Claim: one H200 trains 13.64 billion parameters, all of them, at 40 % of its peak or more.
 
 The preset `mvsplit-1000l-h200` by the run's own step: true global clipping, 7 bytes a parameter, as
-little computed again as memory allows. First 30 steps of one piece of 29 samples, whose loss has to
-fall (warm-up of 10 steps instead of 1,000, for time); then whole steps of 261 samples, from which
-time and MFU are taken. MFU counts 6N and attention, nothing that is computed again, of 989 TFLOP/s;
-of all tokens that are computed, and of the real ones (captions are padded to the longest).
+little computed again as memory allows. 30 steps whose loss has to fall (warm-up of 10 steps instead
+of 1,000), for time all but the last of one piece of 29 samples; the last is of 261 samples, from
+which time and MFU are taken. Then the time of a layer, against that at a tenth of the depth. MFU
+counts 6N and attention, nothing that is computed again, of 989 TFLOP/s; of all tokens that are
+computed, and of the real ones. Captions are padded to 32 tokens, so that all pieces have one shape.
 
 A checkpoint has 95 GB, more than the disk of the machine at hand. So saving and resuming is shown
 at a depth that fits, with `train.deterministic`: 2 + 2 steps write the files that 4 steps in one go
@@ -19,6 +20,7 @@ Cost: under three minutes on one H200.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import logging
@@ -26,22 +28,28 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from step_parts import PEAK, free, peak_gib, seconds, synchronise
 
+import mvsplit.training.pieces as known
 from mvsplit.presets import get_preset
 from mvsplit.training import Experiment, train
 from mvsplit.training.builders import build_loader, build_state
 from mvsplit.training.checkpoint import checkpoint_name
-from mvsplit.training.pieces import TEXT_LENGTHS
-from mvsplit.training.step import train_step
+from mvsplit.training.pieces import Piece
+from mvsplit.training.state import TrainState
+from mvsplit.training.step import add_gradients, pieces, train_step
 from mvsplit.training.step_time import model_flops
 
-STEPS, WHOLE = 30, 2
+STEPS, WHOLE = 29, 1
+TEXT = 32  # captions are padded to a multiple of so many tokens
+Found = dict[str, Any]
 
 
 def preset(small: bool) -> Experiment:
@@ -63,59 +71,100 @@ def of_pieces(experiment: Experiment, pieces: int) -> Experiment:
     )
 
 
-def learn(experiment: Experiment, deadline: float) -> dict[str, Any]:
-    """The steps of one piece, then the whole ones."""
-    began = time.perf_counter()
+def learn(experiment: Experiment, deadline: float, keep: Callable[[Found], None]) -> Found:
+    """The steps of one piece, then whole ones, then a piece at a tenth of the depth."""
     one = of_pieces(experiment, 1)
+    found, levels, deep = deepest(experiment, one, deadline, keep)
+    free()
+    depth = max(1, len(levels) // 10)
+    few = shallower(one, levels, depth)
+    found["seconds_per_layer"] = {str(depth): few, str(len(levels)): deep}
+    found["per_layer_ratio"] = deep / few
+    return found
+
+
+def deepest(
+    experiment: Experiment, one: Experiment, deadline: float, keep: Callable[[Found], None]
+) -> tuple[Found, list[Any], float]:
+    """What the whole network gave, what its blocks keep, and the time of a layer of it."""
+    began = time.perf_counter()
     state = build_state(one)
     synchronise()
-    found: dict[str, Any] = {"build_seconds": time.perf_counter() - began, "losses": []}
+    found: Found = {"build_seconds": time.perf_counter() - began, "losses": [], "norms": []}
     found["parameters"] = sum(p.numel() for p in state.model.parameters())
-    took, norms = [], []
-    for number in range(STEPS):
+    took: list[float] = []
+    while len(took) < STEPS and time.perf_counter() < deadline:
         numbers: dict[str, float] = {}
         took.append(seconds(lambda n=numbers: n.update(train_step(state, one.train))))
         found["losses"].append(numbers["loss"])
-        norms.append(numbers["grad_norm"])
-        if number == 1:  # the first ran kernel by kernel, the second was recorded
+        found["norms"].append(numbers["grad_norm"])
+        if len(took) == 2:  # the first ran kernel by kernel, the second was recorded
             found["cold_start_seconds"] = since_the_process_began()
-        if number % 5 == 0 or number < 4:
-            print(f"step {number + 1}: {numbers}, {took[-1]:.2f} s, {memory()}", flush=True)
-        if time.perf_counter() > deadline:
-            break
-    first, last = (
-        statistics.fmean(found["losses"][part]) for part in (slice(0, 5), slice(-5, None))
-    )
-    found |= {
-        "norms": norms,
-        "first_step_seconds": took[0],
-        "step_seconds_of_a_piece": statistics.median(took),
+        if len(took) < 4 or len(took) % 5 == 0:
+            print(f"step {len(took)}: {numbers}, {took[-1]:.2f} s, {memory()}", flush=True)
+            keep(found)
+    found |= {"first_step_seconds": took[0], "step_seconds_of_a_piece": statistics.median(took)}
+    found |= whole_steps(state, experiment, found)
+    keep(found)
+    levels = [block.recompute for block in state.model.blocks]  # type: ignore[union-attr]
+    return found, levels, piece_seconds(state, one, 1) / len(levels)
+
+
+def whole_steps(state: TrainState, experiment: Experiment, found: Found) -> Found:
+    """Time and MFU of steps of the whole batch, which go on where the others have ended."""
+    state.loader = build_loader(experiment)
+    text, real = text_lengths(experiment, WHOLE)
+    took = []
+    for _ in range(WHOLE):
+        numbers: dict[str, float] = {}
+        took.append(seconds(lambda n=numbers: n.update(train_step(state, experiment.train))))
+        found["losses"].append(numbers["loss"])
+        found["norms"].append(numbers["grad_norm"])
+    losses = found["losses"]
+    first, last = statistics.fmean(losses[:5]), statistics.fmean(losses[-5:])
+    model, batch = experiment.model, experiment.train.batch_size
+    image = found_image_tokens(experiment)
+    length, best = image + text, min(took)
+    levels = [block.recompute for block in state.model.blocks]  # type: ignore[union-attr]
+    return {
         "mean_of_first_5": first,
         "mean_of_last_5": last,
         "falls": last < 0.95 * first,
-        "steps": len(took),
-    }
-    state.loader = build_loader(experiment)
-    text, real = text_lengths(experiment, WHOLE)
-    steps = [seconds(lambda: train_step(state, experiment.train)) for _ in range(WHOLE)]
-    model, batch = experiment.model, experiment.train.batch_size
-    image = found_image_tokens(experiment)
-    length = image + text
-    return found | {
-        "all": steps,
-        "seconds": min(steps),
+        "steps": len(losses),
+        "all": took,
+        "seconds": best,
         "samples": batch,
         "piece": batch // experiment.train.accumulate,
         "length": length,
-        "tokens_per_second": batch * length / min(steps),
-        "mfu": model_flops(model, batch * length, length) / min(steps) / PEAK,
-        "mfu_of_real_tokens": real_flops(experiment, image, real) / min(steps) / PEAK,
-        "recompute": {
-            level: [b.recompute for b in state.model.blocks].count(level)  # type: ignore[union-attr]
-            for level in {b.recompute for b in state.model.blocks}  # type: ignore[union-attr]
-        },
+        "tokens_per_second": batch * length / best,
+        "mfu": model_flops(model, batch * length, length) / best / PEAK,
+        "mfu_of_real_tokens": real_flops(experiment, image, real) / best / PEAK,
+        "recompute": {level: levels.count(level) for level in sorted(set(levels))},
         **memory(),
     }
+
+
+def piece_seconds(state: TrainState, one: Experiment, before: int) -> float:
+    """Forward and backward of a piece, from a graph, after it has been run `before` times."""
+    (piece,) = pieces(state.loader.next_batch(), 1, of_pieces(one, 1).train, state.device)
+    piece = first_samples(piece, one.train.batch_size)
+    model, graphs = state.model, state.graphs
+    run = partial(add_gradients, model, one.train, [piece], graphs)
+    return [seconds(run) for _ in range(before + 1)][-1]
+
+
+def first_samples(piece: Piece, samples: int) -> Piece:
+    cut = {f.name: getattr(piece, f.name) for f in dataclasses.fields(piece)}
+    return Piece(**{n: t if t is None or t.ndim == 0 else t[:samples] for n, t in cut.items()})
+
+
+def shallower(one: Experiment, levels: Sequence[Any], depth: int) -> float:
+    """Seconds a layer at another depth, where blocks keep the same in the same shares."""
+    state = build_state(replace(one, model=replace(one.model, depth=depth)))
+    state.planner = None
+    for number, block in enumerate(state.model.blocks):
+        block.recompute = levels[number * len(levels) // depth]
+    return piece_seconds(state, one, 3) / depth
 
 
 def since_the_process_began() -> float:
@@ -135,7 +184,7 @@ def text_lengths(experiment: Experiment, steps: int) -> tuple[int, list[int]]:
     longest = batch.text.shape[1]
     valid = batch.text_valid
     real = [longest] * len(batch.text) if valid is None else valid.tolist()
-    return longest + -longest % TEXT_LENGTHS, real
+    return longest + -longest % TEXT, real
 
 
 def real_flops(experiment: Experiment, image: int, real: list[int]) -> float:
@@ -192,6 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     began = time.perf_counter()
+    known.TEXT_LENGTHS = TEXT
     experiment = preset(args.small)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -202,13 +252,16 @@ def main() -> None:
 
     def keep(name: str, found: dict[str, Any]) -> None:
         result[name] = found
-        print(f"[{time.perf_counter() - began:6.1f} s] {name}: {json.dumps(found)}", flush=True)
+        if "losses" not in found or "mfu" in found:
+            shown = {k: v for k, v in found.items() if k not in ("losses", "norms")}
+            print(f"[{time.perf_counter() - began:6.1f} s] {name}: {json.dumps(shown)}", flush=True)
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 
     if "learn" in args.stages:
         try:
-            keep("thousand", learn(experiment, began + 0.6 * args.budget))
+            said = partial(keep, "thousand")
+            keep("thousand", learn(experiment, began + 0.75 * args.budget, said))
         except torch.OutOfMemoryError as error:
             keep("thousand", {"out_of_memory": str(error)[:600], **memory()})
     if "resume" in args.stages:

@@ -262,9 +262,14 @@ def rival_error(size: Size, device: str) -> float:
     return max(float((theirs - ours).norm() / ours.norm()) for ours, theirs in pairs)
 
 
+def rival_gate(size: Size, device: str) -> dict[str, Any]:
+    error = rival_error(size, device)
+    return {"gradient_difference": error, "passed": error < 0.03}  # each within 0.01 of fp32
+
+
 def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, Any]:
     """The rival's optimiser step: fp32 weights, every block computed again, AdamW as ours."""
-    error = rival_error(size, device)
+    gate = rival_gate(size, device)
     free()
     config = TrainConfig(steps=1, batch_size=1, precision="bf16")
     trainer = Trainer(size.model(depth), config, size, device)
@@ -274,8 +279,7 @@ def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, 
     first = seconds(lambda: trainer.step(parts))
     took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
     return {
-        "gradient_difference": error,
-        "passed": error < 0.03,  # each is within about 0.01 of fp32
+        **gate,
         "first_step_seconds": first,
         "all": took,
         "samples": samples,
@@ -289,14 +293,15 @@ def stages(size: Size, device: str, small: bool) -> Iterator[tuple[str, int, Cal
     deep, deeper, piece = (3, 4, 3) if small else (400, 1000, 26)
     full: dict[str, Any] = {"weights": "fp32", "depth": deep, "samples": max(piece // 2, 1)}
     low: dict[str, Any] = {"weights": "bf16", "depth": deep, "samples": piece}
-    split: dict[str, Any] = {"weights": "split", "depth": deep, "samples": 2 * piece // 3}
+    split: dict[str, Any] = {"weights": "split", "depth": deep, "samples": piece}
     yield "gate", 12, lambda: gate(size, device)
     yield "rounding", 12, lambda: rounding(size, device)
     yield "curves", 40, lambda: curves(size, device)
     yield "step bf16", 25, lambda: step(size, device, pieces=4, **low)
     yield "profile", 8, lambda: profile(size, device, samples=piece)
-    yield "step split", 25, lambda: step(size, device, pieces=6, **split)
+    yield "step split", 25, lambda: step(size, device, pieces=4, **split)
     yield "step fp32", 25, lambda: step(size, device, pieces=8, **full)
+    yield "rival gate", 30, lambda: rival_gate(size, device)
     yield "compiled", 60, lambda: compiled(size, device, depth=deep, samples=2 * piece)
     depths = (deep // 4 or 1, deeper)
     yield "per layer", 30, lambda: per_layer(size, device, samples=piece, depths=depths)
