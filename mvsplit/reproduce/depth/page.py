@@ -57,6 +57,18 @@ comes late is not seen. Only the learning rate is swept: warm-up, decay and clip
 for all. The best rate is chosen by the same held-out samples that it is judged by, for every entry
 alike.
 """
+TRIED = """## What did not work
+
+- Twenty processes on one H200 and 16 cores: every run of 400 layers ran out of memory (6.7 GiB
+  each, with the graphs), and 100 layers took 0.07–0.10 s a step where six processes take
+  0.03–0.05. Of that try 11 runs of 100 layers with 300 steps are left
+  ([gpu-300-steps.json](results/depth-bench/gpu-300-steps.json)); the order at 3.2e-3 was MV-Split
+  β=1/√L 0.232, LayerScale γ=0.01 0.237, ReZero 0.238, LayerScale γ=1/√L 0.248, MV-Split β=1 0.254,
+  one seed each.
+- Six runs of 400 layers at a time, beside other work on the GPU: 0.40–0.48 s a step, ten times what
+  100 layers took a minute later, not four times. Why is not known: deep networks of small kernels
+  do not add up on a shared GPU as shallow ones do.
+"""
 
 
 def keep_rows(
@@ -96,6 +108,7 @@ def write_page(folder: Path | str) -> Path:
             f"{folder / RESULTS} holds no rows of the bench; run it: mvsplit bench {NAME} "
             f"--pages {folder}"
         )
+    parts.append(TRIED)
     parts.append(
         f"Written by `python benchmarks/depth_bench.py --draw --pages FOLDER` from `{RESULTS}/`."
     )

@@ -59,14 +59,16 @@ def readme_block(size: BenchSize, result: Mapping[str, Any]) -> list[str]:
         f"![Best validation loss of each rule](docs/experiments/{NAME}-{size.name}-best.png)",
         "",
         *table(("rule", *(f"{d} layers" for d in depths)), rows),
-        f"Validation loss on captioned shapes after {size.steps} steps, at the best of the "
-        f"{_count(ranked[:SHOWN])} that each was tried at, ± one standard deviation over seeds. "
+        f"Validation loss on captioned shapes after {size.steps} steps, {_rates(ranked[:SHOWN])}, "
+        "± one standard deviation over seeds. "
         f"{verdict}",
         f"[The whole bench](docs/experiments/{NAME}.md), with its limits.",
     ]
 
 
-def _count(found: Sequence[Cell]) -> str:
-    """How many learning rates."""
+def _rates(found: Sequence[Cell]) -> str:
+    """How many learning rates each was tried at."""
     few, most = (pick(len(cell.tried) for cell in found) for pick in (min, max))
-    return f"{few if few == most else f'{few} to {most}'} learning rate{'s' * (most > 1)}"
+    if most == 1:
+        return "at one learning rate as yet"
+    return f"each at the best of its {few if few == most else f'{few} to {most}'} learning rates"
