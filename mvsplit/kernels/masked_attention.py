@@ -24,11 +24,13 @@ Shapes: B batch, H heads, T tokens, K head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 from mvsplit.kernels.segments import Segments
 
@@ -44,9 +46,7 @@ def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     bounds = segments.sequence_bounds()
     if bounds is None:
         raise RuntimeError("a segment before the last may have padding")
-    if q.shape[1] != k.shape[1]:
-        raise RuntimeError("fewer key heads than heads")
-    _require_half(q)
+    _check(q, k, v, can_use_flash_attention)
     return _InSequences.apply(q, k, v, bounds, q.shape[2])
 
 
@@ -59,14 +59,23 @@ def with_zero_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     """
     padding = segments.padding()
     assert padding is not None
-    _require_half(q)
+    _check(q, k, v, can_use_cudnn_attention)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _ZeroKeys.apply(q, k, v, segments.mask, padding)
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, takes: Callable[..., bool]) -> None:
+    """Raises RuntimeError for inputs that a library does not take, which PyTorch asks above the
+    operators that are called here."""
+    _require_half(q)
+    if q.shape[1] != k.shape[1]:
+        raise RuntimeError("fewer key heads than heads")
+    if q.is_cuda and not takes(SDPAParams(q, k, v, None, 0.0, False, False), False):
+        raise RuntimeError(f"the library does not take {list(q.shape)}")
+
+
 def _require_half(q: Tensor) -> None:
-    """PyTorch asks this above the operators that are called here; cuDNN's reads the bytes of fp32
-    as those of fp16, and returns NaN."""
+    """cuDNN's operator reads the bytes of fp32 as those of fp16, and returns NaN."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise RuntimeError(f"it takes bf16 and fp16, not {q.dtype}")
 

@@ -86,6 +86,7 @@ def flash_backward(grad, q, k, v, out, lse):
 @pytest.fixture(autouse=True)
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked, "_aten", Libraries())
+    monkeypatch.setattr(masked, "_require_half", lambda q: None)  # these are exact
 
 
 def test_sequences_are_attention_over_the_real_tokens() -> None:
@@ -145,3 +146,32 @@ def test_bounds_and_padding_count_the_tokens() -> None:
     assert SEGMENTS.padding().tolist() == [2, 0, 4]  # type: ignore[union-attr]
     assert Segments((3, 2)).sequence_bounds() is None
     assert Segments((3, 2)).padding() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", [in_sequences, with_zero_keys])
+def test_what_a_library_does_not_take_is_refused(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's operator reads fp32 as half precision, and says nothing."""
+    segments = Segments.image_and_text(IMAGE, TEXT, VALID.cuda())
+    q, k, v, _ = (t.float().cuda() for t in draw(5))
+    with pytest.raises(RuntimeError, match="does not take"):  # it is `takes` that is asked
+        way(q, k, v, segments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_that_is_chosen_is_right(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvsplit.kernels.attention import attend
+
+    monkeypatch.setattr(masked, "_aten", torch.ops.aten)
+    given = draw(6, dtype)
+    segments = Segments.image_and_text(IMAGE, TEXT, VALID.cuda())
+    leaves = [t.detach().cuda().requires_grad_() for t in given[:3]]
+    out = attend(*leaves, segments, zero_padding=True)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, given[3].cuda())]
+    wanted = with_gradients(truth, [t.double() for t in given])
+    for value, right in zip(found, wanted, strict=True):
+        real = value.cpu().double().transpose(1, 2)[SEGMENTS.mask]
+        assert (real - right).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * right.norm()
