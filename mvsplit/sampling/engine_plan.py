@@ -25,6 +25,8 @@ from mvsplit.kernels.fused.stream import Stream
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper import product
+from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block, DiT
 from mvsplit.models.patching import unpatchify
 from mvsplit.models.rope import rope_tables
@@ -56,8 +58,8 @@ class Writing:
         return Writing(tile, self.rows.with_pdl(pdl))
 
 
-Choice = Ordinary | Tile | Blocks | Writing
-_CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks}
+Choice = Ordinary | Tile | Blocks | Writing | Cut
+_CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks, "cut": Cut}
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Network:
         )
         self.cos = self.stream.spread(tables[0], 1.0)
         self.sin = self.stream.spread(tables[1], 0.0)
+        self.rotation = product.rotation_table(self.cos, self.sin)
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.x = self.trunk  # [N, D]; what a stage reads, and then what it wrote:
         self.q = self.k = self.v = self.packed  # [B, H or G, T, K]
@@ -205,12 +208,22 @@ class Network:
                 self.x, w, self.cos, self.sin, self.packed, self.stream, c.heads, c.groups,
                 c.qk_eps, choice, compile_only=compile_only,
             )  # fmt: skip
-            heads = self._by_sample(self.packed).unflatten(-1, (-1, c.head_width)).transpose(1, 2)
-            self.q, self.k, self.v = heads.split((c.heads, c.groups, c.groups), 1)
+            self._take_heads()
+        elif isinstance(choice, Cut):
+            product.qkv(
+                self.x, w, self.rotation, self.packed, self.stream, c.heads, c.groups, c.qk_eps,
+                choice, compile_only=compile_only,
+            )  # fmt: skip
+            self._take_heads()
         elif not compile_only:
             packed = functional.linear(self._by_sample(self.x), w)
             qkv = qk_norm_rope(packed, self.cos, self.sin, c.heads, c.groups, c.qk_eps)
             self.q, self.k, self.v = qkv
+
+    def _take_heads(self) -> None:
+        c = self.config
+        heads = self._by_sample(self.packed).unflatten(-1, (-1, c.head_width)).transpose(1, 2)
+        self.q, self.k, self.v = heads.split((c.heads, c.groups, c.groups), 1)
 
     def _attention(
         self, block: Block, choice: Choice, after: Choice, ahead: Tensor | None, compile_only: bool
@@ -247,10 +260,18 @@ class Network:
                 self.x, block.ffn.w13.weight, self.hidden, sums, self.valid, self.stream, choice,
                 ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
+            return
+        if isinstance(choice, Cut):
+            self.hidden = self.activated
+            product.swiglu(
+                self.x, block.ffn.w13.weight, self.hidden, choice, compile_only=compile_only
+            )
         elif not compile_only:
             self.hidden = swiglu(functional.linear(self.x, block.ffn.w13.weight))
-            if sums is not None:
-                stream_merge.segment_sums(self.x, sums, self.valid, self.stream)
+        if sums is not None:
+            stream_merge.segment_sums(
+                self.x, sums, self.valid, self.stream, compile_only=compile_only
+            )
 
     def _write(
         self, matrix: nn.Linear, a: Tensor, rule: PostNorm, choice: Choice, ahead: Tensor | None,
@@ -263,6 +284,11 @@ class Network:
                 self.x, out, self.x, partial if stream_merge.takes_means(gains) else None,
                 self.sums if stream_merge.leaks(gains) else None, gains, self.valid, self.stream,
                 rule.eps, choice.rows, ahead=ahead, compile_only=compile_only,
+            )  # fmt: skip
+        elif isinstance(choice, Cut):
+            product.write(
+                a, matrix.weight, self.x, self.x, gains, self.valid, self.stream, rule.eps, choice,
+                compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             f = functional.linear(self._by_sample(a), matrix.weight)

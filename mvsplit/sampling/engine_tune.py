@@ -25,10 +25,12 @@ from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper import product
+from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordinary, Plan, Writing
 
-CACHE_VERSION = 2  # of what is kept; raise it when kernels or candidates change
+CACHE_VERSION = 3  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 BLOCK_REPLAYS = 25
@@ -64,6 +66,38 @@ _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 _FINALISTS = 6  # of each stage, that are tried within a whole block
 
 
+# tokens, products along them, warpgroups, cluster, stages
+_CUTS = [
+    Cut(*row)
+    for row in (
+        (288, 2, 2, 1, 3), (288, 2, 2, 2, 3), (288, 2, 2, 4, 3), (288, 2, 2, 8, 3),
+        (144, 1, 2, 1, 4), (144, 1, 2, 2, 4), (144, 1, 3, 1, 4), (144, 1, 3, 2, 4),
+    )
+]  # fmt: skip
+
+
+def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
+    """The products in CUDA C++ that can do a stage at this shape."""
+    stream, c = network.stream, network.config
+    fine = _is_hopper(weight) and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
+    if not fine or weight.shape[0] % 128:
+        return []
+    if stage in ("proj", "w2"):  # a block holds a sample, a cluster all columns
+        whole = stream.image == stream.image_rows and stream.image % 8 == 0
+        if not whole or stream.sample_rows != 288 or c.width != 1024:
+            return []
+        return [Cut(288, 2, 2, 8, 3)]
+    kind = product.QKV if stage == "qkv" else product.SWIGLU
+    found = []
+    for cut in _CUTS:
+        divides = weight.shape[0] % (cut.columns * cut.cluster) == 0
+        if stage == "qkv" and (cut.columns != c.head_width or cut.tokens > stream.sample_rows):
+            continue
+        if divides and product.fits(cut, kind) and cut.tokens <= stream.rows:
+            found.append(cut)
+    return list[Choice](found)
+
+
 def candidates(stage: str, network: Network) -> list[Choice]:
     """What is tried for a stage on this device, the ordinary ops first."""
     ordinary: list[Choice] = [Ordinary()]
@@ -78,12 +112,13 @@ def candidates(stage: str, network: Network) -> list[Choice]:
     tiles = [tile for tile in tiles if _worthwhile(tile, stage, network)]
     if _is_hopper(weight) and tiles[0].fits_tma(weight):
         tiles = tiles + [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
+    own = cuts(stage, network, weight)
     if stage not in ("proj", "w2"):
-        return [*ordinary, *tiles]
+        return [*ordinary, *tiles, *own]
     deep = weight.shape[1] >= 2 * weight.shape[0]
     splits = ((1, 2, 3) if deep else (1, 2)) if network.stream.rows <= 2048 else (1,)
     tiles = [replace(tile, split=split) for tile in tiles for split in splits]
-    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles])]
+    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles]), *own]
 
 
 def _worthwhile(tile: Tile, stage: str, network: Network) -> bool:
@@ -115,6 +150,10 @@ class Tuner:
         self.network = network
         blocks = list(network.model.blocks)[:LAYERS]
         self.blocks = [cast(Block, block) for block in blocks]
+        block = self.blocks[0]
+        self.whole = network.stream.rows > 2048 and bool(
+            cuts("w2", network, block.ffn.w2.weight) if self.blocks else ()
+        )  # a writer that finds the means itself
         self.table: dict[str, list[tuple[str, float | None, str]]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -198,10 +237,12 @@ class Tuner:
 
     def _alone(self, stage: str, choice: Choice) -> Plan:
         """One own choice among ordinary ones. Attention and w13 are measured with the column sums
-        of an own merge beside them."""
+        of an own merge beside them, where that would need them."""
         after = {"attention": "proj", "w13": "w2"}.get(stage)
         plan = ORDINARY.with_choice(stage, choice)
-        return plan if after is None else plan.with_choice(after, Writing(Tile(), Rows()))
+        if after is None or self.whole:
+            return plan
+        return plan.with_choice(after, Writing(Tile(), Rows()))
 
     def _output(self, stage: str, plan: Plan) -> Tensor:
         """What a stage makes of the inputs that the ordinary ops left it."""

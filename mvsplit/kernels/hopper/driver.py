@@ -1,0 +1,206 @@
+"""Compiles CUDA C++ at run time and launches it: NVRTC and the driver, called through ctypes.
+
+Triton 3.6 has neither clusters that share loads nor tiles of 288 rows on Hopper; NVRTC comes with
+every CUDA build of torch, a compiler on the user's machine is not needed. Binaries are kept on
+disk, by the hash of what they were made of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128, _PROMOTE_256 = 3, 3
+_CLUSTER, _SERIALIZATION = 4, 6  # CUlaunchAttributeID
+_MAX_SHARED, _NON_PORTABLE = 8, 14  # CUfunction_attribute
+
+
+class DriverError(RuntimeError):
+    """The driver or NVRTC refused."""
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    torch.cuda.init()
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
+    beside = Path(torch.__file__).parents[1] / "nvidia"  # where pip puts the packages of CUDA
+    for path in (name, *map(str, sorted(beside.glob(f"*/lib/{name}")))):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise DriverError(f"{name} is not there (the package nvidia-cuda-nvrtc, or a CUDA toolkit)")
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(message))
+        text = (message.value or b"unknown error").decode()
+        raise DriverError(f"{what}: {text} ({code})")
+
+
+def compiled(source: str, folder: Path | None) -> bytes:
+    """The binary of a CUDA C++ source for sm_90a, from `folder` if it was compiled before.
+
+    Raises:
+        DriverError: it does not compile; with the compiler's words.
+    """
+    name = hashlib.sha256(f"{torch.version.cuda}\n{source}".encode()).hexdigest()[:32]
+    path = None if folder is None else folder / f"{name}.cubin"
+    if path is not None and path.is_file():
+        return path.read_bytes()
+    binary = _compile(source)
+    if path is not None:
+        try:
+            _keep(path, binary)
+        except OSError:
+            pass  # a cache that cannot be written costs the next start a second
+    return binary
+
+
+def _keep(path: Path, binary: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(binary)
+    os.replace(file.name, path)
+
+
+def _compile(source: str) -> bytes:
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"mvsplit.cu", 0, None, None)
+    options = (ctypes.c_char_p * 2)(b"--gpu-architecture=sm_90a", b"--std=c++17")
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), options):
+            log = _text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
+            raise DriverError(f"NVRTC: {log.decode(errors='replace')[:2000]}")
+        return _text(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(program: ctypes.c_void_p, size: str, get: str) -> bytes:
+    length = ctypes.c_size_t()
+    getattr(_nvrtc(), size)(program, ctypes.byref(length))
+    buffer = ctypes.create_string_buffer(length.value)
+    getattr(_nvrtc(), get)(program, buffer)
+    return buffer.raw
+
+
+class TensorMap:
+    """What the bulk copy engine knows of a tensor: its shape, and the box of one copy.
+
+    Args:
+        tensor: of bf16 or fp16, on CUDA; the map holds its address, not the tensor.
+        sizes: of the axes, the fastest first.
+        strides: in elements, of all axes but the fastest.
+        box: of one copy, along the same axes; the fastest is 64 elements, swizzled by 128 bytes.
+    """
+
+    def __init__(
+        self, tensor: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    ) -> None:
+        rank = len(sizes)
+        self._memory = ctypes.create_string_buffer(128 + 64)
+        self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
+        bytes_ = [s * tensor.element_size() for s in strides]
+        code = _driver().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(self.address), _DATA_TYPES[tensor.dtype], rank,
+            ctypes.c_void_p(tensor.data_ptr()), (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * max(1, rank - 1))(*bytes_), (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128, _PROMOTE_256, 0,
+        )  # fmt: skip
+        _check(code, f"tensor map of {tuple(sizes)}, strides {tuple(strides)}, box {tuple(box)}")
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class Kernel:
+    """A compiled kernel of one name, loaded.
+
+    Args:
+        binary: of `compiled`.
+        name: of the function.
+        threads, shared, cluster: of a block: threads, bytes of shared memory; blocks of a cluster.
+    """
+
+    def __init__(
+        self, binary: bytes, name: str, *, threads: int, shared: int, cluster: int
+    ) -> None:
+        self.threads, self.shared, self.cluster = threads, shared, cluster
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        _check(driver.cuModuleLoadData(ctypes.byref(module), binary), "load")
+        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), name)
+        _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"{shared} bytes")
+        if cluster > 8:
+            _check(driver.cuFuncSetAttribute(self._function, _NON_PORTABLE, 1), "cluster")
+
+    def _config(self, grid: int, pdl: bool) -> _Config:
+        attributes = [_Attribute(_CLUSTER, 0, (ctypes.c_uint * 16)(self.cluster, 1, 1))]
+        if pdl:
+            attributes.append(_Attribute(_SERIALIZATION, 0, (ctypes.c_uint * 16)(1)))
+        array = (_Attribute * len(attributes))(*attributes)
+        config = _Config(
+            grid, 1, 1, self.threads, 1, 1, self.shared,
+            torch.cuda.current_stream().cuda_stream, ctypes.addressof(array), len(array),
+        )  # fmt: skip
+        config.keep = array
+        return config
+
+    @cached_property
+    def most_clusters(self) -> int:
+        """Clusters that this device holds at once."""
+        count = ctypes.c_int()
+        config = self._config(self.cluster, False)
+        code = _driver().cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), self._function, ctypes.byref(config)
+        )
+        _check(code, "occupancy")
+        return count.value
+
+    def launch(self, clusters: int, arguments: Sequence[Any], *, pdl: bool) -> None:
+        """On the current stream. Arguments are TensorMaps, tensors or None (pointers), and
+        ctypes numbers."""
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*values_at(values))
+        config = self._config(clusters * self.cluster, pdl)
+        code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        _check(code, "launch")
+
+
+def values_at(values: Sequence[Any]) -> list[int]:
+    """Where arguments lie: a map is its own memory."""
+    return [v.address if isinstance(v, TensorMap) else ctypes.addressof(v) for v in values]
+
+
+def _value(argument: Any) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return argument

@@ -1,0 +1,482 @@
+// Y = A·Wᵀ for many rows on Hopper, with what follows it fused in. Compiled at run time (compile.py),
+// one kernel for each set of the macros below.
+//
+// A block computes the transposed tile: 64·WG rows of W (output columns) by TOK rows of A (tokens).
+// 288 tokens are no power of two, but 4608 rows are 16 such tiles, so that 132 processors are busy
+// to 97 %, and one tile holds a whole sample: the means of the merge never leave the block. One warp
+// loads tiles with the bulk copy engine, WG warpgroups multiply. Blocks of a cluster share the
+// tokens: each loads a part and sends it to all.
+//
+//   TOK, NI, NT   tokens of a tile; products along them, of NT = TOK / NI tokens
+//   WG            warpgroups that multiply, 64 weight rows each
+//   CLUSTER       blocks that share tokens; LOADERS of them load a step, by turns
+//   STAGES        steps along K that load at once; KS all steps, of 64
+//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
+//   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
+//   MMA           the wgmma function, written by compile.py;  TYPE  bf16 or f16
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+struct alignas(64) Map { char bytes[128]; };
+struct alignas(16) Quad { u32 x, y, z, w; };
+
+#define WARPS (4 * WG)
+#define THREADS (32 * WARPS)
+#define W_BYTES (8192 * WG)
+#define A_BYTES (128 * TOK)
+#define STAGE (W_BYTES + A_BYTES)
+#define BOX (TOK / (LOADERS > 2 ? LOADERS : 2))  // tokens of one bulk copy
+#define COLUMNS (EPI == 2 ? 32 * WG : 64 * WG)   // of the output, a tile
+#define PITCH (2 * COLUMNS + 16)                 // bytes of a staged row, padded against conflicts
+#define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
+#define GROUPS (CLUSTER / LOADERS)
+
+__device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+
+// Waits for a phase; a wait that never ends is a fault of this file, and ends the program.
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
+  for (u32 tries = 0; tries < (1u << 22); ++tries) {
+    u32 done;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    if (done) return;
+  }
+  __trap();
+}
+
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
+#if CLUSTER > 1
+  asm volatile(
+      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at]; }" ::"r"(bar), "r"(rank) : "memory");
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ void load2(u32 to, const Map *map, u32 bar, int k, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void load2_to_all(u32 to, const Map *map, u32 bar, int k, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row),
+      "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+
+// The weight rows of a tile. Rotation and SwiGLU combine two rows: these come eight of the one kind
+// after eight of the other, so that one thread holds both.
+__device__ __forceinline__ void load_w(u32 to, const Map *map, u32 bar, int k, int tile) {
+#if EPI == 1
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(0), "r"(tile) : "memory");
+#elif EPI == 2
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(0), "r"(tile * 4 * WG) : "memory");
+#else
+  load2(to, map, bar, k, tile * 64 * WG);
+#endif
+}
+
+// This block's share of the tokens of a step, sent to the whole cluster.
+__device__ __forceinline__ void load_a(u32 to, const Map *map, u32 bar, int step, int k, int row, u32 rank) {
+#if LOADERS > 1
+  if (GROUPS == 1 || rank / LOADERS == step % GROUPS) {
+    const int part = (rank % LOADERS) * BOX;
+    load2_to_all(to + part * 128, map, bar, k, row + part);
+  }
+#else
+  load2(to, map, bar, k, row);
+  load2(to + BOX * 128, map, bar, k, row + BOX);
+#endif
+}
+
+__device__ __forceinline__ u64 matrix(u32 address) {  // K-major, swizzled by 128 bytes
+  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 both;
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+__device__ __forceinline__ float low_half(u32 both) {
+#if BF16
+  return __uint_as_float(both << 16);
+#else
+  float x;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(both));
+  return x;
+#endif
+}
+
+__device__ __forceinline__ float high_half(u32 both) {
+#if BF16
+  return __uint_as_float(both & 0xFFFF0000u);
+#else
+  float x;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(both));
+  return x;
+#endif
+}
+
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 address, u32 &a, u32 &b) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
+}
+
+// Adds up over the eight lanes that hold the same tokens, and writes this warp's sums by token.
+__device__ __forceinline__ void sum_over_lanes(float (&v)[HALF_TOKENS], float *sums, int lane) {
+  int count = HALF_TOKENS, first = 0;
+#pragma unroll
+  for (int bit = 16; bit >= 4; bit >>= 1) {
+    const bool upper = lane & bit;
+    if (count % 2 == 0) {
+      count /= 2;
+#pragma unroll
+      for (int i = 0; i < HALF_TOKENS / 2; ++i)
+        if (i < count) {
+          const float send = upper ? v[i] : v[i + count];
+          const float keep = upper ? v[i + count] : v[i];
+          v[i] = keep + __shfl_xor_sync(~0u, send, bit);
+        }
+      first += upper ? count : 0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < HALF_TOKENS / 2; ++i)
+        if (i < count) v[i] += __shfl_xor_sync(~0u, v[i], bit);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < HALF_TOKENS / 2; ++i)
+    if (i < count) {
+      const int at = first + i;  // in the order of a thread's tokens: 8-blocks, then the two of a pair
+      sums[at / 2 * 8 + (lane & 3) * 2 + at % 2] = v[i];
+    }
+}
+
+struct Gain { const u16 *p; float number; int stride; };  // [D], one element, or a number
+
+__device__ __forceinline__ float gain(Gain g, int at) {
+  return g.p ? low_half((u32)g.p[at * g.stride]) : g.number;
+}
+
+MMA
+
+extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
+product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, const __grid_constant__ Map map_x,
+        char *out, int n_rows, int n_w, int n_tok, int pitch_out,
+        const float4 *rotation, int sample_rows, int n_rotated, float eps,
+        Gain g_beta, Gain g_alpha, Gain g_leak,
+        const int *p_valid, int text) {
+  extern __shared__ __align__(1024) char memory[];
+  const u32 base = shared(memory);
+  const u32 staged = base + STAGES * STAGE;
+  float *sums = (float *)(memory + STAGES * STAGE + NT * PITCH);  // [WARPS, TOK]
+  float *scale = sums + WARPS * TOK;                              // [TOK]
+  float *parts = scale + TOK;                                     // [CLUSTER, TOK], EPI 3
+  const u32 full = shared(parts + (EPI == 3 ? CLUSTER * TOK : 0)), empty = full + 8 * STAGES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u32 rank = 0;
+#if CLUSTER > 1
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, WARPS * CLUSTER);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  cluster_sync();
+  const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+  const int n_tiles = n_w / CLUSTER * n_tok;
+
+  if (warp >= WARPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == WARPS && lane == 0) {
+      int step = 0;
+      for (int tile = cluster; tile < n_tiles; tile += clusters) {
+        const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
+        const int early = step == 0 ? (STAGES < KS ? STAGES : KS) : 0;  // weights need not wait
+        for (int k = 0; k < early; ++k) {
+          barrier_expect(full + 8 * k, STAGE);
+          load_w(base + k * STAGE, &map_w, full + 8 * k, 64 * k, i_w);
+        }
+        if (step == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
+        for (int k = 0; k < KS; ++k, ++step) {
+          const int s = step % STAGES;
+          const u32 to = base + s * STAGE, bar = full + 8 * s;
+          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
+          if (k >= early) {
+            barrier_expect(bar, STAGE);
+            load_w(to, &map_w, bar, 64 * k, i_w);
+          }
+          load_a(to + W_BYTES, &map_a, bar, step, 64 * k, row, rank);
+        }
+#if EPI == 3  // the trunk comes last, into stages that are free again
+        for (int g = 0; g < WG; ++g, ++step) {
+          const int s = step % STAGES;
+          const u32 to = base + s * STAGE + W_BYTES, bar = full + 8 * s;
+          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
+          barrier_expect(bar, A_BYTES);
+          load2(to, &map_x, bar, (i_w * WG + g) * 64, row);
+          load2(to + TOK / 2 * 128, &map_x, bar, (i_w * WG + g) * 64, row + TOK / 2);
+        }
+#endif
+      }
+    }
+    __syncwarp();
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    cluster_sync();
+  } else {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
+  int step = 0;
+  for (int tile = cluster; tile < n_tiles; tile += clusters) {
+    const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
+    float acc[NI][NT / 2];
+    for (int k = 0; k < KS; ++k, ++step) {
+      const int s = step % STAGES;
+      barrier_wait(full + 8 * s, step / STAGES & 1);
+      const u64 w = matrix(base + s * STAGE + group * 8192);
+#pragma unroll
+      for (int i = 0; i < NI; ++i)
+#pragma unroll
+        for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk)
+#pragma unroll
+        for (int i = 0; i < NI; ++i)
+          multiply(acc[i], w + 2 * kk, matrix(base + s * STAGE + W_BYTES + i * NT * 128) + 2 * kk, k + kk > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (k > 0 && lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < NI; ++i)
+#pragma unroll
+      for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
+    if (lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+
+    // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
+#if EPI == 1
+    if (i_w < n_rotated) {
+      const int channel = warp * 8 + lane_row;
+      const int start = row % sample_rows;
+      const float4 *table = rotation + channel * (sample_rows / 2);
+#pragma unroll
+      for (int i = 0; i < NI; ++i) {
+        float squares[HALF_TOKENS];
+#pragma unroll
+        for (int j = 0; j < NT / 8; ++j) {
+          int t = start + i * NT + j * 8 + lane_token;
+          t = t < sample_rows ? t : t - sample_rows;  // a tile is no longer than a sample
+          const float4 turn = __ldg(table + t / 2);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
+            const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
+            const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
+            acc[i][4 * j + e] = y1;
+            acc[i][4 * j + 2 + e] = y2;
+            squares[2 * j + e] = y1 * y1 + y2 * y2;
+          }
+        }
+        sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
+      }
+      consumers_sync();
+      for (int t = threadIdx.x; t < TOK; t += THREADS) {
+        float total = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
+        scale[t] = rsqrtf(total / (64 * WG) + eps);
+      }
+      consumers_sync();
+#pragma unroll
+      for (int i = 0; i < NI; ++i)
+#pragma unroll
+        for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float r = scale[i * NT + j * 8 + lane_token + e];
+            acc[i][4 * j + e] *= r;
+            acc[i][4 * j + 2 + e] *= r;
+          }
+    }
+    const int first = warp * 8, second = 32 * WG + warp * 8;
+#elif EPI == 2
+#pragma unroll
+    for (int i = 0; i < NI; ++i)
+#pragma unroll
+      for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float g = acc[i][4 * j + e];
+          acc[i][4 * j + e] = __fdividef(g, 1.f + __expf(-g)) * acc[i][4 * j + 2 + e];
+        }
+#else
+    const int first = warp * 16, second = warp * 16 + 8;
+#endif
+#if EPI == 3
+    {
+      const int c0 = i_w * 64 * WG + warp * 16 + lane_row;
+      const int count = p_valid ? p_valid[row / TOK] : text;
+      float beta[2], shift[2][2], sum_f[2][2] = {}, sum_x[2][2] = {};  // [row, segment]
+      for (int g = 0; g < WG; ++g) {
+        const int s = (step + g) % STAGES;
+        barrier_wait(full + 8 * s, (step + g) / STAGES & 1);
+      }
+      const u32 trunk = base + (step + group) % STAGES * STAGE + W_BYTES;
+      const int chunk = warp % 4 * 2 + (lane / 8 & 1);  // 16 bytes; a row of 128 has eight
+#pragma unroll
+      for (int i = 0; i < NI; ++i)
+#pragma unroll
+        for (int j = 0; j < NT / 8; ++j) {
+          const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
+          u32 x[2];
+          load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const bool real = !seg || block + lane_token + e - IMG < count;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              sum_f[h][seg] += real ? acc[i][4 * j + 2 * h + e] : 0.f;
+              sum_x[h][seg] += real ? (e ? high_half(x[h]) : low_half(x[h])) : 0.f;
+            }
+          }
+        }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        beta[h] = gain(g_beta, c0 + 8 * h);
+        const float alpha = gain(g_alpha, c0 + 8 * h), leak = gain(g_leak, c0 + 8 * h);
+#pragma unroll
+        for (int seg = 0; seg < 2; ++seg) {
+          for (int bit = 1; bit <= 2; bit <<= 1) {
+            sum_f[h][seg] += __shfl_xor_sync(~0u, sum_f[h][seg], bit);
+            sum_x[h][seg] += __shfl_xor_sync(~0u, sum_x[h][seg], bit);
+          }
+          const float n = seg ? (float)(count > 1 ? count : 1) : (float)IMG;
+          shift[h][seg] = ((alpha - beta[h]) * sum_f[h][seg] - leak * sum_x[h][seg]) / n;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < NI; ++i) {
+        float squares[HALF_TOKENS];
+#pragma unroll
+        for (int j = 0; j < NT / 8; ++j) {
+          const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
+          u32 x[2];
+          load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const bool real = !seg || block + lane_token + e - IMG < count;
+            float square = 0.f;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const float old = e ? high_half(x[h]) : low_half(x[h]);
+              const float z = real ? old + beta[h] * acc[i][4 * j + 2 * h + e] + shift[h][seg] : 0.f;
+              acc[i][4 * j + 2 * h + e] = z;
+              square += z * z;
+            }
+            squares[2 * j + e] = square;
+          }
+        }
+        sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
+      }
+      consumers_sync();
+      for (int t = threadIdx.x; t < TOK; t += THREADS) {
+        float total = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
+        const u32 at = shared(parts + rank * TOK + t);
+#pragma unroll
+        for (int c = 0; c < CLUSTER; ++c)
+          asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1; st.shared::cluster.f32 [at], %2; }" ::"r"(at), "r"(c), "f"(total) : "memory");
+      }
+      cluster_sync();
+      for (int t = threadIdx.x; t < TOK; t += THREADS) {
+        float total = 0.f;
+#pragma unroll
+        for (int c = 0; c < CLUSTER; ++c) total += parts[c * TOK + t];
+        scale[t] = rsqrtf(total / (CLUSTER * 64 * WG) + eps);
+      }
+      consumers_sync();
+#pragma unroll
+      for (int i = 0; i < NI; ++i)
+#pragma unroll
+        for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float r = scale[i * NT + j * 8 + lane_token + e];
+            acc[i][4 * j + e] *= r;
+            acc[i][4 * j + 2 + e] *= r;
+          }
+    }
+#endif
+
+    // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
+#pragma unroll
+    for (int i = 0; i < NI; ++i) {
+      consumers_sync();
+#if EPI == 2
+#pragma unroll
+      for (int j = 0; j < NT / 8; j += 2) {
+        const u32 at = staged + ((j + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
+        store_transposed(at, pack(acc[i][4 * j], acc[i][4 * j + 1]), pack(acc[i][4 * j + 4], acc[i][4 * j + 5]));
+      }
+#else
+#pragma unroll
+      for (int j = 0; j < NT / 8; ++j) {
+        const u32 at = staged + (j * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
+        store_transposed(at, pack(acc[i][4 * j], acc[i][4 * j + 1]), pack(acc[i][4 * j + 2], acc[i][4 * j + 3]));
+      }
+#endif
+      consumers_sync();
+      for (int c = threadIdx.x; c < NT * (COLUMNS / 8); c += THREADS) {
+        const int t = c / (COLUMNS / 8), part = c % (COLUMNS / 8), to = row + i * NT + t;
+        if (to < n_rows)
+          *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + part * 8) * 2) =
+              *(const Quad *)(memory + STAGES * STAGE + t * PITCH + part * 16);
+      }
+    }
+  }
+#if EPI != 3
+  cluster_sync();  // nobody's shared memory goes while another block still signals it
+#endif
+  }
+}
