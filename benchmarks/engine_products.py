@@ -1,6 +1,5 @@
 """Correctness and time of the Hopper products, each variant guarded."""
 import json, os, subprocess, sys, time
-from dataclasses import asdict
 out_dir = os.environ.get("JOBOUT", "/tmp")
 V = []
 def add(kind, rows, k, *cuts):
@@ -99,7 +98,6 @@ def main():
     rows, first, deadline = [], 0, time.time() + float(sys.argv[1])
     while first < len(V) and time.time() < deadline:
         p = subprocess.Popen([sys.executable, "-u", __file__, "worker", str(first)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        import select
         last, quiet, tail = first - 1, time.time(), []
         buf = ""
         os.set_blocking(p.stdout.fileno(), False)
