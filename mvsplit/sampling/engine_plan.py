@@ -142,6 +142,7 @@ class Network:
         self.cos = self.stream.spread(tables[0], 1.0)
         self.sin = self.stream.spread(tables[1], 0.0)
         self.rotation = product.rotation_table(self.cos, self.sin)
+        self.meeting = product.meeting(self.stream, config.width, weight.device)
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.x = self.trunk  # [N, D]; what a stage reads, and then what it wrote:
         self.q = self.k = self.v = self.packed  # [B, H or G, T, K]
@@ -260,18 +261,16 @@ class Network:
                 self.x, block.ffn.w13.weight, self.hidden, sums, self.valid, self.stream, choice,
                 ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
-            return
-        if isinstance(choice, Cut):
+        elif isinstance(choice, Cut):
             self.hidden = self.activated
             product.swiglu(
-                self.x, block.ffn.w13.weight, self.hidden, choice, compile_only=compile_only
-            )
+                self.x, block.ffn.w13.weight, self.hidden, sums, self.valid, self.stream, choice,
+                compile_only=compile_only,
+            )  # fmt: skip
         elif not compile_only:
             self.hidden = swiglu(functional.linear(self.x, block.ffn.w13.weight))
-        if sums is not None:
-            stream_merge.segment_sums(
-                self.x, sums, self.valid, self.stream, compile_only=compile_only
-            )
+            if sums is not None:
+                stream_merge.segment_sums(self.x, sums, self.valid, self.stream)
 
     def _write(
         self, matrix: nn.Linear, a: Tensor, rule: PostNorm, choice: Choice, ahead: Tensor | None,
@@ -287,8 +286,8 @@ class Network:
             )  # fmt: skip
         elif isinstance(choice, Cut):
             product.write(
-                a, matrix.weight, self.x, self.x, gains, self.valid, self.stream, rule.eps, choice,
-                compile_only=compile_only,
+                a, matrix.weight, self.x, self.x, gains, self.valid, self.stream, rule.eps,
+                self.meeting, choice, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             f = functional.linear(self._by_sample(a), matrix.weight)

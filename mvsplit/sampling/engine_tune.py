@@ -70,32 +70,23 @@ _FINALISTS = 6  # of each stage, that are tried within a whole block
 _CUTS = [
     Cut(*row)
     for row in (
-        (288, 2, 2, 1, 3), (288, 2, 2, 2, 3), (288, 2, 2, 4, 3), (288, 2, 2, 8, 3),
-        (144, 1, 2, 1, 4), (144, 1, 2, 2, 4), (144, 1, 3, 1, 4), (144, 1, 3, 2, 4),
+        (288, 2, 2, 1, 4), (288, 2, 2, 2, 4), (288, 2, 2, 1, 3), (192, 1, 3, 1, 4),
+        (144, 1, 2, 1, 4), (144, 1, 2, 1, 6), (144, 1, 3, 1, 4), (144, 1, 3, 1, 5),
     )
 ]  # fmt: skip
+_KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
 
 
 def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
     """The products in CUDA C++ that can do a stage at this shape."""
-    stream, c = network.stream, network.config
-    fine = _is_hopper(weight) and weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0
-    if not fine or weight.shape[0] % 128:
+    if not _is_hopper(weight) or weight.shape[1] % 8 or weight.data_ptr() % 16:
         return []
-    if stage in ("proj", "w2"):  # a block holds a sample, a cluster all columns
-        whole = stream.image == stream.image_rows and stream.image % 8 == 0
-        if not whole or stream.sample_rows != 288 or c.width != 1024:
-            return []
-        return [Cut(288, 2, 2, 8, 3)]
-    kind = product.QKV if stage == "qkv" else product.SWIGLU
-    found = []
-    for cut in _CUTS:
-        divides = weight.shape[0] % (cut.columns * cut.cluster) == 0
-        if stage == "qkv" and (cut.columns != c.head_width or cut.tokens > stream.sample_rows):
-            continue
-        if divides and product.fits(cut, kind) and cut.tokens <= stream.rows:
-            found.append(cut)
-    return list[Choice](found)
+    can = (cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight))
+    if stage == "qkv":
+        config = network.config
+        rotated = config.heads + config.groups
+        can = (c for c in can if c.columns == config.head_width and rotated % c.cluster == 0)
+    return list[Choice](can)
 
 
 def candidates(stage: str, network: Network) -> list[Choice]:

@@ -11,6 +11,8 @@
 //   WG            warpgroups that multiply, 64 weight rows each
 //   CLUSTER       blocks that share tokens; LOADERS of them load a step, by turns
 //   STAGES        steps along K that load at once; KS all steps, of 64
+//   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
+//                 for sums, after the stages;  TURN  bytes of a staged row of the rotation's table
 //   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
 //   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
 //   MMA           the wgmma function, written by compile.py;  TYPE  bf16 or f16
@@ -31,6 +33,7 @@ struct alignas(16) Quad { u32 x, y, z, w; };
 #define PITCH (2 * COLUMNS + 16)                 // bytes of a staged row, padded against conflicts
 #define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
 #define GROUPS (CLUSTER / LOADERS)
+#define SLOTS (2 * WG)                           // of the rotation's table: 16 channels each
 
 __device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -197,14 +200,15 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         char *out, int n_rows, int n_w, int n_tok, int pitch_out,
         const float4 *rotation, int sample_rows, int n_rotated, float eps,
         Gain g_beta, Gain g_alpha, Gain g_leak,
-        const int *p_valid, int text) {
+        const int *p_valid, int image, int text, int image_rows,
+        int products, const char *p_a, float *p_sum, int width, float *p_squares, u32 *p_arrived) {
   extern __shared__ __align__(1024) char memory[];
   const u32 base = shared(memory);
-  const u32 staged = base + STAGES * STAGE;
-  float *sums = (float *)(memory + STAGES * STAGE + NT * PITCH);  // [WARPS, TOK]
-  float *scale = sums + WARPS * TOK;                              // [TOK]
-  float *parts = scale + TOK;                                     // [CLUSTER, TOK], EPI 3
-  const u32 full = shared(parts + (EPI == 3 ? CLUSTER * TOK : 0)), empty = full + 8 * STAGES;
+  char *staging = memory + (EPI == 3 ? 0 : STAGES * STAGE);  // EPI 3 has no tile after this one
+  const u32 staged = shared(staging);
+  float *sums = (float *)(memory + STAGES * STAGE);  // [WARPS, TOK]
+  float *scale = sums + WARPS * TOK;                 // [TOK]
+  const u32 full = base + STAGES * STAGE + SCRATCH, empty = full + 8 * STAGES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u32 rank = 0;
 #if CLUSTER > 1
@@ -219,8 +223,8 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
   }
   __syncthreads();
   cluster_sync();
-  const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  const int n_tiles = n_w / CLUSTER * n_tok;
+  const int cluster = blockIdx.x / CLUSTER, clusters = products;
+  const int n_tiles = cluster < products ? n_w / CLUSTER * n_tok : 0;
 
   if (warp >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -244,6 +248,20 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
           }
           load_a(to + W_BYTES, &map_a, bar, step, 64 * k, row, rank);
         }
+#if EPI == 1  // the rotation's table, row by row; a tile begins where a sample's tile does
+        if (i_w < n_rotated)
+          for (int p = 0; p < SLOTS; ++p, ++step) {
+            const int s = step % STAGES;
+            if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
+            barrier_expect(full + 8 * s, 16 * 8 * TOK);
+            for (int c = 0; c < 16; ++c)
+              asm volatile(
+                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+                      "r"(base + s * STAGE + c * TURN),
+                  "l"(rotation + (p * 16 + c) * (sample_rows / 2) + row % sample_rows / 2), "r"(8 * TOK),
+                  "r"(full + 8 * s) : "memory");
+          }
+#endif
 #if EPI == 3  // the trunk comes last, into stages that are free again
         for (int g = 0; g < WG; ++g, ++step) {
           const int s = step % STAGES;
@@ -296,28 +314,32 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
 #if EPI == 1
     if (i_w < n_rotated) {
-      const int channel = warp * 8 + lane_row;
-      const int start = row % sample_rows;
-      const float4 *table = rotation + channel * (sample_rows / 2);
+      for (int p = 0; p < SLOTS; ++p, ++step) {
+        const int s = step % STAGES;
+        barrier_wait(full + 8 * s, step / STAGES & 1);
+        if (p == warp / 2) {
+          const float4 *table = (const float4 *)(memory + s * STAGE + (warp % 2 * 8 + lane_row) * TURN) + lane % 4;
 #pragma unroll
-      for (int i = 0; i < NI; ++i) {
-        float squares[HALF_TOKENS];
+          for (int i = 0; i < NI; ++i) {
+            float squares[HALF_TOKENS];
 #pragma unroll
-        for (int j = 0; j < NT / 8; ++j) {
-          int t = start + i * NT + j * 8 + lane_token;
-          t = t < sample_rows ? t : t - sample_rows;  // a tile is no longer than a sample
-          const float4 turn = __ldg(table + t / 2);
+            for (int j = 0; j < NT / 8; ++j) {
+              const float4 turn = table[i * NT / 2 + j * 4];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
-            const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
-            const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
-            acc[i][4 * j + e] = y1;
-            acc[i][4 * j + 2 + e] = y2;
-            squares[2 * j + e] = y1 * y1 + y2 * y2;
+              for (int e = 0; e < 2; ++e) {
+                const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
+                const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
+                const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
+                acc[i][4 * j + e] = y1;
+                acc[i][4 * j + 2 + e] = y2;
+                squares[2 * j + e] = y1 * y1 + y2 * y2;
+              }
+            }
+            sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
           }
         }
-        sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
+        __syncwarp();
+        if (lane < CLUSTER) barrier_arrive_at(empty + 8 * s, lane);
       }
       consumers_sync();
       for (int t = threadIdx.x; t < TOK; t += THREADS) {
@@ -423,17 +445,24 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         float total = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
-        const u32 at = shared(parts + rank * TOK + t);
-#pragma unroll
-        for (int c = 0; c < CLUSTER; ++c)
-          asm volatile("{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1; st.shared::cluster.f32 [at], %2; }" ::"r"(at), "r"(c), "f"(total) : "memory");
+        __stcg(p_squares + i_w * n_rows + row + t, total);
       }
-      cluster_sync();
+      // The blocks that share these rows are all on the device, and meet here.
+      __threadfence();
+      consumers_sync();
+      if (threadIdx.x == 0) {
+        u32 *at = p_arrived + row / TOK, now, tries = 0;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(now) : "l"(at) : "memory");
+        const u32 target = (now / n_w + 1) * n_w;  // every launch adds n_w, so nobody sets it back
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+        while ((int)(now - target) < 0 && ++tries < (1u << 24));
+        sums[0] = (int)(now - target) < 0 ? __int_as_float(0x7FC00000) : 0.f;  // not met: NaN, and seen
+      }
+      consumers_sync();
       for (int t = threadIdx.x; t < TOK; t += THREADS) {
-        float total = 0.f;
-#pragma unroll
-        for (int c = 0; c < CLUSTER; ++c) total += parts[c * TOK + t];
-        scale[t] = rsqrtf(total / (CLUSTER * 64 * WG) + eps);
+        float total = sums[0];
+        for (int c = 0; c < n_w; ++c) total += __ldcg(p_squares + c * n_rows + row + t);
+        scale[t] = rsqrtf(total / (n_w * 64 * WG) + eps);
       }
       consumers_sync();
 #pragma unroll
@@ -451,32 +480,67 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
 
     // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
 #pragma unroll
-    for (int i = 0; i < NI; ++i) {
+    for (int part = 0; part < TOK / CHUNK; ++part) {
+      const int i = part * CHUNK / NT, from = part * CHUNK % NT / 8;  // known when this is unrolled
       consumers_sync();
 #if EPI == 2
 #pragma unroll
-      for (int j = 0; j < NT / 8; j += 2) {
-        const u32 at = staged + ((j + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
-        store_transposed(at, pack(acc[i][4 * j], acc[i][4 * j + 1]), pack(acc[i][4 * j + 4], acc[i][4 * j + 5]));
+      for (int b = 0; b < CHUNK / 8; b += 2) {
+        const u32 at = staged + ((b + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
+        const float *v = acc[i] + 4 * (from + b);
+        store_transposed(at, pack(v[0], v[1]), pack(v[4], v[5]));
       }
 #else
 #pragma unroll
-      for (int j = 0; j < NT / 8; ++j) {
-        const u32 at = staged + (j * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
-        store_transposed(at, pack(acc[i][4 * j], acc[i][4 * j + 1]), pack(acc[i][4 * j + 2], acc[i][4 * j + 3]));
+      for (int b = 0; b < CHUNK / 8; ++b) {
+        const u32 at = staged + (b * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
+        const float *v = acc[i] + 4 * (from + b);
+        store_transposed(at, pack(v[0], v[1]), pack(v[2], v[3]));
       }
 #endif
       consumers_sync();
-      for (int c = threadIdx.x; c < NT * (COLUMNS / 8); c += THREADS) {
-        const int t = c / (COLUMNS / 8), part = c % (COLUMNS / 8), to = row + i * NT + t;
+      for (int c = threadIdx.x; c < CHUNK * (COLUMNS / 8); c += THREADS) {
+        const int t = c / (COLUMNS / 8), piece = c % (COLUMNS / 8), to = row + part * CHUNK + t;
         if (to < n_rows)
-          *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + part * 8) * 2) =
-              *(const Quad *)(memory + STAGES * STAGE + t * PITCH + part * 16);
+          *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + piece * 8) * 2) =
+              *(const Quad *)(staging + t * PITCH + piece * 16);
       }
     }
+    consumers_sync();
   }
-#if EPI != 3
-  cluster_sync();  // nobody's shared memory goes while another block still signals it
+#if EPI == 2
+  // Clusters beyond those that multiply add up the columns of A by segment, for the merge to come.
+  const int helpers = gridDim.x - products * CLUSTER, slabs = width / 64;
+  for (int task = blockIdx.x - products * CLUSTER; cluster >= products && task < slabs * 2 * (n_rows / sample_rows);
+       task += helpers) {
+    const int sample = task / slabs / 2, in_text = task / slabs % 2, chunk = threadIdx.x % 8;
+    const int count = in_text ? (p_valid ? p_valid[sample] : text) : image;
+    const char *from = p_a + (long long)(sample * sample_rows + in_text * image_rows) * width * 2 + (task % slabs * 64 + chunk * 8) * 2;
+    float total[8] = {};
+    for (int t = threadIdx.x / 8; t < count; t += THREADS / 8) {
+      const Quad q = *(const Quad *)(from + (long long)t * width * 2);
+      const u32 both[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[2 * i] += low_half(both[i]);
+        total[2 * i + 1] += high_half(both[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      total[i] += __shfl_xor_sync(~0u, total[i], 8);
+      total[i] += __shfl_xor_sync(~0u, total[i], 16);
+      if (lane < 8) sums[warp * 64 + lane * 8 + i] = total[i];
+    }
+    consumers_sync();
+    if (threadIdx.x < 64) {
+      float all = 0.f;
+      for (int w = 0; w < WARPS; ++w) all += sums[w * 64 + threadIdx.x];
+      p_sum[(sample * 2 + in_text) * width + task % slabs * 64 + threadIdx.x] = all;
+    }
+    consumers_sync();
+  }
 #endif
+    cluster_sync();  // nobody's shared memory goes while another block still signals it
   }
 }

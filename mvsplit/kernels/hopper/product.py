@@ -3,7 +3,8 @@
     qkv      rotation and QK-norm
     swiglu   silu(gate)⊙value
     write    W_O and W_2 with the whole merge after them: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm
-             (paper Eq. 7–8); the blocks of a cluster hold a sample, so means and norms stay in it
+             (paper Eq. 7–8); a block holds all rows of a sample, so the means stay in it, and the
+             blocks of a sample tell each other the norms
 
 All read the weights where they lie, [out, in]. Sums are in fp32, outputs are rounded once.
 
@@ -14,10 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ PLAIN, QKV, SWIGLU, WRITE = range(4)
 _SOURCE = Path(__file__).with_name("product.cu")
 _DEPTH = 64  # of a step along K
 _SHARED = 232_448  # bytes that a block may have
-_lock = threading.Lock()
+_CHUNK = 48  # tokens that are turned over at once on their way out
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Cut:
     parts: int = 2
     groups: int = 2
     cluster: int = 2
-    stages: int = 3
+    stages: int = 4
     pdl: bool = False
 
     def with_pdl(self, pdl: bool) -> Cut:
@@ -85,29 +86,47 @@ def _mma(tokens: int, dtype: str) -> str:
 def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype) -> str:
     """The CUDA C++ of a kernel, for a product along `depth` columns of A."""
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    tokens = cut.tokens // cut.parts
     macros = {
-        "TOK": cut.tokens, "NI": cut.parts, "NT": cut.tokens // cut.parts, "WG": cut.groups,
+        "TOK": cut.tokens, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
         "CLUSTER": cut.cluster, "LOADERS": cut.loaders, "STAGES": cut.stages,
         "KS": math.ceil(depth / _DEPTH), "EPI": kind, "IMG": image, "TYPE": f'"{name}"',
-        "BF16": int(name == "bf16"),
+        "BF16": int(name == "bf16"), "CHUNK": tokens if kind == WRITE else _CHUNK,
+        "SCRATCH": _scratch(cut, kind), "TURN": -(-8 * cut.tokens // 128) * 128 + 64,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    body = _SOURCE.read_text().replace("\nMMA\n", f"\n{_mma(cut.tokens // cut.parts, name)}\n")
-    return head + body
+    return head + _SOURCE.read_text().replace("\nMMA\n", f"\n{_mma(tokens, name)}\n")
+
+
+def _scratch(cut: Cut, kind: int) -> int:
+    """Bytes beside the stages: rows on their way out, and before them sums."""
+    columns = cut.columns // 2 if kind == SWIGLU else cut.columns
+    staged = 0 if kind == WRITE else _CHUNK * (2 * columns + 16)
+    warps = 4 * cut.groups
+    sums = {QKV: cut.tokens * (warps + 1), SWIGLU: 64 * warps, WRITE: cut.tokens * (warps + 1)}
+    return max(staged, 4 * sums.get(kind, 0))
 
 
 def shared_bytes(cut: Cut, kind: int) -> int:
     """Of one block."""
-    columns = cut.columns // 2 if kind == SWIGLU else cut.columns
     stage = 128 * (cut.columns + cut.tokens)
-    staged = cut.tokens // cut.parts * (2 * columns + 16)
-    sums = 4 * cut.tokens * (4 * cut.groups + 1 + (cut.cluster if kind == WRITE else 0))
-    return cut.stages * stage + staged + sums + 16 * cut.stages
+    return cut.stages * stage + _scratch(cut, kind) + 16 * cut.stages
 
 
-def fits(cut: Cut, kind: int) -> bool:
-    """Whether a block's shared memory is there."""
-    return shared_bytes(cut, kind) <= _SHARED
+def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
+    """Whether a kernel so cut can do a product with `weight` [out, in] on a stream: whole tiles of
+    columns, tiles that begin where samples do, shared memory that is there. A writer's tile is a
+    sample without padding between image and text, and all its blocks run at once."""
+    if shared_bytes(cut, kind) > _SHARED or weight.shape[0] % (cut.columns * cut.cluster):
+        return False
+    if kind == WRITE:
+        whole = stream.image == stream.image_rows and cut.tokens == stream.sample_rows
+        blocks = weight.shape[0] // cut.columns * stream.batch
+        processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
+        return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
+    if kind == QKV and (stream.sample_rows % cut.tokens or cut.groups != 2):
+        return False
+    return cut.tokens <= stream.rows and weight.shape[1] % 64 == 0
 
 
 @cache
@@ -162,24 +181,48 @@ _NO_ROTATION = (None, ctypes.c_int(2), ctypes.c_int(0), ctypes.c_float(0.0))
 def _run(
     a: Tensor, w: Tensor, out: Tensor, cut: Cut, kind: int, *, rotation: tuple = _NO_ROTATION,
     gains: tuple = _NO_GAINS, valid: Tensor | None = None, stream: Stream | None = None,
-    trunk: Tensor | None = None, compile_only: bool = False,
+    trunk: Tensor | None = None, sums: Tensor | None = None, meeting: Meeting | None = None,
+    compile_only: bool = False,
 ) -> None:  # fmt: skip
-    image, text = (0, 0) if stream is None else (stream.image_rows, stream.text)
-    image = image if kind == WRITE else 0
+    image = stream.image_rows if kind == WRITE and stream is not None else 0
     kernel = _kernel(cut, kind, a.shape[1], image, a.dtype, a.device.index or 0)
     if compile_only:
         return
+    layout = stream.layout if stream is not None else (0, 0, 0, 1)
     n_w, n_tok = w.shape[0] // cut.columns, math.ceil(a.shape[0] / cut.tokens)
     tiles = n_w // cut.cluster * n_tok
+    clusters = tiles if kind == WRITE else min(tiles, kernel.most_clusters)
+    if kind == WRITE and clusters > kernel.most_clusters:
+        raise RuntimeError(f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device")
+    helpers = 0
+    if sums is not None:  # one task for each 64 columns of each segment
+        tasks = a.shape[1] // 64 * 2 * sums.shape[0]
+        helpers = max(1, min(-(-tasks // cut.cluster), kernel.most_clusters - clusters))
     a_map = _rows_map(a, _box(cut))
     trunk_map = a_map if trunk is None else _rows_map(trunk, cut.tokens // 2)
     arguments = (
         _weight_map(w, cut, kind), a_map, trunk_map, out, ctypes.c_int(a.shape[0]),
         ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(0) * out.element_size()),
-        *rotation, *gains, valid, ctypes.c_int(text),
+        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), ctypes.c_int(clusters), a, sums,
+        ctypes.c_int(a.shape[1]), *(meeting or (None, None)),
     )  # fmt: skip
-    clusters = tiles if kind == WRITE else min(tiles, kernel.most_clusters)
-    kernel.launch(clusters, arguments, pdl=cut.pdl)
+    kernel.launch(clusters + helpers, arguments, pdl=cut.pdl)
+
+
+class Meeting(NamedTuple):
+    """Where the blocks that share rows put sums of squares, and count that they have: [D/128, N]
+    and [B]. One serves all layers of a stream."""
+
+    squares: Tensor
+    arrived: Tensor
+
+
+def meeting(stream: Stream, width: int, device: torch.device) -> Meeting:
+    """A meeting place for writers of `width` columns."""
+    return Meeting(
+        torch.zeros(width // 128, stream.rows, device=device),
+        torch.zeros(stream.batch, device=device, dtype=torch.int32),
+    )
 
 
 def plain(a: Tensor, w: Tensor, out: Tensor, cut: Cut, *, compile_only: bool = False) -> None:
@@ -213,14 +256,28 @@ def qkv(
     _run(x, w, out, cut, QKV, rotation=turn, compile_only=compile_only)
 
 
-def swiglu(x: Tensor, w: Tensor, out: Tensor, cut: Cut, *, compile_only: bool = False) -> None:
-    """`out` [N, F] ← silu(gate)⊙value of X·W₁₃ᵀ; `w` [2F, D] has the gates first."""
-    _run(x, w, out, cut, SWIGLU, compile_only=compile_only)
+def swiglu(
+    x: Tensor, w: Tensor, out: Tensor, sums: Tensor | None, valid: Tensor | None, stream: Stream,
+    cut: Cut, *, compile_only: bool = False,
+) -> None:  # fmt: skip
+    """`out` [N, F] ← silu(gate)⊙value of X·W₁₃ᵀ; `sums` [B, 2, D] ← column sums of X by segment.
+
+    Args:
+        x: [N, D], dense, D a multiple of 64.
+        w: [2F, D], gates first.
+        sums: None where the merge that follows needs none.
+        valid: [B] int32, real text tokens of each sample; None: all.
+    """
+    rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
+    _run(
+        x, w, out, cut, SWIGLU, rotation=rows, valid=valid, stream=stream, sums=sums,
+        compile_only=compile_only,
+    )  # fmt: skip
 
 
 def write(
     a: Tensor, w: Tensor, x: Tensor, y: Tensor, gains: Gains, valid: Tensor | None, stream: Stream,
-    eps: float, cut: Cut, *, compile_only: bool = False,
+    eps: float, place: Meeting, cut: Cut, *, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """`y` [N, D] ← the next trunk, from the trunk `x` and F = A·Wᵀ; it may be `x` itself.
 
@@ -228,10 +285,12 @@ def write(
         a: [N, E].
         w: [D, E].
         valid: [B] int32, real text tokens of each sample; None: all.
-        cut: its tokens are the rows of a sample, its cluster holds all D columns.
+        place: where the blocks of a sample meet, to know the norms of its rows.
+        cut: its tokens are the rows of a sample.
     """
     full = (gains.beta, gains.alpha, gains.alpha if gains.leak is None else gains.leak)
     _run(
         a, w, y, cut, WRITE, rotation=(None, ctypes.c_int(2), ctypes.c_int(0), ctypes.c_float(eps)),
-        gains=tuple(map(_gain, full)), valid=valid, stream=stream, trunk=x, compile_only=compile_only,
+        gains=tuple(map(_gain, full)), valid=valid, stream=stream, trunk=x,
+        meeting=place, compile_only=compile_only,
     )  # fmt: skip
