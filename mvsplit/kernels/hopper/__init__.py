@@ -1,1 +1,1 @@
-"""Matrix products for Hopper GPUs in CUDA C++, compiled at run time by NVRTC, which torch brings."""
+"""Products for Hopper GPUs in CUDA C++, compiled at run time by the NVRTC that torch brings."""

@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,8 @@ def compiled(source: str, folder: Path | None) -> bytes:
         return path.read_bytes()
     binary = _compile(source)
     if path is not None:
-        try:
+        with suppress(OSError):  # a cache that cannot be written costs the next start a second
             _keep(path, binary)
-        except OSError:
-            pass  # a cache that cannot be written costs the next start a second
     return binary
 
 
@@ -155,7 +154,8 @@ class Kernel:
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
         _check(driver.cuModuleLoadData(ctypes.byref(module), binary), "load")
-        _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), name)
+        found = driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
+        _check(found, name)
         _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"{shared} bytes")
         if cluster > 8:
             _check(driver.cuFuncSetAttribute(self._function, _NON_PORTABLE, 1), "cluster")
@@ -187,15 +187,15 @@ class Kernel:
         """On the current stream. Arguments are TensorMaps, tensors or None (pointers), and
         ctypes numbers."""
         values = [_value(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*values_at(values))
+        pointers = (ctypes.c_void_p * len(values))(*map(_place, values))
         config = self._config(clusters * self.cluster, pdl)
         code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(code, "launch")
 
 
-def values_at(values: Sequence[Any]) -> list[int]:
-    """Where arguments lie: a map is its own memory."""
-    return [v.address if isinstance(v, TensorMap) else ctypes.addressof(v) for v in values]
+def _place(value: Any) -> int:
+    """Where an argument lies: a map is its own memory."""
+    return value.address if isinstance(value, TensorMap) else ctypes.addressof(value)
 
 
 def _value(argument: Any) -> Any:

@@ -1,5 +1,5 @@
-// Y = A·Wᵀ for many rows on Hopper, with what follows it fused in. Compiled at run time (compile.py),
-// one kernel for each set of the macros below.
+// Y = A·Wᵀ for many rows on Hopper, with what follows it fused in. Compiled at run time,
+// one kernel for each set of the macros below; `multiply`, around wgmma, is written by product.py.
 //
 // A block computes the transposed tile: 64·WG rows of W (output columns) by TOK rows of A (tokens).
 // 288 tokens are no power of two, but 4608 rows are 16 such tiles, so that 132 processors are busy
@@ -15,185 +15,7 @@
 //                 for sums, after the stages;  TURN  bytes of a staged row of the rotation's table
 //   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
 //   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
-//   MMA           the wgmma function, written by compile.py;  TYPE  bf16 or f16
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-struct alignas(64) Map { char bytes[128]; };
-struct alignas(16) Quad { u32 x, y, z, w; };
-
-#define WARPS (4 * WG)
-#define THREADS (32 * WARPS)
-#define W_BYTES (8192 * WG)
-#define A_BYTES (128 * TOK)
-#define STAGE (W_BYTES + A_BYTES)
-#define BOX (TOK / (LOADERS > 2 ? LOADERS : 2))  // tokens of one bulk copy
-#define COLUMNS (EPI == 2 ? 32 * WG : 64 * WG)   // of the output, a tile
-#define PITCH (2 * COLUMNS + 16)                 // bytes of a staged row, padded against conflicts
-#define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
-#define GROUPS (CLUSTER / LOADERS)
-#define SLOTS (2 * WG)                           // of the rotation's table: 16 channels each
-
-__device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-// Waits for a phase; a wait that never ends is a fault of this file, and ends the program.
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  for (u32 tries = 0; tries < (1u << 22); ++tries) {
-    u32 done;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    if (done) return;
-  }
-  __trap();
-}
-
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
-#if CLUSTER > 1
-  asm volatile(
-      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at]; }" ::"r"(bar), "r"(rank) : "memory");
-#else
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_sync() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void consumers_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
-
-__device__ __forceinline__ void load2(u32 to, const Map *map, u32 bar, int k, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row) : "memory");
-}
-
-__device__ __forceinline__ void load2_to_all(u32 to, const Map *map, u32 bar, int k, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row),
-      "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-
-// The weight rows of a tile. Rotation and SwiGLU combine two rows: these come eight of the one kind
-// after eight of the other, so that one thread holds both.
-__device__ __forceinline__ void load_w(u32 to, const Map *map, u32 bar, int k, int tile) {
-#if EPI == 1
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %4, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(0), "r"(tile) : "memory");
-#elif EPI == 2
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(0), "r"(tile * 4 * WG) : "memory");
-#else
-  load2(to, map, bar, k, tile * 64 * WG);
-#endif
-}
-
-// This block's share of the tokens of a step, sent to the whole cluster.
-__device__ __forceinline__ void load_a(u32 to, const Map *map, u32 bar, int step, int k, int row, u32 rank) {
-#if LOADERS > 1
-  if (GROUPS == 1 || rank / LOADERS == step % GROUPS) {
-    const int part = (rank % LOADERS) * BOX;
-    load2_to_all(to + part * 128, map, bar, k, row + part);
-  }
-#else
-  load2(to, map, bar, k, row);
-  load2(to + BOX * 128, map, bar, k, row + BOX);
-#endif
-}
-
-__device__ __forceinline__ u64 matrix(u32 address) {  // K-major, swizzled by 128 bytes
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 both;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ float low_half(u32 both) {
-#if BF16
-  return __uint_as_float(both << 16);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
-}
-
-__device__ __forceinline__ float high_half(u32 both) {
-#if BF16
-  return __uint_as_float(both & 0xFFFF0000u);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
-}
-
-__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-}
-
-__device__ __forceinline__ void load_transposed(u32 address, u32 &a, u32 &b) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
-}
-
-// Adds up over the eight lanes that hold the same tokens, and writes this warp's sums by token.
-__device__ __forceinline__ void sum_over_lanes(float (&v)[HALF_TOKENS], float *sums, int lane) {
-  int count = HALF_TOKENS, first = 0;
-#pragma unroll
-  for (int bit = 16; bit >= 4; bit >>= 1) {
-    const bool upper = lane & bit;
-    if (count % 2 == 0) {
-      count /= 2;
-#pragma unroll
-      for (int i = 0; i < HALF_TOKENS / 2; ++i)
-        if (i < count) {
-          const float send = upper ? v[i] : v[i + count];
-          const float keep = upper ? v[i + count] : v[i];
-          v[i] = keep + __shfl_xor_sync(~0u, send, bit);
-        }
-      first += upper ? count : 0;
-    } else {
-#pragma unroll
-      for (int i = 0; i < HALF_TOKENS / 2; ++i)
-        if (i < count) v[i] += __shfl_xor_sync(~0u, v[i], bit);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < HALF_TOKENS / 2; ++i)
-    if (i < count) {
-      const int at = first + i;  // in the order of a thread's tokens: 8-blocks, then the two of a pair
-      sums[at / 2 * 8 + (lane & 3) * 2 + at % 2] = v[i];
-    }
-}
-
-struct Gain { const u16 *p; float number; int stride; };  // [D], one element, or a number
-
-__device__ __forceinline__ float gain(Gain g, int at) {
-  return g.p ? low_half((u32)g.p[at * g.stride]) : g.number;
-}
-
-MMA
+//   TYPE          bf16 or f16
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, const __grid_constant__ Map map_x,
@@ -278,268 +100,260 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     cluster_sync();
   } else {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
-  int step = 0;
-  for (int tile = cluster; tile < n_tiles; tile += clusters) {
-    const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
-    float acc[NI][NT / 2];
-    for (int k = 0; k < KS; ++k, ++step) {
-      const int s = step % STAGES;
-      barrier_wait(full + 8 * s, step / STAGES & 1);
-      const u64 w = matrix(base + s * STAGE + group * 8192);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
+    int step = 0;
+    for (int tile = cluster; tile < n_tiles; tile += clusters) {
+      const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
+      float acc[NI][NT / 2];
+      for (int k = 0; k < KS; ++k, ++step) {
+        const int s = step % STAGES;
+        barrier_wait(full + 8 * s, step / STAGES & 1);
+        const u64 w = matrix(base + s * STAGE + group * 8192);
+#pragma unroll
+        for (int i = 0; i < NI; ++i)
+#pragma unroll
+          for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk)
+#pragma unroll
+          for (int i = 0; i < NI; ++i)
+            multiply(acc[i], w + 2 * kk, matrix(base + s * STAGE + W_BYTES + i * NT * 128) + 2 * kk, k + kk > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (k > 0 && lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < NI; ++i)
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+
+      // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
+#if EPI == 1
+      if (i_w < n_rotated) {
+        for (int p = 0; p < SLOTS; ++p, ++step) {
+          const int s = step % STAGES;
+          barrier_wait(full + 8 * s, step / STAGES & 1);
+          if (p == warp / 2) {
+            const float4 *table = (const float4 *)(memory + s * STAGE + (warp % 2 * 8 + lane_row) * TURN) + lane % 4;
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk)
+            for (int i = 0; i < NI; ++i) {
+              float squares[HALF_TOKENS];
+#pragma unroll
+              for (int j = 0; j < NT / 8; ++j) {
+                const float4 turn = table[i * NT / 2 + j * 4];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
+                  const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
+                  const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
+                  acc[i][4 * j + e] = y1;
+                  acc[i][4 * j + 2 + e] = y2;
+                  squares[2 * j + e] = y1 * y1 + y2 * y2;
+                }
+              }
+              sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
+            }
+          }
+          __syncwarp();
+          if (lane < CLUSTER) barrier_arrive_at(empty + 8 * s, lane);
+        }
+        consumers_sync();
+        for (int t = threadIdx.x; t < TOK; t += THREADS) {
+          float total = 0.f;
+#pragma unroll
+          for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
+          scale[t] = rsqrtf(total / (64 * WG) + eps);
+        }
+        consumers_sync();
 #pragma unroll
         for (int i = 0; i < NI; ++i)
-          multiply(acc[i], w + 2 * kk, matrix(base + s * STAGE + W_BYTES + i * NT * 128) + 2 * kk, k + kk > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (k > 0 && lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-    for (int i = 0; i < NI; ++i)
+          for (int j = 0; j < NT / 8; ++j)
 #pragma unroll
-      for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
-    if (lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
-
-    // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
-#if EPI == 1
-    if (i_w < n_rotated) {
-      for (int p = 0; p < SLOTS; ++p, ++step) {
-        const int s = step % STAGES;
-        barrier_wait(full + 8 * s, step / STAGES & 1);
-        if (p == warp / 2) {
-          const float4 *table = (const float4 *)(memory + s * STAGE + (warp % 2 * 8 + lane_row) * TURN) + lane % 4;
-#pragma unroll
-          for (int i = 0; i < NI; ++i) {
-            float squares[HALF_TOKENS];
-#pragma unroll
-            for (int j = 0; j < NT / 8; ++j) {
-              const float4 turn = table[i * NT / 2 + j * 4];
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
-                const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
-                const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
-                acc[i][4 * j + e] = y1;
-                acc[i][4 * j + 2 + e] = y2;
-                squares[2 * j + e] = y1 * y1 + y2 * y2;
-              }
+            for (int e = 0; e < 2; ++e) {
+              const float r = scale[i * NT + j * 8 + lane_token + e];
+              acc[i][4 * j + e] *= r;
+              acc[i][4 * j + 2 + e] *= r;
             }
-            sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
-          }
-        }
-        __syncwarp();
-        if (lane < CLUSTER) barrier_arrive_at(empty + 8 * s, lane);
       }
-      consumers_sync();
-      for (int t = threadIdx.x; t < TOK; t += THREADS) {
-        float total = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
-        scale[t] = rsqrtf(total / (64 * WG) + eps);
-      }
-      consumers_sync();
-#pragma unroll
-      for (int i = 0; i < NI; ++i)
-#pragma unroll
-        for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float r = scale[i * NT + j * 8 + lane_token + e];
-            acc[i][4 * j + e] *= r;
-            acc[i][4 * j + 2 + e] *= r;
-          }
-    }
-    const int first = warp * 8, second = 32 * WG + warp * 8;
+      const int first = warp * 8, second = 32 * WG + warp * 8;
 #elif EPI == 2
 #pragma unroll
-    for (int i = 0; i < NI; ++i)
-#pragma unroll
-      for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float g = acc[i][4 * j + e];
-          acc[i][4 * j + e] = __fdividef(g, 1.f + __expf(-g)) * acc[i][4 * j + 2 + e];
-        }
-#else
-    const int first = warp * 16, second = warp * 16 + 8;
-#endif
-#if EPI == 3
-    {
-      const int c0 = i_w * 64 * WG + warp * 16 + lane_row;
-      const int count = p_valid ? p_valid[row / TOK] : text;
-      float beta[2], shift[2][2], sum_f[2][2] = {}, sum_x[2][2] = {};  // [row, segment]
-      for (int g = 0; g < WG; ++g) {
-        const int s = (step + g) % STAGES;
-        barrier_wait(full + 8 * s, (step + g) / STAGES & 1);
-      }
-      const u32 trunk = base + (step + group) % STAGES * STAGE + W_BYTES;
-      const int chunk = warp % 4 * 2 + (lane / 8 & 1);  // 16 bytes; a row of 128 has eight
-#pragma unroll
-      for (int i = 0; i < NI; ++i)
-#pragma unroll
-        for (int j = 0; j < NT / 8; ++j) {
-          const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
-          u32 x[2];
-          load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool real = !seg || block + lane_token + e - IMG < count;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              sum_f[h][seg] += real ? acc[i][4 * j + 2 * h + e] : 0.f;
-              sum_x[h][seg] += real ? (e ? high_half(x[h]) : low_half(x[h])) : 0.f;
-            }
-          }
-        }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        beta[h] = gain(g_beta, c0 + 8 * h);
-        const float alpha = gain(g_alpha, c0 + 8 * h), leak = gain(g_leak, c0 + 8 * h);
-#pragma unroll
-        for (int seg = 0; seg < 2; ++seg) {
-          for (int bit = 1; bit <= 2; bit <<= 1) {
-            sum_f[h][seg] += __shfl_xor_sync(~0u, sum_f[h][seg], bit);
-            sum_x[h][seg] += __shfl_xor_sync(~0u, sum_x[h][seg], bit);
-          }
-          const float n = seg ? (float)(count > 1 ? count : 1) : (float)IMG;
-          shift[h][seg] = ((alpha - beta[h]) * sum_f[h][seg] - leak * sum_x[h][seg]) / n;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < NI; ++i) {
-        float squares[HALF_TOKENS];
-#pragma unroll
-        for (int j = 0; j < NT / 8; ++j) {
-          const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
-          u32 x[2];
-          load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const bool real = !seg || block + lane_token + e - IMG < count;
-            float square = 0.f;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float old = e ? high_half(x[h]) : low_half(x[h]);
-              const float z = real ? old + beta[h] * acc[i][4 * j + 2 * h + e] + shift[h][seg] : 0.f;
-              acc[i][4 * j + 2 * h + e] = z;
-              square += z * z;
-            }
-            squares[2 * j + e] = square;
-          }
-        }
-        sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
-      }
-      consumers_sync();
-      for (int t = threadIdx.x; t < TOK; t += THREADS) {
-        float total = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
-        __stcg(p_squares + i_w * n_rows + row + t, total);
-      }
-      // The blocks that share these rows are all on the device, and meet here.
-      __threadfence();
-      consumers_sync();
-      if (threadIdx.x == 0) {
-        u32 *at = p_arrived + row / TOK, now, tries = 0;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(now) : "l"(at) : "memory");
-        const u32 target = (now / n_w + 1) * n_w;  // every launch adds n_w, so nobody sets it back
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
-        while ((int)(now - target) < 0 && ++tries < (1u << 24));
-        sums[0] = (int)(now - target) < 0 ? __int_as_float(0x7FC00000) : 0.f;  // not met: NaN, and seen
-      }
-      consumers_sync();
-      for (int t = threadIdx.x; t < TOK; t += THREADS) {
-        float total = sums[0];
-        for (int c = 0; c < n_w; ++c) total += __ldcg(p_squares + c * n_rows + row + t);
-        scale[t] = rsqrtf(total / (n_w * 64 * WG) + eps);
-      }
-      consumers_sync();
-#pragma unroll
       for (int i = 0; i < NI; ++i)
 #pragma unroll
         for (int j = 0; j < NT / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float r = scale[i * NT + j * 8 + lane_token + e];
-            acc[i][4 * j + e] *= r;
-            acc[i][4 * j + 2 + e] *= r;
+            const float g = acc[i][4 * j + e];
+            acc[i][4 * j + e] = __fdividef(g, 1.f + __expf(-g)) * acc[i][4 * j + 2 + e];
           }
-    }
+#else
+      const int first = warp * 16, second = warp * 16 + 8;
+#endif
+#if EPI == 3
+      {
+        const int c0 = i_w * 64 * WG + warp * 16 + lane_row;
+        const int count = p_valid ? p_valid[row / TOK] : text;
+        float beta[2], shift[2][2], sum_f[2][2] = {}, sum_x[2][2] = {};  // [row, segment]
+        for (int g = 0; g < WG; ++g) {
+          const int s = (step + g) % STAGES;
+          barrier_wait(full + 8 * s, (step + g) / STAGES & 1);
+        }
+        const u32 trunk = base + (step + group) % STAGES * STAGE + W_BYTES;
+        const int chunk = warp % 4 * 2 + (lane / 8 & 1);  // 16 bytes; a row of 128 has eight
+#pragma unroll
+        for (int i = 0; i < NI; ++i)
+#pragma unroll
+          for (int j = 0; j < NT / 8; ++j) {
+            const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
+            u32 x[2];
+            load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const bool real = !seg || block + lane_token + e - IMG < count;
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                sum_f[h][seg] += real ? acc[i][4 * j + 2 * h + e] : 0.f;
+                sum_x[h][seg] += real ? (e ? high_half(x[h]) : low_half(x[h])) : 0.f;
+              }
+            }
+          }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          beta[h] = gain(g_beta, c0 + 8 * h);
+          const float alpha = gain(g_alpha, c0 + 8 * h), leak = gain(g_leak, c0 + 8 * h);
+#pragma unroll
+          for (int seg = 0; seg < 2; ++seg) {
+            for (int bit = 1; bit <= 2; bit <<= 1) {
+              sum_f[h][seg] += __shfl_xor_sync(~0u, sum_f[h][seg], bit);
+              sum_x[h][seg] += __shfl_xor_sync(~0u, sum_x[h][seg], bit);
+            }
+            const float n = seg ? (float)(count > 1 ? count : 1) : (float)IMG;
+            shift[h][seg] = ((alpha - beta[h]) * sum_f[h][seg] - leak * sum_x[h][seg]) / n;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < NI; ++i) {
+          float squares[HALF_TOKENS];
+#pragma unroll
+          for (int j = 0; j < NT / 8; ++j) {
+            const int block = i * NT + j * 8, seg = block >= IMG, t = block + lane % 8;
+            u32 x[2];
+            load_transposed(trunk + t * 128 + ((chunk ^ (t & 7)) << 4), x[0], x[1]);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const bool real = !seg || block + lane_token + e - IMG < count;
+              float square = 0.f;
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                const float old = e ? high_half(x[h]) : low_half(x[h]);
+                const float z = real ? old + beta[h] * acc[i][4 * j + 2 * h + e] + shift[h][seg] : 0.f;
+                acc[i][4 * j + 2 * h + e] = z;
+                square += z * z;
+              }
+              squares[2 * j + e] = square;
+            }
+          }
+          sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
+        }
+        consumers_sync();
+        for (int t = threadIdx.x; t < TOK; t += THREADS) {
+          float total = 0.f;
+#pragma unroll
+          for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
+          __stcg(p_squares + i_w * n_rows + row + t, total);
+        }
+        __threadfence();
+        consumers_sync();
+        if (threadIdx.x == 0) sums[0] = meet(p_arrived + row / TOK, n_w);
+        consumers_sync();
+        for (int t = threadIdx.x; t < TOK; t += THREADS) {
+          float total = sums[0];
+          for (int c = 0; c < n_w; ++c) total += __ldcg(p_squares + c * n_rows + row + t);
+          scale[t] = rsqrtf(total / (n_w * 64 * WG) + eps);
+        }
+        consumers_sync();
+#pragma unroll
+        for (int i = 0; i < NI; ++i)
+#pragma unroll
+          for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float r = scale[i * NT + j * 8 + lane_token + e];
+              acc[i][4 * j + e] *= r;
+              acc[i][4 * j + 2 + e] *= r;
+            }
+      }
 #endif
 
-    // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
+      // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
 #pragma unroll
-    for (int part = 0; part < TOK / CHUNK; ++part) {
-      const int i = part * CHUNK / NT, from = part * CHUNK % NT / 8;  // known when this is unrolled
-      consumers_sync();
+      for (int part = 0; part < TOK / CHUNK; ++part) {
+        const int i = part * CHUNK / NT, from = part * CHUNK % NT / 8;  // known when this is unrolled
+        consumers_sync();
 #if EPI == 2
 #pragma unroll
-      for (int b = 0; b < CHUNK / 8; b += 2) {
-        const u32 at = staged + ((b + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
-        const float *v = acc[i] + 4 * (from + b);
-        store_transposed(at, pack(v[0], v[1]), pack(v[4], v[5]));
-      }
+        for (int b = 0; b < CHUNK / 8; b += 2) {
+          const u32 at = staged + ((b + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
+          const float *v = acc[i] + 4 * (from + b);
+          store_transposed(at, pack(v[0], v[1]), pack(v[4], v[5]));
+        }
 #else
 #pragma unroll
-      for (int b = 0; b < CHUNK / 8; ++b) {
-        const u32 at = staged + (b * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
-        const float *v = acc[i] + 4 * (from + b);
-        store_transposed(at, pack(v[0], v[1]), pack(v[2], v[3]));
-      }
+        for (int b = 0; b < CHUNK / 8; ++b) {
+          const u32 at = staged + (b * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
+          const float *v = acc[i] + 4 * (from + b);
+          store_transposed(at, pack(v[0], v[1]), pack(v[2], v[3]));
+        }
 #endif
+        consumers_sync();
+        for (int c = threadIdx.x; c < CHUNK * (COLUMNS / 8); c += THREADS) {
+          const int t = c / (COLUMNS / 8), piece = c % (COLUMNS / 8), to = row + part * CHUNK + t;
+          if (to < n_rows)
+            *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + piece * 8) * 2) =
+                *(const Quad *)(staging + t * PITCH + piece * 16);
+        }
+      }
       consumers_sync();
-      for (int c = threadIdx.x; c < CHUNK * (COLUMNS / 8); c += THREADS) {
-        const int t = c / (COLUMNS / 8), piece = c % (COLUMNS / 8), to = row + part * CHUNK + t;
-        if (to < n_rows)
-          *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + piece * 8) * 2) =
-              *(const Quad *)(staging + t * PITCH + piece * 16);
-      }
     }
-    consumers_sync();
-  }
 #if EPI == 2
-  // Clusters beyond those that multiply add up the columns of A by segment, for the merge to come.
-  const int helpers = gridDim.x - products * CLUSTER, slabs = width / 64;
-  for (int task = blockIdx.x - products * CLUSTER; cluster >= products && task < slabs * 2 * (n_rows / sample_rows);
-       task += helpers) {
-    const int sample = task / slabs / 2, in_text = task / slabs % 2, chunk = threadIdx.x % 8;
-    const int count = in_text ? (p_valid ? p_valid[sample] : text) : image;
-    const char *from = p_a + (long long)(sample * sample_rows + in_text * image_rows) * width * 2 + (task % slabs * 64 + chunk * 8) * 2;
-    float total[8] = {};
-    for (int t = threadIdx.x / 8; t < count; t += THREADS / 8) {
-      const Quad q = *(const Quad *)(from + (long long)t * width * 2);
-      const u32 both[4] = {q.x, q.y, q.z, q.w};
+    // Clusters beyond those that multiply add up the columns of A by segment, for the merge to come.
+    const int helpers = gridDim.x - products * CLUSTER, slabs = width / 64;
+    for (int task = blockIdx.x - products * CLUSTER; cluster >= products && task < slabs * 2 * (n_rows / sample_rows);
+         task += helpers) {
+      const int sample = task / slabs / 2, in_text = task / slabs % 2, chunk = threadIdx.x % 8;
+      const int count = in_text ? (p_valid ? p_valid[sample] : text) : image;
+      const char *from = p_a + (long long)(sample * sample_rows + in_text * image_rows) * width * 2 + (task % slabs * 64 + chunk * 8) * 2;
+      float total[8] = {};
+      for (int t = threadIdx.x / 8; t < count; t += THREADS / 8) {
+        const Quad q = *(const Quad *)(from + (long long)t * width * 2);
+        const u32 both[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        total[2 * i] += low_half(both[i]);
-        total[2 * i + 1] += high_half(both[i]);
+        for (int i = 0; i < 4; ++i) {
+          total[2 * i] += low_half(both[i]);
+          total[2 * i + 1] += high_half(both[i]);
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      total[i] += __shfl_xor_sync(~0u, total[i], 8);
-      total[i] += __shfl_xor_sync(~0u, total[i], 16);
-      if (lane < 8) sums[warp * 64 + lane * 8 + i] = total[i];
+      for (int i = 0; i < 8; ++i) {
+        total[i] += __shfl_xor_sync(~0u, total[i], 8);
+        total[i] += __shfl_xor_sync(~0u, total[i], 16);
+        if (lane < 8) sums[warp * 64 + lane * 8 + i] = total[i];
+      }
+      consumers_sync();
+      if (threadIdx.x < 64) {
+        float all = 0.f;
+        for (int w = 0; w < WARPS; ++w) all += sums[w * 64 + threadIdx.x];
+        p_sum[(sample * 2 + in_text) * width + task % slabs * 64 + threadIdx.x] = all;
+      }
+      consumers_sync();
     }
-    consumers_sync();
-    if (threadIdx.x < 64) {
-      float all = 0.f;
-      for (int w = 0; w < WARPS; ++w) all += sums[w * 64 + threadIdx.x];
-      p_sum[(sample * 2 + in_text) * width + task % slabs * 64 + threadIdx.x] = all;
-    }
-    consumers_sync();
-  }
 #endif
     cluster_sync();  // nobody's shared memory goes while another block still signals it
   }

@@ -30,7 +30,7 @@ from mvsplit.kernels.hopper.driver import Kernel, TensorMap, compiled
 from mvsplit.kernels.reference import Gain, Gains
 
 PLAIN, QKV, SWIGLU, WRITE = range(4)
-_SOURCE = Path(__file__).with_name("product.cu")
+_FOLDER = Path(__file__).parent
 _DEPTH = 64  # of a step along K
 _SHARED = 232_448  # bytes that a block may have
 _CHUNK = 48  # tokens that are turned over at once on their way out
@@ -78,7 +78,7 @@ def _mma(tokens: int, dtype: str) -> str:
     return (
         f"__device__ __forceinline__ void multiply(float (&d)[{n}], u64 a, u64 b, int add) {{\n"
         f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 2}, 0; wgmma.mma_async.sync.aligned'
-        f".m64n{tokens}k16.f32.{dtype}.{dtype} {{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0; }}\""
+        f'.m64n{tokens}k16.f32.{dtype}.{dtype} {{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0; }}"'
         f' : {operands} : "l"(a), "l"(b), "r"(add));\n}}'
     )
 
@@ -95,7 +95,8 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype) -> s
         "SCRATCH": _scratch(cut, kind), "TURN": -(-8 * cut.tokens // 128) * 128 + 64,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    return head + _SOURCE.read_text().replace("\nMMA\n", f"\n{_mma(tokens, name)}\n")
+    common, kernel = ((_FOLDER / file).read_text() for file in ("common.cu", "product.cu"))
+    return "\n".join((head, common, _mma(tokens, name), kernel))
 
 
 def _scratch(cut: Cut, kind: int) -> int:
@@ -193,7 +194,9 @@ def _run(
     tiles = n_w // cut.cluster * n_tok
     clusters = tiles if kind == WRITE else min(tiles, kernel.most_clusters)
     if kind == WRITE and clusters > kernel.most_clusters:
-        raise RuntimeError(f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device")
+        raise RuntimeError(
+            f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device"
+        )
     helpers = 0
     if sums is not None:  # one task for each 64 columns of each segment
         tasks = a.shape[1] // 64 * 2 * sums.shape[0]
