@@ -45,7 +45,7 @@ from mvsplit.models.init import initialise
 from mvsplit.residuals import RuleConfig
 from mvsplit.sampling import classifier_free, euler
 from mvsplit.sampling.engine import Engine
-from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network
+from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Plan
 from mvsplit.sampling.engine_tune import Tuner, graph_time
 
 STEPS, SHIFT, GUIDANCE = 35, 4.0, 2.0
@@ -212,14 +212,19 @@ def parts(report: Report, name: str, model: DiT, batch: int) -> None:
             "rows": 2 * batch * (SIDE**2 + TEXT),
             "seconds": tuner.seconds,
             "plan": plan.to_json(),
-            "block_us": tuner.block_time(plan),
-            "ordinary_block_us": tuner.block_time(ORDINARY),
+            **block_times(tuner, plan),
             "matmul_us": {
                 stage: matmul_time(tuner, stage) for stage in STAGES if stage != "attention"
             },
             "table": tuner.table,
         }
     report.add(name, found)
+
+
+def block_times(tuner: Tuner, plan: Plan) -> dict[str, Any]:
+    """Microseconds of a block by the plan and by the ordinary ops."""
+    ours, ordinary = tuner.block_times([plan, ORDINARY])
+    return {"block_us": ours, "ordinary_block_us": ordinary}
 
 
 def matmul_time(tuner: Tuner, stage: str) -> float:

@@ -141,7 +141,7 @@ class Network:
         )
         self.cos = self.stream.spread(tables[0], 1.0)
         self.sin = self.stream.spread(tables[1], 0.0)
-        self.rotation = product.rotation_table(self.cos, self.sin)
+        self._rotations: dict[int, Tensor] = {}
         self.meeting = product.meeting(self.stream, config.width, weight.device)
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.x = self.trunk  # [N, D]; what a stage reads, and then what it wrote:
@@ -212,14 +212,19 @@ class Network:
             self._take_heads()
         elif isinstance(choice, Cut):
             product.qkv(
-                self.x, w, self.rotation, self.packed, self.stream, c.heads, c.groups, c.qk_eps,
-                choice, compile_only=compile_only,
+                self.x, w, self._rotation(choice.tokens), self.packed, self.stream, c.heads,
+                c.groups, c.qk_eps, choice, compile_only=compile_only,
             )  # fmt: skip
             self._take_heads()
         elif not compile_only:
             packed = functional.linear(self._by_sample(self.x), w)
             qkv = qk_norm_rope(packed, self.cos, self.sin, c.heads, c.groups, c.qk_eps)
             self.q, self.k, self.v = qkv
+
+    def _rotation(self, tokens: int) -> Tensor:
+        if tokens not in self._rotations:
+            self._rotations[tokens] = product.rotation_table(self.cos, self.sin, tokens)
+        return self._rotations[tokens]
 
     def _take_heads(self) -> None:
         c = self.config

@@ -11,7 +11,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,8 @@ from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordi
 CACHE_VERSION = 3  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
-BLOCK_REPLAYS = 25
+ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
+WARM = 0.4  # seconds of work before that; what is measured first would run at a higher clock
 NOISE = 0.003  # of a block's time; what is not faster by more does not replace what is there
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
 
@@ -70,8 +71,9 @@ _FINALISTS = 6  # of each stage, that are tried within a whole block
 _CUTS = [
     Cut(*row)
     for row in (
-        (288, 2, 2, 1, 4), (288, 2, 2, 2, 4), (288, 2, 2, 1, 3), (192, 1, 3, 1, 4),
-        (144, 1, 2, 1, 4), (144, 1, 2, 1, 6), (144, 1, 3, 1, 4), (144, 1, 3, 1, 5),
+        (288, 2, 2, 1, 4), (288, 2, 2, 2, 4), (288, 2, 2, 4, 4), (192, 1, 3, 1, 4),
+        (192, 1, 3, 2, 4), (144, 1, 2, 1, 5), (144, 1, 2, 2, 6), (144, 1, 3, 1, 4),
+        (144, 1, 3, 2, 5),
     )
 ]  # fmt: skip
 _KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
@@ -258,14 +260,20 @@ class Tuner:
 
         return graph_time(chain) / len(self.blocks) * 1e6
 
-    def block_time(self, plan: Plan) -> float:
-        """Microseconds of a whole block."""
-        self._prepare(plan)
-
-        def chain() -> None:
-            self.network.run_blocks(self.blocks, plan)
-
-        return graph_time(chain, BLOCK_REPLAYS) / len(self.blocks) * 1e6
+    def block_times(self, plans: Sequence[Plan]) -> list[float | Exception]:
+        """Microseconds of a whole block by each of several plans, measured in turns; why not, where
+        this Triton or driver has no such launch."""
+        graphs: list[torch.cuda.CUDAGraph | Exception] = []
+        for plan in plans:
+            try:
+                self._prepare(plan)
+                graphs.append(capture(lambda p=plan: self.network.run_blocks(self.blocks, p)))  # type: ignore[misc]
+            except Exception as error:
+                graphs.append(error)
+        good = [graph for graph in graphs if not isinstance(graph, Exception)]
+        times = iter(times_in_turns(good))
+        layers = len(self.blocks)
+        return [g if isinstance(g, Exception) else next(times) / layers * 1e6 for g in graphs]
 
     def _overlaps(self, plan: Plan) -> list[Plan]:
         """Without and with kernels that start early and weights that are fetched ahead."""
@@ -289,15 +297,14 @@ class Tuner:
     def _best_block(self, plans: list[Plan], name: Callable[[Plan], str]) -> Plan:
         """The plan with the fastest block; the first, known to run, where it is as fast."""
         timed = []
-        for i, plan in enumerate(plans):
-            try:
-                timed.append((self.block_time(plan), i, plan))
-            except Exception as error:  # this Triton or driver has no such launch
-                self._note("block", name(plan), None, f"{type(error).__name__}: {error}"[:200])
+        for i, (plan, micro) in enumerate(zip(plans, self.block_times(plans), strict=True)):
+            if isinstance(micro, Exception):
+                self._note("block", name(plan), None, f"{type(micro).__name__}: {micro}"[:200])
                 if i == 0:
-                    raise
+                    raise micro
                 continue
-            self._note("block", name(plan), timed[-1][0])
+            self._note("block", name(plan), micro)
+            timed.append((micro, i, plan))
         micro, _, plan = min(timed, key=lambda row: row[0] * (1 + NOISE * (row[1] > 0)))
         _logger.info("engine: a block in %.1f µs by %s", micro, name(plan))
         return plan
@@ -312,8 +319,8 @@ def _relative(actual: Tensor, truth: Tensor) -> float:
     return float("inf") if error != error else error
 
 
-def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
-    """Median seconds of `run` as a CUDA graph."""
+def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run` as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -325,17 +332,37 @@ def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
             run()
         finally:
             graph.capture_end()
-        graph.replay()
-        times = []
-        for _ in range(replays):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
     torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
+    return graph
+
+
+def replay_time(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Mean seconds of a replay, of several one after the other."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / replays
+
+
+def times_in_turns(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+    """Median seconds of a replay of each, on a GPU that is warm, in turns."""
+    started = time.perf_counter()
+    while time.perf_counter() - started < WARM:
+        for graph in graphs:
+            graph.replay()
+        torch.cuda.synchronize()
+    rounds = [[replay_time(graph, ROUND_REPLAYS) for graph in graphs] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
+    """Median seconds of `run` as a CUDA graph."""
+    graph = capture(run)
+    graph.replay()
+    return statistics.median(replay_time(graph, 1) for _ in range(replays))
 
 
 # The choices of earlier runs

@@ -45,15 +45,16 @@ __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
 #if CLUSTER > 1
   asm volatile(
       "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at]; }" ::"r"(bar), "r"(rank) : "memory");
+      " mbarrier.arrive.shared::cluster.b64 _, [at]; }" ::"r"(bar), "r"(rank) : "memory");  // no wider: a fence
 #else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_sync() {
+// After barriers are initialised: before that nobody may signal another block's.
+__device__ __forceinline__ void cluster_start() {
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait;" ::: "memory");
 #endif
 }
 

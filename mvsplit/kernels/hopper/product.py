@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mvsplit.kernels.choices import cache_folder
 from mvsplit.kernels.fused.common import gain_stride
@@ -92,7 +93,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype) -> s
         "CLUSTER": cut.cluster, "LOADERS": cut.loaders, "STAGES": cut.stages,
         "KS": math.ceil(depth / _DEPTH), "EPI": kind, "IMG": image, "TYPE": f'"{name}"',
         "BF16": int(name == "bf16"), "CHUNK": tokens if kind == WRITE else _CHUNK,
-        "SCRATCH": _scratch(cut, kind), "TURN": -(-8 * cut.tokens // 128) * 128 + 64,
+        "SCRATCH": _scratch(cut, kind), "TURN": _turn(cut.tokens),
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
     common, kernel = ((_FOLDER / file).read_text() for file in ("common.cu", "product.cu"))
@@ -197,19 +198,15 @@ def _run(
         raise RuntimeError(
             f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device"
         )
-    helpers = 0
-    if sums is not None:  # one task for each 64 columns of each segment
-        tasks = a.shape[1] // 64 * 2 * sums.shape[0]
-        helpers = max(1, min(-(-tasks // cut.cluster), kernel.most_clusters - clusters))
     a_map = _rows_map(a, _box(cut))
     trunk_map = a_map if trunk is None else _rows_map(trunk, cut.tokens // 2)
     arguments = (
         _weight_map(w, cut, kind), a_map, trunk_map, out, ctypes.c_int(a.shape[0]),
         ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(0) * out.element_size()),
-        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), ctypes.c_int(clusters), a, sums,
+        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), a, sums,
         ctypes.c_int(a.shape[1]), *(meeting or (None, None)),
     )  # fmt: skip
-    kernel.launch(clusters + helpers, arguments, pdl=cut.pdl)
+    kernel.launch(clusters, arguments, pdl=cut.pdl)
 
 
 class Meeting(NamedTuple):
@@ -233,11 +230,16 @@ def plain(a: Tensor, w: Tensor, out: Tensor, cut: Cut, *, compile_only: bool = F
     _run(a, w, out, cut, PLAIN, compile_only=compile_only)
 
 
-def rotation_table(cos: Tensor, sin: Tensor) -> Tensor:
-    """cos, sin [rows, K/2] as the kernel reads them: [K/2, rows/2] of (cos, sin, cos, sin) of two
-    neighbouring rows."""
-    both = torch.stack((cos, sin), -1).transpose(0, 1)
-    return both.reshape(cos.shape[1], cos.shape[0] // 2, 4).float().contiguous()
+def rotation_table(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
+    """cos, sin [rows of a sample, K/2] as the kernel reads them by tiles of `tokens` rows:
+    [rows / tokens, K/2, pitch], a row of (cos, sin) by token, padded against bank conflicts."""
+    both = torch.stack((cos, sin), -1).float().unflatten(0, (-1, tokens)).transpose(1, 2)
+    return functional.pad(both.flatten(2), (0, _turn(tokens) // 4 - 2 * tokens)).contiguous()
+
+
+def _turn(tokens: int) -> int:
+    """Bytes of a row of the rotation's table: half a run of all banks more than a multiple."""
+    return -(-8 * tokens // 128) * 128 + 64
 
 
 def qkv(
@@ -249,7 +251,7 @@ def qkv(
     Args:
         x: [N, D].
         w: [(H + 2G)·128, D], rows of queries, then keys, then values.
-        rotation: of `rotation_table`, for the rows of a sample.
+        rotation: of `rotation_table`, for the tokens of the cut.
         cut: two groups, a head.
     """
     turn = (
