@@ -28,12 +28,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvsplit.data import Batch, Shapes, WordEmbedder
+from mvsplit.data import TASKS, Batch, Shapes, WordEmbedder
+from mvsplit.data.scenes import draw_scenes
 from mvsplit.evaluation.geneval import (
     GENEVAL,
     evaluate_shapes,
@@ -43,10 +45,11 @@ from mvsplit.evaluation.geneval import (
 )
 from mvsplit.evaluation.held_out import SERIES
 from mvsplit.evaluation.reader import read_pictures
-from mvsplit.models import DiT
+from mvsplit.models import DiT, DiTConfig
 from mvsplit.presets import get_preset
 from mvsplit.sampling import SAMPLERS, Engine, SamplingConfig, generate
-from mvsplit.training import Experiment, build_state, train_step
+from mvsplit.training import Experiment, Origin, Start, build_state, train_step
+from mvsplit.training.finetune import begin_from
 
 SIZE, WORDS = 32, 24  # pixels; tokens that every caption is padded to: one shape, one CUDA graph
 BUDGETS = (3, 5, 9, 13, 17, 25, 35, 51)  # all odd, as Heun's are
@@ -82,12 +85,24 @@ class Words:
         return self._words.spec()
 
 
+def of_tasks(series: int, scenes: int, tasks: tuple[str, ...]) -> list[int]:
+    """Which of the first `scenes` scenes of a series are of the tasks; all for all of GenEval's,
+    the composed ones too."""
+    if tasks == GENEVAL:
+        return list(range(scenes))
+    kinds = draw_scenes(series, np.arange(scenes, dtype=np.uint64)).task
+    return np.flatnonzero(np.isin(kinds, [TASKS.index(task) for task in tasks])).tolist()
+
+
 class Pool:
     """Rendered scenes in the device's memory, in random order; `train_step` reads it as a loader."""
 
-    def __init__(self, wanted: Experiment, scenes: int, device: torch.device) -> None:
+    def __init__(
+        self, wanted: Experiment, scenes: int, tasks: tuple[str, ...], device: torch.device
+    ) -> None:
         shapes = Shapes(size=SIZE, device=device)
-        parts = [shapes.fetch(range(i, min(i + 4096, scenes))) for i in range(0, scenes, 4096)]
+        numbers = of_tasks(shapes.seed, scenes, tasks)
+        parts = [shapes.fetch(numbers[i : i + 4096]) for i in range(0, len(numbers), 4096)]
         self.embedder = Words(wanted.model.text_width)
         texts = [self.embedder.encode(part.captions) for part in parts] + [
             self.embedder.encode([""])
@@ -97,6 +112,9 @@ class Pool:
         self._valid = torch.cat([valid for _, valid in texts]).to(device)
         self._batch, self._device, self.position = wanted.train.batch_size, device, 0
         self._generator = torch.Generator(device).manual_seed(0)
+
+    def __len__(self) -> int:
+        return len(self._data)
 
     def next_batch(self) -> Batch:
         count, generator, device = len(self._data), self._generator, self._device
@@ -112,10 +130,15 @@ class Pool:
         )
 
 
-def trained(wanted: Experiment, scenes: int, seconds: float) -> tuple[DiT, dict[str, Any]]:
+def trained(
+    wanted: Experiment, model: DiT | None, pool: Pool, seconds: float
+) -> tuple[DiT, dict[str, Any]]:
     """The averaged weights after `seconds`, the learning rate falling to zero over the last third."""
+    if model is not None:
+        wanted = replace(wanted, origin=Origin(source="given weights"))
     state = build_state(wanted)
-    state.loader = Pool(wanted, scenes, state.device)  # type: ignore[assignment]
+    begin_from(state, wanted, None if model is None else lambda: Start(model=model))
+    state.loader = pool  # type: ignore[assignment]
     constant, started, losses = state.schedule, time.perf_counter(), []
     spent = 0.0
 
@@ -126,7 +149,7 @@ def trained(wanted: Experiment, scenes: int, seconds: float) -> tuple[DiT, dict[
     while spent < seconds:
         metrics = train_step(state, wanted.train)
         spent = time.perf_counter() - started
-        if state.step % 500 == 0:
+        if state.step % 100 == 0:
             losses.append([state.step, round(metrics["loss"], 4)])
             print(f"[{spent:5.1f} s] step {state.step}, loss {metrics['loss']:.4f}", flush=True)
     assert state.ema is not None
@@ -136,9 +159,15 @@ def trained(wanted: Experiment, scenes: int, seconds: float) -> tuple[DiT, dict[
             weights[name].copy_(average)
     found = {
         "steps": state.step, "seconds": round(spent, 1), "batch": wanted.train.batch_size,
-        "scenes": scenes, "lr": wanted.train.lr, "losses": losses,
+        "scenes": len(pool), "lr": wanted.train.lr, "losses": losses,
     }  # fmt: skip
     return state.model.requires_grad_(False).eval(), found
+
+
+def read(path: Path, config: DiTConfig, device: torch.device) -> DiT:
+    model = DiT(config).to(device)
+    model.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+    return model.requires_grad_(False).eval()
 
 
 def draw(model: Engine, captions: list[str], sampler: str, steps: int, seed: int) -> Tensor:
@@ -159,13 +188,16 @@ def steps_for(name: str, budget: int) -> int:
 class Captions:
     """Held-out captions of the six tasks in turn, what they are to show, and rendered pictures."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, count: int, tasks: tuple[str, ...], device: torch.device) -> None:
         shapes = Shapes(size=SIZE, seed=SERIES, device=device)
-        numbers = geneval_indices(shapes, count)
+        numbers = geneval_indices(shapes, count * len(GENEVAL) // len(tasks))
+        scenes = scenes_at(shapes, numbers)
+        numbers = [n for n, scene in zip(numbers, scenes, strict=True) if scene.task in tasks]
         self.scenes = scenes_at(shapes, numbers)
         self.captions = [scene.caption for scene in self.scenes]
         self.own = shapes.fetch(numbers).latents
-        self.real = Shapes(size=SIZE, seed=SERIES + 2, device=device).fetch(range(count)).latents
+        other = of_tasks(SERIES + 2, 16 * count, tasks)[: len(numbers)]
+        self.real = Shapes(size=SIZE, seed=SERIES + 2, device=device).fetch(other).latents
 
     def gate(self) -> dict[str, float]:
         """How often rendered pictures are read right, and those of the next six captions' scenes."""
@@ -259,6 +291,8 @@ def save_plot(found: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--weights", type=Path, help="read if it is there, else trained and kept")
+    parser.add_argument("--start", type=Path, help="weights to train on from")
+    parser.add_argument("--tasks", nargs="+", default=GENEVAL, choices=GENEVAL)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=62.0, help="of training")
@@ -284,25 +318,24 @@ def run(args: argparse.Namespace) -> None:
     until = time.perf_counter() + args.budget
     device = torch.device(args.device)
     wanted = experiment(args.device, args.batch, args.lr)
-    asked = Captions(args.captions, device)
+    tasks = tuple(args.tasks)
+    asked = Captions(args.captions, tasks, device)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__, "captions": args.captions, "shift": SHIFT, "guidance": GUIDANCE,
+        "torch": torch.__version__, "captions": len(asked.captions), "tasks": tasks, "shift": SHIFT, "guidance": GUIDANCE,
         "gate": asked.gate(), "rows": [],
     }  # fmt: skip
     print(json.dumps(result["gate"]), flush=True)
     if args.weights and args.weights.is_file():
-        model = DiT(wanted.model).to(device)
-        model.load_state_dict({n: w.float() for n, w in load_file(args.weights).items()})
-        model.requires_grad_(False).eval()
+        model = read(args.weights, wanted.model, device)
     else:
-        model, result["training"] = trained(wanted, args.scenes, args.seconds)
+        start = read(args.start, wanted.model, device) if args.start else None
+        pool = Pool(wanted, args.scenes, tasks, device)
+        model, result["training"] = trained(wanted, start, pool, args.seconds)
         if args.weights:
-            kept = {
-                n: w.detach().bfloat16().cpu().contiguous() for n, w in model.state_dict().items()
-            }
-            save_file(kept, args.weights)
+            kept = {n: w.detach().bfloat16().cpu() for n, w in model.state_dict().items()}
+            save_file(kept, args.weights, {"training": json.dumps(result["training"])})
     engine = Engine(model.bfloat16() if device.type == "cuda" else model)
     for seed, name, steps, budget, scores in measure(engine, asked, args.seeds, until):
         row = {"seed": seed, "sampler": name, "steps": steps, "budget": budget, "scores": scores}

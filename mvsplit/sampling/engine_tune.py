@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -64,7 +65,7 @@ _BLOCKS = [
     )
 ]  # fmt: skip
 _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
-_FINALISTS = 6  # of each stage, that are tried within a whole block
+_FINALISTS = 4  # of each stage, that are tried within a whole block
 
 
 # tokens, products along them, warpgroups, cluster, stages
@@ -81,7 +82,7 @@ _KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2"
 
 def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
     """The products in CUDA C++ that can do a stage at this shape."""
-    if not _is_hopper(weight) or weight.shape[1] % 8 or weight.data_ptr() % 16:
+    if not product.runs_on(weight) or weight.data_ptr() % 16:
         return []
     can = (cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight))
     if stage == "qkv":
@@ -103,8 +104,9 @@ def candidates(stage: str, network: Network) -> list[Choice]:
     }[stage]  # fmt: skip
     tiles = _WRITERS if stage in ("proj", "w2") else _WIDE
     tiles = [tile for tile in tiles if _worthwhile(tile, stage, network)]
-    if _is_hopper(weight) and tiles[0].fits_tma(weight):
-        tiles = tiles + [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
+    if _is_hopper(weight) and tiles[0].fits_tma(weight):  # the copy engine was faster every time
+        copied = [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
+        tiles = copied or tiles
     own = cuts(stage, network, weight)
     if stage not in ("proj", "w2"):
         return [*ordinary, *tiles, *own]
@@ -264,10 +266,16 @@ class Tuner:
         """Microseconds of a whole block by each of several plans, measured in turns; why not, where
         this Triton or driver has no such launch."""
         graphs: list[torch.cuda.CUDAGraph | Exception] = []
+        inputs = []  # that graphs read, where a plan's trunk is not always in the same place
+
+        def run(plan: Plan) -> None:
+            inputs.append(self.network.x)
+            self.network.run_blocks(self.blocks, plan)
+
         for plan in plans:
             try:
                 self._prepare(plan)
-                graphs.append(capture(lambda p=plan: self.network.run_blocks(self.blocks, p)))  # type: ignore[misc]
+                graphs.append(capture(partial(run, plan)))
             except Exception as error:
                 graphs.append(error)
         good = [graph for graph in graphs if not isinstance(graph, Exception)]

@@ -115,6 +115,15 @@ def shared_bytes(cut: Cut, kind: int) -> int:
     return cut.stages * stage + _scratch(cut, kind) + 16 * cut.stages
 
 
+def runs_on(weight: Tensor) -> bool:
+    """Whether these kernels are for the device and the dtype of a weight."""
+    return (
+        weight.is_cuda
+        and torch.cuda.get_device_capability(weight.device) == (9, 0)
+        and weight.dtype in (torch.bfloat16, torch.float16)
+    )
+
+
 def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
     """Whether a kernel so cut can do a product with `weight` [out, in] on a stream: whole tiles of
     columns, tiles that begin where samples do, shared memory that is there. A writer's tile is a
