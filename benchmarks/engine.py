@@ -112,10 +112,11 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class Report:
-    """What was found so far, on disk after every stage."""
+class Report(logging.Handler):
+    """What was found so far, and what the engine said, on disk after every stage."""
 
     def __init__(self, path: Path | None, budget: float, stages: str) -> None:
+        super().__init__()
         self.path, self.budget, self.started = path, budget, time.perf_counter()
         self.found: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
@@ -124,7 +125,11 @@ class Report:
             "triton": triton.__version__,
             "command": f"python benchmarks/engine.py --stages {stages}",
             "released": RELEASED,
+            "log": [],
         }
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found["log"].append(record.getMessage())
 
     @property
     def spent(self) -> float:
@@ -272,7 +277,7 @@ def pictures(report: Report, model: DiT) -> None:
     def draw(batch: int, steps: int = STEPS) -> None:
         latents[0] = sample(engine, batch, torch.bfloat16, steps)
 
-    for batch, repeats in ((1, 4), (8, 2)):
+    for batch, repeats in ((1, 3), (8, 2)):
         first = timed(lambda b=batch: draw(b, 1))
         times = [timed(lambda b=batch: draw(b)) for _ in range(repeats)]
         report.add(f"pictures_{batch}", {
@@ -375,6 +380,7 @@ def main() -> None:
         return
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     report = Report(args.json, args.budget, args.stages)
+    logging.getLogger("mvsplit.sampling").addHandler(report)
     deep: list[DiT] = []
 
     def model() -> DiT:

@@ -1,237 +1,241 @@
-"""Correctness and time of the Hopper products, each variant guarded."""
+"""Claim: the engine's products in CUDA C++, with what follows them fused in, take little longer on
+a Hopper GPU than cuBLAS takes for the product alone.
 
-import json, os, subprocess, sys, time
+Gate: each agrees with an fp32 computation of the same inputs as closely as bf16 can (twice the
+error of rounding the fp32 result), masked text too. Every variant runs in a process that is ended when it
+hangs; the next ones go on in another.
 
-out_dir = os.environ.get("JOBOUT", "/tmp")
-V = []
+    python benchmarks/engine_products.py [--seconds 60] [--json FILE]
+
+Cost: one Hopper GPU, about half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mvsplit.kernels import Gains, Segments, forced_backend, qk_norm_rope, split_merge, swiglu
+from mvsplit.kernels.choices import cache_folder
+from mvsplit.kernels.fused.stream import Stream
+from mvsplit.kernels.hopper import product
+from mvsplit.kernels.hopper.product import Cut
+from mvsplit.sampling.engine_tune import graph_time
+
+WIDTH, HEADS, IMAGE, TEXT, LAYERS = 1024, 8, 256, 32, 12
+TOKENS = IMAGE + TEXT
+COLUMNS = {"qkv": 3072, "swiglu": 6144, "summed": 1024, "write": 1024}
+KINDS = {
+    "qkv": product.QKV,
+    "swiglu": product.SWIGLU,
+    "summed": product.SUMMED,
+    "write": product.WRITE,
+}
+ALLOWED = 2.0  # times the error of rounding the truth to bf16
+SILENCE = 20.0  # seconds after which a variant hangs
+
+# kind, samples, depth, then tokens, products along them, warpgroups, cluster, stages
+VARIANTS: list[tuple[str, int, int, tuple[int, ...]]] = [
+    *(("write", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
+    *(("write", 16, 3072, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
+    *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
+    *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
+    *(("swiglu", 16, 1024, cut) for cut in ((192, 1, 3, 1, 4), (192, 1, 3, 2, 4))),
+    *(("qkv", 2, 1024, cut) for cut in ((144, 1, 2, 1, 5), (144, 1, 2, 2, 6))),
+    *(("swiglu", 2, 1024, cut) for cut in ((144, 1, 3, 1, 4), (144, 1, 3, 2, 5))),
+    *(("summed", 2, 1024, cut) for cut in ((96, 1, 1, 1, 8), (96, 1, 1, 2, 8), (96, 1, 1, 4, 8))),
+    *(("summed", 2, 3072, cut) for cut in ((96, 1, 1, 1, 8), (96, 1, 1, 2, 8), (96, 1, 1, 4, 8))),
+]
 
 
-def add(kind, rows, k, *cuts):
-    for c in cuts:
-        V.append((kind, rows, k, c))
+class Case:
+    """Inputs of a variant, its kernel and its truth."""
 
+    def __init__(self, kind: str, samples: int, depth: int, cut: tuple[int, ...]) -> None:
+        torch.manual_seed(0)
+        self.kind, self.cut, self.stream = kind, Cut(*cut), Stream(samples, IMAGE, TEXT)
+        rows, columns = samples * TOKENS, COLUMNS[kind]
+        self.a = self._draw(rows, depth)
+        self.weights = [self._draw(columns, depth) / depth**0.5 for _ in range(LAYERS)]
+        self.x = self._draw(rows, WIDTH)
+        outputs = columns // 2 if kind == "swiglu" else columns
+        self.out = torch.full((rows, outputs), torch.nan, device="cuda", dtype=torch.bfloat16)
+        angle = torch.randn(TOKENS, 64, device="cuda")
+        self.cos, self.sin = angle.cos(), angle.sin()
+        self.table = product.rotation_table(self.cos, self.sin, self.cut.tokens)
+        self.gains = Gains(*(self._draw(WIDTH) for _ in range(2)))
+        self.place = product.meeting(self.stream, WIDTH, self.a.device)
+        self.sums = torch.full((samples, 2, WIDTH), torch.nan, device="cuda")
+        self.partial = torch.full((self.stream.chunks, WIDTH), torch.nan, device="cuda")
+        counts = [(7 * i + 5) % (TEXT + 1) for i in range(samples)]
+        self.valid = torch.tensor(counts, device="cuda", dtype=torch.int32)
 
-add("write", 4608, 1024, (288, 2, 2, 1, 4), (288, 2, 2, 2, 4))
-add("write", 4608, 3072, (288, 2, 2, 1, 4), (288, 2, 2, 2, 4))
-add("qkv", 4608, 1024, (288, 2, 2, 1, 4), (288, 2, 2, 2, 4))
-add(
-    "swiglu",
-    4608,
-    1024,
-    (288, 2, 2, 1, 4),
-    (288, 2, 2, 2, 4),
-    (192, 1, 3, 1, 4),
-    (192, 1, 3, 2, 4),
-    (288, 2, 2, 4, 4),
-)
-add("plain", 4608, 3072, (288, 2, 2, 2, 4))
-add("qkv", 576, 1024, (144, 1, 2, 1, 5), (144, 1, 2, 2, 6), (144, 1, 2, 4, 6))
-add("swiglu", 576, 1024, (144, 1, 3, 1, 4), (144, 1, 3, 2, 4), (144, 1, 3, 2, 5), (288, 2, 2, 2, 4))
-add("write", 576, 1024, (288, 2, 2, 2, 4))
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda").bfloat16()
 
-
-def worker(first):
-    import torch
-    from torch.nn import functional
-
-    sys.path.insert(0, os.getcwd())
-    from mvsplit.kernels import Gains, qk_norm_rope, split_merge, swiglu, forced_backend, Segments
-    from mvsplit.kernels.hopper import product
-    from mvsplit.kernels.fused.stream import Stream
-    from mvsplit.sampling.engine_tune import graph_time
-
-    torch.manual_seed(0)
-    dev = "cuda"
-    rel = lambda a, b: ((a.float() - b.float()).norm() / b.float().norm()).item()
-    L = 12
-    from concurrent.futures import ThreadPoolExecutor
-
-    kid = {"plain": 0, "qkv": 1, "swiglu": 2, "write": 3}
-    from mvsplit.kernels.choices import cache_folder
-
-    t0 = time.time()
-    with ThreadPoolExecutor(16) as pool:
-        list(
-            pool.map(
-                lambda v: product.compiled(
-                    product.source(
-                        product.Cut(*v[3]),
-                        kid[v[0]],
-                        v[2],
-                        256 if v[0] == "write" else 0,
-                        torch.bfloat16,
-                    ),
-                    cache_folder() / "cuda",
-                ),
-                V[first:],
+    def run(self, weight: Tensor, cut: Cut, valid: Tensor | None = None) -> None:
+        a, stream = self.a, self.stream
+        if self.kind == "qkv":
+            product.qkv(a, weight, self.table, self.out, stream, HEADS, HEADS, 1e-6, cut)
+        elif self.kind == "swiglu":  # with few rows the sums of A are taken along
+            sums = self.sums if len(a) <= 2048 else None
+            product.swiglu(a, weight, self.out, sums, valid, stream, cut)
+        elif self.kind == "summed":
+            product.summed(a, weight, self.out, self.partial, valid, stream, cut)
+        else:
+            product.write(
+                a, weight, self.x, self.out, self.gains, valid, stream, 1e-5, self.place, cut
             )
+
+    def truths(self, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """What was written, and what should have been, in fp32."""
+        f = self.a.float() @ self.weights[0].float().T
+        by_sample = f.unflatten(0, (-1, TOKENS))
+        segments = self.stream.segments(valid, f.device)
+        real = torch.ones(f.shape[:1], dtype=torch.bool, device="cuda")
+        if segments.mask is not None:
+            real = segments.mask.flatten()
+        if self.kind == "qkv":
+            q, k, v = qk_norm_rope(by_sample, self.cos, self.sin, HEADS, HEADS, 1e-6)
+            yield (
+                self.out,
+                torch.cat([t.transpose(1, 2).flatten(-2) for t in (q, k, v)], -1).flatten(0, 1),
+            )
+        elif self.kind == "swiglu":
+            yield self.out, swiglu(f)
+            if len(f) <= 2048:
+                a = torch.where(real[:, None], self.a.float(), 0).unflatten(0, (-1, TOKENS))
+                yield self.sums, torch.stack([a[:, :IMAGE].sum(1), a[:, IMAGE:].sum(1)], 1)
+        elif self.kind == "summed":
+            yield self.out, f
+            yield self.partial, torch.where(real[:, None], f, 0).unflatten(0, (-1, 32)).sum(1)
+        else:
+            gains = Gains(*(g.float() for g in self.gains[:2]))
+            x = self.x.float().unflatten(0, (-1, TOKENS))
+            segments = Segments((IMAGE, TEXT)) if valid is None else segments
+            yield self.out, split_merge(x, by_sample, *gains, segments, 1e-5).flatten(0, 1)
+
+
+def relative(actual: Tensor, truth: Tensor) -> float:
+    value = ((actual.float() - truth).norm() / truth.norm()).item()
+    return float("inf") if value != value else value
+
+
+def measure(kind: str, samples: int, depth: int, cut: tuple[int, ...]) -> dict[str, Any]:
+    case, row = Case(kind, samples, depth, cut), {"kind": kind, "rows": samples * TOKENS}
+    row |= {"depth": depth, "cut": cut}
+    if not product.suits(case.cut, KINDS[kind], case.stream, case.weights[0]):
+        return {**row, "failed": "does not suit"}
+    for name, valid in (("errors", None), ("errors_masked", case.valid)):
+        case.run(case.weights[0], case.cut, valid)
+        torch.cuda.synchronize()
+        with forced_backend("reference"):
+            pairs = list(case.truths(valid))
+        row[name] = [relative(a, t) for a, t in pairs]
+        rounding = relative(pairs[0][1].bfloat16(), pairs[0][1])
+        if not all(error <= ALLOWED * rounding for error in row[name]):
+            return {**row, "failed": f"{name} {row[name]}, rounding alone {rounding:.2e}"}
+
+    def micro(run: Callable[[Tensor], object]) -> float:
+        return round(
+            graph_time(lambda: [run(w) for w in case.weights] and None, 15) / LAYERS * 1e6, 2
         )
-    print("compiled", round(time.time() - t0, 1), flush=True)
-    for i in range(first, len(V)):
-        kind, rows, k, c = V[i]
-        print("START", i, flush=True)
-        cut = product.Cut(*c)
-        B = rows // 288
-        s = Stream(B, 256, 32)
-        n = {"plain": 1024, "write": 1024, "qkv": 3072, "swiglu": 6144}[kind]
-        a = torch.randn(rows, k, device=dev).bfloat16()
-        ws = [(torch.randn(n, k, device=dev) / k**0.5).bfloat16() for _ in range(L)]
-        x = torch.randn(rows, 1024, device=dev).bfloat16()
-        y = torch.full(
-            (rows, n if kind != "swiglu" else n // 2),
-            float("nan"),
-            device=dev,
-            dtype=torch.bfloat16,
+
+    early = case.cut.with_pdl(True)
+    row["us"] = micro(lambda w: case.run(w, case.cut))
+    row["us_early"] = micro(lambda w: case.run(w, early))
+    row["cublas_us"] = micro(lambda w: functional.linear(case.a, w))
+    row["tflops"] = round(2 * samples * TOKENS * COLUMNS[kind] * depth / row["us_early"] / 1e6, 1)
+    return row
+
+
+def worker(first: int) -> None:
+    """Measures the variants from `first` on; a line in JSON for each."""
+
+    def build(variant: tuple[str, int, int, tuple[int, ...]]) -> None:
+        kind, _, depth, cut = variant
+        image = IMAGE if kind == "write" else 0
+        text = product.source(Cut(*cut), KINDS[kind], depth, image, torch.bfloat16)
+        product.compiled(text, cache_folder() / "cuda")
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(build, VARIANTS[first:]))
+    for i, variant in enumerate(VARIANTS[first:], first):
+        print(f"START {i}", flush=True)
+        print("ROW " + json.dumps(measure(*variant)), flush=True)
+
+
+def guarded(first: int, until: float, rows: list[dict[str, Any]]) -> int:
+    """Runs a worker; returns the variant at which it ended."""
+    command = [sys.executable, "-u", __file__, "--worker", str(first)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    at, heard = first - 1, time.perf_counter()
+
+    def listen() -> None:
+        nonlocal at, heard
+        assert child.stdout is not None
+        for line in child.stdout:
+            heard = time.perf_counter()
+            if line.startswith("START"):
+                at = int(line.split()[1])
+            elif line.startswith("ROW"):
+                rows.append(json.loads(line[4:]))
+                print(line[4:], end="", flush=True)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    while child.poll() is None:
+        time.sleep(0.1)
+        now = time.perf_counter()
+        if now - heard > SILENCE or now > until:
+            child.kill()
+    listener.join()
+    if child.returncode and time.perf_counter() < until and at >= first:
+        rows.append(
+            {"variant": VARIANTS[at], "failed": f"the process ended with {child.returncode}"}
         )
-        cos, sin = torch.randn(2, 288, 64, device=dev)
-        cos, sin = torch.cos(cos), torch.sin(cos)
-        table = product.rotation_table(cos, sin, cut.tokens)
-        gains = Gains(
-            (torch.rand(1024, device=dev) + 0.2).bfloat16(),
-            (torch.rand(1024, device=dev) + 0.5).bfloat16(),
-            None,
+        print(json.dumps(rows[-1]), flush=True)
+    return at if child.returncode else len(VARIANTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker is not None:
+        worker(args.worker)
+        return
+    rows: list[dict[str, Any]] = []
+    until, first = time.perf_counter() + args.seconds, 0
+    while first < len(VARIANTS) and time.perf_counter() < until:
+        first = guarded(first, until, rows) + 1
+    if args.json:
+        result = {
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if any("failed" in row for row in rows) or len(rows) < len(VARIANTS):
+        sys.exit(
+            f"{len(rows)} of {len(VARIANTS)} variants, failed: {[r for r in rows if 'failed' in r]}"
         )
-        place = product.meeting(s, 1024, torch.device(dev))
-        sums = torch.full((B, 2, 1024), float("nan"), device=dev)
-        row = {"i": i, "kind": kind, "rows": rows, "k": k, "cut": c}
-        try:
-            if not product.suits(
-                cut, {"plain": 0, "qkv": 1, "swiglu": 2, "write": 3}[kind], s, ws[0]
-            ):
-                raise RuntimeError("does not suit")
-
-            def run(w, cut=cut, valid=None):
-                if kind == "plain":
-                    product.plain(a, w, y, cut)
-                elif kind == "qkv":
-                    product.qkv(a, w, table, y, s, 8, 8, 1e-6, cut)
-                elif kind == "swiglu":
-                    product.swiglu(a, w, y, sums if rows < 1000 else None, valid, s, cut)
-                else:
-                    product.write(a, w, x, y, gains, valid, s, 1e-5, place, cut)
-
-            t0 = time.time()
-            run(ws[0])
-            torch.cuda.synchronize()
-            row["first_s"] = round(time.time() - t0, 2)
-            f = a.float() @ ws[0].float().T
-            with forced_backend("reference"):
-                if kind == "plain":
-                    truth = f
-                elif kind == "qkv":
-                    q, kk, v = qk_norm_rope(f.view(B, 288, -1), cos, sin, 8, 8, 1e-6)
-                    truth = torch.cat(
-                        [t.transpose(1, 2).flatten(-2) for t in (q, kk, v)], -1
-                    ).flatten(0, 1)
-                elif kind == "swiglu":
-                    truth = swiglu(f)
-                else:
-                    truth = split_merge(
-                        x.float().view(B, 288, -1),
-                        f.view(B, 288, -1),
-                        *[g if g is None else g.float() for g in gains],
-                        Segments((256, 32)),
-                        1e-5,
-                    ).flatten(0, 1)
-            row["error"] = rel(y, truth)
-            row["cast"] = rel(truth.bfloat16(), truth)
-            row["max"] = (y.float() - truth).abs().max().item()
-            if kind == "swiglu" and rows < 1000:
-                v = a.float().view(B, 288, -1)
-                t3 = torch.stack([v[:, :256].sum(1), v[:, 256:].sum(1)], 1)
-                row["error_sums"] = rel(sums, t3)
-            if kind == "write":
-                valid = torch.tensor(
-                    [(j * 7) % 33 for j in range(B)], device=dev, dtype=torch.int32
-                )
-                run(ws[0], valid=valid)
-                torch.cuda.synchronize()
-                seg = s.segments(valid, torch.device(dev))
-                with forced_backend("reference"):
-                    t2 = split_merge(
-                        x.float().view(B, 288, -1),
-                        f.view(B, 288, -1),
-                        *[g if g is None else g.float() for g in gains],
-                        seg,
-                        1e-5,
-                    ).flatten(0, 1)
-                row["error_masked"] = rel(y, t2)
-            from mvsplit.kernels.hopper.product import _kernel
-
-            if row["error"] < 0.02:
-                for pdl in (False, True):
-                    cc = cut.with_pdl(pdl)
-                    row["us_pdl" if pdl else "us"] = round(
-                        graph_time(lambda: [run(w, cc) for w in ws] and None, 15) / L * 1e6, 2
-                    )
-                row["cublas"] = round(
-                    graph_time(lambda: [functional.linear(a, w) for w in ws] and None, 15)
-                    / L
-                    * 1e6,
-                    2,
-                )
-                row["tflops"] = round(2 * rows * n * k / row["us"] / 1e6, 1)
-            kid = {"plain": 0, "qkv": 1, "swiglu": 2, "write": 3}[kind]
-            row["clusters"] = _kernel(
-                cut, kid, k, 256 if kind == "write" else 0, a.dtype, 0
-            ).most_clusters
-        except Exception as e:
-            row["failed"] = f"{type(e).__name__}: {e}"[:300]
-            print("ROW", json.dumps(row), flush=True)
-            if "CUDA" in row["failed"] or "fault" in row["failed"] or "illegal" in row["failed"]:
-                os._exit(3)
-            continue
-        print("ROW", json.dumps(row), flush=True)
-
-
-def main():
-    rows, first, deadline = [], 0, time.time() + float(sys.argv[1])
-    while first < len(V) and time.time() < deadline:
-        p = subprocess.Popen(
-            [sys.executable, "-u", __file__, "worker", str(first)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        last, quiet, tail = first - 1, time.time(), []
-        buf = ""
-        os.set_blocking(p.stdout.fileno(), False)
-        while p.poll() is None or buf:
-            chunk = None
-            try:
-                chunk = p.stdout.read()
-            except Exception:
-                chunk = None
-            if chunk:
-                buf += chunk
-                quiet = time.time()
-                *lines, buf = buf.split("\n")
-                for line in lines:
-                    if line.startswith("START"):
-                        last = int(line.split()[1])
-                    elif line.startswith("ROW"):
-                        rows.append(json.loads(line[4:]))
-                        print(line[4:], flush=True)
-                        json.dump(rows, open(f"{out_dir}/probe.json", "w"))
-                    else:
-                        tail.append(line)
-                        print(line[:200], flush=True)
-            elif p.poll() is not None:
-                break
-            else:
-                time.sleep(0.05)
-            if time.time() - quiet > 25 or time.time() > deadline:
-                p.kill()
-                print("killed at", last, flush=True)
-                break
-        p.wait()
-        if p.returncode == 0:
-            break
-        print("worker ended", p.returncode, "at", last, "\n".join(tail[-6:]), flush=True)
-        if last < first:
-            break
-        first = last + 1
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[2])) if sys.argv[1] == "worker" else main()
+    main()

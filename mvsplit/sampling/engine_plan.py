@@ -47,10 +47,10 @@ class Ordinary:
 
 @dataclass(frozen=True)
 class Writing:
-    """A writer and the merge after it, by the kernels for few rows; without a tile the product is
-    the ordinary one, and the sums of F and X are a launch of their own."""
+    """A writer and the merge after it, each by a kernel; without a tile the product is the ordinary
+    one, and the sums of F and X are a launch of their own."""
 
-    tile: Tile | None
+    tile: Tile | Cut | None
     rows: Rows
 
     def with_pdl(self, pdl: bool) -> Writing:
@@ -106,7 +106,9 @@ def _choice_to_json(choice: Choice) -> dict[str, Any]:
 def _choice_from_json(fields: dict[str, Any]) -> Choice:
     kind, rest = fields["kind"], {k: v for k, v in fields.items() if k != "kind"}
     if kind == "writing":
-        tile = None if rest["tile"] is None else Tile(**rest["tile"])
+        tile = rest["tile"]
+        if tile is not None:
+            tile = (Cut if "tokens" in tile else Tile)(**tile)
         return Writing(tile, Rows(**rest["rows"]))
     return _CHOICES[kind](**rest)
 
@@ -304,6 +306,13 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """F in parts, and the column sums that a merge with these gains needs."""
         means = stream_merge.takes_means(gains)
+        if isinstance(choice.tile, Cut):
+            out, partial = self._writer_buffers(1)
+            product.summed(
+                a, weight, out[0], partial[0], self.valid, self.stream, choice.tile,
+                compile_only=compile_only,
+            )  # fmt: skip
+            return out, partial
         if choice.tile is not None:
             out, partial = self._writer_buffers(choice.tile.split)
             stream_gemm.writer(

@@ -35,7 +35,7 @@ CACHE_VERSION = 3  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
-WARM = 0.4  # seconds of work before that; what is measured first would run at a higher clock
+WARM = 0.25  # seconds of work before that; what is measured first would run at a higher clock
 NOISE = 0.003  # of a block's time; what is not faster by more does not replace what is there
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
 
@@ -48,20 +48,18 @@ def _tiles(*rows: tuple[int, int, int, int, int]) -> list[Tile]:
 
 # rows, columns, depth, warps, stages
 _WIDE = _tiles(
-    (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 4, 5), (64, 256, 64, 8, 4),
-    (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2),
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
+    (64, 128, 64, 4, 4), (64, 128, 64, 4, 5), (64, 256, 64, 8, 4), (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
 )  # fmt: skip
 _WRITERS = _tiles(
     (64, 64, 64, 4, 4), (64, 64, 64, 4, 6), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4),
-    (64, 128, 128, 4, 3), (128, 64, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3),
+    (64, 128, 128, 4, 3), (128, 128, 64, 8, 4),
 )  # fmt: skip
 _BLOCKS = [
     Blocks(*row)
     for row in (
         (64, 32, 4, 2), (64, 32, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 1),
-        (64, 128, 4, 2), (64, 256, 8, 1), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3),
-        (128, 128, 8, 1), (128, 128, 8, 2), (32, 64, 4, 2),
+        (64, 128, 4, 2), (64, 256, 8, 1), (128, 32, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2),
     )
 ]  # fmt: skip
 _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
@@ -77,6 +75,7 @@ _CUTS = [
         (144, 1, 3, 2, 5),
     )
 ]  # fmt: skip
+_SUMMED = [Cut(*row) for row in ((96, 1, 1, 1, 8), (96, 1, 1, 2, 8), (96, 1, 1, 4, 8))]
 _KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
 
 
@@ -108,12 +107,15 @@ def candidates(stage: str, network: Network) -> list[Choice]:
         copied = [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
         tiles = copied or tiles
     own = cuts(stage, network, weight)
+    summed: list[Cut] = []
+    if network.stream.rows <= 2048 and product.runs_on(weight):
+        summed = [c for c in _SUMMED if product.suits(c, product.SUMMED, network.stream, weight)]
     if stage not in ("proj", "w2"):
         return [*ordinary, *tiles, *own]
     deep = weight.shape[1] >= 2 * weight.shape[0]
     splits = ((1, 2, 3) if deep else (1, 2)) if network.stream.rows <= 2048 else (1,)
     tiles = [replace(tile, split=split) for tile in tiles for split in splits]
-    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles]), *own]
+    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles, *summed]), *own]
 
 
 def _worthwhile(tile: Tile, stage: str, network: Network) -> bool:

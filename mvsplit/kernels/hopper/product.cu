@@ -13,7 +13,8 @@
 //   STAGES        steps along K that load at once; KS all steps, of 64
 //   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
 //                 for sums, after the stages;  TURN  bytes of a staged row of the rotation's table
-//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
+//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm; 4 plain, with
+//                 column sums over the real rows of every 32
 //   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
 //   TYPE          bf16 or f16
 
@@ -49,7 +50,9 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
   const int n_tiles = n_w / CLUSTER * n_tok;
 
   if (warp >= WARPS) {
+#if WG > 1
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#endif
     if (warp == WARPS && lane == 0) {
       int step = 0;
       for (int tile = cluster; tile < n_tiles; tile += clusters) {
@@ -101,7 +104,9 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     __syncwarp();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   } else {
+#if WG > 1
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
+#endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
@@ -324,6 +329,32 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
               acc[i][4 * j + e] *= r;
               acc[i][4 * j + 2 + e] *= r;
             }
+      }
+#endif
+
+#if EPI == 4
+      {
+        const int start = row % sample_rows, count = p_valid ? p_valid[row / sample_rows] : text;
+#pragma unroll
+        for (int c = 0; c < TOK / 32; ++c) {
+          float total[2] = {};
+#pragma unroll
+          for (int b = 4 * c; b < 4 * c + 4; ++b)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int t = start + 8 * b + lane_token + e;
+              const bool real = t < image || (t >= image_rows && t - image_rows < count);
+#pragma unroll
+              for (int h = 0; h < 2; ++h) total[h] += real ? acc[8 * b / NT][8 * b % NT / 2 + 2 * h + e] : 0.f;
+            }
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            total[h] += __shfl_xor_sync(~0u, total[h], 1);
+            total[h] += __shfl_xor_sync(~0u, total[h], 2);
+            if (lane % 4 == 0)
+              p_sum[(row / 32 + c) * n_w * COLUMNS + i_w * COLUMNS + warp * 16 + lane_row + 8 * h] = total[h];
+          }
+        }
       }
 #endif
 

@@ -2,6 +2,7 @@
 
     qkv      rotation and QK-norm
     swiglu   silu(gate)⊙value
+    summed   W_O and W_2, and column sums of their output for the merge that follows
     write    W_O and W_2 with the whole merge after them: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm
              (paper Eq. 7–8); a block holds all rows of a sample, so the means stay in it, and the
              blocks of a sample tell each other the norms
@@ -26,11 +27,11 @@ from torch.nn import functional
 
 from mvsplit.kernels.choices import cache_folder
 from mvsplit.kernels.fused.common import gain_stride
-from mvsplit.kernels.fused.stream import Stream
+from mvsplit.kernels.fused.stream import CHUNK, Stream
 from mvsplit.kernels.hopper.driver import Kernel, TensorMap, compiled
 from mvsplit.kernels.reference import Gain, Gains
 
-PLAIN, QKV, SWIGLU, WRITE = range(4)
+PLAIN, QKV, SWIGLU, WRITE, SUMMED = range(5)
 _FOLDER = Path(__file__).parent
 _DEPTH = 64  # of a step along K
 _SHARED = 232_448  # bytes that a block may have
@@ -135,6 +136,8 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
         blocks = weight.shape[0] // cut.columns * stream.batch
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
         return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
+    if kind == SUMMED and (stream.sample_rows % cut.tokens or cut.tokens % CHUNK):
+        return False
     if kind == QKV and (stream.sample_rows % cut.tokens or cut.groups != 2):
         return False
     return cut.tokens <= stream.rows and weight.shape[1] % 64 == 0
@@ -285,6 +288,26 @@ def swiglu(
     rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
     _run(
         x, w, out, cut, SWIGLU, rotation=rows, valid=valid, stream=stream, sums=sums,
+        compile_only=compile_only,
+    )  # fmt: skip
+
+
+def summed(
+    a: Tensor, w: Tensor, out: Tensor, partial: Tensor, valid: Tensor | None, stream: Stream,
+    cut: Cut, *, compile_only: bool = False,
+) -> None:  # fmt: skip
+    """`out` [N, D] ← A·Wᵀ; `partial` [C, D] ← its column sums over the real rows of every chunk of
+    the stream.
+
+    Args:
+        a: [N, E].
+        w: [D, E].
+        valid: [B] int32, real text tokens of each sample; None: all.
+        cut: its tokens are whole chunks, and samples whole tiles.
+    """
+    rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
+    _run(
+        a, w, out, cut, SUMMED, rotation=rows, valid=valid, stream=stream, sums=partial,
         compile_only=compile_only,
     )  # fmt: skip
 
