@@ -394,13 +394,13 @@ def main() -> None:
             20,
             lambda: gate(report, "gate", network(GATE_DEPTH), GATE_NOISES, reference=True),
         ),
-        "parts": (20, lambda: parts(report, "parts", network(16), 1)),
-        "pictures": (30, lambda: pictures(report, model())),
+        "parts": (6, lambda: parts(report, "parts", network(16), 1)),
+        "pictures": (25, lambda: pictures(report, model())),
         "compiled": (30, lambda: compiled(report, model())),
         "plain": (10, lambda: plain(report, model())),
         "deep_gate": (35, lambda: gate(report, "deep_gate", model(), 1, reference=False)),
         "starts": (45, lambda: starts(report, args.depth)),
-        "parts8": (25, lambda: parts(report, "parts8", network(16), 8)),
+        "parts8": (9, lambda: parts(report, "parts8", network(16), 8)),
     }
     for name in args.stages.split(","):
         needs, run = stages[name]
