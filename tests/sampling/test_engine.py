@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper.product import Cut
 from mvsplit.sampling import engine, engine_tune
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Ordinary, Plan, Writing
 from mvsplit.sampling.engine_tune import Tuner, load_plan, save_plan
@@ -204,7 +205,8 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     network = Network(model, latents, text, padded=False)
     path = tmp_path / "deep" / "engine.json"
     assert load_plan(network, path) is None
-    plan = OWN.with_pdl(True)
+    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 1, 5))
+    plan = plan.with_choice("w2", Writing(Cut(96, 1, 1, 2, 8), Rows()))
     save_plan(network, plan, path)
     assert load_plan(network, path) == plan
     longer = Network(model, latents, draw(model, text=40)[1], padded=False)
