@@ -1,18 +1,19 @@
-"""Claim: how good a picture is saturates with the evaluations of the velocity, and AB2 gets there with
-fewer than Euler: the share of captions drawn right in GenEval's six tasks on shapes, read exactly.
+"""Claim: how good a picture is saturates with the evaluations of the velocity, and AB2 gets there
+with fewer than Euler: captions drawn right in tasks of GenEval on shapes, read exactly, and the
+Fréchet distance to rendered pictures.
 
-A network on captioned shapes is trained (preset shapes-12l, narrower, on a GPU in about a minute), then
-every sampler draws the same held-out captions from the same noise at each budget of evaluations,
-guidance counted as one. Scored: `geneval_mean`, `caption_exact` and the Fréchet distance to rendered
-pictures, for several seeds of the noise; the spread is the standard deviation over them.
+A network on captioned shapes is trained (preset shapes-12l, narrower, on a GPU in about a minute),
+then every sampler draws the same held-out captions from the same noise at each budget of
+evaluations, guidance counted as one. The spread is the standard deviation over seeds of the noise.
 
 Gate: the reader reads rendered pictures of the held-out captions right (99.5 %), and the network
-draws more right than one that draws the pictures of other captions would.
+draws more right than the pictures of other captions are, by three standard errors.
 
-    python benchmarks/samplers_quality.py [--weights FILE] [--json FILE]   # trains where there is no FILE
+    python benchmarks/samplers_quality.py [--tasks …] [--weights FILE] [--json FILE]
     python benchmarks/samplers_quality.py --table FILE [--plot PNG]        # for docs/samplers.md
 
-Cost: about two minutes on an H200, training included.
+Where there is no FILE of weights, it trains, from --start or from nothing. Cost: about two minutes
+on an H200, training included.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def of_tasks(series: int, scenes: int, tasks: tuple[str, ...]) -> list[int]:
 
 
 class Pool:
-    """Rendered scenes in the device's memory, in random order; `train_step` reads it as a loader."""
+    """Rendered scenes in the device's memory, in random order, as a loader hands them out."""
 
     def __init__(
         self, wanted: Experiment, scenes: int, tasks: tuple[str, ...], device: torch.device
@@ -133,7 +134,7 @@ class Pool:
 def trained(
     wanted: Experiment, model: DiT | None, pool: Pool, seconds: float
 ) -> tuple[DiT, dict[str, Any]]:
-    """The averaged weights after `seconds`, the learning rate falling to zero over the last third."""
+    """The averaged weights after `seconds`; the rate falls to zero over the last third."""
     if model is not None:
         wanted = replace(wanted, origin=Origin(source="given weights"))
     state = build_state(wanted)
@@ -200,7 +201,7 @@ class Captions:
         self.real = Shapes(size=SIZE, seed=SERIES + 2, device=device).fetch(other).latents
 
     def gate(self) -> dict[str, float]:
-        """How often rendered pictures are read right, and those of the next six captions' scenes."""
+        """How often rendered pictures are read right, and by chance those of other captions."""
         seen = read_pictures(self.own)
         shifted = self.scenes[len(GENEVAL) :] + self.scenes[: len(GENEVAL)]
         right = [task_holds(s, q) for s, q in zip(seen, self.scenes, strict=True)]
@@ -323,7 +324,8 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__, "captions": len(asked.captions), "tasks": tasks, "shift": SHIFT, "guidance": GUIDANCE,
+        "torch": torch.__version__, "captions": len(asked.captions), "tasks": tasks,
+        "shift": SHIFT, "guidance": GUIDANCE,
         "gate": asked.gate(), "rows": [],
     }  # fmt: skip
     print(json.dumps(result["gate"]), flush=True)
