@@ -72,8 +72,8 @@ class Job:
     piece: int = 26
     piece_fp32: int = 13
     steps: int = 3
-    saved: int = 100  # layers whose state is saved: steps and copies both grow with them
-    window: int = 30  # steps between two saves
+    saved: int = 50  # layers whose state is saved: steps and copies both grow with them
+    window: int = 40  # steps between two saves
 
     def pieces(self, weights: str) -> tuple[int, int]:
         """Samples of a piece and pieces of a step, as in train_step.py where nothing is asked for:
