@@ -123,6 +123,7 @@ def save_and_step(
     each = without / window
     return {
         "checkpoint_bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        "processes": world(),
         "layers": len(trainer.model.blocks),
         "steps_in_a_window": window,
         "seconds_without": without,

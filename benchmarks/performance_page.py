@@ -85,7 +85,7 @@ def page() -> str:
         distance(graphs, eager, reference),
         engine(merged(load("engine_h200_*.json"))),
         several(
-            merged(load("parallel_step_h200x2_*.json")),
+            merged(load("parallel_step_h200*.json")),
             merged(load("eight_gpus_h200x*.json")),
             merged(load("eight_gpus_predicted.json")),
         ),

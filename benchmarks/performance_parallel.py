@@ -111,21 +111,25 @@ def _gates(found: Found) -> Iterator[str]:
 def _saving(found: Found) -> Iterator[str]:
     save, resume = found.get("save"), found.get("resume")
     if isinstance(save, dict) and "seconds_with" in save:
-        window, size = save["steps_in_a_window"], save["checkpoint_bytes"] / 1e9
-        thousandth = save["by_the_clock_if_every_1000"]
+        size, gpus = save["checkpoint_bytes"] / 1e9, _gpus(save["processes"])
         yield (
-            f"A save of {size:.1f} GB in the background: {window} steps take "
-            f"{save['seconds_without']:.1f} s without and {save['seconds_with']:.1f} s with it,\n"
-            f"{save['cost_of_a_save_in_steps']:.2f} steps more, {thousandth:.2%} of the time at a "
-            f"save every 1,000. The steps wait {save['seconds_of_the_copy']:.2f} s for the copy;\n"
-            f"it is on the disk after {save['seconds_until_written']:.0f} s."
+            f"A save in the background ({save['layers']} layers with bf16 weights, {size:.1f} GB, "
+            f"{gpus}): {save['steps_in_a_window']} steps take {save['seconds_without']:.2f} s\n"
+            f"without and {save['seconds_with']:.2f} s with it, {save['cost_of_a_save_in_steps']:.2f} "
+            f"steps more, {save['by_the_clock_if_every_1000']:.2%} at a save every 1,000 steps;\n"
+            f"steps wait {save['seconds_of_the_copy']:.2f} s for the copy, which is on the disk "
+            f"after {save['seconds_until_written']:.1f} s."
         )
     if isinstance(resume, dict) and "same_bits" in resume:
         bits = "bit for bit" if resume["same_bits"] else "with other bits"
         yield (
-            f"On {resume['processes']} of them the checkpoint is read, compared and taken over in "
-            f"{resume['seconds']:.0f} s, {bits}."
+            f"On {_gpus(resume['processes'])} it is read, compared with its checksums and taken "
+            f"over in {resume['seconds']:.1f} s, {bits}."
         )
+
+
+def _gpus(count: int) -> str:
+    return "one GPU" if count == 1 else f"{count} GPUs"
 
 
 def _foretold(predicted: Found, eight: Found) -> str:
