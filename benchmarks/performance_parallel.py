@@ -112,11 +112,12 @@ def _saving(found: Found) -> Iterator[str]:
     save, resume = found.get("save"), found.get("resume")
     if isinstance(save, dict) and "seconds_with" in save:
         size, gpus = save["checkpoint_bytes"] / 1e9, _gpus(save["processes"])
+        more, share = save["cost_of_a_save_in_steps"], save["by_the_clock_if_every_1000"]
         yield (
             f"A save in the background ({save['layers']} layers with bf16 weights, {size:.1f} GB, "
             f"{gpus}): {save['steps_in_a_window']} steps take {save['seconds_without']:.2f} s\n"
-            f"without and {save['seconds_with']:.2f} s with it, {save['cost_of_a_save_in_steps']:.2f} "
-            f"steps more, {save['by_the_clock_if_every_1000']:.2%} at a save every 1,000 steps;\n"
+            f"without and {save['seconds_with']:.2f} s with it, {more:.2f} steps more, "
+            f"{share:.2%} at a save every 1,000 steps;\n"
             f"steps wait {save['seconds_of_the_copy']:.2f} s for the copy, which is on the disk "
             f"after {save['seconds_until_written']:.1f} s."
         )

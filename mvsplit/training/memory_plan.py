@@ -96,7 +96,7 @@ def exchange_bytes(model: DiTConfig, config: TrainConfig, ranks: int) -> int:
     if ranks == 1:
         return 0
     if config.parallel.layout != "shard":
-        return 2 * STAGING + 5 * STAGING // ranks if config.bf16_weights else 0
+        return STAGING + 3 * STAGING // ranks if config.bf16_weights else 0
     parallel, matrices = config.parallel, cast_bytes(model)
     units = 2 + parallel.prefetch if parallel.reshard else -(-model.depth // parallel.unit)
     gathered = units * parallel.unit * matrices

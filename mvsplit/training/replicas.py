@@ -15,14 +15,13 @@ N elements of a buffer, R ranks.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from mvsplit.training.distributed import from_each, rank, world
 
-STAGING = 2**28  # bytes of a chunk of bf16 gradients, of which two are on their way at a time
+STAGING = 2**28  # bytes of bf16 gradients that are on their way at a time
 
 
 class Replicas:
@@ -39,34 +38,21 @@ class Replicas:
     def average_(self, grads: Tensor) -> None:
         """Replaces `grads` [N] by its mean over the ranks."""
         if grads.dtype == torch.bfloat16:
-            self._average_low_(grads)
+            size = STAGING // grads.element_size() // self.world * self.world
+            for chunk in grads.split(size):
+                self._average_low_(chunk)
         elif grads.is_cuda:
             distributed.all_reduce(grads, op=distributed.ReduceOp.AVG)
         else:
             distributed.all_reduce(grads)
             grads.div_(self.world)
 
-    def _average_low_(self, grads: Tensor) -> None:
-        """Chunk by chunk: each rank adds up one part of a chunk, of which the others send theirs,
-        while the next chunk is on its way."""
-        chunks = grads.split(STAGING // grads.element_size() // self.world * self.world)
-        coming, waiting = self._send(chunks[0]), []
-        for number, chunk in enumerate(chunks, start=1):
-            work, theirs = coming
-            if number < len(chunks):
-                coming = self._send(chunks[number])
-            work.wait()
-            total = theirs.view(self.world, -1).sum(0, dtype=torch.float32)
-            mean = total.div_(self.world).to(chunk.dtype)
-            waiting.append(_all_gather(chunk, mean, wait=False))
-            if number > 1:  # so that no more than two chunks' memory is held
-                waiting.pop(0).wait()
-        waiting.pop().wait()
-
-    def _send(self, chunk: Tensor) -> tuple[Any, Tensor]:
-        """Hands out the parts of a chunk, and takes in the others' versions of this rank's part."""
+    def _average_low_(self, chunk: Tensor) -> None:
+        """Each rank adds up one part of the chunk, of which the others send theirs."""
         theirs = torch.empty_like(chunk)
-        return distributed.all_to_all_single(theirs, chunk, async_op=True), theirs
+        distributed.all_to_all_single(theirs, chunk)
+        total = theirs.view(self.world, -1).sum(0, dtype=torch.float32)
+        _all_gather(chunk, total.div_(self.world).to(chunk.dtype))
 
     @torch.no_grad()
     def gather_(self, values: Tensor) -> None:
@@ -75,10 +61,10 @@ class Replicas:
         _all_gather(values, part if values.is_cuda else part.clone())
 
 
-def _all_gather(whole: Tensor, part: Tensor, wait: bool = True) -> Any:
+def _all_gather(whole: Tensor, part: Tensor) -> None:
     """Under the name that it has had since torch 2.13, or the one before."""
     gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
-    return gather(whole, part, async_op=not wait)
+    gather(whole, part)
 
 
 def from_holders(held: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
