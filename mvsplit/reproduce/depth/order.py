@@ -47,13 +47,13 @@ def in_order(size: BenchSize, entries: Sequence[Entry], rows: Rows) -> list[Benc
 
 
 def _weight(size: BenchSize) -> Callable[[_Wish], Any]:
-    """Within a phase: the best entries first, then rates near the middle of the sweep, then deep
-    networks, for what runs long should not begin last, then the lower of two rates."""
+    """Within a phase: the best entries first, then rates near the middle of the sweep, then shallow
+    networks, whose rows are there soon, then the lower of two rates."""
     middle = sum(map(place, size.rates)) / len(size.rates)
 
     def weight(wish: _Wish) -> Any:
         run = wish.run
-        return wish.phase, run.seed, wish.loss, abs(place(run.rate) - middle), -run.depth, run.rate
+        return wish.phase, run.seed, wish.loss, abs(place(run.rate) - middle), run.depth, run.rate
 
     return weight
 

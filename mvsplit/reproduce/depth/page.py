@@ -67,7 +67,8 @@ TRIED = """## What did not work
   one seed each.
 - Six runs of 400 layers at a time, beside other work on the GPU: 0.40–0.48 s a step, ten times what
   100 layers took a minute later, not four times. Why is not known: deep networks of small kernels
-  do not add up on a shared GPU as shallow ones do.
+  do not add up on a shared GPU as shallow ones do. Five of them beside other work, later: no row in
+  165 s. Since then shallow runs come first, and the progress of what runs long is told.
 """
 
 

@@ -146,11 +146,11 @@ def from_logs(path: Path, floor: float, *, finite: bool) -> dict[str, Any]:
     """What the logs say of a run: its curve, its collapse, its speed, the watch's words.
 
     Returns:
-        `curve`: the mean training loss of each WINDOW steps; `collapse_step`, `collapse_seconds`:
-        when it lost what it had learned, None where it did not; `seconds_a_step`: the median;
-        `seconds_stepping`: of all steps; `looks`: how many there were;
-        `similarity`: of tokens, deepest quarter, in the last look; `watch`: the first alarm, if
-        there was one, else the first warning.
+        `curve`, `seconds_curve`: the mean training loss and seconds of each WINDOW steps;
+        `collapse_step`, `collapse_seconds`: when it lost what it had learned, None where it did
+        not; `seconds_a_step`: the median; `seconds_stepping`: of all steps; `looks`: how many there
+        were; `similarity`: of tokens, deepest quarter, in the last look; `watch`: the first alarm,
+        if there was one, else the first warning.
     """
     lines = {line["step"]: line for line in read_lines(path / "metrics.jsonl")}
     metrics = [lines[step] for step in sorted(lines)]
@@ -172,6 +172,7 @@ def from_logs(path: Path, floor: float, *, finite: bool) -> dict[str, Any]:
         "watch": first_words(events),
         "looks": len(looks),
         "seconds_stepping": _finite(seconds.sum()),
+        "seconds_curve": [_finite(v) for v in windows(seconds)],
     }
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,9 +17,17 @@ import torch
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, get_entries
-from mvsplit.reproduce.depth.run import ROWS, check_row, read_rows, run_bench
+from mvsplit.reproduce.depth.run import (
+    ROWS,
+    RUNS,
+    WINDOW,
+    check_row,
+    read_rows,
+    run_bench,
+)
 from mvsplit.reproduce.depth.verdict import note_rule
 from mvsplit.reproduce.workers import worker_pool
+from mvsplit.training.files import read_lines
 
 RULE_FILE = "rule.json"
 RESTARTS = 3  # of the worker processes, after one of them has died
@@ -55,6 +63,7 @@ class DepthStudy:
         self.out, self.size, self.entries = Path(out), size, entries
         self.workers, self.say = workers or size.workers, say
         self.scratch = scratch
+        self.patience = 20.0  # seconds without a row after which the progress of the runs is told
         self._rows: list[dict[str, Any]] = []  # as far as this process knows them
         self.failed: dict[str, str] = {}  # runs that gave an error, by name
 
@@ -102,8 +111,21 @@ class DepthStudy:
                     busy[job] = run
                 if not busy:
                     return
-                for job in wait(busy, return_when=FIRST_COMPLETED).done:
+                done = wait(busy, timeout=self.patience, return_when=FIRST_COMPLETED).done
+                for job in done:
                     self._ended(busy.pop(job), job)
+                if not done:
+                    self._tell_progress(busy.values())
+
+    def _tell_progress(self, busy: Iterable[BenchRun]) -> None:
+        """How far the runs are, which is all that is known of them if the machine is taken away."""
+        for run in busy:
+            path = (self.scratch or self.out / RUNS) / run.name / "metrics.jsonl"
+            lines = list(read_lines(path))[-WINDOW:]
+            if lines:
+                seconds = sum(line["seconds"] for line in lines) / len(lines)
+                step = f"step {lines[-1]['step']} of {self.size.steps}"
+                self.say(f"{run.name}: {step}, {seconds:.3f} s a step")
 
     def _next(self, busy: Sequence[BenchRun], end: float) -> BenchRun | None:
         """What may begin: nothing that is running or has failed, nothing that would not come to its

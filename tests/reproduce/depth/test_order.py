@@ -29,12 +29,12 @@ def test_shapes_of_the_depth_against_width_table_have_equally_many_parameters():
     assert len({depth * width**2 for depth, width in GPU.shapes}) == 1
 
 
-def test_the_sweep_comes_first_the_middle_rate_and_the_deepest_before_others():
+def test_the_sweep_comes_first_the_middle_rate_and_the_shallowest_before_others():
     first = names([])
     assert first == [
         f"mvsplit-root-{depth}x16-lr{rate:.1e}-seed0"
         for rates in ([3.2e-3], [1e-3, 1e-2])
-        for depth in (3, 2)
+        for depth in (2, 3)
         for rate in rates
     ]
 
@@ -49,7 +49,7 @@ def test_seeds_follow_at_the_best_rate_and_then_the_last_depth_around_it():
     rows = swept(2, [0.6, 0.5, 0.7]) + swept(3, [0.6, 0.5, None])
     wanted = names(rows)
     assert wanted[:4] == [
-        f"mvsplit-root-{depth}x16-lr3.2e-03-seed{seed}" for seed in (1, 2) for depth in (3, 2)
+        f"mvsplit-root-{depth}x16-lr3.2e-03-seed{seed}" for seed in (1, 2) for depth in (2, 3)
     ]
     last = [name for name in wanted if "-4x16-" in name]
     assert sorted(last) == [

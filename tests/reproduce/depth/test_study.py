@@ -1,6 +1,9 @@
 """The bench as a whole, with runs that take no time: what runs, what not again, what fails."""
 
+import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +119,30 @@ def test_the_rule_is_noted_before_the_first_run(tmp_path, runs, monkeypatch):
 def test_there_is_at_least_one_worker(tmp_path):
     with pytest.raises(UserError, match="workers=0: must be at least 1"):
         DepthStudy(tmp_path, TINY, ENTRIES, workers=0)
+
+
+def test_what_runs_long_is_heard_of_before_it_ends(tmp_path, runs, monkeypatch):
+    heard = threading.Event()
+
+    def long(run, size, out: Path, end: float, scratch) -> bool:
+        log = scratch / run.name / "metrics.jsonl"
+        log.parent.mkdir(parents=True)
+        lines = [{"step": n, "seconds": 9.0 if n == 1 else 0.5} for n in range(1, 13)]
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert heard.wait(30)
+        return False  # left
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "step 12 of 20, 0.500 s a step" in text:  # the first steps are not among the last ten
+            heard.set()
+
+    said: list[str] = []
+    monkeypatch.setattr(module, "run_bench", long)
+    one = DepthStudy(tmp_path, TINY, ENTRIES, workers=1, scratch=tmp_path / "scratch", say=say)
+    one.patience = 0.05
+    monkeypatch.setattr(one, "_ended", lambda run, job: one.failed.setdefault(run.name, "left"))
+    one.entries = ENTRIES[:1]
+    one.size = replace(TINY, depths=(2, 3), rates=(1e-3,))
+    assert one.run() == []
+    assert heard.is_set()
