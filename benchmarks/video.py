@@ -75,7 +75,7 @@ def frames(args: argparse.Namespace, results: Results) -> None:
 def means(args: argparse.Namespace, results: Results) -> None:
     for seed in args.seeds:
         for mean in args.means:
-            wanted = video_runs.experiment(mean, seed, args.steps or 1500, args.device)
+            wanted = video_runs.experiment(mean, seed, args.steps or 1200, args.device)
             row = with_patience(lambda w=wanted: video_runs.run(w, count=args.count))
             results.add({"mean": mean, "seed": seed, **row})
             told = row["guidance 2"]
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=video_frames.DEPTH)
     parser.add_argument("--steps", type=int, help="that of the part or preset if not given")
     parser.add_argument("--means", nargs="+", default=list(video_runs.MEANS))
-    parser.add_argument("--count", type=int, default=256, help="samples that are scored")
+    parser.add_argument("--count", type=int, default=128, help="samples that are scored")
     parser.add_argument("--name", default="clips-12l", help="the preset")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of its training")
     parser.add_argument("--pictures", type=Path, help="where its samples go")

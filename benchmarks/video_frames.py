@@ -23,7 +23,7 @@ from mvsplit.training import DataConfig, Experiment, TrainConfig, build_state
 from mvsplit.training.step import train_step
 
 FRAMES = (1, 2, 4, 8, 16, 32)
-LOOKS = (1, 2, 4, 8, 16, 32, 64, 96)  # steps; the first looks at the network as it was drawn
+LOOKS = (1, 2, 4, 8, 16, 32)  # steps; the first looks at the network as it was drawn
 DEPTH = 100
 # name: rule, writers, whether it is trained
 VARIANTS: dict[str, tuple[str, str, bool]] = {

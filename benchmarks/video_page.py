@@ -123,8 +123,8 @@ def exponent_table(result: Row) -> str:
 def training_table(result: Row) -> str:
     """The first steps: the largest ratio met, and where the networks stand at the end."""
     lines = [
-        "| frames | plain: largest ratio in W_O | in W_2 | similarity, step 96 | loss, step 96 | "
-        "MV-Split: largest ratio in W_O | in W_2 | similarity, step 96 | loss, step 96 |",
+        "| frames | plain: largest ratio in W_O | in W_2 | similarity at the end | loss | "
+        "MV-Split: largest ratio in W_O | in W_2 | similarity at the end | loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for frames in FRAMES:

@@ -60,7 +60,7 @@ def experiment(mean: str, seed: int, steps: int, device: str) -> Experiment:
     config = TrainConfig(
         steps=steps,
         batch_size=64,
-        lr=1e-3,
+        lr=2e-3,
         warmup=100,
         ema_decay=0.99,
         precision="bf16" if device == "cuda" else "fp32",

@@ -4,7 +4,7 @@ what passes in front of what.
 Nothing learned. Every frame is read as a picture (`reader`); then
 
 1. What has one colour in several frames, the first or the last among them, is one object; its
-   shape is the one that most frames show.
+   shape is the one that most frames show, if any shows one.
 2. Its way is the best of a straight line and of a line that turns back once along one axis, by
    least squares; frames in which two objects come too near to be read apart do not count.
 3. Where the ways of two objects cross, the frames are painted both ways, either in front, and the
@@ -46,7 +46,7 @@ class SeenMover:
     """One object of a clip. Lengths are fractions of the side.
 
     Attributes:
-        shape, colour: names, as of a `SeenObject`.
+        shape, colour: names, as of a `SeenObject`; a shape of None is none that there is.
         radius: the median.
         way: dx, dy of its first direction, as far as it goes in the whole clip.
         bounces: whether it turns back.
@@ -54,7 +54,7 @@ class SeenMover:
         residual: root of the mean square of its distance from there, in frames that count.
     """
 
-    shape: str
+    shape: str | None
     colour: str
     radius: float
     way: tuple[float, float]
@@ -132,7 +132,7 @@ def _read_clip(clip: Tensor, frames: Sequence[SeenPicture]) -> SeenClip:
         tracks = {n: clear[n] if len(clear[n]) >= 2 else track for n, track in tracks.items()}
     objects = tuple(_mover(name, track, len(frames)) for name, track in tracks.items())
     background = Counter(frame.background for frame in frames).most_common(1)[0][0]
-    expected = sorted((thing.shape, thing.colour) for thing in objects)
+    expected = sorted((str(thing.shape), thing.colour) for thing in objects)
     agree = [
         sorted((str(t.shape), str(t.colour)) for t in frame.objects) == expected
         for frame, hidden in zip(frames, near, strict=True)
@@ -147,10 +147,10 @@ def _read_clip(clip: Tensor, frames: Sequence[SeenPicture]) -> SeenClip:
 
 
 def _observed(frames: Sequence[SeenPicture], colour: str) -> dict[int, SeenObject]:
-    """The frames that show one object of a colour, with a shape."""
+    """The frames that show one object of a colour."""
     found = {}
     for number, frame in enumerate(frames):
-        things = [thing for thing in frame.objects if thing.colour == colour and thing.shape]
+        things = [thing for thing in frame.objects if thing.colour == colour]
         if len(things) == 1:
             found[number] = things[0]
     return found
@@ -166,9 +166,9 @@ def _mover(colour: str, track: dict[int, SeenObject], frames: int) -> SeenMover:
         turned = _fit_turning(times, seen, every)
         if turned is not None and turned.error < straight.error / 4:
             way, bounces = turned, True
-    shapes = Counter(str(thing.shape) for thing in track.values())
+    shapes = Counter(thing.shape for thing in track.values() if thing.shape is not None)
     return SeenMover(
-        shape=shapes.most_common(1)[0][0],
+        shape=shapes.most_common(1)[0][0] if shapes else None,
         colour=colour,
         radius=float(np.median([thing.radius for thing in track.values()])),
         way=(float(way.velocity[0]), float(way.velocity[1])),
@@ -230,7 +230,8 @@ def _front(
     clip: Tensor, objects: tuple[SeenMover, ...], background: str | None, near: NDArray[np.bool_]
 ) -> SeenMover | None:
     """Which of two objects that cross is painted over the other, by painting both."""
-    if len(objects) != 2 or background is None or not near.any():
+    unnamed = background is None or any(thing.shape is None for thing in objects)
+    if len(objects) != 2 or unnamed or not near.any():
         return None
     shown = torch.from_numpy(np.flatnonzero(near))
     real = clip[:, shown.to(clip.device)]
@@ -243,12 +244,14 @@ def _front(
     return objects[1] if errors[0] < errors[1] else objects[0]
 
 
-def _painted(clip: Tensor, shown: Tensor, objects: Sequence[SeenMover], background: str) -> Tensor:
+def _painted(
+    clip: Tensor, shown: Tensor, objects: Sequence[SeenMover], background: str | None
+) -> Tensor:
     """Frames `shown` [n] as the renderer paints them, the last object in front. → [3, n, S, S]"""
     size = clip.shape[-1]
 
-    def colour(name: str) -> Tensor:
-        return (torch.tensor(RGB[name], device=clip.device) * 2 - 1)[:, None, None, None]
+    def colour(name: str | None) -> Tensor:
+        return (torch.tensor(RGB[str(name)], device=clip.device) * 2 - 1)[:, None, None, None]
 
     picture = colour(background).expand(-1, len(shown), size, size)
     for thing in objects:

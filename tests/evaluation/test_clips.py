@@ -14,13 +14,13 @@ from mvsplit.data.motions import MOTIONS, MotionClaim, MotionStatement
 from mvsplit.errors import UserError
 from mvsplit.evaluation.clip_reader import read_clips
 from mvsplit.evaluation.clips import (
-    bounce_holds,
+    bounces_hold,
     directions_hold,
     evaluate_clips,
     motion_holds,
     objects_hold,
     passing_holds,
-    speed_holds,
+    speeds_hold,
 )
 from mvsplit.evaluation.drawn import DrawnPictures
 
@@ -78,15 +78,18 @@ def test_what_is_said_otherwise_does_not_hold():
     wrong = {
         objects_hold: claims(said, shape=other(claim.shape, ("ring", "cross"))),
         directions_hold: claims(said, direction=other(claim.direction, ("left", "up"))),
-        speed_holds: claims(said, speed=other(claim.speed, ("slowly", "quickly"))),
-        bounce_holds: claims(said, bounces=True),
+        speeds_hold: claims(said, speed=other(claim.speed, ("slowly", "quickly"))),
+        bounces_hold: claims(said, bounces=True),
     }
     for holds, statement in wrong.items():
         assert holds(seen, said)
         assert not holds(seen, statement)
         assert not motion_holds(seen, statement)
     assert objects_hold(seen, wrong[directions_hold])
-    assert directions_hold(seen, wrong[speed_holds])
+    assert directions_hold(seen, wrong[speeds_hold])
+    assert directions_hold(seen, wrong[objects_hold])  # whatever the shape
+    unseen = claims(said, colour=other(claim.colour, ("red", "blue")))
+    assert not any(holds(seen, unseen) for holds in (*wrong, motion_holds))
     ground = replace(said, background=other(said.background, ("black", "white")))
     assert not motion_holds(seen, ground)
     assert not motion_holds(seen, replace(said, claims=said.claims * 2))
