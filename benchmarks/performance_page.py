@@ -17,7 +17,7 @@ from typing import Any
 
 from performance_parallel import several
 from performance_parts import distance, engine, fused, ideas, not_run, plans, training
-from performance_step import layers, low_precision, masked, thousand
+from performance_step import layers, low_precision, masked, more_ideas, thousand
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,7 +79,7 @@ def page() -> str:
         fused(rows(ops)),
         training(graphs, reference) + layers(graphs),
         thousand(deep),
-        masked(padded),
+        masked(padded, *load("masked_attention_h200_*_first.json")),
         low_precision(recipe, graphs),
         plans(graphs, eager, deep),
         distance(graphs, eager, reference),
@@ -89,7 +89,7 @@ def page() -> str:
             merged(load("eight_gpus_h200x*.json")),
             merged(load("eight_gpus_predicted.json")),
         ),
-        ideas(graphs, eager, reference, rows(ops)),
+        ideas(graphs, eager, reference, rows(ops), more_ideas(deep, padded)),
         not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )
     return "\n".join(part for part in parts if part)

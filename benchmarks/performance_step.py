@@ -10,13 +10,25 @@ from typing import Any
 
 from performance_parts import markdown
 
+from mvsplit.kernels.block_parts import Recompute
+from mvsplit.presets import get_preset
+from mvsplit.training.gpus import GPUS
+from mvsplit.training.memory_plan import kept_bytes
+from mvsplit.training.step_plan import StepPlan, plan_step, sample_of
+from mvsplit.training.step_time import Shape, step_time
+
 Found = dict[str, Any]
+_OTHER_BITS = (
+    "**other bits**, for the backward of attention adds up in any order (`--deterministic` has it "
+    "fixed since, not run on a GPU yet)"
+)
 _SAVED = 5.03  # bytes of a parameter in a checkpoint: its weight and the moments
 WAYS = ("cudnn, mask", "cudnn, square mask", "flash in sequences", "flash, packed")
 
 
-def masked(found: Found) -> str:
-    """What a mask on padded text costs in attention."""
+def masked(found: Found, first: Found) -> str:
+    """What a mask on padded text costs in attention; `first` is of a kernel that did not compute
+    rows anew."""
     if not found:
         return ""
     rows = []
@@ -41,9 +53,21 @@ in turn. *Packed*: real tokens gathered and scattered back.
 {markdown(head, rows)}
 Gate: against fp64 over the real keys alone, the chosen way is off by at most {_worst(found):.4f} (output and
 gradients), and by at most {max(away):.2f} times what cuDNN without a mask is where queries and keys point away from each
-other, which leaves the real keys next to no share of the softmax. cuDNN's kernel for unequal lengths
+other, which leaves the real keys next to no share of the softmax.{_lost_rows(found, first)} cuDNN's kernel for unequal lengths
 cannot be recorded in a CUDA graph. Sorting or splitting a batch removes no mask unless lengths are equal.
 """  # noqa: E501
+
+
+def _lost_rows(found: Found, first: Found) -> str:
+    """Why the figures of one run are higher than those of the code as it is."""
+    if found.get("command", "").endswith("_again.json") or not first:
+        return ""
+    before = [row["ways"][_chosen(row)]["over_unmasked"] for row in first["rows"]]
+    off = max(max(_ratios(row)) for row in first["rows"])
+    return f"""
+Such rows are computed anew, in this run by the same kernel, which their registers slow: a run before,
+without them, cost {min(before):+.1%} to {max(before):+.1%}, but was {off:.1f} times as far off there. They have a kernel of
+their own since, which was not timed yet."""  # noqa: E501
 
 
 def _chosen(row: Found) -> str:
@@ -72,6 +96,8 @@ def thousand(found: Found) -> str:
     stage = found.get("thousand", {})
     if "seconds" not in stage:
         return ""
+    preset = get_preset("mvsplit-1000l-h200")
+    plan = plan_step(preset, GPUS["h200"], 1, sample_of(preset))
     again = ", ".join(f"{count} × {level}" for level, count in sorted(stage["recompute"].items()))
     samples = f"{stage['samples']} samples in pieces of {stage['piece']}"
     fall = f"{stage['mean_of_first_5']:.3f} → {stage['mean_of_last_5']:.3f}"
@@ -90,12 +116,12 @@ def thousand(found: Found) -> str:
     ]
     saved = found.get("resume")
     if saved:
-        same = "the same bits" if saved["same"] else "**other bits**"
+        same = "the same bits" if saved["same"] else _OTHER_BITS
         whole = stage["parameters"] * _SAVED / 1e9
         rows.append(
             [
                 "saved and resumed",
-                f"{saved['depth']} layers: 2 + 2 steps give {same} as 4, "
+                f"{saved['depth']} layers, 2 + 2 steps against 4: {same}; "
                 f"{saved['bytes'] / 1e9:.1f} GB (1000 layers have {whole:.0f} GB, more than that "
                 "machine's disk)",
             ]
@@ -105,7 +131,20 @@ def thousand(found: Found) -> str:
 `mvsplit train mvsplit-1000l-h200` by the run's own step: every parameter, clipping by the true global
 norm, 7 bytes a parameter. Captions are padded to the longest of the batch, masked.
 
-{markdown(("", ""), rows)}"""  # noqa: E501
+{markdown(("", ""), rows)}{_pieces(stage, plan)}"""  # noqa: E501
+
+
+def _pieces(stage: Found, plan: StepPlan) -> str:
+    """What the preset's pieces are now, where they were others in the run."""
+    if stage["piece"] == plan.shape.samples:
+        return ""
+    tokens, now = stage["piece"] * stage["length"], plan.shape
+    return f"""
+{stage["piece"]} samples are {tokens:,} tokens, which fill the GPU two times and a bit: products of D = 1024 wait for a
+third wave. The preset has pieces of {now.samples} since ({now.tokens:,} tokens), for which the plan foretells
+{plan.time.seconds:.1f} s for {plan.batch_size} samples and {plan.time.mfu:.1%} MFU; the same plan, which knows waves since, gives that run
+within 2 % ([below](#what-mvsplit-plan-foretells)).
+"""  # noqa: E501
 
 
 def low_precision(recipe: Found, graphs: Found) -> str:
@@ -115,7 +154,8 @@ def low_precision(recipe: Found, graphs: Found) -> str:
         gaps = ", ".join(f"{name} {gap:+.2%}" for name, gap in recipe["gaps"].items())
         steps = recipe["steps"]
         lines.append(
-            f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, {steps:,} steps, "
+            f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, {steps:,} of "
+            f"{recipe.get('of_steps', 1000):,} steps, "
             f"mean loss of the last 100 against\nfp32 AdamW from the same seed: {gaps}. "
             "At most 2 % was allowed."
         )
@@ -129,7 +169,7 @@ def low_precision(recipe: Found, graphs: Found) -> str:
         added = max(0.0, most["sum bf16"] ** 2 - most["sum fp32"] ** 2) ** 0.5
         lines.append(
             "Gradients of the matrices are added up in bf16. Their distance to fp32, "
-            f"‖g − g₃₂‖/‖g₃₂‖: {each}:\nthe rounding of the sum adds {added:.2%} where bf16 "
+            f"‖g − g₃₂‖/‖g₃₂‖:\n{each}:\nthe rounding of the sum adds {added:.2%} where bf16 "
             f"arithmetic alone is off by {most['sum fp32']:.2%}."
         )
     if not lines:
@@ -149,3 +189,45 @@ def layers(graphs: Found) -> str:
         "\nForward and backward of a layer of 26 samples, all computed again: "
         f"{shown} layers ({found['ratio'] - 1:+.1%}).\n"
     )
+
+
+def more_ideas(deep: Found, padded: Found) -> list[list[str]]:
+    """Rows of the table of ideas."""
+    rows = []
+    stage = deep.get("thousand", {})
+    if "seconds" in stage:
+        before, now = (_recompute_seconds(stage, levels) for levels in (_three_levels(stage), None))
+        rows.append(
+            [
+                "what a block keeps in five steps instead of three: f of the FFN first",
+                f"{before:.2f} → {now:.2f} s of recompute in the step of 1000 layers above (by the "
+                "plan, in the same memory)",
+            ]
+        )
+    if padded:
+        costs = [
+            [row["ways"][name]["over_unmasked"] for row in padded["rows"]]
+            for name in ("cudnn, mask", _chosen(padded["rows"][0]))
+        ]
+        each = " → ".join(f"{min(c):+.0%} … {max(c):+.0%}" for c in costs)
+        rows.append(["padding left out of the finished softmax instead of masked in it", each])
+    return rows
+
+
+def _recompute_seconds(stage: Found, levels: list[Recompute] | None) -> float:
+    """Of the step of 1000 layers by the plan's model: with such levels, or with those it had."""
+    found = levels or [name for name, n in stage["recompute"].items() for _ in range(n)]
+    preset = get_preset("mvsplit-1000l-h200")
+    pieces = stage["samples"] // stage["piece"]
+    shape = Shape(samples=stage["piece"], length=stage["length"], pieces=pieces)
+    time = step_time(preset.model, preset.train, shape, found, GPUS["h200"])
+    return time.parts["recompute"]
+
+
+def _three_levels(stage: Found) -> list[Recompute]:
+    """All or the packed projection computed again, in the bytes that the run kept."""
+    model = get_preset("mvsplit-1000l-h200").model
+    bytes_kept = sum(kept_bytes(model, name) * n for name, n in stage["recompute"].items())
+    each: dict[Recompute, int] = {name: kept_bytes(model, name) for name in ("packed", "all")}
+    packed = (bytes_kept - model.depth * each["all"]) // (each["packed"] - each["all"])
+    return ["all"] * (model.depth - packed) + ["packed"] * packed

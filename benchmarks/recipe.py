@@ -61,7 +61,7 @@ def experiment(variant: str, seed: int, steps: int, small: bool) -> Experiment:
         data=DataConfig(dataset="shapes", size=32),
         train=TrainConfig(
             steps=steps,
-            batch_size=8 if small else 16,
+            batch_size=8 if small else 64,
             lr=1e-3,
             warmup=100,
             ema_decay=0.0,
@@ -89,9 +89,18 @@ def learn(variant: str, seed: int, out: Path, args: argparse.Namespace) -> None:
             temporary.replace(out)
 
 
+class Stopped(Exception):
+    """SIGTERM has arrived."""
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
 def run_all(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """What each run has left behind, by variant and seed. No process outlives this one."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """What each run has left behind, by variant and seed, also where SIGTERM ends them early. No
+    process outlives this one."""
+    signal.signal(signal.SIGTERM, stop)
     files = {(v, s): folder / f"{v}-{s}.json" for s in args.seeds for v in args.variants}
     shared = [f"--steps={args.steps}", f"--budget={args.budget}", *(["--small"] * args.small)]
     processes = []
@@ -104,6 +113,8 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], dic
             print(
                 ", ".join(f"{v} {s}: {progress(out)}" for (v, s), out in files.items()), flush=True
             )
+    except Stopped:
+        print("stopped", flush=True)
     finally:
         for process in processes:
             process.kill()
@@ -166,6 +177,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "depth": model.depth,
         "width": model.width,
+        "of_steps": args.steps,
         "passed": whole and all(abs(gap) <= LIMIT for gap in found["gaps"].values()),
         **found,
     }

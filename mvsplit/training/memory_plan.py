@@ -27,7 +27,7 @@ from mvsplit.training.replicas import STAGING
 
 _logger = logging.getLogger(__name__)
 # Of the device's memory, for libraries and for what a graph's own pool takes more: 1000 layers used
-# 0.7 GiB more than planned (benchmarks/results/thousand_layers_h200_2026-11-28_first.json).
+# 0.7 GiB more than planned (benchmarks/results/thousand_layers_h200_2026-11-28.json).
 SPARE = 0.04
 PARTS = 2  # a block that runs part by part, while it is probed, keeps at most so many times more
 
