@@ -432,7 +432,7 @@ UNMEASURED = {
     "step split": "400 layers with fp32 weights in two halves",
     "per layer": "seconds a layer at 1000 layers against 100",
     "recipe": "the loss of bf16 weights against fp32 over 1,000 steps at 400 layers, D = 128",
-    "rival gate": "whether the gradients of the torch.compile rival are ours, which its row rests on",
+    "rival gate": "whether the gradients of the rival under torch.compile are ours",
     "resume": "a resumed run that has the same bits, with sums in a fixed order",
 }
 
