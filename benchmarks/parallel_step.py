@@ -50,7 +50,7 @@ from mvsplit.training.distributed import (
     rank,
     world,
 )
-from mvsplit.training.pieces import Piece
+from mvsplit.training.pieces import Piece, cut
 
 LAYOUTS = {
     "8 blocks a unit": ParallelConfig(layout="shard", unit=8),
@@ -75,11 +75,11 @@ class Job:
     saved: int = 50  # layers whose state is saved: steps and copies both grow with them
     window: int = 40  # steps between two saves
 
-    def pieces(self, weights: str) -> tuple[int, int]:
-        """Samples of a piece and pieces of a step, as in train_step.py where nothing is asked for:
-        fp32 weights leave less room."""
-        size = self.piece if weights == "bf16" else self.piece_fp32
-        return size, self.samples // size
+    def pieces(self, weights: str) -> list[int]:
+        """Samples of each piece of a step, as equal as they can be; as in train_step.py where
+        nothing is asked for: fp32 weights leave less room."""
+        most = self.piece if weights == "bf16" else self.piece_fp32
+        return [r.stop - r.start for r in cut(self.samples, -(-self.samples // most))]
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -130,17 +130,25 @@ def gate(job: Job, expected: list[float]) -> dict[str, Any]:
 # Steps
 
 
-def measure(trainer: Trainer, job: Job, piece: int, pieces: int) -> dict[str, Any]:
+def parts_of(trainer: Trainer, job: Job, weights: str) -> list[Piece]:
+    """This process's pieces of a step."""
+    sizes = job.pieces(weights)
+    return [trainer.piece(size, 100 * launched_rank() + k) for k, size in enumerate(sizes)]
+
+
+def measure(trainer: Trainer, job: Job, weights: str) -> dict[str, Any]:
     """The median step of this process, and what all of them made of it."""
-    parts = [trainer.piece(piece, 100 * launched_rank() + k) for k in range(pieces)]
+    parts = parts_of(trainer, job, weights)
     first = seconds(lambda: trainer.step(parts[:1]))
-    took = [seconds(lambda: trainer.step(parts)) for _ in range(job.steps + 1)][1:]
+    steps = job.steps + len({len(part.data) for part in parts})  # until every size is recorded
+    took = [seconds(lambda: trainer.step(parts)) for _ in range(steps)][-job.steps :]
     exchange = [seconds(lambda: trainer.optimizer.collect_grads()) for _ in range(2)][1]
     update = [seconds(lambda: trainer.optimizer.step(0.0)) for _ in range(2)][1]
-    found = rates(trainer, piece * pieces, statistics.median(took))
+    found = rates(trainer, job.samples, statistics.median(took))
     return {
-        "samples_on_each": piece * pieces,
-        "piece": piece,
+        "samples_on_each": job.samples,
+        "piece": len(parts[0].data),
+        "pieces": len(parts),
         "first_step_seconds": first,
         "all": took,
         **found,
@@ -156,7 +164,7 @@ def step(job: Job, weights: str, parallel: ParallelConfig) -> dict[str, Any]:
     free()
     settings = config(precision="bf16", weights=weights, parallel=parallel)
     trainer = Trainer(job.size.model(job.depth), settings, job.size, job.device)
-    return measure(trainer, job, *job.pieces(weights)) | {"weights": weights}
+    return measure(trainer, job, weights) | {"weights": weights}
 
 
 def sharded(job: Job) -> dict[str, Any]:
@@ -202,9 +210,7 @@ def saving(job: Job, folder: Path) -> dict[str, Any]:
     free()
     settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
     trainer = Trainer(job.size.model(job.saved), settings, job.size, job.device)
-    piece, pieces = job.pieces("bf16")
-    parts = [trainer.piece(piece, 100 * launched_rank() + k) for k in range(pieces)]
-    return save_and_step(trainer, parts, folder, job.window)
+    return save_and_step(trainer, parts_of(trainer, job, "bf16"), folder, job.window)
 
 
 def resume(job: Job, folder: Path) -> dict[str, Any]:
@@ -237,7 +243,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     job = Job(Size(), device)
     if args.batch:
-        job = replace(job, piece=32, piece_fp32=32, samples=args.batch // launched_world())
+        size = {"piece": args.piece, "piece_fp32": args.piece}
+        job = replace(job, **size, samples=args.batch // launched_world())
     if args.trial:
         small = {
             "depth": 4,
@@ -303,6 +310,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--trial", action="store_true", help="small, on CPUs")
     parser.add_argument("--batch", type=int, default=0, help="samples of all GPUs together")
+    parser.add_argument("--piece", type=int, default=26, help="samples at a time, with --batch")
     parser.add_argument("--steps", type=int, default=3, help="that are timed")
     parser.add_argument("--folder", type=Path, help="of checkpoints; else `save` makes one")
     parser.add_argument("--json", type=Path)

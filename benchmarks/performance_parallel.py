@@ -35,7 +35,7 @@ averaged, moments and update divided. *Sharded*: FSDP2, kernels launched one by 
 what was tested without GPUs: [parallel.md](parallel.md).
 
 {_measured(found)}
-{_foretold(predicted, eight)}"""  # noqa: E501
+{_foretold(predicted, eight, found.get("links"))}"""  # noqa: E501
 
 
 def _measured(found: Found) -> str:
@@ -133,7 +133,7 @@ def _gpus(count: int) -> str:
     return "one GPU" if count == 1 else f"{count} GPUs"
 
 
-def _foretold(predicted: Found, eight: Found) -> str:
+def _foretold(predicted: Found, eight: Found, links: Any) -> str:
     runs = eight.get("runs", {})
     rows = []
     base = {row["weights"]: row for row in predicted["rows"] if row["gpus"] == 1}
@@ -157,15 +157,27 @@ def _foretold(predicted: Found, eight: Found) -> str:
     return f"""### The paper's step on eight GPUs, foretold
 
 400 layers, D = 1024, {predicted["batch"]:,} samples of 256 + {predicted["text"]} tokens a step, in pieces of
-{predicted["piece"]}; the paper's own takes {paper["seconds"]} s on {paper["gpus"]}. What `mvsplit plan` said before any
+at most {predicted["piece"]}; the paper's own takes {paper["seconds"]} s on {paper["gpus"]}. What `mvsplit plan` said before any
 run ({predicted["date"]}, `{predicted["command"]}`); wanted are {target["seconds"]} s and {target["of_eight_times_one"]:.0%} of eight
 times one.
 
 {markdown((*head, "measured, s"), rows)}
 Assumed: each GPU sends and receives {gpu["link"] / 1e9:.0f} GB/s at a time in collectives, at any number of them;
 nothing of the exchange is hidden behind the arithmetic; each GPU computes as one alone does; loading
-and saving cost nothing. {_left(runs)}
+and saving cost nothing.{_at_measured_rates(predicted, links)} {_left(runs)}
 """  # noqa: E501
+
+
+def _at_measured_rates(predicted: Found, links: Any) -> str:
+    if not links:
+        return ""
+    row = max(predicted["rows"], key=lambda row: (row["weights"] == "bf16", row["gpus"]))
+    sent = row["bytes_sent"]
+    took = sent["all-reduce"] / links["average bf16"] + sent["all-gather"] / links["all-gather"]
+    return (
+        f" At the rates that two GPUs reached, the exchange\nof bf16 weights between {row['gpus']} "
+        f"would take {took:.3f} s."
+    )
 
 
 def _seconds_of(runs: Found, row: Found) -> str:

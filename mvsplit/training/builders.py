@@ -67,7 +67,7 @@ def build_state(experiment: Experiment) -> TrainState:
     seed_globals(config.seed)
     if config.deterministic:
         fix_orders()
-    _check_share(config)
+    check_share(config, world(), "processes of torchrun")
     device = resolve_device(config.device)
     loader = build_loader(experiment)
     layout = choose_layout(model_config, config, device, _tokens(experiment, loader.dataset))
@@ -176,14 +176,24 @@ def _check_policy(config: TrainConfig) -> None:
         )
 
 
-def _check_share(config: TrainConfig) -> None:
-    """Raises UserError where the processes cannot have equal shares of a batch, in equal pieces."""
-    if config.batch_size % (world() * config.accumulate):
+def check_share(config: TrainConfig, count: int, of_what: str) -> int:
+    """The samples that each of `count` processes has of a batch.
+
+    Raises:
+        UserError: they cannot have as many, or fewer than there are to be pieces.
+    """
+    share, rest = divmod(config.batch_size, count)
+    if rest:
         raise UserError(
-            f"train.batch_size={config.batch_size} is not divisible by train.accumulate="
-            f"{config.accumulate} times the {world()} processes of torchrun; choose a multiple of "
-            f"{world() * config.accumulate}"
+            f"train.batch_size={config.batch_size} is not divisible by the {count} {of_what}; "
+            f"choose a multiple of {count}"
         )
+    if share < config.accumulate:
+        raise UserError(
+            f"train.accumulate={config.accumulate}: each of the {count} {of_what} has {share} "
+            f"samples of a batch; choose at most so many pieces"
+        )
+    return share
 
 
 def build_data(config: DataConfig) -> Dataset:
@@ -288,7 +298,7 @@ def _tokens(experiment: Experiment, dataset: Dataset) -> int:
     """Of the largest piece of a batch on one process, padding included."""
     config = experiment.train
     image, words = largest_sample(dataset, experiment.model)
-    samples = config.batch_size // (world() * config.accumulate)
+    samples = -(-config.batch_size // (world() * config.accumulate))
     return samples * (image + padded(words))
 
 

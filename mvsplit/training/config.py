@@ -188,7 +188,7 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps of the whole run.
         batch_size: samples a step, whatever they are cut into, over all processes.
-        accumulate: pieces that a batch is cut into to save memory; a divisor of `batch_size`.
+        accumulate: pieces that a batch is cut into to save memory, as equal as they can be.
         lr: learning rate; None for 1e-3 / (0.2·√width), the µP rule of paper §4.
         lr_factor: multiplies the learning rate.
         gain_lr: multiplies it once more for the gains of the residual rules.
@@ -300,10 +300,10 @@ class TrainConfig:
                 "train.on_alarm='protect' gives every branch new gains, which train.tune would "
                 "freeze; choose rollback"
             )
-        if self.batch_size % self.accumulate:
+        if self.accumulate > self.batch_size:
             raise UserError(
-                f"train.batch_size={self.batch_size} is not divisible by "
-                f"train.accumulate={self.accumulate}; choose a divisor"
+                f"train.accumulate={self.accumulate}: there are only train.batch_size="
+                f"{self.batch_size} samples to cut; choose at most so many pieces"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,17 @@ class Piece:
     text_valid: Tensor | None  # [B]
     parts: Tensor | None = None  # how many such pieces the batch has, []
     rejected: Tensor | None = None  # x0 [B, C, H, W] of pairs, to which `data` was preferred
+
+
+def cut(samples: int, pieces: int) -> Iterator[slice]:
+    """The rows of so many pieces, as equal as they can be, the larger first: a graph of those has
+    room for the others."""
+    size, larger = divmod(samples, pieces)
+    start = 0
+    for number in range(pieces):
+        end = start + size + (number < larger)
+        yield slice(start, end)
+        start = end
 
 
 def padded(text: int) -> int:

@@ -163,7 +163,7 @@ class Rerun:
 
     def _parts(self, rows: list[int]) -> Iterator[Piece]:
         """The samples in pieces of the size that the run had."""
-        size = len(self.rows) // self.config.accumulate
+        size = -(-len(self.rows) // self.config.accumulate)
         for start in range(0, len(rows), size):
             chosen = torch.tensor(rows[start : start + size], device=self.state.device)
             whole = self._whole

@@ -31,7 +31,7 @@ from mvsplit.training.nonfinite import (
 from mvsplit.training.objective import FLOW, Objective
 from mvsplit.training.optimizer import clip_gradients_, global_norm
 from mvsplit.training.parallelize import sync_gradients
-from mvsplit.training.pieces import Piece, in_few_lengths
+from mvsplit.training.pieces import Piece, cut, in_few_lengths
 from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import anneal
@@ -55,9 +55,7 @@ def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -
     valid = None if batch.text_valid is None else batch.text_valid.to(device)
     if device.type == "cuda":
         text, valid = in_few_lengths(text, valid)
-    size = len(data) // config.accumulate
-    for start in range(0, len(data), size):
-        rows = slice(start, start + size)
+    for rows in cut(len(data), config.accumulate):
         yield Piece(
             data=data[rows],
             noise=noise[rows],

@@ -14,7 +14,12 @@ from typing import Any
 from mvsplit.data import Cache
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
-from mvsplit.training.builders import UNKNOWN_TEXT, build_data, largest_sample
+from mvsplit.training.builders import (
+    UNKNOWN_TEXT,
+    build_data,
+    check_share,
+    largest_sample,
+)
 from mvsplit.training.config import Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu
 from mvsplit.training.layout import Layout, layout_of, with_layout
@@ -156,20 +161,16 @@ def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
     """The share of one GPU, in pieces. Raises UserError as a run would."""
     if gpus < 1:
         raise UserError(f"gpus={gpus}: must be at least 1")
-    if config.batch_size % (gpus * config.accumulate):
-        raise UserError(
-            f"train.batch_size={config.batch_size} is not divisible by train.accumulate="
-            f"{config.accumulate} times {gpus} GPUs; choose a multiple of "
-            f"{gpus * config.accumulate}"
-        )
+    share = check_share(config, gpus, "GPUs")
     if gpus % config.parallel.replicas:
         raise UserError(
             f"train.parallel.replicas={config.parallel.replicas} does not divide {gpus} GPUs"
         )
     return Shape(
-        samples=config.batch_size // (gpus * config.accumulate),
+        samples=-(-share // config.accumulate),
         length=sample.length,
         pieces=config.accumulate,
+        share=share,
     )
 
 
@@ -193,8 +194,6 @@ def _larger_pieces(
     if share < _MUCH:
         return
     for pieces in range(1, config.accumulate):
-        if config.batch_size % (gpus * pieces):
-            continue
         fewer = replace(config, accumulate=pieces)
         *_, memory, faster = _figures(experiment.model, fewer, gpu, gpus, sample)
         if memory.fits:
@@ -268,16 +267,18 @@ def _try(
 
 
 def _numbers(config: TrainConfig, gpus: int, changes: dict[str, Any]) -> Iterator[dict[str, int]]:
-    """Values for what a change leaves open, the smallest first: divisors of the batch for
-    accumulate, and doubled GPUs."""
+    """Values for what a change leaves open, the smallest first: pieces, where they get smaller, and
+    doubled GPUs."""
     share = config.batch_size // gpus
     if "accumulate" in changes:
-        more = [k for k in range(config.accumulate + 1, share + 1) if share % k == 0]
+        counts = range(config.accumulate + 1, share + 1)
+        more = [k for k in counts if -(-share // k) < -(-share // (k - 1))]
         yield from ({"accumulate": k} for k in more or [config.accumulate])
     elif "gpus" in changes:
         doubled = [gpus * 2**k for k in range(1, 7) if gpus * 2**k <= _MOST_GPUS]
         options = [(n, k) for n in doubled for k in _pieces(config, gpus, n)]
-        fitting = [(n, k) for n, k in options if config.batch_size % (n * k) == 0]
+        size = config.batch_size
+        fitting = [(n, k) for n, k in options if size % n == 0 and k <= size // n]
         yield from ({"gpus": n, "accumulate": k} for n, k in fitting)
         if not fitting:
             yield {}

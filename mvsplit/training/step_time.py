@@ -73,14 +73,16 @@ class Shape:
     """What a GPU works on at a time.
 
     Attributes:
-        samples: of a piece on one GPU.
+        samples: of a piece on one GPU, the largest.
         length: T, tokens of a sample, padding included.
         pieces: forward and backward passes for an update.
+        share: samples of all pieces; None where all are as large.
     """
 
     samples: int
     length: int
     pieces: int
+    share: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -151,14 +153,17 @@ def step_time(
         if graphs
         else max(0.0, _launch_time(model, config, levels, sharded) - busy)
     )
+    share = shape.samples * shape.pieces if shape.share is None else shape.share
     parts = {name: shape.pieces * seconds for name, seconds in parts.items()}
+    for name in ("attention", "element-wise kernels"):  # a smaller piece saves no wave of products
+        parts[name] *= share / (shape.samples * shape.pieces)
     sent = _bytes_sent(model, config, shape, ranks) if sharded else _exchanged(model, config, ranks)
     communication = sum(sent.values()) / gpu.link
     hidden = sum(parts.values()) if sharded else 0.0
     parts["communication not hidden"] = max(0.0, communication - hidden)
     parts["optimiser"] = optimiser_bytes(model, config, ranks) / gpu.copy
     seconds = sum(parts.values())
-    tokens = shape.tokens * shape.pieces * ranks
+    tokens = share * shape.length * ranks
     return StepTime(
         parts={name: value for name, value in parts.items() if value},
         tokens_per_second=tokens / seconds,

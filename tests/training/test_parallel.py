@@ -31,7 +31,7 @@ SHARD = ["--parallel.layout", "shard"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "two": (2, []),
-    "two-in-pieces": (2, ["--accumulate", "2"]),
+    "two-in-pieces": (2, ["--accumulate", "3"]),  # of 2, 1 and 1 samples
     "four": (4, []),
     "two-sharded": (2, SHARD),
     "two-sharded-in-pieces": (2, [*SHARD, "--accumulate", "2"]),
@@ -126,7 +126,8 @@ def test_a_truncated_shard_is_passed_over_and_named(finished: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "9"], "train.batch_size=9 is not divisible by train.accumulate=1 times"),
+        (["--batch-size", "9"], "train.batch_size=9 is not divisible by the 2 processes"),
+        (["--accumulate", "5"], "train.accumulate=5: each of the 2 processes of torchrun has 4"),
         (["--parallel.replicas", "3"], "train.parallel.replicas=3 does not divide the 2 processes"),
         ([*SHARD, "--on-alarm", "protect"], "train.on_alarm='protect' changes the network while"),
         (

@@ -34,21 +34,24 @@ def gradients(experiment: Experiment) -> tuple[torch.Tensor, dict[str, torch.Ten
     return loss, {name: p.grad.clone() for name, p in state.model.named_parameters()}
 
 
-def test_two_times_eight_is_one_times_sixteen() -> None:
+@pytest.mark.parametrize("count", [2, 3])  # of 8, or of 6, 5 and 5 samples
+def test_pieces_are_one_times_sixteen(count: int) -> None:
     whole_loss, whole = gradients(runs.experiment(batch_size=16))
-    loss, halves = gradients(runs.experiment(batch_size=16, accumulate=2))
+    loss, cut = gradients(runs.experiment(batch_size=16, accumulate=count))
     torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=0)
     for name, gradient in whole.items():
-        torch.testing.assert_close(halves[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6)
         assert gradient.norm() > 0, name
 
 
-def test_pieces_are_the_batch_cut() -> None:
+@pytest.mark.parametrize(("count", "sizes"), [(4, [2, 2, 2, 2]), (3, [3, 3, 2])])
+def test_pieces_are_the_batch_cut(count: int, sizes: list[int]) -> None:
     """The same data, noise, times and text, whatever the cut; other steps, other chance."""
     state = build_state(runs.experiment())
     batch = state.loader.next_batch()
     (whole,) = pieces(batch, 5, runs.TRAIN, state.device)
-    parts = list(pieces(batch, 5, replace(runs.TRAIN, accumulate=4), state.device))
+    parts = list(pieces(batch, 5, replace(runs.TRAIN, accumulate=count), state.device))
+    assert [len(part.data) for part in parts] == sizes
     (later,) = pieces(batch, 6, runs.TRAIN, state.device)
     (other,) = pieces(batch, 5, replace(runs.TRAIN, seed=1), state.device)
     for field in ("data", "noise", "times", "text"):
