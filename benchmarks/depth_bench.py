@@ -6,7 +6,10 @@ Before the first run two short trainings on the device must come to the same los
 falling. Then runs in the order of what they tell (`mvsplit.reproduce.depth.order`), several at a
 time, until nothing is left or the minutes are over; the same command goes on with the same --out.
 --json keeps all rows in one file; --pages docs/experiments adds them to those that the page is
-drawn from, and --draw does no more than that.
+drawn from, and --draw does no more than that. --have FILE goes on from the rows in a file.
+
+`--time --json docs/experiments/results/depth-bench/timing-gpu.json` times steps instead, alone and
+side by side, about 75 s: run it first, for it says how many runs are worth sharing a device.
 
 Cost: not measured as a whole; any number of minutes gives a part of it.
 """
@@ -15,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mvsplit.errors import UserError
+from mvsplit.reproduce.check import check_training
 from mvsplit.reproduce.depth.plan import (
     SIZES,
     BenchRun,
@@ -35,27 +37,14 @@ from mvsplit.reproduce.depth.run import write_row
 from mvsplit.reproduce.depth.study import RULE_FILE, DepthStudy
 from mvsplit.reproduce.depth.timing import time_sharing
 from mvsplit.reproduce.depth.verdict import note_rule
-from mvsplit.training import train
-from mvsplit.training.files import read_lines
 
 
 def check(size: BenchSize) -> None:
-    """Raises AssertionError where a short run on the device is not repeatable or does not learn."""
+    """Raises RuntimeError where a short run on the device does not repeat itself, or learn."""
     run = BenchRun(
         entry=get_entries(["mvsplit-root"])[0], depth=4, width=size.width, rate=3.2e-3, seed=0
     )
-    experiment = run.experiment(replace(size, steps=40, warmup=5))
-    losses = []
-    for _ in range(2):
-        with tempfile.TemporaryDirectory() as folder:
-            train(experiment, folder)
-            losses.append([m["loss"] for m in read_lines(Path(folder) / "metrics.jsonl")])
-    first, second = losses
-    assert all(map(math.isfinite, first)), first
-    worst = max(abs(a - b) / b for a, b in zip(first, second, strict=True))
-    assert worst < 0.02, f"two runs of one seed differ by {worst:.2%}"
-    assert first[-1] < 0.8 * first[0], f"loss {first[0]:.3f} → {first[-1]:.3f}"
-    print(f"check: loss {first[0]:.3f} → {first[-1]:.3f}, two runs within {worst:.1e}", flush=True)
+    print(check_training(run.experiment(replace(size, steps=40, warmup=5))), flush=True)
 
 
 def main() -> None:

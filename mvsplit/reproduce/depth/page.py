@@ -200,4 +200,10 @@ def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         for words, names in (("not run", absent), (f"fewer than {len(size.seeds)} seeds", few)):
             if names:
                 lines.append(f"- {depth} layers, {words}: {', '.join(names)}")
-    return ["### Left to run\n", *(lines or ["Nothing."]), ""]
+    if not lines:
+        return ["### Left to run\n", "Nothing.\n"]
+    command = (
+        f"    python benchmarks/depth_bench.py --size {size.name} "
+        f"--have docs/experiments/{RESULTS}/{size.name}.json --pages docs/experiments\n"
+    )
+    return ["### Left to run\n", *lines, "", "Goes on with it, `--minutes` at a time:\n", command]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,18 +30,39 @@ def time_sharing(size: BenchSize, counts: Sequence[int] = SIDE_BY_SIDE) -> dict[
         `side_by_side`: by number of processes, the median seconds a step of each and the steps a
         second of all together; `alone`: by network; `device`, `torch`.
     """
+    with _holders(max(counts), size) as pipes:
+        found = _time(pipes, size, counts)
+    on_gpu = size.device != "cpu"
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return found | {"device": device, "torch": torch.__version__}
+
+
+@contextmanager
+def _holders(count: int, size: BenchSize) -> Iterator[list[Connection]]:
+    """Processes that hold a network each, by the pipes that lead to them."""
     context = get_context("spawn")
     pipes, processes = [], []
-    for _ in range(max(counts)):
+    for _ in range(count):
         mine, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, size), daemon=True)
         process.start()
         pipes.append(mine)
         processes.append(process)
+    try:
+        yield pipes
+    finally:
+        for pipe in pipes:
+            with suppress(OSError):  # one that has died
+                pipe.send(None)
+        for process in processes:
+            process.join()
+
+
+def _time(pipes: list[Connection], size: BenchSize, counts: Sequence[int]) -> dict[str, Any]:
     deepest = size.depths[-2]
     losses = _ask(pipes, [("set", SHARED, deepest, size.width)] * len(pipes))
-    worst = max(abs(a / b - 1) for each in losses for a, b in zip(each, losses[0], strict=True))
-    if not worst < ALIKE:  # NaN is not
+    pairs = [pair for each in losses for pair in zip(each, losses[0], strict=True)]
+    if not all(abs(a - b) < ALIKE * b for a, b in pairs):  # NaN is not
         raise RuntimeError(f"one network in several processes does not step alike: {losses}")
     found: dict[str, Any] = {"side_by_side": {}, "alone": {}, "steps": STEPS}
     for count in counts:
@@ -57,13 +79,7 @@ def time_sharing(size: BenchSize, counts: Sequence[int] = SIDE_BY_SIDE) -> dict[
             name = f"{network[0]}-{network[1]}x{network[2]}"
             found["alone"][name] = seconds
             print(f"alone {name}: {seconds:.4f} s a step", flush=True)
-    for pipe in pipes:
-        pipe.send(None)
-    for process in processes:
-        process.join()
-    on_gpu = size.device != "cpu"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    return found | {"device": device, "torch": torch.__version__}
+    return found
 
 
 def _networks(size: BenchSize) -> list[tuple[str, int, int]]:
