@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mvsplit.errors import UserError, nearest
-from mvsplit.kernels.block_parts import RECOMPUTE
+from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
+from mvsplit.training.typed_json import read_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +125,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         where = "train.parallel"
-        known = self.layout in ("auto", "replicate", "shard")
-        _require(self, "layout", known, "choose auto, replicate or shard", where)
+        _require_choices(self, where)
         fits = self.layout != "replicate" or self.replicas == 1
         _require(self, "replicas", fits, "only layout=shard divides the processes", where)
         for name in ("unit", "replicas"):
@@ -153,8 +151,7 @@ class TuneConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
-        known = self.what in ("all", "gains", "lora")
-        _require(self, "what", known, "choose all, gains or lora", "train.tune")
+        _require_choices(self, "train.tune")
 
     @property
     def freezes(self) -> bool:
@@ -282,19 +279,9 @@ class TrainConfig:
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "must be in [0, 1)")
         _require(self, "betas", all(0 <= b < 1 for b in self.betas), "both must be in [0, 1)")
         _require(self, "caption_dropout", 0 <= self.caption_dropout <= 1, "must be in [0, 1]")
-        _require(self, "precision", self.precision in ("fp32", "bf16"), "choose fp32 or bf16")
-        known = self.weights in ("fp32", "split", "bf16")
-        _require(self, "weights", known, "choose fp32, split or bf16")
+        _require_choices(self, "train")
         fits = self.weights == "fp32" or self.precision == "bf16"
         _require(self, "weights", fits, "needs train.precision=bf16")
-        choices = ("auto", *RECOMPUTE)
-        known = self.recompute in choices
-        _require(self, "recompute", known, f"choose one of: {', '.join(choices)}")
-        _require(self, "probe", self.probe in ("cheap", "all"), "choose cheap or all")
-        known = self.objective in ("flow", "dpo")
-        _require(self, "objective", known, "choose flow or dpo")
-        known = self.on_alarm in POLICIES
-        _require(self, "on_alarm", known, f"choose one of: {', '.join(POLICIES)}")
         if self.tune.freezes and self.on_alarm == "protect":
             raise UserError(
                 "train.on_alarm='protect' gives every branch new gains, which train.tune would "
@@ -352,6 +339,15 @@ class Experiment:
         """Without what is only recorded."""
         origin = None if self.origin is None else replace(self.origin, sha256=None)
         return replace(self, rule_now=None, origin=origin)
+
+
+def _require_choices(config: Any, where: str) -> None:
+    """Raises UserError where a field is none of the values that its type names."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(kind) is Literal:
+            allowed = typing.get_args(kind)
+            known = getattr(config, name) in allowed
+            _require(config, name, known, f"choose one of: {', '.join(allowed)}", where)
 
 
 def _require(config: Any, name: str, holds: bool, rule: str, where: str = "train") -> None:
@@ -412,47 +408,11 @@ def from_json(text: str, source: Path | str = "config.json") -> Experiment:
             f"{source} is not valid JSON ({error}); restore it, or start a new run folder"
         ) from error
     try:
-        return _read(Experiment, tree, "")
+        return read_as(Experiment, tree, "")
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
 def read_model_config(tree: Any, name: str) -> DiTConfig:
     """The network's configuration from parsed JSON. Raises UserError that begins with `name`."""
-    return _read_dataclass(DiTConfig, tree, name)
-
-
-def _read(hint: Any, value: Any, name: str) -> Any:
-    """`value` of parsed JSON as what the type `hint` asks for."""
-    if dataclasses.is_dataclass(hint):
-        return _read_dataclass(hint, value, name)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):  # of the form X | None
-        wanted = next(a for a in arguments if a is not type(None))
-        return None if value is None else _read(wanted, value, name)
-    if origin is tuple and isinstance(value, list) and arguments[-1] is Ellipsis:
-        return tuple(_read(arguments[0], v, name) for v in value)
-    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(_read(a, v, name) for a, v in zip(arguments, value, strict=True))
-    if origin is Literal and value in arguments:
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise UserError(f"{name}={value!r} is not of type {getattr(hint, '__name__', hint)}")
-
-
-def _read_dataclass(kind: Any, value: Any, name: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{name or 'the file'} must hold an object with the fields of {kind}")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{name}." if name else ""
-    for given in value:
-        if given not in hints:
-            raise UserError(f"{prefix}{given} is not a known field; {nearest(given, hints)}")
-    for known in dataclasses.fields(kind):
-        required = known.default is known.default_factory is dataclasses.MISSING
-        if required and known.name not in value:
-            raise UserError(f"{prefix}{known.name} is missing; add it")
-    return kind(**{key: _read(hints[key], item, prefix + key) for key, item in value.items()})
+    return read_as(DiTConfig, tree, name)
