@@ -6,6 +6,7 @@ error of rounding the fp32 result), masked text too. Every variant runs in a pro
 when it hangs; the next ones go on in another.
 
     python benchmarks/engine_products.py [--seconds 60] [--json FILE]
+    python benchmarks/engine_products.py --table FILE    # of docs/sampling.md
 
 Cost: one Hopper GPU, about half a minute.
 """
@@ -37,11 +38,10 @@ from mvsplit.sampling.engine_tune import graph_time
 
 WIDTH, HEADS, IMAGE, TEXT, LAYERS = 1024, 8, 256, 32, 12
 TOKENS = IMAGE + TEXT
-COLUMNS = {"qkv": 3072, "swiglu": 6144, "summed": 1024, "write": 1024}
+COLUMNS = {"qkv": 3072, "swiglu": 6144, "write": 1024}
 KINDS = {
     "qkv": product.QKV,
     "swiglu": product.SWIGLU,
-    "summed": product.SUMMED,
     "write": product.WRITE,
 }
 ALLOWED = 2.0  # times the error of rounding the truth to bf16
@@ -49,15 +49,14 @@ SILENCE = 20.0  # seconds after which a variant hangs
 
 # kind, samples, depth, then tokens, products along them, warpgroups, cluster, stages
 VARIANTS: list[tuple[str, int, int, tuple[int, ...]]] = [
-    *(("summed", 2, 3072, cut) for cut in ((96, 1, 1, 1, 8), (96, 1, 1, 2, 8), (96, 1, 1, 4, 8))),
-    *(("swiglu", 2, 1024, cut) for cut in ((144, 1, 3, 1, 4), (144, 1, 3, 2, 5))),
-    *(("qkv", 2, 1024, cut) for cut in ((144, 1, 2, 1, 5), (144, 1, 2, 2, 6))),
+    *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
     *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
     *(("swiglu", 16, 1024, cut) for cut in ((192, 1, 3, 1, 4), (192, 1, 3, 2, 4))),
-    *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
     *(("write", 16, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
     *(("write", 16, 3072, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
-    ("summed", 2, 1024, (96, 1, 1, 1, 8)),
+    *(("qkv", 2, 1024, cut) for cut in ((144, 1, 2, 1, 4), (144, 1, 2, 2, 6))),
+    *(("swiglu", 2, 1024, cut) for cut in ((144, 1, 3, 1, 4), (144, 1, 3, 2, 5))),
+    *(("swiglu", 2, 1024, cut) for cut in ((288, 2, 2, 1, 4), (288, 2, 2, 2, 4))),
 ]
 
 
@@ -75,11 +74,10 @@ class Case:
         self.out = torch.full((rows, outputs), torch.nan, device="cuda", dtype=torch.bfloat16)
         angle = torch.randn(TOKENS, 64, device="cuda")
         self.cos, self.sin = angle.cos(), angle.sin()
-        self.table = product.rotation_table(self.cos, self.sin, self.cut.tokens)
+        self.table = product.rotation_table(self.cos, self.sin)
         self.gains = Gains(*(self._draw(WIDTH) for _ in range(2)))
         self.place = product.meeting(self.stream, WIDTH, self.a.device)
         self.sums = torch.full((samples, 2, WIDTH), torch.nan, device="cuda")
-        self.partial = torch.full((self.stream.chunks, WIDTH), torch.nan, device="cuda")
         counts = [(7 * i + 5) % (TEXT + 1) for i in range(samples)]
         self.valid = torch.tensor(counts, device="cuda", dtype=torch.int32)
 
@@ -93,8 +91,6 @@ class Case:
         elif self.kind == "swiglu":  # with few rows the sums of A are taken along
             sums = self.sums if len(a) <= 2048 else None
             product.swiglu(a, weight, self.out, sums, valid, stream, cut)
-        elif self.kind == "summed":
-            product.summed(a, weight, self.out, self.partial, valid, stream, cut)
         else:
             product.write(
                 a, weight, self.x, self.out, self.gains, valid, stream, 1e-5, self.place, cut
@@ -119,9 +115,6 @@ class Case:
             if len(f) <= 2048:
                 a = torch.where(real[:, None], self.a.float(), 0).unflatten(0, (-1, TOKENS))
                 yield self.sums, torch.stack([a[:, :IMAGE].sum(1), a[:, IMAGE:].sum(1)], 1)
-        elif self.kind == "summed":
-            yield self.out, f
-            yield self.partial, torch.where(real[:, None], f, 0).unflatten(0, (-1, 32)).sum(1)
         else:
             gains = Gains(*(g.float() for g in self.gains[:2]))
             x = self.x.float().unflatten(0, (-1, TOKENS))
@@ -211,12 +204,42 @@ def guarded(first: int, until: float, rows: list[dict[str, Any]]) -> int:
     return at if child.returncode else len(VARIANTS)
 
 
+NAMES = {
+    ("qkv", 1024): "qkv, rotation, QK-norm",
+    ("write", 1024): "W_O and the merge",
+    ("swiglu", 1024): "w13 and SwiGLU",
+    ("write", 3072): "W_2 and the merge",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The fastest cut of each product as a table in Markdown."""
+    lines = [
+        "| | rows | µs | cuBLAS, the product alone | pairs of blocks |",
+        "|---|---|---|---|---|",
+    ]
+    for count in sorted({row["rows"] for row in rows}, reverse=True):
+        for (kind, depth), name in NAMES.items():
+            here = [r for r in rows if (r["kind"], r["rows"], r["depth"]) == (kind, count, depth)]
+            alone, paired = ([r for r in here if r["cut"][3] == n] for n in (1, 2))
+            if alone:
+                best = min(alone, key=lambda r: r["us_early"])
+                pair = f"{min(r['us_early'] for r in paired):.1f}" if paired else "–"
+                cells = (name, count, f"{best['us_early']:.1f}", f"{best['cublas_us']:.1f}", pair)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())["rows"]))
+        return
     if args.worker is not None:
         worker(args.worker)
         return

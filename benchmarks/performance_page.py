@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from performance_engine import engine
 from performance_parallel import several
-from performance_parts import distance, engine, fused, ideas, not_run, plans, training
+from performance_parts import distance, fused, ideas, not_run, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def page() -> str:
         low_precision(recipe, graphs),
         plans(graphs, eager, deep),
         distance(graphs, eager, reference),
-        engine(merged(load("engine_h200_*.json"))),
+        engine(load("engine_h200_*.json")),
         several(
             merged(load("parallel_step_h200*.json")),
             merged(load("eight_gpus_h200x*.json")),
@@ -101,7 +102,7 @@ def table(paths: Sequence[Path]) -> str:
     if "copy_bytes_per_second" in found:
         return fused(found["rows"])
     if any(name.startswith("pictures") for name in found):
-        return engine(found)
+        return engine([found])
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
     return training(found, reference)
 

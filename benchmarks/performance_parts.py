@@ -321,32 +321,6 @@ def _split(graphs: Found) -> str:
     )
 
 
-# The engine
-
-
-def engine(found: Found) -> str:
-    released = found["released"]
-    low, high = released["eager_s_per_picture"]
-    rows = [["released code, eager", f"{low}–{high}", "–"]]
-    rows.append(["released block in one CUDA graph", f"{released['one_graph_s_per_picture']}", "–"])
-    rival = found.get("compiled_block_in_one_graph")
-    if rival:
-        name = "a torch.compile'd block in one CUDA graph"
-        rows.append([name, f"{rival['seconds_1']:.2f}", f"{rival['seconds_8']:.2f}"])
-    ours = [found.get(f"pictures_{n}") for n in (1, 8)]
-    rows.append(["the engine", *(f"{o['seconds']:.2f}" if o else "–" for o in ours)])
-    head = ("1000 layers, 35 steps, guidance", "one picture, s", "eight, s")
-    gate = found.get("gate", {})
-    error = f"{gate['engine']:.4f} (bf16 ops: {gate['plain_bf16']:.4f})" if gate else "not run"
-    return f"""## Sampling
-
-Gate: distance of the latents to fp32 after 35 steps, {error}.
-
-{markdown(head, rows)}
-[Sampling fast](sampling.md) says how, what did not help and what is left.
-"""
-
-
 # Ideas
 
 

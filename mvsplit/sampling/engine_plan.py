@@ -47,10 +47,10 @@ class Ordinary:
 
 @dataclass(frozen=True)
 class Writing:
-    """A writer and the merge after it, each by a kernel; without a tile the product is the ordinary
-    one, and the sums of F and X are a launch of their own."""
+    """A writer and the merge after it, by the kernels for few rows; without a tile the product is
+    the ordinary one, and the sums of F and X are a launch of their own."""
 
-    tile: Tile | Cut | None
+    tile: Tile | None
     rows: Rows
 
     def with_pdl(self, pdl: bool) -> Writing:
@@ -106,9 +106,7 @@ def _choice_to_json(choice: Choice) -> dict[str, Any]:
 def _choice_from_json(fields: dict[str, Any]) -> Choice:
     kind, rest = fields["kind"], {k: v for k, v in fields.items() if k != "kind"}
     if kind == "writing":
-        tile = rest["tile"]
-        if tile is not None:
-            tile = (Cut if "tokens" in tile else Tile)(**tile)
+        tile = None if rest["tile"] is None else Tile(**rest["tile"])
         return Writing(tile, Rows(**rest["rows"]))
     return _CHOICES[kind](**rest)
 
@@ -143,7 +141,7 @@ class Network:
         )
         self.cos = self.stream.spread(tables[0], 1.0)
         self.sin = self.stream.spread(tables[1], 0.0)
-        self._rotations: dict[int, Tensor] = {}
+        self.rotation = product.rotation_table(self.cos, self.sin)
         self.meeting = product.meeting(self.stream, config.width, weight.device)
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.x = self.trunk  # [N, D]; what a stage reads, and then what it wrote:
@@ -214,7 +212,7 @@ class Network:
             self._take_heads()
         elif isinstance(choice, Cut):
             product.qkv(
-                self.x, w, self._rotation(choice.tokens), self.packed, self.stream, c.heads,
+                self.x, w, self.rotation, self.packed, self.stream, c.heads,
                 c.groups, c.qk_eps, choice, compile_only=compile_only,
             )  # fmt: skip
             self._take_heads()
@@ -222,11 +220,6 @@ class Network:
             packed = functional.linear(self._by_sample(self.x), w)
             qkv = qk_norm_rope(packed, self.cos, self.sin, c.heads, c.groups, c.qk_eps)
             self.q, self.k, self.v = qkv
-
-    def _rotation(self, tokens: int) -> Tensor:
-        if tokens not in self._rotations:
-            self._rotations[tokens] = product.rotation_table(self.cos, self.sin, tokens)
-        return self._rotations[tokens]
 
     def _take_heads(self) -> None:
         c = self.config
@@ -306,13 +299,6 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """F in parts, and the column sums that a merge with these gains needs."""
         means = stream_merge.takes_means(gains)
-        if isinstance(choice.tile, Cut):
-            out, partial = self._writer_buffers(1)
-            product.summed(
-                a, weight, out[0], partial[0], self.valid, self.stream, choice.tile,
-                compile_only=compile_only,
-            )  # fmt: skip
-            return out, partial
         if choice.tile is not None:
             out, partial = self._writer_buffers(choice.tile.split)
             stream_gemm.writer(

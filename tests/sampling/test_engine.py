@@ -206,7 +206,6 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     path = tmp_path / "deep" / "engine.json"
     assert load_plan(network, path) is None
     plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 1, 5))
-    plan = plan.with_choice("w2", Writing(Cut(96, 1, 1, 2, 8), Rows()))
     save_plan(network, plan, path)
     assert load_plan(network, path) == plan
     longer = Network(model, latents, draw(model, text=40)[1], padded=False)

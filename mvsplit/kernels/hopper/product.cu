@@ -13,18 +13,17 @@
 //   STAGES        steps along K that load at once; KS all steps, of 64
 //   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
 //                 for sums, after the stages;  TURN  bytes of a staged row of the rotation's table
-//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm; 4 plain, with
-//                 column sums over the real rows of every 32
+//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
 //   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
 //   TYPE          bf16 or f16
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, const __grid_constant__ Map map_x,
         char *out, int n_rows, int n_w, int n_tok, int pitch_out,
-        const char *rotation, int sample_rows, int n_rotated, float eps,
+        const float4 *rotation, int sample_rows, int n_rotated, float eps,
         Gain g_beta, Gain g_alpha, Gain g_leak,
         const int *p_valid, int image, int text, int image_rows,
-        const char *p_a, float *p_sum, int width, float *p_squares, u32 *p_arrived) {
+        int products, const char *p_a, float *p_sum, int width, float *p_squares, u32 *p_arrived) {
   extern __shared__ __align__(1024) char memory[];
   const u32 base = shared(memory);
   char *staging = memory + (EPI == 3 ? 0 : STAGES * STAGE);  // EPI 3 has no tile after this one
@@ -46,13 +45,11 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
   }
   __syncthreads();
   cluster_start();
-  const int cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-  const int n_tiles = n_w / CLUSTER * n_tok;
+  const int cluster = blockIdx.x / CLUSTER, clusters = products;
+  const int n_tiles = cluster < products ? n_w / CLUSTER * n_tok : 0;
 
   if (warp >= WARPS) {
-#if WG > 1
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-#endif
     if (warp == WARPS && lane == 0) {
       int step = 0;
       for (int tile = cluster; tile < n_tiles; tile += clusters) {
@@ -73,16 +70,18 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
           }
           load_a(to + W_BYTES, &map_a, bar, step, 64 * k, row, rank);
         }
-#if EPI == 1  // the rotation's table, sixteen channels at a time
+#if EPI == 1  // the rotation's table, row by row; a tile begins where a sample's tile does
         if (i_w < n_rotated)
           for (int p = 0; p < SLOTS; ++p, ++step) {
             const int s = step % STAGES;
-            const char *from = rotation + (row % sample_rows / TOK * SLOTS + p) * 16 * TURN;
             if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
-            barrier_expect(full + 8 * s, 16 * TURN);
-            asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-                    "r"(base + s * STAGE), "l"(from), "r"(16 * TURN), "r"(full + 8 * s) : "memory");
+            barrier_expect(full + 8 * s, 16 * 8 * TOK);
+            for (int c = 0; c < 16; ++c)
+              asm volatile(
+                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+                      "r"(base + s * STAGE + c * TURN),
+                  "l"(rotation + (p * 16 + c) * (sample_rows / 2) + row % sample_rows / 2), "r"(8 * TOK),
+                  "r"(full + 8 * s) : "memory");
           }
 #endif
 #if EPI == 3  // the trunk comes last, into stages that are free again
@@ -96,54 +95,19 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         }
 #endif
       }
-      // Nobody's shared memory goes while another block still signals it.
+#if CLUSTER > 1  // nobody's shared memory goes while another block still signals it
       const int released = EPI == 3 ? KS : step;
       for (int q = released > STAGES ? released - STAGES : 0; q < released; ++q)
         barrier_wait(empty + 8 * (q % STAGES), q / STAGES & 1);
+#endif
     }
     __syncwarp();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   } else {
-#if WG > 1
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
-#endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
-#if EPI == 2
-    // While the first tiles load: the columns of A added up by segment, for the merge to come.
-    for (int task = blockIdx.x; p_sum && task < width / 16 * (n_rows / sample_rows); task += gridDim.x) {
-      const int sample = task / (width / 16), column = task % (width / 16) * 16, side = threadIdx.x % 2;
-      const char *from = p_a + ((long long)sample * sample_rows * width + column + side * 8) * 2;
-      const int counts[2] = {image, p_valid ? p_valid[sample] : text};
-#pragma unroll
-      for (int seg = 0; seg < 2; ++seg) {
-        float total[8] = {};
-        for (int t = threadIdx.x / 2; t < counts[seg]; t += THREADS / 2) {
-          const Quad q = *(const Quad *)(from + (long long)(seg * image_rows + t) * width * 2);
-          const u32 both[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            total[2 * i] += low_half(both[i]);
-            total[2 * i + 1] += high_half(both[i]);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-#pragma unroll
-          for (int bit = 2; bit <= 16; bit <<= 1) total[i] += __shfl_xor_sync(~0u, total[i], bit);
-          if (lane < 2) sums[(warp * 2 + seg) * 16 + lane * 8 + i] = total[i];
-        }
-      }
-      consumers_sync();
-      if (threadIdx.x < 32) {
-        float all = 0.f;
-        for (int w = 0; w < WARPS; ++w) all += sums[w * 32 + threadIdx.x];
-        p_sum[(sample * 2 + threadIdx.x / 16) * width + column + threadIdx.x % 16] = all;
-      }
-      consumers_sync();
-    }
-#endif
     int step = 0;
     for (int tile = cluster; tile < n_tiles; tile += clusters) {
       const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
@@ -332,32 +296,6 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
       }
 #endif
 
-#if EPI == 4
-      {
-        const int start = row % sample_rows, count = p_valid ? p_valid[row / sample_rows] : text;
-#pragma unroll
-        for (int c = 0; c < TOK / 32; ++c) {
-          float total[2] = {};
-#pragma unroll
-          for (int b = 4 * c; b < 4 * c + 4; ++b)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int t = start + 8 * b + lane_token + e;
-              const bool real = t < image || (t >= image_rows && t - image_rows < count);
-#pragma unroll
-              for (int h = 0; h < 2; ++h) total[h] += real ? acc[8 * b / NT][8 * b % NT / 2 + 2 * h + e] : 0.f;
-            }
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            total[h] += __shfl_xor_sync(~0u, total[h], 1);
-            total[h] += __shfl_xor_sync(~0u, total[h], 2);
-            if (lane % 4 == 0)
-              p_sum[(row / 32 + c) * n_w * COLUMNS + i_w * COLUMNS + warp * 16 + lane_row + 8 * h] = total[h];
-          }
-        }
-      }
-#endif
-
       // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
 #pragma unroll
       for (int part = 0; part < TOK / CHUNK; ++part) {
@@ -388,5 +326,38 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
       }
       consumers_sync();
     }
+#if EPI == 2
+    // Clusters beyond those that multiply add up the columns of A by segment, for the merge to come.
+    const int helpers = gridDim.x - products * CLUSTER, slabs = width / 64;
+    for (int task = blockIdx.x - products * CLUSTER; cluster >= products && task < slabs * 2 * (n_rows / sample_rows);
+         task += helpers) {
+      const int sample = task / slabs / 2, in_text = task / slabs % 2, chunk = threadIdx.x % 8;
+      const int count = in_text ? (p_valid ? p_valid[sample] : text) : image;
+      const char *from = p_a + (long long)(sample * sample_rows + in_text * image_rows) * width * 2 + (task % slabs * 64 + chunk * 8) * 2;
+      float total[8] = {};
+      for (int t = threadIdx.x / 8; t < count; t += THREADS / 8) {
+        const Quad q = *(const Quad *)(from + (long long)t * width * 2);
+        const u32 both[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[2 * i] += low_half(both[i]);
+          total[2 * i + 1] += high_half(both[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        total[i] += __shfl_xor_sync(~0u, total[i], 8);
+        total[i] += __shfl_xor_sync(~0u, total[i], 16);
+        if (lane < 8) sums[warp * 64 + lane * 8 + i] = total[i];
+      }
+      consumers_sync();
+      if (threadIdx.x < 64) {
+        float all = 0.f;
+        for (int w = 0; w < WARPS; ++w) all += sums[w * 64 + threadIdx.x];
+        p_sum[(sample * 2 + in_text) * width + task % slabs * 64 + threadIdx.x] = all;
+      }
+      consumers_sync();
+    }
+#endif
   }
 }

@@ -2,7 +2,6 @@
 
     qkv      rotation and QK-norm
     swiglu   silu(gate)⊙value
-    summed   W_O and W_2, and column sums of their output for the merge that follows
     write    W_O and W_2 with the whole merge after them: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm
              (paper Eq. 7–8); a block holds all rows of a sample, so the means stay in it, and the
              blocks of a sample tell each other the norms
@@ -23,15 +22,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mvsplit.kernels.choices import cache_folder
 from mvsplit.kernels.fused.common import gain_stride
-from mvsplit.kernels.fused.stream import CHUNK, Stream
+from mvsplit.kernels.fused.stream import Stream
 from mvsplit.kernels.hopper.driver import Kernel, TensorMap, compiled
 from mvsplit.kernels.reference import Gain, Gains
 
-PLAIN, QKV, SWIGLU, WRITE, SUMMED = range(5)
+PLAIN, QKV, SWIGLU, WRITE = range(4)
 _FOLDER = Path(__file__).parent
 _DEPTH = 64  # of a step along K
 _SHARED = 232_448  # bytes that a block may have
@@ -136,8 +134,6 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
         blocks = weight.shape[0] // cut.columns * stream.batch
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
         return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
-    if kind == SUMMED and (stream.sample_rows % cut.tokens or cut.tokens % CHUNK):
-        return False
     if kind == QKV and (stream.sample_rows % cut.tokens or cut.groups != 2):
         return False
     return cut.tokens <= stream.rows and weight.shape[1] % 64 == 0
@@ -210,15 +206,19 @@ def _run(
         raise RuntimeError(
             f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device"
         )
+    helpers = 0
+    if sums is not None:  # one task for each 64 columns of each segment
+        tasks = a.shape[1] // 64 * 2 * sums.shape[0]
+        helpers = max(1, min(-(-tasks // cut.cluster), kernel.most_clusters - clusters))
     a_map = _rows_map(a, _box(cut))
     trunk_map = a_map if trunk is None else _rows_map(trunk, cut.tokens // 2)
     arguments = (
         _weight_map(w, cut, kind), a_map, trunk_map, out, ctypes.c_int(a.shape[0]),
         ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(0) * out.element_size()),
-        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), a, sums,
+        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), ctypes.c_int(clusters), a, sums,
         ctypes.c_int(a.shape[1]), *(meeting or (None, None)),
     )  # fmt: skip
-    kernel.launch(clusters, arguments, pdl=cut.pdl)
+    kernel.launch(clusters + helpers, arguments, pdl=cut.pdl)
 
 
 class Meeting(NamedTuple):
@@ -242,15 +242,16 @@ def plain(a: Tensor, w: Tensor, out: Tensor, cut: Cut, *, compile_only: bool = F
     _run(a, w, out, cut, PLAIN, compile_only=compile_only)
 
 
-def rotation_table(cos: Tensor, sin: Tensor, tokens: int) -> Tensor:
-    """cos, sin [rows of a sample, K/2] as the kernel reads them by tiles of `tokens` rows:
-    [rows / tokens, K/2, pitch], a row of (cos, sin) by token, padded against bank conflicts."""
-    both = torch.stack((cos, sin), -1).float().unflatten(0, (-1, tokens)).transpose(1, 2)
-    return functional.pad(both.flatten(2), (0, _turn(tokens) // 4 - 2 * tokens)).contiguous()
+def rotation_table(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos, sin [rows of a sample, K/2] as the kernel reads them: [K/2, rows/2] of (cos, sin, cos,
+    sin) of two neighbouring rows."""
+    both = torch.stack((cos, sin), -1).transpose(0, 1)
+    return both.reshape(cos.shape[1], cos.shape[0] // 2, 4).float().contiguous()
 
 
 def _turn(tokens: int) -> int:
-    """Bytes of a row of the rotation's table: half a run of all banks more than a multiple."""
+    """Bytes of a staged row of the rotation's table: half a run of all banks more than a multiple,
+    so that lanes of two rows read from different banks."""
     return -(-8 * tokens // 128) * 128 + 64
 
 
@@ -263,7 +264,7 @@ def qkv(
     Args:
         x: [N, D].
         w: [(H + 2G)·128, D], rows of queries, then keys, then values.
-        rotation: of `rotation_table`, for the tokens of the cut.
+        rotation: of `rotation_table`, for the rows of a sample.
         cut: two groups, a head.
     """
     turn = (
@@ -288,26 +289,6 @@ def swiglu(
     rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
     _run(
         x, w, out, cut, SWIGLU, rotation=rows, valid=valid, stream=stream, sums=sums,
-        compile_only=compile_only,
-    )  # fmt: skip
-
-
-def summed(
-    a: Tensor, w: Tensor, out: Tensor, partial: Tensor, valid: Tensor | None, stream: Stream,
-    cut: Cut, *, compile_only: bool = False,
-) -> None:  # fmt: skip
-    """`out` [N, D] ← A·Wᵀ; `partial` [C, D] ← its column sums over the real rows of every chunk of
-    the stream.
-
-    Args:
-        a: [N, E].
-        w: [D, E].
-        valid: [B] int32, real text tokens of each sample; None: all.
-        cut: its tokens are whole chunks, and samples whole tiles.
-    """
-    rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
-    _run(
-        a, w, out, cut, SUMMED, rotation=rows, valid=valid, stream=stream, sums=partial,
         compile_only=compile_only,
     )  # fmt: skip
 
