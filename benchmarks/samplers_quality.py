@@ -37,6 +37,7 @@ from torch.nn.functional import pad
 
 from mvsplit.data import TASKS, Batch, Shapes, WordEmbedder
 from mvsplit.data.scenes import draw_scenes
+from mvsplit.evaluation.frechet import fixed_features, frechet_distance
 from mvsplit.evaluation.geneval import (
     GENEVAL,
     evaluate_shapes,
@@ -213,6 +214,9 @@ class Captions:
         return {
             "rendered_read_right": sum(right) / len(right),
             "other_captions": sum(other) / len(other),
+            "rendered_frechet": frechet_distance(
+                fixed_features(self.own), fixed_features(self.real)
+            ),
         }
 
     def score(self, pictures: Tensor) -> dict[str, float]:

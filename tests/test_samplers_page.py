@@ -20,14 +20,37 @@ APP = (ROOT / "docs" / "app.md").read_text(encoding="utf-8")
 
 
 def result(name: str) -> dict:
-    (path,) = re.findall(rf"\((\.\./benchmarks/results/{name}_[\w.-]+\.json)\)", PAGE)
+    (path,) = re.findall(rf"\((\.\./benchmarks/results/{name}_(?:h200_)?\d[\w.-]+\.json)\)", PAGE)
     return json.loads((ROOT / "docs" / path).read_text(encoding="utf-8"))
 
 
-def test_the_table_is_that_of_the_results():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "samplers.py")
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_pictures_is_that_of_the_results():
+    module, found = benchmark("samplers_quality"), result("samplers_quality")
+    assert module.table(found) in PAGE
+    at = {(r["sampler"], r["budget"]): r["scores"] for r in found["rows"]}
+    distance = {key: scores["shapes_frechet"] for key, scores in at.items()}
+    end = distance["ab2", 35]
+    first = {
+        name: min(
+            (b for b in module.complete(found) if distance[name, b] < 1.1 * end), default=None
+        )
+        for name in SAMPLERS
+    }
+    assert first == {"euler": None, "heun": 25, "ab2": 9, "dpmpp-2m": 17}
+    assert not module.draws_right(found)  # and so the page does not show the shares
+    assert found["gate"]["other_captions"] == pytest.approx(0.06, abs=0.005)
+    assert max(s["geneval_mean"] for (_, b), s in at.items() if b >= 9) < 0.04
+
+
+def test_the_table_is_that_of_the_results():
+    module = benchmark("samplers")
     rows = result("samplers")["rows"]
     assert module.table(rows) in PAGE
     for shift in module.SHIFTS:
