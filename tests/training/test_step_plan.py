@@ -305,6 +305,20 @@ def test_gpus_that_wait_are_told_of_larger_pieces():
     assert f"{faster.time.seconds:.3g} s" in note
 
 
+def test_pieces_that_are_too_small_are_told_of_the_best():
+    """The paper's batch on eight GPUs: 32 pieces of 4 samples each, where 5 of 26 are faster."""
+    experiment = get_preset("mvsplit-400l")
+    low = replace(experiment.train, precision="bf16", weights="bf16", ema_decay=0.0)
+    sample = Sample(image=256, text=64, source="")
+    plan = plan_step(replace(experiment, train=low), H200, 8, sample)
+    (note,) = (n for n in plan.notes if "small pieces" in n)
+    assert "--accumulate 5 takes" in note
+    best = plan_step(replace(experiment, train=replace(low, accumulate=5)), H200, 8, sample)
+    assert best.memory.fits
+    assert best.time.seconds < 0.8 * plan.time.seconds
+    assert not any("small pieces" in n for n in best.notes)
+
+
 def test_only_what_runs_as_one_node_counts_as_measured():
     model = measured_network(2)
     assert runs_as_one_node(model, "bf16")
