@@ -46,11 +46,41 @@ def test_the_cost_is_that_which_was_measured():
     assert said in words(PAGE)
 
 
+def test_the_steps_on_gpus_are_those_that_were_measured():
+    found = newest("parallel_step_h200x2")
+    rates, shares = {}, {}
+    for weights in ("bf16", "fp32"):
+        one, two = (
+            found[f"{how} {weights}"]["tokens_per_second"] for how in ("alone", "replicated")
+        )
+        rates[weights], shares[weights] = f"{two:,.0f}", f"{two / one / 2:.1%}".replace("%", " %")
+    worst = max(found["gate"]["largest_difference"].values())
+    deep = found["thousand sharded"]
+    said = (
+        f"replicated, {rates['bf16']} tokens/s with bf16 weights, {shares['bf16']} of twice one GPU, "
+        f"and {rates['fp32']} tokens/s with fp32 weights, {shares['fp32']}; losses and norms of a "
+        f"small network differ from those of one GPU by at most {worst:.1e} in three layouts. 1000 "
+        f"layers, {deep['parameters'] / 1e9:.1f} billion parameters, sharded with bf16 weights: "
+        f"{deep['seconds']:.2f} s for a step of {2 * deep['samples_on_each']} samples, "
+        f"{deep['peak_gib']:.1f} GiB a GPU ({found['device']}, torch {found['torch']}, "
+        f"{found['date']})"
+    )
+    assert said in words(PAGE)
+    low, links = found["replicated bf16"], found["links"]
+    there = low["parameters"] * 2  # bytes: 2 (R − 1) / R of a gradient, R = 2
+    more = low["exchange_seconds"] - there / links["all-reduce bf16"]
+    assert (
+        f"takes {1e3 * low['exchange_seconds']:.0f} ms of a step of {low['seconds']:.2f} s" in PAGE
+    )
+    assert f"{1e3 * more:.0f} ms of that" in PAGE
+    assert f"{links['all-reduce bf16'] / 1e9:.0f} GB/s" in PAGE
+
+
 def test_options_and_files_exist():
     options = {f"parallel.{field.name}" for field in fields(ParallelConfig)}
     options |= {field.name.replace("_", "-") for field in fields(TrainConfig)}
     options |= {"parallel.no-reshard", "shutdown-timeout", "nproc-per-node", "max-restarts"}
-    options |= {"nnodes", "rdzv-backend", "rdzv-endpoint", "trial"}  # torchrun's, and a benchmark's
+    options |= {"nnodes", "rdzv-backend", "rdzv-endpoint", "trial", "stages"}  # or a benchmark's
     named = set(re.findall(r"--([a-z][a-z.-]*[a-z])", PAGE))
     assert named <= options
     assert len(named) > 10
