@@ -57,8 +57,8 @@ def test_the_steps_on_gpus_are_those_that_were_measured():
     worst = max(found["gate"]["largest_difference"].values())
     deep = found["thousand sharded"]
     said = (
-        f"replicated, {rates['bf16']} tokens/s with bf16 weights, {shares['bf16']} of twice one GPU, "
-        f"and {rates['fp32']} tokens/s with fp32 weights, {shares['fp32']}; losses and norms of a "
+        f"replicated, {rates['bf16']} tokens/s with bf16 weights, {shares['bf16']} of twice one "
+        f"GPU, and {rates['fp32']} tokens/s with fp32 weights, {shares['fp32']}; losses and norms of a "
         f"small network differ from those of one GPU by at most {worst:.1e} in three layouts. 1000 "
         f"layers, {deep['parameters'] / 1e9:.1f} billion parameters, sharded with bf16 weights: "
         f"{deep['seconds']:.2f} s for a step of {2 * deep['samples_on_each']} samples, "
