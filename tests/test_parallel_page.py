@@ -58,11 +58,11 @@ def test_the_steps_on_gpus_are_those_that_were_measured():
     deep = found["thousand sharded"]
     said = (
         f"replicated, {rates['bf16']} tokens/s with bf16 weights, {shares['bf16']} of twice one "
-        f"GPU, and {rates['fp32']} tokens/s with fp32 weights, {shares['fp32']}; losses and norms of a "
-        f"small network differ from those of one GPU by at most {worst:.1e} in three layouts. 1000 "
-        f"layers, {deep['parameters'] / 1e9:.1f} billion parameters, sharded with bf16 weights: "
-        f"{deep['seconds']:.2f} s for a step of {2 * deep['samples_on_each']} samples, "
-        f"{deep['peak_gib']:.1f} GiB a GPU ({found['device']}, torch {found['torch']}, "
+        f"GPU, and {rates['fp32']} tokens/s with fp32 weights, {shares['fp32']}; losses and norms "
+        f"of a small network differ from those of one GPU by at most {worst:.1e} in three "
+        f"layouts. 1000 layers, {deep['parameters'] / 1e9:.1f} billion parameters, sharded with "
+        f"bf16 weights: {deep['seconds']:.2f} s for a step of {2 * deep['samples_on_each']} "
+        f"samples, {deep['peak_gib']:.1f} GiB a GPU ({found['device']}, torch {found['torch']}, "
         f"{found['date']})"
     )
     assert said in words(PAGE)
