@@ -78,6 +78,9 @@ def test_causes_add_up_to_the_measured_step():
         ("fused_ops_merge_h200_2026-11-22.json", "merge with means"),
         ("train_step_h200_2026-11-24.json", "| 14,488 | 50.2% | 125.9 | 2.33× |"),
         ("engine_h200_2026-11-24.json", "| the engine | 2.09 | 10.07 |"),
+        ("masked_attention_h200_2026-11-28.json", "| 164 | 178 (+8%) |"),
+        ("thousand_layers_h200_2026-11-28.json", "| MFU | 36.7%;"),
+        ("recipe_h200_2026-11-28.json", "bf16, seed 0 +0.13%"),
     ],
 )
 def test_a_result_alone_as_a_table(writer, file, words):

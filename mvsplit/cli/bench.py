@@ -44,7 +44,8 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "policies": ("digits-32",),
     "samplers": ("--run", "runs/shapes-small"),
 }
-_SHOWN = ("engine", "fused_ops", "train_step")  # whose results performance_page.py shows as tables
+# Whose results performance_page.py shows as tables.
+_SHOWN = ("engine", "fused_ops", "masked_attention", "recipe", "thousand_layers", "train_step")
 _PAGE = "performance_page"
 _WIDTH = 110  # columns where there is no terminal
 _USAGE = """usage: mvsplit bench [--list]
