@@ -92,14 +92,17 @@ def run(line: Line, args: argparse.Namespace, folder: Path) -> Any:
 
 
 def _status(command: list[str], limit: float) -> int | str:
-    """Of a command and the processes that it starts, all of which end after `limit` seconds."""
+    """Of a command and the processes that it starts, all of which end after `limit` seconds, or
+    when this one does."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         return f"ended after {limit:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def scaling(found: dict[str, Any]) -> dict[str, float]:
@@ -168,6 +171,7 @@ def main() -> None:
         PREDICTED.write_text(json.dumps(predict(), indent=1) + "\n", encoding="utf-8")
         print(f"wrote {PREDICTED}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # by way of `finally`
     gpus = 2 if args.trial else torch.cuda.device_count()
     if gpus < 1:
         raise SystemExit("no GPU here; --trial runs on CPUs")

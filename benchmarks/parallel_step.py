@@ -25,6 +25,7 @@ import datetime
 import json
 import logging
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -205,12 +206,15 @@ def thousand(job: Job, layout: str) -> dict[str, Any]:
     }
 
 
-def saving(job: Job, folder: Path) -> dict[str, Any]:
+def saving(job: Job, folder: Path, keep: bool) -> dict[str, Any]:
     """Steps with bf16 weights, with and without a save in the background."""
     free()
     settings = config(precision="bf16", weights="bf16", parallel=ParallelConfig(layout="replicate"))
     trainer = Trainer(job.size.model(job.saved), settings, job.size, job.device)
-    return save_and_step(trainer, parts_of(trainer, job, "bf16"), folder, job.window)
+    found = save_and_step(trainer, parts_of(trainer, job, "bf16"), folder, job.window)
+    if not keep and rank() == 0:
+        shutil.rmtree(folder)
+    return found
 
 
 def resume(job: Job, folder: Path) -> dict[str, Any]:
@@ -229,7 +233,7 @@ def stages(job: Job, args: argparse.Namespace) -> Iterator[tuple[str, int, Calla
     yield "replicated fp32", 20, lambda: step(job, "fp32", whole)
     yield "thousand sharded", 40, lambda: thousand(job, "shard")
     yield "thousand replicated", 30, lambda: thousand(job, "replicate")
-    yield "save", 70, lambda: saving(job, args.folder)
+    yield "save", 70, lambda: saving(job, args.folder, args.keep)
     yield "sharded", 30, lambda: sharded(job)
     yield "resume", 30, lambda: resume(job, args.folder)
 
@@ -315,10 +319,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="of checkpoints; else `save` makes one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.wants = lambda name: (
-        name in args.stages if args.stages else name != "resume" or args.folder is not None
-    )
-    if args.folder is None:  # the same on every process
+    args.wants = lambda name: name in args.stages if args.stages else name != "resume" or args.keep
+    args.keep = args.folder is not None
+    if not args.keep:  # the same on every process
         args.folder = Path(tempfile.gettempdir()) / f"parallel_step_{os.getppid()}"
     return args
 
