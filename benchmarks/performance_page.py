@@ -101,7 +101,7 @@ def table(paths: Sequence[Path]) -> str:
     found = merged(json.loads(path.read_text(encoding="utf-8")) for path in paths)
     if any("ways" in row for row in found.get("rows", ())):
         return masked(found, {})
-    if "thousand" in found or "resume" in found:
+    if "step bf16" not in found and ("thousand" in found or "resume" in found):
         return thousand(found) or json.dumps(found, indent=1)
     if "gaps" in found:
         return low_precision(found, {})

@@ -1,6 +1,6 @@
 """What of the training step has not been measured yet, in one command, most telling first.
 
-    python benchmarks/step_gpu.py [--minutes 8] [--only NAME …] [--out benchmarks/results]
+    python benchmarks/step_gpu.py [--minutes 8] [--only NAME …] [--out benchmarks/results] [--json FILE]
     python benchmarks/step_gpu.py --small --out FOLDER         (a trial of the code on a CPU)
 
 First the kernels against fp64 on the GPU; where that fails, nothing is timed. Then one script after
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import signal
 import subprocess
@@ -77,10 +78,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--only", nargs="*", choices=WORK)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--json", type=Path, help="what was run, and how it ended")
     parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * args.minutes
+    said: dict[str, object] = {"date": datetime.date.today().isoformat()}
     if not args.small:
         gate = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *GATE]
         if status := run(gate, min(90, end - time.monotonic())):
@@ -98,7 +101,11 @@ def main() -> None:
         began = time.monotonic()
         status = run([sys.executable, *given], seconds)
         took = time.monotonic() - began
-        print(f"{name}: status {status} after {took:.0f} s, {out if out.exists() else 'no result'}")
+        there = str(out) if out.exists() else None
+        said[name] = {"status": status, "seconds": took, "result": there}
+        print(f"{name}: status {status} after {took:.0f} s, {there or 'no result'}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ _NEEDS: dict[str, Needs] = {
     "masked_attention": "GPU",
     "parallel_step": "GPUs",
     "recipe": "GPU",
+    "step_gpu": "GPU",
     "thousand_layers": "GPU",
     "train_step": "GPU",
     "watch_cost": "GPU",
