@@ -1,6 +1,6 @@
 """What of the training step has not been measured yet, in one command, most telling first.
 
-    python benchmarks/step_gpu.py [--minutes 8] [--only NAME …] [--out benchmarks/results] [--json FILE]
+    python benchmarks/step_gpu.py [--minutes 8] [--only NAME …] [--out FOLDER] [--json FILE]
     python benchmarks/step_gpu.py --small --out FOLDER         (a trial of the code on a CPU)
 
 First the kernels against fp64 on the GPU; where that fails, nothing is timed. Then one script after
