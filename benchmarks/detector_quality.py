@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import spike_layers
 from corpus import FOLDER, read_manifest, read_records
 
 from mvsplit.diagnostics.detector import Detector
@@ -30,6 +31,7 @@ from mvsplit.diagnostics.logs import Record
 
 EXPECTED = {"collapsed": "mean-mode", "diverged": "divergence", "healthy": None}
 _PAGE = Path(__file__).with_name("detector_page.md")
+_SPIKES = Path(__file__).parent / "results" / "spike_layers_cpu.json"
 _BARE = ("step", "loss", "grad_norm")
 
 Log = Callable[[Sequence[Record]], Iterable[Record]]
@@ -170,7 +172,20 @@ def page(found: dict[str, Any], live: dict[str, Any]) -> str:
         **_jumps(live["runs"]),
         live_counts=live_counts,
         live_leads=live_leads,
+        spike_layers=spike_layers.table(json.loads(_SPIKES.read_text(encoding="utf-8"))),
+        collapsed=logs["metrics only"]["tuned"]["right_verdict"],
+        bare=_bare(logs["step, loss, grad_norm"]["tuned"]),
         live_looks=f"{max(live[s]['looks_per_step'] for s in ('tuned', 'held out')) * 100:.0f} %",
+    )
+
+
+def _bare(s: dict[str, Any]) -> str:
+    """What becomes of the collapses of a bare log."""
+    other = s["caught"] - s["right_verdict"]
+    silent = s["collapsed"] - s["caught"] - s["only_stalled"]
+    return (
+        f"Of the {s['collapsed']} tuned collapses\n  it names {s['right_verdict']}, calls {other} "
+        f"something else, {s['only_stalled']} no more than `stalled`, and says nothing of {silent}"
     )
 
 

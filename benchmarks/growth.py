@@ -11,8 +11,10 @@ before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 1
     python benchmarks/growth.py --size gpu --seeds 1 --json FILE
     python benchmarks/growth.py --from FILE --plot FILE
 
-Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; gpu (shapes,
-2 → 10 → 100 → 400 → 1000 layers, width 128, bf16) about two minutes on an H200 for one seed.
+Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; thousand
+(2 → 10 → 100 → 400 → 1000 layers, the same data) two minutes of one core for a seed; gpu (shapes,
+the same depths, width 128, bf16) some two minutes on an H200 for each way: not run yet.
+The file is written at each point of a curve, so that a run that is stopped leaves what it had.
 """
 
 from __future__ import annotations
@@ -125,6 +127,18 @@ SIZES = {
         data=DataConfig(dataset="digits", split="train"),
         held_out=DataConfig(dataset="digits", split="held-out"),
     ),
+    "thousand": Size(
+        stages=((2, 600), (10, 200), (100, 40), (400, 15), (1000, 10)),
+        deep=(1000, 100, 10),
+        rates=(3e-3,),
+        beta=None,
+        width=32,
+        batch_size=16,
+        warmup=5,
+        tolerance=1e-4,
+        data=DataConfig(dataset="digits", split="train"),
+        held_out=DataConfig(dataset="digits", split="held-out"),
+    ),
     "gpu": Size(
         stages=((2, 1000), (10, 500), (100, 250), (400, 120), (1000, 100)),
         deep=(1000, 100, 400),
@@ -169,15 +183,17 @@ class Curve:
         else:
             self.points.append((0, loss))
 
-    def take(self, state: TrainState, config: TrainConfig) -> None:
-        """Takes a step, and looks at the loss now and then and at the end."""
+    def take(self, state: TrainState, config: TrainConfig) -> bool:
+        """Takes a step, and looks at the loss now and then and at the end: whether it has."""
         began = self._clock()
         train_step(state, config)  # waits for the device
         self.seconds += self._clock() - began
         self._spent += state.model.config.depth
         due = self.points[-1][0] + self._size.budget / POINTS
-        if self._spent >= due or state.step == config.steps:
+        looks = self._spent >= due or state.step == config.steps
+        if looks:
             self.points.append((self._spent, self._loss(state.model, config)))
+        return looks
 
     @torch.no_grad()
     def _loss(self, model: DiT, config: TrainConfig) -> float:
@@ -196,8 +212,9 @@ def validation(size: Size) -> list[Any]:
     return list(pieces(batch, 0, config, torch.device(size.device)))
 
 
-def run(size: Size, stages: Stages, rate: float, seed: int) -> Curve:
-    """Trains through the stages, each of which starts from the last.
+def run(size: Size, stages: Stages, rate: float, seed: int, keep: Callable[[Curve], None]) -> Curve:
+    """Trains through the stages, each of which starts from the last; `keep` is handed the curve as
+    often as it has a new point.
 
     Raises:
         SystemExit: a growth has changed the function.
@@ -216,7 +233,8 @@ def run(size: Size, stages: Stages, rate: float, seed: int) -> Curve:
         gc.collect()  # the stage before
         curve.begin(state, wanted.train)
         while state.step < steps:
-            curve.take(state, wanted.train)
+            if curve.take(state, wanted.train):
+                keep(curve)
         if state.graphs is not None:
             state.graphs.clear()
     if any(jump > size.tolerance for jump in curve.jumps):
@@ -283,7 +301,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as docs/growth.md shows it."""
-    kind = "processor seconds" if result.get("size", "cpu") == "cpu" else "seconds"
+    kind = "seconds" if result.get("size") == "gpu" else "processor seconds"
     lines = [
         f"| learning rate | network | loss at the end | lowest, highest | {kind} |",
         "|---|---|---|---|---|",
@@ -320,21 +338,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for rate in size.rates
         for way, stages in size.ways().items()
     ]
+
+    def keep(curve: Curve) -> None:
+        rows[-1]["seconds"], rows[-1]["jumps"] = round(curve.seconds, 1), curve.jumps
+        rows[-1]["points"] = [(at, round(loss, 4)) for at, loss in curve.points]
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
     longest = 0.0
     for seed, rate, way, stages in todo:
         if time.perf_counter() - began + longest > options.budget:
             print(f"no time for {way}, seed {seed}", flush=True)
             break
         started = time.perf_counter()
-        curve = run(size, stages, rate, seed)
+        rows.append({"way": way, "lr": rate, "seed": seed, "ended": False})
+        curve = run(size, stages, rate, seed, keep)
         longest = max(longest, time.perf_counter() - started)
-        row = {"way": way, "lr": rate, "seed": seed, "seconds": round(curve.seconds, 1)}
-        row |= {"jumps": curve.jumps, "points": [(at, round(x, 4)) for at, x in curve.points]}
-        rows.append(row)
+        rows[-1]["ended"] = True
         result["summary"] = summary(rows)
-        print(way, rate, seed, row["points"][-1], row["seconds"], curve.jumps, flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        keep(curve)
+        print(way, rate, seed, rows[-1]["points"][-1], curve.seconds, curve.jumps, flush=True)
     return result
 
 

@@ -35,6 +35,7 @@ from mvsplit.training.files import read_lines
 BEFORE = 50  # steps before the collapse
 EVERY = 10  # steps between checkpoints
 GAINS = (1 / 16, 1 / 64, 1.0)
+SLOW = (1 / 16, 1 / 64)  # gains that learn at the same share of the rate
 PLAIN, AGAIN = "plain", "no surgery"
 
 
@@ -50,8 +51,30 @@ class Later(Observer):
         state.schedule = lambda step: before(step + self.since)
 
 
+class SlowGains(Observer):
+    """The gains of a surgery learn at a share of the rate: not an option of the package."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def on_start(self, state: TrainState, experiment: Experiment) -> None:
+        adamw = state.optimizer
+
+        def slow(*_: Any) -> None:
+            for settings, group in zip(adamw._inner.param_groups, adamw._full, strict=True):
+                settings["lr"] *= self.share if group.kind == "joined" else 1.0
+
+        adamw._inner.register_step_pre_hook(slow)
+
+
 def run(
-    regime: Regime, trial: Trial, seed: int, folder: Path, since: int = 0, origin: Any = None
+    regime: Regime,
+    trial: Trial,
+    seed: int,
+    folder: Path,
+    since: int = 0,
+    origin: Any = None,
+    others: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Trains to the end of the regime, from step `since` on."""
     wanted = regime.experiment(trial, seed)
@@ -59,7 +82,7 @@ def run(
     config = replace(wanted.train, steps=steps, save_every=EVERY, keep=10**6, keep_every=0)
     wanted = replace(wanted, train=config, origin=origin)
     began = time.perf_counter()
-    train(wanted, folder, observers=[Later(regime, since)], start=starter(wanted))
+    train(wanted, folder, observers=[Later(regime, since), *others], start=starter(wanted))
     lines = read_lines(folder / "metrics.jsonl")
     return {
         "since": since,
@@ -102,8 +125,8 @@ def measure(
     name, known = options.regime, {trial.name: trial for trial in trials()}
     regime, plain, reference = REGIMES[name], known["plain, record"], known[REFERENCE]
 
-    def note(way: str, trial: Trial, where: str, since: int = 0, origin: Any = None) -> Any:
-        row = run(regime, trial, seed, folder / where, since, origin)
+    def note(way: str, trial: Trial, where: str, *start: Any) -> Any:
+        row = run(regime, trial, seed, folder / where, *start)
         keep({"regime": name, "way": way, "seed": seed, **row})
         shown = {k: v for k, v in row.items() if k != "losses"}
         print(way, seed, json.dumps(shown), flush=True)
@@ -120,6 +143,10 @@ def measure(
         where = f"split-{gain:g}"
         note(f"surgery, gain {gain:g}", trial, where, since, replace(kept, split=True))
         gate(regime, trial, source, folder / where)
+    for gain in options.slow:
+        trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
+        way, watchers = f"surgery, gain {gain:g}, gains at {gain:g} of the rate", [SlowGains(gain)]
+        note(way, trial, f"slow-{gain:g}", since, replace(kept, split=True), watchers)
     for way in options.beside:
         if way == REFERENCE:
             note(way, reference, "reference")
@@ -150,7 +177,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     rows = [row for row in result["rows"] if row["seed"] == 0]
     regimes = list(dict.fromkeys(row["regime"] for row in rows))
     figure, axes = pyplot.subplots(
-        1, len(regimes), figsize=(4.6 * max(len(regimes), 1.3), 3.3), squeeze=False
+        1, len(regimes), figsize=(4.2 * len(regimes) + 2, 3.3), squeeze=False
     )
     for axis, regime in zip(axes[0], regimes, strict=True):
         here = [row for row in rows if row["regime"] == regime]
@@ -161,9 +188,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.axvline(split["since"], color="gray", linewidth=0.6, linestyle=":")
         axis.set(title=regime, xlabel="step", yscale="log")
     axes[0][0].set_ylabel("loss of the batch")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes[0][0].legend(
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(len(regimes) * 1.2 - 0.15, 0.5),
+    )
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -171,6 +202,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--regime", choices=REGIMES, default="digits-32-late")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--gains", type=float, nargs="*", default=GAINS)
+    parser.add_argument("--slow", type=float, nargs="*", default=SLOW)
     parser.add_argument(
         "--beside", nargs="*", choices=(REFERENCE, AGAIN), default=(REFERENCE, AGAIN)
     )
