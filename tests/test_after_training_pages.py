@@ -1,4 +1,4 @@
-"""docs/fine-tuning.md, growth.md, surgery.md: every command runs as written, the tables are those of
+"""The pages of what comes after training: every command runs as written, the tables are those of
 the results."""
 
 from __future__ import annotations
