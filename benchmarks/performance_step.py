@@ -142,8 +142,8 @@ def _pieces(stage: Found, plan: StepPlan) -> str:
     return f"""
 {stage["piece"]} samples are {tokens:,} tokens, which fill the GPU two times and a bit: products of D = 1024 wait for a
 third wave. The preset has pieces of {now.samples} since ({now.tokens:,} tokens), for which the plan foretells
-{plan.time.seconds:.1f} s for {plan.batch_size} samples and {plan.time.mfu:.1%} MFU; the same plan, which knows waves since, gives that run
-within 2 % ([below](#what-mvsplit-plan-foretells)).
+{plan.time.seconds:.1f} s for {plan.batch_size} samples and {plan.time.mfu:.1%} MFU, without the one per cent that padding costs; the same
+plan, which knows waves since, gives that run within 2 % ([below](#what-mvsplit-plan-foretells)).
 """  # noqa: E501
 
 
