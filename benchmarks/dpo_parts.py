@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from mvsplit.data import Batch, Scene, Shapes, WordEmbedder
 from mvsplit.data.captions import COLOURS, SHAPES, SIZES
@@ -40,7 +40,7 @@ from mvsplit.training.objective import Preference
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.step import accumulate_gradients, pieces
 
-SIZE = 32
+SIZE = 32 if torch.cuda.is_available() else 16  # pixels a side
 WORDS = 16 if torch.cuda.is_available() else 3  # of each caption, padding included: one shape
 KINDS = ("circle", "triangle", "cross", "ring")
 DRAW = SamplingConfig(steps=20, sampler="ab2", guidance=1.0, shift=2.0, batch_size=1024)
@@ -95,12 +95,17 @@ def world(series: int, first: int, count: int) -> SceneTable:
     )
 
 
+def enlarged(pictures: Tensor) -> Tensor:
+    """As the reader wants them, 32 pixels a side."""
+    return interpolate(pictures.float(), size=(32, 32), mode="bilinear", align_corners=False)
+
+
 class Words:
     """The embedder of shapes, every caption with as many tokens: those past its end are zero and
     count as its own, which attention without a mask is faster for."""
 
     def __init__(self, width: int) -> None:
-        shapes = Shapes(size=SIZE)
+        shapes = Shapes()
         self._words = WordEmbedder(shapes.vocabulary, width, 0, max_tokens=shapes.caption_words)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -171,7 +176,7 @@ def experiment(options: argparse.Namespace, **changes: Any) -> Experiment:
     return Experiment(
         model=network(options),
         train=replace(train, **changes),
-        data=DataConfig(dataset="shapes", size=SIZE),
+        data=DataConfig(dataset="shapes", size=32),
     )
 
 
