@@ -64,9 +64,11 @@ STEPS, RATE = 100, 3e-4
 FIELDS = ("tcs", "rho", "g_mean_attn", "g_ctr_attn", "g_mean_ffn", "g_ctr_ffn")
 WAYS: dict[str, dict[str, Any]] = {
     "DPO, β = 100": {"dpo": DPOConfig(beta=100.0)},
+    "DPO, β = 100, 200 steps": {"dpo": DPOConfig(beta=100.0), "steps": 200},
     "DPO, β = 30": {"dpo": DPOConfig(beta=30.0)},
     "DPO, β = 30, anchor 10": {"dpo": DPOConfig(beta=30.0, anchor=10.0)},
     "digits again": {},
+    "digits again, 200 steps": {"steps": 200},
     "preferred alone": {"dpo": DPOConfig(beta=1e-9, anchor=1.0)},
 }
 
@@ -117,7 +119,7 @@ def aligned(whole: Path, file: Path, folder: Path, seed: int, way: dict[str, Any
     preset = get_preset("tiny")
     config: TrainConfig = replace(
         preset.train,
-        steps=STEPS,
+        steps=way.get("steps", STEPS),
         lr=RATE,
         seed=seed + 100,
         device="cpu",
@@ -171,7 +173,9 @@ def rows_of(seed: int) -> Iterator[dict[str, Any]]:
         began = time.perf_counter()
         sft = base(seed, folder)
         spent = round(time.perf_counter() - began, 1)
-        yield {"way": "SFT", "seconds": spent, "scores": scores(sft, seed), "layers": layers(sft)}
+        seen = layers(sft)
+        yield {"way": "SFT", "seconds": spent, "scores": scores(sft, seed), "layers": seen}
+        yield {"way": "SFT, other noise", "scores": scores(sft, seed + 7), "layers": seen}
         yield {"way": "pairs", **pairs_of(sft, seed, folder / "pairs.parquet")}
         for number, (title, way) in enumerate(WAYS.items()):
             began = time.perf_counter()
