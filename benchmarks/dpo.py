@@ -60,10 +60,10 @@ from mvsplit.evaluation.held_out import SERIES
 from mvsplit.evaluation.preference import draw_pairs, judge_of_shapes, points_of_shapes
 from mvsplit.evaluation.reader import read_pictures
 from mvsplit.evaluation.scores import share
+from mvsplit.flow import DPOConfig
 from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.training import TuneConfig
-from mvsplit.training.config import DPOConfig
 from mvsplit.training.objective import piece_losses
 from mvsplit.training.step import pieces
 

@@ -41,6 +41,7 @@ from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.evaluation.digits import digit_frechet, evaluate_digits
 from mvsplit.evaluation.held_out import validation_loss
 from mvsplit.evaluation.preference import draw_pairs, judge_of_digits
+from mvsplit.flow import DPOConfig
 from mvsplit.presets import get_preset
 from mvsplit.sampling import SamplingConfig, generate
 from mvsplit.training import (
@@ -52,7 +53,6 @@ from mvsplit.training import (
     load_run,
     train,
 )
-from mvsplit.training.config import DPOConfig
 from mvsplit.training.files import read_lines
 from mvsplit.training.objective import Preference, piece_losses
 from mvsplit.training.step import pieces

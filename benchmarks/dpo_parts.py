@@ -20,6 +20,7 @@ from mvsplit.data import Batch, Scene, Shapes, WordEmbedder
 from mvsplit.data.captions import COLOURS, SHAPES, SIZES
 from mvsplit.data.render import render
 from mvsplit.data.scenes import COLORS, SLOTS, SceneTable, draw_scenes
+from mvsplit.flow import DPOConfig
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import merge_lora
 from mvsplit.residuals import RuleConfig
@@ -34,7 +35,6 @@ from mvsplit.training import (
     build_state,
     train_step,
 )
-from mvsplit.training.config import DPOConfig
 from mvsplit.training.finetune import begin_from
 from mvsplit.training.objective import Preference
 from mvsplit.training.optimizer import global_norm

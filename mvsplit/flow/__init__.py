@@ -1,6 +1,6 @@
 """Rectified flow: path, target, losses and times."""
 
-from mvsplit.flow.preference import implicit_rewards, preference_losses
+from mvsplit.flow.preference import DPOConfig, implicit_rewards, preference_losses
 from mvsplit.flow.rectified import (
     advance,
     flow_loss,
@@ -14,6 +14,7 @@ from mvsplit.flow.rectified import (
 )
 
 __all__ = [
+    "DPOConfig",
     "advance",
     "flow_loss",
     "flow_losses",

@@ -20,8 +20,33 @@ Shapes: B pairs.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from torch import Tensor
 from torch.nn import functional
+
+from mvsplit.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """How it is learned from pairs (docs/alignment.md).
+
+    Attributes:
+        beta: β, what a change of the loss is worth as a reward: the larger, the closer the network
+            stays to the one that it started from.
+        anchor: weight of the flow-matching loss of the preferred samples beside it.
+    """
+
+    beta: float = 100.0
+    anchor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"train.dpo.beta={self.beta}: must be greater than 0, for example 100")
+        if not 0 <= self.anchor < math.inf:
+            raise UserError(f"train.dpo.anchor={self.anchor}: must not be negative; 0 is none")
 
 
 def implicit_rewards(losses: Tensor, reference: Tensor, beta: float) -> Tensor:

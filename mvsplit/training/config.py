@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mvsplit.errors import UserError
+from mvsplit.flow import DPOConfig
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
@@ -157,25 +158,6 @@ class TuneConfig:
     def freezes(self) -> bool:
         """Whether some parameters may not learn."""
         return self.what != "all" or bool(self.only)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DPOConfig:
-    """Learning from pairs of which one was preferred (docs/alignment.md).
-
-    Attributes:
-        beta: β, what a change of the loss is worth as a reward: the larger, the closer the network
-            stays to the one that it started from.
-        anchor: weight of the flow-matching loss of the preferred samples beside it.
-    """
-
-    beta: float = 1000.0
-    anchor: float = 0.0
-
-    def __post_init__(self) -> None:
-        where = "train.dpo"
-        _require(self, "beta", 0 < self.beta < math.inf, "must be greater than 0", where)
-        _require(self, "anchor", 0 <= self.anchor < math.inf, "must not be negative", where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mvsplit.errors import UserError
-from mvsplit.flow import flow_losses, implicit_rewards, interpolate, preference_losses
+from mvsplit.flow import (
+    DPOConfig,
+    flow_losses,
+    implicit_rewards,
+    interpolate,
+    preference_losses,
+)
 from mvsplit.models import Block, DiT
-from mvsplit.training.config import DPOConfig, TrainConfig
+from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.pieces import Piece
 

@@ -18,6 +18,7 @@ from mvsplit.data.digits import NAMES
 from mvsplit.data.pairs import write_pairs
 from mvsplit.diagnostics.probe import FIELDS, LayerProbe
 from mvsplit.errors import UserError
+from mvsplit.flow import DPOConfig
 from mvsplit.hub import load_weights
 from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig
@@ -34,7 +35,6 @@ from mvsplit.training import (
     train_step,
 )
 from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
-from mvsplit.training.config import DPOConfig
 from mvsplit.training.explanation import explain
 from mvsplit.training.finetune import begin_from
 from mvsplit.training.flight import flight_of_run

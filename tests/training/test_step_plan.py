@@ -224,6 +224,16 @@ def test_every_preset_has_a_plan(name):
     assert rough is not paper
 
 
+def test_a_plan_says_what_it_leaves_out_of_pairs():
+    flow = get_preset("shapes-12l")
+    pairs = replace(flow, train=replace(flow.train, objective="dpo"))
+    sample = sample_of(flow)
+    more = set(plan_step(pairs, GPUS["h100"], 1, sample).notes)
+    more -= set(plan_step(flow, GPUS["h100"], 1, sample).notes)
+    assert len(more) == 1
+    assert "a forward pass more" in more.pop()
+
+
 def test_several_gpus_send_what_fsdp_sends():
     model, config = measured_network(8), sharded(train(batch_size=16, accumulate=2))
     shape = Shape(samples=2, length=320, pieces=2)
