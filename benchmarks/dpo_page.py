@@ -139,14 +139,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(6.5, 3.6))
+    figure, axis = pyplot.subplots(figsize=(8, 3.6))
     for way in names(result)[1:]:
         right = [100 * v for v in gains(result, way, RIGHT[kind(result)])]
         axis.scatter(gains(result, way, FRECHET[kind(result)]), right, label=way, s=28)
     axis.axhline(0, color="gray", linewidth=0.6)
     axis.axvline(0, color="gray", linewidth=0.6)
     axis.set(xlabel="change of the Fréchet distance", ylabel="gain in drawn right, points")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -39,12 +39,12 @@ class DPOConfig:
         anchor: weight of the flow-matching loss of the preferred samples beside it.
     """
 
-    beta: float = 100.0
+    beta: float = 1000.0
     anchor: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
-            raise UserError(f"train.dpo.beta={self.beta}: must be greater than 0, for example 100")
+            raise UserError(f"train.dpo.beta={self.beta}: must be greater than 0, for example 1000")
         if not 0 <= self.anchor < math.inf:
             raise UserError(f"train.dpo.anchor={self.anchor}: must not be negative; 0 is none")
 
