@@ -59,6 +59,23 @@ def test_what_is_quoted_is_in_the_results():
     assert all(r["error"] < 1.01 * r["rounding_alone"] for r in rows)
 
 
+@pytest.mark.parametrize(
+    ("differences", "passes"),
+    [
+        ([1e-5, -1e-5, 2e-5, -3e-5, 1e-5, 0, -1e-5, 2e-5], True),  # within the scatter
+        ([-4e-5] * 8, True),  # better each time
+        ([1e-5] * 8, False),  # worse each time, however little
+        ([2e-4, 3e-4, -1e-4, 4e-4, 1e-4, 5e-4, 0, 3e-4], False),  # by more than one percent
+    ],
+)
+def test_the_gates_rule_is_that_of_a_paired_comparison(monkeypatch, differences, passes):
+    plain = [0.0118, 0.0121, 0.0117, 0.0119, 0.0120, 0.0118, 0.0116, 0.0122]
+    ours = [base + d for base, d in zip(plain, differences, strict=True)]
+    found = benchmark("engine", monkeypatch).verdict(ours, plain)
+    assert found["passes"] == passes
+    assert found["difference"] == pytest.approx(sum(differences) / 8)
+
+
 def test_every_file_and_command_exists():
     for path in re.findall(r"(?<!/)\b(?:benchmarks|mvsplit)/[\w/.-]+", PAGE):
         assert (ROOT / path.rstrip(".")).exists(), path

@@ -12,6 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,10 @@ class WordEmbedder:
         if not words:
             raise UserError(f'prompt: {prompt!r} has no words; write "" for no condition')
         if len(words) > self.max_tokens:
+            begins = shorten(prompt, 60, placeholder=" …")
             raise UserError(
-                f"prompt: {prompt!r} has {len(words)} words, at most {self.max_tokens} are "
-                "possible; shorten it"
+                f"prompt: {begins!r} has {len(words)} words, at most {self.max_tokens} are "
+                f"possible; shorten it by {len(words) - self.max_tokens}"
             )
         unknown = [word for word in words if word not in self._index]
         if unknown:

@@ -172,6 +172,20 @@ __device__ __forceinline__ void sum_over_lanes(float (&v)[HALF_TOKENS], float *s
     }
 }
 
+// Multiplies each token of a thread's two output columns by its own factor.
+__device__ __forceinline__ void scale_tokens(float (&acc)[NI][NT / 2], const float *scale, int lane_token) {
+#pragma unroll
+  for (int i = 0; i < NI; ++i)
+#pragma unroll
+    for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float r = scale[i * NT + j * 8 + lane_token + e];
+        acc[i][4 * j + e] *= r;
+        acc[i][4 * j + 2 + e] *= r;
+      }
+}
+
 struct Gain { const u16 *p; float number; int stride; };  // [D], one element, or a number
 
 __device__ __forceinline__ float gain(Gain g, int at) {

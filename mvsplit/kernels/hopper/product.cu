@@ -175,16 +175,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
           scale[t] = rsqrtf(total / (64 * WG) + eps);
         }
         consumers_sync();
-#pragma unroll
-        for (int i = 0; i < NI; ++i)
-#pragma unroll
-          for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float r = scale[i * NT + j * 8 + lane_token + e];
-              acc[i][4 * j + e] *= r;
-              acc[i][4 * j + 2 + e] *= r;
-            }
+        scale_tokens(acc, scale, lane_token);
       }
       const int first = warp * 8, second = 32 * WG + warp * 8;
 #elif EPI == 2
@@ -283,16 +274,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
           scale[t] = rsqrtf(total / (n_w * 64 * WG) + eps);
         }
         consumers_sync();
-#pragma unroll
-        for (int i = 0; i < NI; ++i)
-#pragma unroll
-          for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const float r = scale[i * NT + j * 8 + lane_token + e];
-              acc[i][4 * j + e] *= r;
-              acc[i][4 * j + 2 + e] *= r;
-            }
+        scale_tokens(acc, scale, lane_token);
       }
 #endif
 

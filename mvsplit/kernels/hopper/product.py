@@ -299,6 +299,10 @@ def write(
 ) -> None:  # fmt: skip
     """`y` [N, D] ← the next trunk, from the trunk `x` and F = A·Wᵀ; it may be `x` itself.
 
+    The blocks of a sample wait for each other. All fit on the device at once, which is checked; but
+    where another such kernel runs beside this one, they may not. A wait ends after seconds, then
+    with NaN.
+
     Args:
         a: [N, E].
         w: [D, E].
