@@ -44,6 +44,14 @@ def test_the_table_of_pictures_is_that_of_the_results():
         for name in SAMPLERS
     }
     assert first == {"euler": None, "heun": 25, "ab2": 9, "dpmpp-2m": 17}
+    again = {
+        (r["sampler"], r["seed"]): r["shapes_frechet"]
+        for r in found["on_a_cpu"]["rows"]
+        if r["budget"] == 5
+    }
+    for name in ("ab2", "euler"):
+        assert again[name, 0] == pytest.approx(distance[name, 5], rel=0.01)
+        assert f"{again[name, 1]:.3f}" in PAGE
     assert not module.draws_right(found)  # and so the page does not show the shares
     assert found["gate"]["other_captions"] == pytest.approx(0.06, abs=0.005)
     assert max(s["geneval_mean"] for (_, b), s in at.items() if b >= 9) < 0.04
