@@ -54,11 +54,17 @@ class Results:
 def frames(args: argparse.Namespace, results: Results) -> None:
     for seed in args.seeds:
         for variant, count in video_frames.plan(args.variants):
-            if count > args.most_frames:
+            if count not in args.frames:
                 continue
             row = with_patience(
                 lambda v=variant, c=count, s=seed: video_frames.run(
-                    v, c, s, args.depth, args.device, args.steps or video_frames.LOOKS[-1]
+                    v,
+                    c,
+                    s,
+                    args.depth,
+                    args.device,
+                    args.size,
+                    args.steps or video_frames.LOOKS[-1],
                 )
             )
             results.add(row)
@@ -131,7 +137,8 @@ def main() -> None:
     parser.add_argument("--name", default="clips-12l", help="the preset")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of its training")
     parser.add_argument("--pictures", type=Path, help="where its samples go")
-    parser.add_argument("--most-frames", type=int, default=32)
+    parser.add_argument("--frames", type=int, nargs="+", default=list(video_frames.FRAMES))
+    parser.add_argument("--size", choices=video_frames.SIZES, default="gpu")
     parser.add_argument("--variants", nargs="+", default=list(video_frames.VARIANTS))
     args = parser.parse_args()
     results = Results(args.json, args.part, gates(args.device))

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from mvsplit.diagnostics.probe import LayerProbe
 from mvsplit.models import DiTConfig
@@ -25,6 +26,8 @@ from mvsplit.training.step import train_step
 FRAMES = (1, 2, 4, 8, 16, 32)
 LOOKS = (1, 2, 4, 8, 16, 32)  # steps; the first looks at the network as it was drawn
 DEPTH = 100
+# width, heads, clips a step; that of a GPU is as wide as a patch has values
+SIZES = {"gpu": (192, 6, 8), "cpu": (64, 2, 4)}
 # name: rule, writers, whether it is trained
 VARIANTS: dict[str, tuple[str, str, bool]] = {
     "plain": ("plain", "zero", True),
@@ -35,13 +38,16 @@ SEGMENT = "_segment_0"  # the clip; the other is the text
 FIELDS = ("tcs", "g_mean_attn", "g_ctr_attn", "g_mean_ffn", "g_ctr_ffn")
 
 
-def experiment(variant: str, frames: int, seed: int, depth: int, device: str) -> Experiment:
+def experiment(
+    variant: str, frames: int, seed: int, depth: int, device: str, size: str
+) -> Experiment:
     rule, writers, trained = VARIANTS[variant]
+    width, heads, clips = SIZES[size]
     model = DiTConfig(
         depth=depth,
-        width=192,  # as many as a patch has values
-        heads=6,
-        ffn_width=576,
+        width=width,
+        heads=heads,
+        ffn_width=3 * width,
         channels=3,
         patch=8,  # 16 tokens a frame
         text_width=128,
@@ -50,7 +56,7 @@ def experiment(variant: str, frames: int, seed: int, depth: int, device: str) ->
     )
     train = TrainConfig(
         steps=LOOKS[-1] if trained else 1,
-        batch_size=8,
+        batch_size=clips,
         lr=1e-3,
         warmup=10,
         ema_decay=0.0,
@@ -61,10 +67,12 @@ def experiment(variant: str, frames: int, seed: int, depth: int, device: str) ->
     return Experiment(model=model, data=DataConfig(dataset="clips", frames=frames), train=train)
 
 
-def run(variant: str, frames: int, seed: int, depth: int, device: str, steps: int) -> dict:
+def run(
+    variant: str, frames: int, seed: int, depth: int, device: str, size: str, steps: int
+) -> dict[str, Any]:
     """One network's looks and losses."""
     begun = time.perf_counter()
-    wanted = experiment(variant, frames, seed, depth, device)
+    wanted = experiment(variant, frames, seed, depth, device, size)
     steps = min(steps, wanted.train.steps)
     state = build_state(replace(wanted, train=replace(wanted.train, steps=steps)))
     looks, losses = [], []
@@ -82,6 +90,7 @@ def run(variant: str, frames: int, seed: int, depth: int, device: str, steps: in
         "frames": frames,
         "seed": seed,
         "depth": depth,
+        "size": size,
         "seconds": round(time.perf_counter() - begun, 1),
         "losses": [round(loss, 5) for loss in losses],
         "looks": looks,

@@ -44,7 +44,7 @@ PASSES = ("behind", "in front of")
 
 WAYS = np.array([(0.15, 0.22), (0.40, 0.52)])  # of SPEEDS: shortest and longest, in a clip
 _BOUNCE_WAY = (0.5, 0.65)
-_RADII = np.array([(0.12, 0.18), (0.12, 0.18), (0.12, 0.18), (0.10, 0.11)])  # of MOTIONS
+_RADII = np.array([(0.10, 0.14), (0.10, 0.14), (0.10, 0.13), (0.10, 0.11)])  # of MOTIONS
 _STANDING = (0.105, 0.12)  # radii of what stands still
 _SHAKE = 0.01  # of the two ends of a passing way, and of what is passed
 
