@@ -81,14 +81,14 @@ def frames(args: argparse.Namespace, results: Results) -> None:
 def means(args: argparse.Namespace, results: Results) -> None:
     for seed in args.seeds:
         for mean in args.means:
-            wanted = video_runs.experiment(mean, seed, args.steps or 1200, args.device)
+            wanted = video_runs.experiment(mean, seed, args.steps or 1200, args.device, args.size)
             row = with_patience(lambda w=wanted: video_runs.run(w, count=args.count))
-            results.add({"mean": mean, "seed": seed, **row})
-            told = row["guidance 2"]
+            results.add({"mean": mean, "seed": seed, "size": args.size, **row})
+            told = {name: f"{value:.1%}" for name, value in row.get("guidance 2", {}).items()}
             print(
-                f"mean={mean:8} seed {seed}: validation loss {row['validation_loss']:.4f}, exact "
-                f"{told['clip_exact']:.1%}, direction {told['clip_direction']:.1%}, objects "
-                f"{told['clip_objects']:.1%}, {row['seconds']} s",
+                f"mean={mean:8} seed {seed}: validation loss {row['validation_loss']:.4f}, "
+                f"{row['seconds']} s",
+                told,
                 flush=True,
             )
 
@@ -102,9 +102,7 @@ def preset(args: argparse.Namespace, results: Results) -> None:
         guidances=(2.0, 4.0),
         pictures=args.pictures,
     )
-    results.add(
-        {"preset": args.name, "device": args.device, "threads": torch.get_num_threads(), **row}
-    )
+    results.add({"preset": args.name, "lr": wanted.train.lr, "device": args.device, **row})
     print(json.dumps(row, indent=1), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Puts the results of benchmarks/video.py together, and writes them into docs/video.md.
 
-    python benchmarks/video_page.py --collect OUT/*.json     # into one result
-    python benchmarks/video_page.py [--check]                # tables and plots from it
+    python benchmarks/video_page.py --collect OUT/*.json --into RESULT     # into one result
+    python benchmarks/video_page.py [--check]                              # tables and plots
 
 In the page a part that begins with <!-- NAME --> and ends with <!-- end --> is that of the results.
 --check writes nothing and fails where it is not. Takes two seconds.
@@ -20,26 +20,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import clips_reader
-from video_frames import FRAMES, LOOKS, exponent
+from video_frames import FRAMES, exponent
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "video_h200_2026-11-28.json"
-READER = ROOT / "benchmarks" / "results" / "clips_reader_h200_2026-11-28.json"
+RESULTS = ROOT / "benchmarks" / "results"
+GPU, CPU = RESULTS / "video_h200_2026-11-28.json", RESULTS / "video_cpu_2026-11-28.json"
+READER = RESULTS / "clips_reader_h200_2026-11-28.json"
 PAGE = ROOT / "docs" / "video.md"
 PLOT = ROOT / "docs" / "video" / "frames.png"
 WRITERS = {"attn": "W_O", "ffn": "W_2"}
+ORDER = ("plain", "plain, standard writers", "mvsplit")
+STEPS = (1, 2, 4, 8, 16)
 Row = dict[str, Any]
+Results = tuple[Row, ...]  # of the GPU, of the CPU
 
 
-def collect(paths: Sequence[Path]) -> None:
+def collect(paths: Sequence[Path], place: Path) -> None:
     """One result of all runs; a part that is run again replaces what was there."""
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    result = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
     parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for name in {part["part"] for part in parts}:
         same = sorted((p for p in parts if p["part"] == name), key=lambda p: str(p["runs"][:1]))
         about = {key: same[0][key] for key in ("date", "torch", "gpu", "gates")}
         result[name] = about | {"runs": [run for part in same for run in part["runs"]]}
-    RESULT.write_text(compact(result) + "\n", encoding="utf-8")
+    place.write_text(compact(result) + "\n", encoding="utf-8")
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -56,10 +60,14 @@ def look(row: Row, step: int) -> Row:
     return next(look for look in row["looks"] if look["step"] == step)
 
 
-def of(result: Row, variant: str, frames: int) -> list[Row]:
-    """The runs of all seeds."""
-    runs = result["frames"]["runs"]
-    return [r for r in runs if (r["variant"], r["frames"]) == (variant, frames)]
+def rows_of(results: Results, variant: str, frames: int) -> list[Row]:
+    """The runs of all seeds; those of the GPU where it has them of all frames, else of the CPU."""
+    for result in results:
+        runs = [run for run in result["frames"]["runs"] if run["variant"] == variant]
+        if {run["frames"] for run in runs} == set(FRAMES):
+            found = {run["seed"]: run for run in runs if run["frames"] == frames}
+            return [found[seed] for seed in sorted(found)]
+    raise SystemExit(f"no result has {variant} at all numbers of frames")
 
 
 def ratio(row: Row, writer: str, step: int = 1) -> float:
@@ -73,22 +81,18 @@ def spread(values: Sequence[float], form: str = ".3g") -> str:
     return f"{statistics.mean(values):{form}} ± {half:.1g}"
 
 
-def start_table(result: Row) -> str:
+def start_table(results: Results) -> str:
     """The gradients of the networks as they were drawn."""
     lines = [
-        "| frames | tokens | plain: F·G_mean in W_O | F·G_ctr | ratio, W_O | ratio, W_2 | plain, "
-        "standard writers: ratio, W_O | ratio, W_2 | MV-Split: ratio, W_O |",
+        "| frames | tokens | writers zero: F·G_mean, W_O | F·G_ctr, W_O | ratio, W_O | ratio, W_2 "
+        "| writers standard: ratio, W_O | ratio, W_2 | MV-Split: ratio, W_O |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for frames in FRAMES:
-        plain, standard, split = (
-            of(result, name, frames) for name in ("plain", "plain, standard writers", "mvsplit")
-        )
+        plain, standard, split = (rows_of(results, name, frames) for name in ORDER)
+        parts = ("g_mean_attn", "g_ctr_attn")
         cells = [
-            *(
-                spread([frames * look(r, 1)[f"{g}_attn"] for r in plain])
-                for g in ("g_mean", "g_ctr")
-            ),
+            *(spread([frames * look(r, 1)[part] for r in plain]) for part in parts),
             *(spread([ratio(r, writer) for r in plain]) for writer in WRITERS),
             *(spread([ratio(r, writer) for r in standard]) for writer in WRITERS),
             f"{max(ratio(r, 'attn') for r in split):.0e}",
@@ -97,95 +101,85 @@ def start_table(result: Row) -> str:
     return "\n".join(lines)
 
 
-def exponent_table(result: Row) -> str:
+def exponent_table(results: Results) -> str:
     """k of Fᵏ from 1 to 32 frames, mean over the seeds and half of their range."""
     lines = [
-        "| network | writer | F·G_mean | F·G_ctr | ratio |",
+        "| plain network, writers | writer | F·G_mean | F·G_ctr | ratio |",
         "|---|---|---|---|---|",
     ]
-    for variant in ("plain", "plain, standard writers"):
+    values: tuple[Callable[[Row, str], float], ...] = (
+        lambda row, writer: row["frames"] * look(row, 1)[f"g_mean_{writer}"],
+        lambda row, writer: row["frames"] * look(row, 1)[f"g_ctr_{writer}"],
+        ratio,
+    )
+    for variant, start in zip(ORDER[:2], ("zero", "standard"), strict=True):
         for writer, name in WRITERS.items():
             cells = []
-            for value in (
-                lambda r, w: r["frames"] * look(r, 1)[f"g_mean_{w}"],
-                lambda r, w: r["frames"] * look(r, 1)[f"g_ctr_{w}"],
-                lambda r, w: ratio(r, w),
-            ):
-                series = zip(*(of(result, variant, frames) for frames in FRAMES), strict=True)
-                found = [
-                    exponent(list(FRAMES), [value(row, writer) for row in rows]) for rows in series
-                ]
+            for value in values:
+                seeds = zip(*(rows_of(results, variant, f) for f in FRAMES), strict=True)
+                found = [exponent(list(FRAMES), [value(r, writer) for r in rows]) for rows in seeds]
                 cells.append(spread(found, ".2f"))
-            lines.append(f"| {variant} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {start} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def training_table(result: Row) -> str:
-    """The first steps: the largest ratio met, and where the networks stand at the end."""
+def training_table(results: Results) -> str:
+    """The first steps: the ratio in W_O and the similarity, means over the seeds."""
     lines = [
-        "| frames | plain: largest ratio in W_O | in W_2 | similarity at the end | loss | "
-        "MV-Split: largest ratio in W_O | in W_2 | similarity at the end | loss |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| network | where | frames | seeds | {' | '.join(f'step {s}' for s in STEPS)} |",
+        "|---|---|---|---|" + "---|" * len(STEPS),
     ]
-    for frames in FRAMES:
-        cells = []
-        for variant in ("plain", "mvsplit"):
-            rows = of(result, variant, frames)
-            for writer in WRITERS:
-                peaks = [max(ratio(r, writer, x["step"]) for x in r["looks"]) for r in rows]
-                cells.append(spread(peaks))
-            cells.append(spread([look(r, LOOKS[-1])["tcs_deep"] for r in rows], ".2f"))
-            cells.append(spread([statistics.mean(r["losses"][-8:]) for r in rows], ".3f"))
-        lines.append(f"| {frames} | {' | '.join(cells)} |")
+    for result, where in zip(results, ("H200, D = 192", "CPU, D = 64"), strict=True):
+        runs = [run for run in result["frames"]["runs"] if len(run["losses"]) >= STEPS[-1]]
+        for variant, frames in sorted({(run["variant"], run["frames"]) for run in runs}):
+            rows = [r for r in runs if (r["variant"], r["frames"]) == (variant, frames)]
+            cells = [
+                f"{statistics.geometric_mean([ratio(r, 'attn', s) for r in rows]):.2g}, "
+                f"{statistics.mean(look(r, s)['tcs_deep'] for r in rows):.2f}"
+                for s in STEPS
+            ]
+            lines.append(f"| {variant} | {where} | {frames} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def means_table(result: Row) -> str:
-    """What each choice of mean reaches: mean over the seeds, and half of their range."""
-    runs = result["means"]["runs"]
-    scores = ("exact", "objects", "direction", "speed", "bounce")
+def means_table(results: Results) -> str:
+    """What each choice of mean reaches: of each seed, and the mean."""
+    runs = results[1]["means"]["runs"]
+    seeds = sorted({run["seed"] for run in runs})
     lines = [
-        f"| `model.mean` | validation loss | {' | '.join(scores)} |",
-        "|---|---|" + "---|" * len(scores),
+        f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
+        "|---|" + "---|" * (len(seeds) + 1),
     ]
     for mean in ("clip", "frame", "sequence"):
-        rows = [run for run in runs if run["mean"] == mean]
-        cells = [
-            spread([100 * r["guidance 2"][f"clip_{score}"] for r in rows], ".1f")
-            for score in scores
-        ]
-        loss = spread([r["validation_loss"] for r in rows], ".4f")
-        lines.append(f"| `{mean}` | {loss} | {' | '.join(f'{c} %' for c in cells)} |")
+        losses = {run["seed"]: run["validation_loss"] for run in runs if run["mean"] == mean}
+        cells = [f"{losses[seed]:.4f}" for seed in seeds]
+        lines.append(f"| `{mean}` | {' | '.join(cells)} | {statistics.mean(losses.values()):.4f} |")
     return "\n".join(lines)
 
 
-def preset_table(result: Row) -> str:
-    """What the presets draw."""
+def preset_table(results: Results) -> str:
+    """What a preset has learned, in which time."""
     lines = [
-        "| preset | where | steps | seconds | validation loss | guidance | exact | objects | "
-        "direction | speed | bounce | occlusion |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| preset | learning rate | steps | validation loss | guidance | objects | all right |",
+        "|---|---|---|---|---|---|---|",
     ]
-    names = ("exact", "objects", "direction", "speed", "bounce", "occlusion")
-    for run in result["preset"]["runs"]:
-        where = "H200" if run["device"] == "cuda" else f"{run['threads']} cores"
+    for run in results[0]["preset"]["runs"]:
         for key in (key for key in run if key.startswith("guidance ")):
-            found = [run[key].get(f"clip_{name}") for name in names]
-            cells = ["" if v is None else f"{v:.0%}" for v in found]
+            scores = (run[key][f"clip_{name}"] for name in ("objects", "exact"))
             lines.append(
-                f"| `{run['preset']}` | {where} | {run['step']:,} | {run['seconds']:.0f} | "
+                f"| `{run['preset']}` | {run['lr']:g} | {run['step']:,} | "
                 f"{run['validation_loss']:.3f} | {key.removeprefix('guidance ')} | "
-                f"{' | '.join(cells)} |"
+                f"{' | '.join(f'{score:.0%}' for score in scores)} |"
             )
     return "\n".join(lines)
 
 
-def reader_table(_: Row) -> str:
+def reader_table(_: Results) -> str:
     rows = json.loads(READER.read_text(encoding="utf-8"))["rows"]
     return clips_reader.table(rows)
 
 
-PARTS: dict[str, Callable[[Row], str]] = {
+PARTS: dict[str, Callable[[Results], str]] = {
     "reader": reader_table,
     "start": start_table,
     "exponents": exponent_table,
@@ -195,10 +189,10 @@ PARTS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def page(text: str, result: Row) -> str:
+def page(text: str, results: Results) -> str:
     """The page with its parts written anew."""
     for name, table in PARTS.items():
-        block = f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
+        block = f"<!-- {name} -->\n{table(results)}\n<!-- end -->"
         pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
         text, found = re.subn(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
         if found != 1:
@@ -206,39 +200,32 @@ def page(text: str, result: Row) -> str:
     return text
 
 
-def plot(result: Row, path: Path) -> None:
-    """The ratio at the start over the frames, and over the first steps."""
+def load() -> Results:
+    """The results of the GPU and of the CPU."""
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in (GPU, CPU))
+
+
+def plot(results: Results, path: Path) -> None:
+    """The ratio as the networks were drawn, over the frames."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
-    styles = {"plain": ("tab:red", "-"), "plain, standard writers": ("tab:orange", "--")}
-    for variant, (colour, line) in styles.items():
+    figure, axis = pyplot.subplots(figsize=(6, 3.8))
+    styles = (("tab:red", "zero"), ("tab:orange", "standard"))
+    for variant, (colour, start) in zip(ORDER[:2], styles, strict=True):
         for writer, name in WRITERS.items():
-            seeds = zip(*(of(result, variant, frames) for frames in FRAMES), strict=True)
+            seeds = zip(*(rows_of(results, variant, frames) for frames in FRAMES), strict=True)
             for number, rows in enumerate(seeds):
-                label = f"{variant}, {name}" if number == 0 else None
-                marker = "o" if writer == "attn" else "x"
+                label = f"writers {start}, {name}" if number == 0 else None
                 values = [ratio(row, writer) for row in rows]
-                left.plot(FRAMES, values, line, color=colour, marker=marker, label=label, alpha=0.7)
-    first = statistics.mean(ratio(r, "attn") for r in of(result, "plain", 1))
-    left.plot(FRAMES, [first * f**0.5 for f in FRAMES], ":", color="gray", label="√F")
-    left.set(xscale="log", yscale="log", xlabel="frames F", title="as drawn")
-    left.set_ylabel("G_mean / G_ctr")
-    left.legend(frameon=False, fontsize=7)
-    for variant, colours in (("plain", "Reds"), ("mvsplit", "Blues")):
-        shade = pyplot.get_cmap(colours)
-        for number, frames in enumerate(FRAMES):
-            rows = of(result, variant, frames)
-            values = [statistics.mean(ratio(r, "attn", s) for r in rows) for s in LOOKS]
-            label = f"{variant}, {frames}" if frames in (FRAMES[0], FRAMES[-1]) else None
-            right.plot(LOOKS, values, color=shade(0.35 + 0.12 * number), label=label, marker=".")
-    right.set(
-        xscale="log", yscale="log", xlabel="step", title="W_O, first steps", ylim=(1e-4, None)
-    )
-    right.legend(frameon=False, fontsize=7)
+                marker = "o" if writer == "attn" else "x"
+                axis.plot(FRAMES, values, color=colour, marker=marker, label=label, alpha=0.7)
+    first = statistics.mean(ratio(r, "attn") for r in rows_of(results, "plain", 1))
+    axis.plot(FRAMES, [first * f**0.5 for f in FRAMES], ":", color="gray", label="√F")
+    axis.set(xscale="log", yscale="log", xlabel="frames F", ylabel="G_mean / G_ctr, as drawn")
+    axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -246,21 +233,19 @@ def plot(result: Row, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--collect", type=Path, nargs="+", help="parts that benchmarks/video.py wrote"
-    )
+    parser.add_argument("--collect", type=Path, nargs="+", help="what benchmarks/video.py wrote")
+    parser.add_argument("--into", type=Path, default=GPU, help="where that goes")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.collect:
-        collect(args.collect)
+        collect(args.collect, args.into)
         return
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    text = PAGE.read_text(encoding="utf-8")
-    written = page(text, result)
+    results, text = load(), PAGE.read_text(encoding="utf-8")
+    written = page(text, results)
     if args.check:
         raise SystemExit(0 if written == text else f"{PAGE.name} is not what the results give")
     PAGE.write_text(written, encoding="utf-8")
-    plot(result, PLOT)
+    plot(results, PLOT)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ from mvsplit.training import (
 )
 
 MEANS = ("clip", "frame", "sequence")
+# depth, width, heads, patch, frames, clips a step
+SIZES = {"gpu": (12, 256, 8, 8, 8, 64), "cpu": (4, 48, 3, 4, 4, 4)}
+HELD_OUT = 256  # clips of the validation loss at most; fewer where fewer are drawn, but for 0
 PROMPTS = (
     "a red circle moving left",
     "a yellow square quickly moving down on a black background",
@@ -44,24 +47,25 @@ PROMPTS = (
 )
 
 
-def experiment(mean: str, seed: int, steps: int, device: str) -> Experiment:
-    """A small network for the comparison of means."""
+def experiment(mean: str, seed: int, steps: int, device: str, size: str) -> Experiment:
+    """A small network for the comparison of means, as wide as a patch has values at least."""
+    depth, width, heads, patch, frames, clips = SIZES[size]
     model = DiTConfig(
-        depth=12,
-        width=256,
-        heads=8,
-        ffn_width=768,
+        depth=depth,
+        width=width,
+        heads=heads,
+        ffn_width=3 * width,
         channels=3,
-        patch=8,
-        text_width=128,
+        patch=patch,
+        text_width=max(64, width // 2),
         rule=RuleConfig(name="mvsplit"),
         mean=mean,  # type: ignore[arg-type]
     )
     config = TrainConfig(
         steps=steps,
-        batch_size=64,
+        batch_size=clips,
         lr=2e-3,
-        warmup=100,
+        warmup=min(100, steps // 5),
         ema_decay=0.99,
         precision="bf16" if device == "cuda" else "fp32",
         seed=seed,
@@ -70,7 +74,7 @@ def experiment(mean: str, seed: int, steps: int, device: str) -> Experiment:
         device=device,
         sample_shift=2.0,
     )
-    data = DataConfig(dataset="clips", frames=8, motions=("move", "bounce"))
+    data = DataConfig(dataset="clips", frames=frames, motions=("move", "bounce"))
     return Experiment(model=model, data=data, train=config)
 
 
@@ -103,8 +107,8 @@ def run(
     pictures: Path | None = None,
 ) -> dict[str, Any]:
     """Trains in a folder that is thrown away, and scores the averaged weights: the validation loss,
-    and the reader on `count` samples of held-out captions. With `pictures` writes there a contact
-    sheet and GIFs of `PROMPTS`."""
+    and the reader on `count` samples of held-out captions (0: the loss alone). With `pictures`
+    writes there a contact sheet and GIFs of `PROMPTS`."""
     with tempfile.TemporaryDirectory() as folder:
         path, begun = Path(folder) / "run", time.perf_counter()
         outcome = train(wanted, path, observers=[StopAfter(seconds)])
@@ -121,10 +125,11 @@ def run(
 def scores(loaded: Any, count: int, guidances: Sequence[float]) -> dict[str, Any]:
     data = loaded.experiment.data
     clips = Clips(data.frames or 8, data.size or 32, SERIES, data.motions or None)
-    losses = dict(validation_loss(loaded.model, loaded.embedder, clips, samples=min(256, count)))
+    samples = min(HELD_OUT, count or 64)
+    losses = dict(validation_loss(loaded.model, loaded.embedder, clips, samples=samples))
     found: dict[str, Any] = {n: losses[n] for n in ("validation_loss", "validation_loss_stderr")}
     scenes = clips.scenes(range(count))
-    for guidance in guidances:
+    for guidance in guidances if count else ():
         drawn = sampled(loaded, [scene.caption for scene in scenes], guidance)
         found[f"guidance {guidance:g}"] = dict(evaluate_clips(drawn, scenes))
     return {name: _rounded(value) for name, value in found.items()}
