@@ -27,8 +27,8 @@ def test_the_library_example_computes_the_rule():
 
 
 def merged(x, f, tokens):
-    """Eq. 7 at β = 1, α = 0."""
-    return x[:, tokens] + f[:, tokens] - f[:, tokens].mean(1, keepdim=True)
+    """Eq. 7 at β = 1/√400, α = 0."""
+    return x[:, tokens] + 0.05 * (f[:, tokens] - f[:, tokens].mean(1, keepdim=True))
 
 
 def test_every_file_it_links_to_exists():

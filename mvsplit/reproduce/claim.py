@@ -197,7 +197,7 @@ HEALTHY = at_least(
 )
 PLAIN = RuleConfig(name="plain")
 MVSPLIT = RuleConfig(name="mvsplit", beta=1.0)
-ATTENTION_ONLY = RuleConfig(name="mvsplit-attention-only")
+ATTENTION_ONLY = RuleConfig(name="mvsplit-attention-only", beta=1.0)
 
 
 def by_depth(size: Size, regime: str) -> RuleConfig:

@@ -21,8 +21,9 @@ class RuleConfig:
     Attributes:
         name: mvsplit, plain, layerscale, rezero, deepnorm, keel, prenorm, sandwich, or one of the
             controls mvsplit-attention-only and hard-center.
-        beta: start of MV-Split's centered gain β. The paper uses 1 at 400 layers and
-            0.03 ≈ 1/√L at 1000.
+        beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network
+            (docs/experiments/depth-bench.md). The paper uses 1 at 400 layers and 0.03 ≈ 1/√L at
+            1000: presets mvsplit-400l and mvsplit-1000l.
         alpha: start of MV-Split's mean gain α.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.
@@ -31,7 +32,7 @@ class RuleConfig:
     """
 
     name: str = "mvsplit"
-    beta: float = 1.0
+    beta: float | None = None
     alpha: float = 0.0
     tied_leak: bool = True
     leak: float = 0.0
@@ -40,7 +41,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "alpha", "leak", "gamma"):
-            if not math.isfinite(getattr(self, name)):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 raise UserError(f"rule.{name}={getattr(self, name)}: must be a finite number")
         if not 0 < self.eps < math.inf:
             raise UserError(f"rule.eps={self.eps}: must be greater than 0, for example 1e-5")

@@ -24,7 +24,7 @@ from mvsplit.residuals.base import Branch, PostNorm, RuleConfig
 class MVSplit(PostNorm):
     """X' = RMSNorm(X + β⊙PF + α⊙J(F − X)), β and α ∈ R^D learned for each branch of each block.
 
-    Start: α = 0; β = 1 at 400 layers, 0.03 ≈ 1/√L at 1000; writers zero.
+    Start: α = 0; β = 1/√L if not given (in the paper 1 at 400 layers, 0.03 at 1000); writers zero.
     With `tied_leak=False` the trunk mean leaks by its own λ: Z = X + β⊙PF + α⊙JF − λ⊙JX. At
     α = β = 1, λ = 0 that is the plain residual, so a plain model can become an MV-Split model.
     Source: arXiv 2605.06169, Eq. 7–8.
@@ -40,7 +40,8 @@ class MVSplit(PostNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.beta, self.config.beta)
+        beta = self.depth**-0.5 if self.config.beta is None else self.config.beta
+        nn.init.constant_(self.beta, beta)
         nn.init.constant_(self.alpha, self.config.alpha)
         if self.leak is not None:
             nn.init.constant_(self.leak, self.config.leak)

@@ -111,6 +111,13 @@ def test_padding_has_exactly_zero_influence_on_a_merge(name):
             assert torch.equal(clean, dirty)
 
 
+@pytest.mark.parametrize(("depth", "beta"), [(400, 0.05), (100, 0.1), (1, 1.0)])
+def test_beta_starts_by_the_depth_where_it_is_not_given(depth, beta):
+    for branch in ("attention", "ffn"):
+        rule = build_rule("mvsplit", width=D, depth=depth, branch=branch)
+        torch.testing.assert_close(rule.beta, torch.full_like(rule.beta, beta))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_start_values(name):
     config = RuleConfig(name=name, beta=0.03, gamma=1e-3)

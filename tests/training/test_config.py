@@ -116,5 +116,5 @@ def test_differences_are_named_by_path() -> None:
     old = runs.experiment()
     rule = replace(runs.MODEL.rule, beta=0.5)
     new = replace(runs.experiment(seed=4), model=replace(runs.MODEL, rule=rule))
-    assert differences(old, new) == {"model.rule.beta": (1.0, 0.5), "train.seed": (0, 4)}
+    assert differences(old, new) == {"model.rule.beta": (None, 0.5), "train.seed": (0, 4)}
     assert differences(old, old) == {}

@@ -35,7 +35,7 @@ from mvsplit.reproduce.depth.verdict import (
 
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
-TODAY = "mvsplit-1"  # the setting that `RuleConfig` has by default
+TODAY = "mvsplit-1"  # what `RuleConfig` had by default when the rule was written
 HEAD = """# The depth bench: every rule at its own learning rate
 
     mvsplit bench depth_bench --size small --out runs/depth-bench
@@ -185,7 +185,10 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
             f"{labels[mine]} ({standing[depth][mine]}; all that can be told: {words or 'nothing'})"
         )
     new = f"becomes {labels[default]}" if default else f"stays {labels.get(TODAY, TODAY)}"
-    tail = f"**The default {new}.** Ties are {TIE:.0%} wide, and {ERRORS:g} standard errors count."
+    tail = (
+        f"**By this size alone the default {new}.** Ties are {TIE:.0%} wide, and {ERRORS:g} "
+        "standard errors count."
+    )
     return [*lines, "", tail + "\n"]
 
 

@@ -30,6 +30,7 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
 from mvsplit.reproduce.trial import Deadline, token_floor
+from mvsplit.residuals import RuleConfig
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
 from mvsplit.training import (
     Experiment,
@@ -131,12 +132,23 @@ def fingerprint(experiment: Experiment) -> str:
     field which comes later changes nothing."""
     plain = flat_fields(dataclasses.asdict(_PLAIN))
     fields = flat_fields(dataclasses.asdict(experiment))
+    if fields["model.rule.beta"] is None:  # 1 in rules that have none, when the first runs were run
+        has_beta = experiment.model.rule.name.startswith("mvsplit")
+        fields["model.rule.beta"] = experiment.model.depth**-0.5 if has_beta else 1.0
     decides = {n: v for n, v in fields.items() if v != plain[n] and n not in _DECIDES_NOTHING}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 _PLAIN = Experiment(
-    model=DiTConfig(depth=1, width=4, heads=1, ffn_width=1, channels=1, text_width=4),
+    model=DiTConfig(
+        depth=1,
+        width=4,
+        heads=1,
+        ffn_width=1,
+        channels=1,
+        text_width=4,
+        rule=RuleConfig(beta=1.0),
+    ),
     train=TrainConfig(steps=1, batch_size=1),
 )
 _DECIDES_NOTHING = ("train.device", "train.save_every", "train.keep")

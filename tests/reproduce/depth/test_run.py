@@ -26,6 +26,7 @@ from mvsplit.reproduce.depth.run import (
     windows,
 )
 from mvsplit.reproduce.depth.study import MARGIN, expected
+from mvsplit.residuals import RuleConfig
 from mvsplit.training import build_state, load_run, train
 from mvsplit.training.files import read_lines
 from tests.reproduce.depth.tiny import TINY, entry
@@ -182,3 +183,17 @@ def test_the_bench_trains_as_any_run_is_trained(done, tmp_path):
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     losses = [line["loss"] for line in lines]
     assert done[1]["curve"][-1] == pytest.approx(np.mean(losses[10:]), rel=1e-5)
+
+
+def test_rows_of_before_beta_had_a_default_by_depth_are_still_those_runs():
+    """Rules that have no β were configured with β = 1 then; MV-Split without one has 1/√L."""
+
+    def of(**rule) -> str:
+        there = BenchRun(entry=entry("plain"), depth=4, width=16, rate=1e-2, seed=0)
+        experiment = there.experiment(TINY)
+        model = dataclasses.replace(experiment.model, rule=RuleConfig(**rule))
+        return fingerprint(dataclasses.replace(experiment, model=model))
+
+    assert of(name="plain") == of(name="plain", beta=1.0)
+    assert of(name="mvsplit") == of(name="mvsplit", beta=0.5)
+    assert of(name="mvsplit") != of(name="mvsplit", beta=1.0)
