@@ -125,7 +125,7 @@ def _plain() -> Iterator[Run]:
     for lr in (1e-3, 1.2e-2):
         yield Run(name=f"plain-shapes-lr{lr:g}", lr=lr, steps=150, **shapes)
     for lr in (4e-3, 1.6e-2):
-        rule = RuleConfig(name="mvsplit-attention-only")
+        rule = RuleConfig(name="mvsplit-attention-only", beta=1.0)
         yield Run(name=f"attention-only-lr{lr:g}", lr=lr, **{**base, "rule": rule})
 
 

@@ -71,7 +71,7 @@ MODEL = DiTConfig(
     channels=3,
     patch=4,
     text_width=64,
-    rule=RuleConfig(name="mvsplit"),
+    rule=RuleConfig(name="mvsplit", beta=1.0),
 )
 
 
