@@ -159,6 +159,22 @@ def test_it_starts_at_log_2_and_equal_samples_push_nothing(
         assert float(group.grads.abs().max()) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tune", TUNES)
+def test_on_a_gpu_it_starts_at_log_2_and_a_graph_changes_nothing(
+    whole_run: Path, pairs: Path, tune: str
+) -> None:
+    """Both networks run on the same kernels in bf16; the third time a graph is replayed."""
+    dpo = DPOConfig(beta=BETA)
+    config = aligning(whole_run, pairs, tune, dpo=dpo, device="cuda", precision="bf16")
+    state = begun(config)
+    parts = list(pieces(state.loader.next_batch(), 1, config.train, state.device))
+    written, _, replayed = (accumulate_gradients(state, config.train, parts) for _ in range(3))
+    assert written[:, 1].tolist() == [0.0] * 8
+    assert torch.equal(replayed, written)
+
+
 def test_the_cut_of_a_batch_changes_nothing(whole_run: Path, pairs: Path) -> None:
     found = []
     for accumulate in (1, 4):
