@@ -51,22 +51,6 @@ class Later(Observer):
         state.schedule = lambda step: before(step + self.since)
 
 
-class SlowGains(Observer):
-    """The gains of a surgery learn at a share of the rate: not an option of the package."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def on_start(self, state: TrainState, experiment: Experiment) -> None:
-        adamw = state.optimizer
-
-        def slow(*_: Any) -> None:
-            for settings, group in zip(adamw._inner.param_groups, adamw._full, strict=True):
-                settings["lr"] *= self.share if group.kind == "joined" else 1.0
-
-        adamw._inner.register_step_pre_hook(slow)
-
-
 def run(
     regime: Regime,
     trial: Trial,
@@ -74,15 +58,15 @@ def run(
     folder: Path,
     since: int = 0,
     origin: Any = None,
-    others: Sequence[Observer] = (),
+    gain_lr: float = 1.0,
 ) -> dict[str, Any]:
     """Trains to the end of the regime, from step `since` on."""
     wanted = regime.experiment(trial, seed)
     steps = regime.steps - since
-    config = replace(wanted.train, steps=steps, save_every=EVERY, keep=10**6, keep_every=0)
+    config = replace(wanted.train, steps=steps, save_every=EVERY, keep=10**6, gain_lr=gain_lr)
     wanted = replace(wanted, train=config, origin=origin)
     began = time.perf_counter()
-    train(wanted, folder, observers=[Later(regime, since), *others], start=starter(wanted))
+    train(wanted, folder, observers=[Later(regime, since)], start=starter(wanted))
     lines = read_lines(folder / "metrics.jsonl")
     return {
         "since": since,
@@ -145,8 +129,8 @@ def measure(
         gate(regime, trial, source, folder / where)
     for gain in options.slow:
         trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
-        way, watchers = f"surgery, gain {gain:g}, gains at {gain:g} of the rate", [SlowGains(gain)]
-        note(way, trial, f"slow-{gain:g}", since, replace(kept, split=True), watchers)
+        way = f"surgery, gain {gain:g}, gains at {gain:g} of the rate"
+        note(way, trial, f"slow-{gain:g}", since, replace(kept, split=True), gain)
     for way in options.beside:
         if way == REFERENCE:
             note(way, reference, "reference")
@@ -163,7 +147,10 @@ def table(result: dict[str, Any]) -> str:
         cells = []
         for regime in regimes:
             here = [r for r in rows if (r["regime"], r["way"]) == (regime, way)]
-            cells.append(", ".join(f"{r['loss']:.3f}" for r in here) or "–")
+            here = sorted(here, key=lambda r: r["seed"])
+            named = "" if [r["seed"] for r in here] == list(range(len(here))) else "seed {seed}: "
+            shown = [f"{named.format(seed=r['seed'])}{r['loss']:.3f}" for r in here]
+            cells.append(", ".join(shown) or "–")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

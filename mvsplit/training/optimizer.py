@@ -110,12 +110,12 @@ def flatten_parameters(
     values, each in a part of the buffer that one rank updates (`mvsplit.training.replicas`).
 
     Raises:
-        UserError: gains have a learning rate of their own, and some parameters came later.
+        UserError: gains have a learning rate of their own, and whole layers came later.
     """
-    if gains_apart and joined:
+    if gains_apart and not all(".rule_" in name for name in joined):
         raise UserError(
-            "train.gain_lr: parameters that come to a running model have the learning rate of all; "
-            "use train.gain_lr=1 with layers or gains that are put in"
+            "train.gain_lr: layers that come to a running model have the learning rate of all; "
+            "use train.gain_lr=1 with layers that are put in"
         )
     kinds: dict[Kind, list[tuple[str, nn.Parameter]]] = {
         "decayed": [],
@@ -129,7 +129,7 @@ def flatten_parameters(
         if not parameter.requires_grad:
             continue
         kind: Kind = "joined" if name in joined else "rest"
-        if gains_apart and ".rule_" in name:
+        if gains_apart and ".rule_" in name and name not in joined:
             kind = "gains"
         if parameter.ndim == 2:
             kind = "joined-decayed" if name in joined else "decayed"
@@ -232,7 +232,9 @@ class AdamW:
     def step(self, lr: float) -> None:
         """One update from the gradients in the groups."""
         for settings, held in zip(self._inner.param_groups, self._full, strict=True):
-            settings["lr"] = lr * (self._config.gain_lr if held.kind == "gains" else 1.0)
+            # Where gains have a rate of their own, what joined is gains and nothing else.
+            gains = held.kind == "gains" or (held.kind == "joined" and self.gains_apart)
+            settings["lr"] = lr * (self._config.gain_lr if gains else 1.0)
         for group in self.groups:
             if group.spread is not None:
                 group.spread.pull_values(group.cut(group.values))

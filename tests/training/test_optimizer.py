@@ -252,7 +252,11 @@ def gradients(model: nn.Module, step: int) -> None:
             parameter.grad.copy_(values)
 
 
-def test_parameters_that_come_later_cannot_have_a_rate_of_their_own() -> None:
+def test_layers_that_come_later_cannot_have_a_rate_of_their_own() -> None:
     model = tiny_dit()
     with pytest.raises(UserError, match=r"train\.gain_lr"):
-        flatten_parameters(model, ["blocks.0.rule_ffn.beta"], gains_apart=True)
+        flatten_parameters(model, ["blocks.0.ffn.w2.weight"], gains_apart=True)
+    groups = flatten_parameters(model, ["blocks.0.rule_ffn.beta"], gains_apart=True)
+    kinds = {name: group.kind for group in groups for name in group.places}
+    assert kinds["blocks.0.rule_ffn.beta"] == "joined"
+    assert kinds["blocks.0.rule_attention.beta"] == "gains"

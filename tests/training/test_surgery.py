@@ -86,6 +86,19 @@ def test_alpha_and_leak_go_where_they_are_sent(plain_run: Path, tmp_path: Path) 
         assert (weights[f"{name}.beta"] != GAIN).all()  # it learns
 
 
+@pytest.mark.parametrize("share", [1.0, 0.125])
+def test_the_gains_may_learn_at_a_rate_of_their_own(
+    plain_run: Path, tmp_path: Path, share: float
+) -> None:
+    """Adam's first step is ±lr, whatever the gradient: of the new gains, the share of it."""
+    reaction = replace(REACTION, anneal=0)
+    changes = {"steps": 1, "warmup": 0, "lr": 1e-3, "gain_lr": share, "reaction": reaction}
+    split(splitting(plain_run, **changes), tmp_path / "run")
+    for name in ("alpha", "beta"):
+        gain = saved(tmp_path / "run").tensors["model"][f"blocks.1.rule_ffn.{name}"]
+        assert (gain - GAIN).abs().median() == pytest.approx(share * 1e-3, rel=1e-2)
+
+
 def test_it_resumes_bit_for_bit(plain_run: Path, tmp_path: Path) -> None:
     split(splitting(plain_run), tmp_path / "one")
     split(splitting(plain_run, steps=3), tmp_path / "two")
