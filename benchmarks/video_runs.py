@@ -58,7 +58,7 @@ def experiment(mean: str, seed: int, steps: int, device: str, size: str) -> Expe
         channels=3,
         patch=patch,
         text_width=max(64, width // 2),
-        rule=RuleConfig(name="mvsplit"),
+        rule=RuleConfig(name="mvsplit", beta=1.0),
         mean=mean,  # type: ignore[arg-type]
     )
     config = TrainConfig(

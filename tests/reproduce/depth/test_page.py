@@ -124,6 +124,9 @@ def test_the_verdict_is_the_rules_on_the_cells():
     assert "at least as good as its rivals" in text
     assert "**By this size alone the default becomes MV-Split β=1/√L.**" in text
     assert "3 layers: the best rival is plain, the best setting MV-Split β=1/√L (ahead" in text
+    shallow = cells(TINY, ENTRIES, [r for r in rows if r["depth"] < 4])
+    text = "\n".join(verdict_words(TINY, shallow))
+    assert "at least as good as its rivals (of 4 layers nothing is known).**" in text
     short = cells(TINY, ENTRIES, [r for r in rows if r["seed"] < 2])
     text = "\n".join(verdict_words(TINY, short))
     assert "**MV-Split against its rivals: cannot tell.**" in text
