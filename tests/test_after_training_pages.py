@@ -68,3 +68,15 @@ def test_what_the_pages_say_of_sizes(
         run = ["train", "tiny", "--from", "runs/tiny", "--run-dir", str(number), "--steps", "1"]
         assert main([*run, *shlex.split(options)]) == 0
         assert f"{parameters} of " in capsys.readouterr().err
+
+
+def test_the_way_to_a_thousand_layers_is_that_of_its_result() -> None:
+    """The page's losses before and after the steps of each depth; no growth moved the loss."""
+    path = ROOT / "benchmarks" / "results" / "growth_thousand_cpu.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    (run,) = result["runs"]
+    assert run["jumps"] == [0.0] * 4
+    spent, losses = 0, dict(run["points"])
+    for depth, steps in result["stages"]:
+        before, spent = losses[spent], spent + depth * steps
+        assert f"| {depth} | {before:.3f} | {losses[spent]:.3f} |" in PAGES["growth"]
