@@ -78,7 +78,7 @@ def ratio(row: Row, writer: str, step: int = 1) -> float:
 def spread(values: Sequence[float], form: str = ".3g") -> str:
     """Mean, and half of the range."""
     half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):{form}} ± {half:.1g}"
+    return f"{statistics.mean(values):{form}} ± {half:.2g}"
 
 
 def start_table(results: Results) -> str:
@@ -143,17 +143,17 @@ def training_table(results: Results) -> str:
 
 
 def means_table(results: Results) -> str:
-    """What each choice of mean reaches: of each seed, and the mean."""
+    """The validation loss with each choice of mean, of each seed."""
     runs = results[1]["means"]["runs"]
     seeds = sorted({run["seed"] for run in runs})
     lines = [
-        f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
-        "|---|" + "---|" * (len(seeds) + 1),
+        f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} |",
+        "|---|" + "---|" * len(seeds),
     ]
     for mean in ("clip", "frame", "sequence"):
         losses = {run["seed"]: run["validation_loss"] for run in runs if run["mean"] == mean}
-        cells = [f"{losses[seed]:.4f}" for seed in seeds]
-        lines.append(f"| `{mean}` | {' | '.join(cells)} | {statistics.mean(losses.values()):.4f} |")
+        cells = [f"{losses[seed]:.4f}" if seed in losses else "not run" for seed in seeds]
+        lines.append(f"| `{mean}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

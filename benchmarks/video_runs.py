@@ -112,6 +112,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         path, begun = Path(folder) / "run", time.perf_counter()
         outcome = train(wanted, path, observers=[StopAfter(seconds)])
+        if outcome.signal == signal.SIGTERM:
+            raise SystemExit(128 + outcome.signal)
         spent = time.perf_counter() - begun
         loaded = load_run(path, device=wanted.train.device)
         return {
