@@ -54,8 +54,9 @@ _VARYING = ["batch", "chunk", "n_chunks", "n_apply", "lag"]
 _COLUMNS = 32  # that one gain task sums
 # Measured on an H200. Values in a tile of an apply task and in one step of a reduce task; tiles of
 # an apply task; blocks for each processor between a sample's two kinds of task.
-_FORWARD = {"apply": 4096, "reduce": 4096, "steps": 4, "lag": 4}
-_BACKWARD = {"apply": 4096, "reduce": 2048, "steps": 2, "lag": 8}
+_FORWARD = {"apply": 4096, "reduce": 4096, "steps": 4, "lag": 12}
+_BACKWARD = {"apply": 4096, "reduce": 2048, "steps": 2, "lag": 8, "lag of few": 12}
+_FEW = 1 << 24  # values of X, fewer of which are read again from the L2 cache in any case
 
 
 @triton.jit
@@ -372,6 +373,7 @@ def _launch_backward(
     n_chunks, n_apply = tiles(lengths, chunk), tiles(lengths, rows * steps)
     n_gains = triton.cdiv(width, _COLUMNS) if learns else 0
     filled = batch * sum(n > 0 for n in lengths)
+    pace = "lag of few" if grad.numel() < _FEW else "lag"
     partial = torch.empty(batch, n_chunks, 2, width, dtype=torch.float32, device=grad.device)
     sums = torch.empty(batch, len(lengths), 2, width, dtype=torch.float32, device=grad.device)
     done = torch.zeros(1 + batch * len(lengths), dtype=torch.int32, device=grad.device)
@@ -380,7 +382,7 @@ def _launch_backward(
         *out, partial, sums, done,
         *scalars, grad.stride(0), grad.stride(1), f.stride(0), f.stride(1),
         tuple(lengths), batch, chunk, n_chunks, n_apply,
-        lag(grad.device, batch, n_chunks + n_apply, _BACKWARD["lag"]), filled,
+        lag(grad.device, batch, n_chunks + n_apply, _BACKWARD[pace]), filled,
         D=width, BLOCK_D=block(width), ROWS=rows, SUB=sub, STEPS=steps,
         STAGES=stages_for(3 * sub * block(width) * grad.element_size(), 4), COLUMNS=_COLUMNS,
         LEAKS=leaks, TIED=tied, NORM=y is not None, GAINS=learns,
