@@ -27,6 +27,7 @@ CASES = [  # kind, lengths, valid, width, dtype, norm
     ("tied", EMPTY, None, 40, FP32, True),
     ("tied", *PADDED, 33, BF16, True),
     ("tied", (1,), None, 8, FP32, True),
+    ("free", (300, 70), [(300, 70), (290, 1), (17, 0)], 24, FP32, True),
     ("tied", (9, 4), None, 1000, FP16, True),
     ("free", *PADDED, 24, FP32, True),
     ("free", (5, 3), None, 1, FP32, False),
@@ -48,6 +49,8 @@ LARGE = [
     ("shared", (300, 20), None, 8192, FP32, True),
     ("tied", (288, 32), None, 1536, BF16, True),
     ("shared", (1024, 256), None, 1024, FP32, True),
+    ("tied", (5000, 3), [(5000, 3), (4999, 0), (1, 1)], 256, BF16, True),
+    ("free", (129, 65, 0, 1), None, 2049, FP16, True),
 ]
 
 
