@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from performance_engine import engine
+from performance_merges import tried
 from performance_parallel import several
 from performance_parts import distance, fused, ideas, not_run, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand
@@ -90,7 +91,8 @@ def page() -> str:
             merged(load("eight_gpus_h200x*.json")),
             merged(load("eight_gpus_predicted.json")),
         ),
-        ideas(graphs, eager, reference, rows(ops), more_ideas(deep, padded)),
+        ideas(graphs, eager, reference, rows(ops), more_ideas(deep, padded))
+        + tried(merged(load("merge_tried_h200_*.json"))),
         not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )
     return "\n".join(part for part in parts if part)
