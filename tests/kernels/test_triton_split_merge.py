@@ -73,6 +73,15 @@ def test_outputs_and_gradients(case, device):
     assert merge_error(case, device) < tolerance(case[4])
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_samples_between_the_two_reads(samples, device, monkeypatch):
+    """Of three samples: one or two ahead, and all reduced before any is merged."""
+    from mvsplit.kernels.fused import split_merge as module
+
+    monkeypatch.setattr(module, "lag", lambda *_: samples)
+    assert merge_error(("free", (9, 4), [(9, 4), (9, 0), (2, 3)], 24, FP32, True), device) < 2e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", LARGE, ids=str)
