@@ -17,7 +17,7 @@ from mvsplit.models.lora import add_lora, fingerprint, lora_parameters
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.carried import correction
 from mvsplit.training.checkpoint import Snapshot, copy_tensors
-from mvsplit.training.config import Experiment, TrainConfig, TuneConfig
+from mvsplit.training.config import Experiment, Origin, TrainConfig, TuneConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.ema import EMA
 from mvsplit.training.growth import carry_over
@@ -152,12 +152,12 @@ def begin_from(
         moved = places(found.model.config.depth, model.config.depth, origin.grow)
         carry_over(state, found.source, moved, experiment.train)
     elif found.source is not None:
-        _take_moments(state, found.source, origin.source, experiment.train)
+        _take_moments(state, found.source, origin, experiment.train)
+    state.objective.begin()  # before a surgery: the reference has the rule of the source
     if origin.split:
         _split(state, found.source, experiment.train)
     if state.ema is not None:
         state.ema = EMA(state.optimizer.groups, state.ema.decay)
-    state.objective.begin()
 
 
 def _require_no_start(config: TrainConfig) -> None:
@@ -225,18 +225,24 @@ def _fields(found: DiTConfig, wanted: DiTConfig) -> Iterable[tuple[str, Any, Any
             yield f"rule.{name}", *(getattr(rule, name) for rule in rules)
 
 
-def _take_moments(state: TrainState, source: Snapshot, name: str, config: TrainConfig) -> None:
+def _take_moments(state: TrainState, source: Snapshot, origin: Origin, config: TrainConfig) -> None:
     """The moments of what learns, and how many updates they have seen; those that have seen fewer
     than the rest are put into its units."""
     moments, theirs = state.optimizer.moments(), source.tensors.get("optimizer", {})
+    if origin.ema:  # what split weights leave out is of the raw ones
+        moments = {n: moment for n, moment in moments.items() if not n.startswith("low_bits.")}
     lost = [moment for moment in moments if moment not in theirs]
     if lost:
         raise UserError(
-            f"optimizer=kept: {name} has no {lost[0]}; only checkpoints of mvsplit train with the "
-            f"same train.weights have the moments, choose fresh"
+            f"optimizer=kept: {origin.source} has no {lost[0]}; only checkpoints of mvsplit train "
+            f"with the same train.weights have the moments, choose fresh"
         )
-    copy_tensors({moment: theirs[moment] for moment in moments}, moments, name)
+    copy_tensors({moment: theirs[moment] for moment in moments}, moments, origin.source)
     counts, late = source.values["updates"], source.values.get("new_layers", [])
     for moment, values in moments.items():
-        local(values).mul_(correction(moment, late, counts, config.betas))
-    state.optimizer.set_updates({kind: counts[kind] for kind in state.optimizer.updates()})
+        factor = correction(moment, late, counts, config.betas)
+        if factor != 1:  # codes and the bits of split weights are integers, and never need it
+            local(values).mul_(factor)
+    whole = max(counts.values())  # of gains too, that were no group of their own
+    kinds = state.optimizer.updates()
+    state.optimizer.set_updates({kind: counts.get(kind, whole) for kind in kinds})

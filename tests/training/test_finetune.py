@@ -132,6 +132,18 @@ def test_kept_moments_are_those_of_the_source(whole_run: Path, tmp_path: Path) -
     assert torch.equal(first.tensors["model"]["head.bias"], source.tensors["model"]["head.bias"])
 
 
+def test_kept_moments_of_gains_serve_a_group_of_their_own(whole_run: Path, tmp_path: Path) -> None:
+    """The source had them with the rest, and so has their count."""
+    experiment = tuning(
+        whole_run, TUNES["all"], optimizer="kept", ema=False, steps=1, keep=9, gain_lr=4.0
+    )
+    start(experiment, tmp_path / "run")
+    first, source = saved(tmp_path / "run", 0), saved(whole_run)
+    assert first.values["updates"] == {"decayed": 8, "rest": 8, "gains": 8}
+    for name, moment in source.tensors["optimizer"].items():
+        assert torch.equal(first.tensors["optimizer"][name], moment)
+
+
 @pytest.mark.parametrize("tune", TUNES)
 def test_the_watch_sees_what_learns(tune: str) -> None:
     """Norms by family against the gradients themselves, also where layers between are frozen."""

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvsplit.cli.start import starter
 from mvsplit.errors import UserError
 from mvsplit.kernels.block_parts import RECOMPUTE
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
-from mvsplit.training import build_state, train
+from mvsplit.training import Origin, build_state, train
+from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
 from mvsplit.training.memory_plan import kept_bytes, make_plan, working_bytes
 from mvsplit.training.objective import piece_losses
 from mvsplit.training.parallelize import raised_weights
@@ -45,6 +47,26 @@ def test_split_weights_follow_fp32_closely(tmp_path: Path) -> None:
     full, split = (runs.log_of(tmp_path / name) for name in ("full", "split"))
     for ours, theirs in zip(split, full, strict=True):
         assert abs(ours["loss"] / theirs["loss"] - 1) < 0.01
+
+
+@pytest.mark.parametrize("weights", ["bf16", "split"])
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_may_begin_with_what_another_has_kept(
+    tmp_path: Path, weights: str, ema: bool
+) -> None:
+    """All that the optimiser knows, but for what was left out of other weights than these."""
+    low = {"precision": "bf16", "weights": weights}
+    train(runs.experiment(**low), tmp_path / "source")
+    origin = Origin(source=str(tmp_path / "source"), ema=ema, optimizer="kept")
+    wanted = replace(runs.experiment(steps=1, keep=9, **low), origin=origin)
+    train(wanted, tmp_path / "run", start=starter(wanted))
+    source = runs.last(tmp_path / "source")
+    first = read_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
+    assert first.values["updates"] == source.values["updates"]
+    for name, moment in source.tensors["optimizer"].items():
+        foreign = ema and name.startswith("low_bits.")
+        expected = torch.zeros_like(moment) if foreign else moment
+        assert torch.equal(first.tensors["optimizer"][name], expected), name
 
 
 def test_fresh_moments_leave_the_other_half_of_the_weights() -> None:

@@ -22,6 +22,7 @@ from mvsplit.flow import DPOConfig
 from mvsplit.hub import load_weights
 from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig
+from mvsplit.residuals import RuleConfig
 from mvsplit.training import (
     DataConfig,
     Experiment,
@@ -236,6 +237,23 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     sample = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 16)
     drawn = load_run(tmp_path / "one").model(*sample)
     torch.testing.assert_close(load_weights(tmp_path / "one")(*sample), drawn)
+
+
+def test_a_surgery_at_the_start_leaves_the_reference(pairs: Path, tmp_path: Path) -> None:
+    """The network is given gains and its writers are divided by them; what it is measured against
+    is the network that it was."""
+    plain = replace(runs.MODEL, rule=RuleConfig(name="plain"))
+    train(replace(runs.experiment(steps=2), model=plain), tmp_path / "plain")
+    source = aligning(tmp_path / "plain", pairs, dpo=DPOConfig(beta=BETA), steps=1)
+    source = replace(source, model=plain)
+    train(source, tmp_path / "pairs", start=starter(source))
+    origin = Origin(source=str(tmp_path / "pairs"), ema=False, optimizer="kept", split=True)
+    experiment = replace(source, origin=origin)
+    state = begun(experiment)
+    assert state.model.config.rule.name == "mvsplit"
+    (piece,) = pieces(state.loader.next_batch(), 1, experiment.train, state.device)
+    measured = accumulate_gradients(state, experiment.train, [piece])
+    assert measured[:, 0].tolist() == [torch.tensor(2.0).log().item()] * 8
 
 
 def test_other_pairs_are_noticed(whole_run: Path, pairs: Path, tmp_path: Path) -> None:
