@@ -36,7 +36,7 @@ from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.parallelize import raised_weights
-from mvsplit.training.pieces import Piece
+from mvsplit.training.pieces import Piece, cut
 from mvsplit.training.state import TrainState
 from mvsplit.training.step import add_gradients, pieces, train_step
 
@@ -163,9 +163,9 @@ class Rerun:
 
     def _parts(self, rows: list[int]) -> Iterator[Piece]:
         """The samples in pieces of the size that the run had."""
-        size = -(-len(self.rows) // self.config.accumulate)
-        for start in range(0, len(rows), size):
-            chosen = torch.tensor(rows[start : start + size], device=self.state.device)
+        count = -(-len(rows) * self.config.accumulate // len(self.rows))
+        for part in cut(len(rows), count):
+            chosen = torch.tensor(rows[part], device=self.state.device)
             whole = self._whole
             yield Piece(
                 data=whole.data[chosen],
@@ -291,8 +291,8 @@ class Rerun:
         for part in parts:
             with LayerProbe(self.state.taps, fields=CHEAP_FIELDS) as probe:
                 measured = self.state.objective(self.state.model, part, self.config)
-                loss = measured.view(len(measured), -1)[:, 0].mean()
-                (loss / len(parts)).backward()
+                losses = measured.view(len(measured), -1)[:, 0]
+                (losses.sum() / len(self.rows)).backward()
             splits.append(probe.arrays())
         handle.remove()
         largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in writers(s)))

@@ -39,7 +39,7 @@ def text_that_bf16_rounds_to_infinity(state: TrainState) -> None:
     flights.spoil_batches(state, spoil)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2, 5])  # of 8 samples: 2, 2, 2, 1 and 1
 def test_a_poisoned_sample_is_named(tmp_path: Path, accumulate: int) -> None:
     found = explained(tmp_path, huge_sample, accumulate=accumulate)
     assert found.reproduction.exact
@@ -123,9 +123,11 @@ def test_a_step_of_a_run_is_replayed_to_the_bit(whole_run: Path, step: int) -> N
     assert any(line.startswith("replaying") for line in said)
 
 
-def test_the_rms_of_the_output_gradient(tmp_path: Path) -> None:
-    """∂L/∂v = 2(v − target)/n of a mean square L over n numbers, so its RMS is 2√L/n."""
-    found = explained(tmp_path, flights.nothing)
+@pytest.mark.parametrize("accumulate", [1, 5])
+def test_the_rms_of_the_output_gradient(tmp_path: Path, accumulate: int) -> None:
+    """∂L/∂v = 2(v − target)/n of a mean square L over n numbers, so its RMS is 2√L/n, whatever
+    pieces there are."""
+    found = explained(tmp_path, flights.nothing, accumulate=accumulate)
     numbers = 8 * 8 * 8  # samples and pixels
     assert found.trace.output_gradient_rms == pytest.approx(
         2 * math.sqrt(found.trials[0].loss) / numbers, rel=1e-5
