@@ -269,6 +269,11 @@ class TrainConfig:
                 "train.on_alarm='protect' gives every branch new gains, which train.tune would "
                 "freeze; choose rollback"
             )
+        if self.gain_lr != 1 and self.on_alarm == "protect":
+            raise UserError(
+                f"train.gain_lr={self.gain_lr}: gains that train.on_alarm='protect' puts into a "
+                "running model have the learning rate of all; choose rollback, or train.gain_lr=1"
+            )
         if self.accumulate > self.batch_size:
             raise UserError(
                 f"train.accumulate={self.accumulate}: there are only train.batch_size="

@@ -65,8 +65,9 @@ def layout_of(
 
 
 def with_layout(config: TrainConfig, name: Name) -> TrainConfig:
-    """The configuration with its layout decided."""
-    return replace(config, parallel=replace(config.parallel, layout=name))
+    """The configuration with its layout decided; only shards are held in several replicas."""
+    replicas = config.parallel.replicas if name == "shard" else 1
+    return replace(config, parallel=replace(config.parallel, layout=name, replicas=replicas))
 
 
 def _layout(name: Name, why: str) -> Layout:

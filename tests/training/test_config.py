@@ -11,7 +11,8 @@ from mvsplit.errors import UserError
 from mvsplit.presets import PRESETS, get_preset
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.builders import build_data, check_fit
-from mvsplit.training.config import differences, from_json, to_json
+from mvsplit.training.config import ParallelConfig, differences, from_json, to_json
+from mvsplit.training.layout import with_layout
 from tests.training import runs
 
 
@@ -110,6 +111,17 @@ def test_impossible_training_names_field_and_value(field: str, value: Any) -> No
         runs.experiment(**{field: value})
     assert f"train.{field}={value}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_gains_with_a_rate_of_their_own_cannot_be_put_into_a_running_model() -> None:
+    with pytest.raises(UserError, match=r"train\.gain_lr=2\.0: gains that .*'protect' puts into"):
+        runs.experiment(gain_lr=2.0, on_alarm="protect")
+
+
+def test_one_process_ignores_how_shards_are_held() -> None:
+    config = runs.experiment(parallel=ParallelConfig(replicas=2)).train
+    assert with_layout(config, "replicate").parallel == ParallelConfig(layout="replicate")
+    assert with_layout(config, "shard").parallel == ParallelConfig(layout="shard", replicas=2)
 
 
 def test_differences_are_named_by_path() -> None:
