@@ -46,10 +46,6 @@ def _clean_up(pool: Any, stream: Any) -> None:
     with suppress(RuntimeError):  # it does not believe that it records: the capture was ended
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    try:
-        torch.empty(1, device="cuda").uniform_()
-    except RuntimeError:
-        default = torch.cuda.default_generators[device]
-        fresh = torch.Generator(torch.device("cuda", device))
-        fresh.manual_seed(default.initial_seed())
-        default.graphsafe_set_state(fresh.graphsafe_get_state())
+    # A copy of the state has its seed and its place, and does not wait for a recording to end.
+    default = torch.cuda.default_generators[device]
+    default.graphsafe_set_state(default.clone_state())

@@ -142,18 +142,10 @@ class Graphs:
                 raise
             self._on = False
             self.clear()
-            _let_chance_go_on(self._device)
             _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
             return
         self._bytes += torch.cuda.memory_reserved(self._device) - before
         self._recorded[key] = _Recorded(graph, own, losses)
-
-
-def _let_chance_go_on(device: torch.device) -> None:
-    """A capture that breaks off leaves the device's generator waiting for its replay, and whatever
-    draws from it next fails: it goes on from a copy of where it stood."""
-    generator = torch.cuda.default_generators[device.index or torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _shape(value: Tensor | None) -> Any:
