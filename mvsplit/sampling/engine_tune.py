@@ -31,7 +31,7 @@ from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordinary, Plan, Writing
 
-CACHE_VERSION = 3  # of what is kept; raise it when kernels or candidates change
+CACHE_VERSION = 4  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
@@ -142,10 +142,8 @@ class Tuner:
         self.network = network
         blocks = list(network.model.blocks)[:LAYERS]
         self.blocks = [cast(Block, block) for block in blocks]
-        block = self.blocks[0]
-        self.whole = network.stream.rows > 2048 and bool(
-            cuts("w2", network, block.ffn.w2.weight) if self.blocks else ()
-        )  # a writer that finds the means itself
+        own = cuts("w2", network, self.blocks[0].ffn.w2.weight)
+        self.whole = network.stream.rows > 2048 and bool(own)  # a writer finds the means itself
         self.table: dict[str, list[tuple[str, float | None, str]]] = {}
         self.seconds: dict[str, float] = {}
 
@@ -376,7 +374,8 @@ def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
 def _key(network: Network) -> str:
     c = network.config
     rows = network.stream  # prompts of 1 to 32 tokens share a choice
-    shape = (rows.batch, rows.image_rows, rows.sample_rows, network.segments.mask is None)
+    whole = rows.image == rows.image_rows  # without it no own writer fits (`product.suits`)
+    shape = (rows.batch, rows.image_rows, whole, rows.sample_rows, network.segments.mask is None)
     model = (c.width, c.heads, c.groups, c.ffn_width, c.rule.name, min(c.depth, LAYERS))
     device = network.trunk.device
     version = (CACHE_VERSION, torch.__version__, TRITON_VERSION)

@@ -225,6 +225,18 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
         assert "holds no plan" in caplog.text
 
 
+def test_a_plan_for_whole_images_is_none_for_padded_ones(tmp_path, monkeypatch):
+    """A writer's own kernel counts every row of the image; 30 tokens have 2 rows of padding."""
+    model = make()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    whole, padded = (
+        Network(model, *draw(model, side=side)[:2], padded=False) for side in ((16, 8), (20, 6))
+    )
+    assert whole.stream.sample_rows == padded.stream.sample_rows
+    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 1, 4)), tmp_path / "engine.json")
+    assert load_plan(padded, tmp_path / "engine.json") is None
+
+
 class Replayed:
     """Stands for a CUDA graph where there is none: runs the evaluation every time."""
 
