@@ -4,7 +4,8 @@ Which of them is fastest depends on the GPU, the shape and whether padding is ma
 cuDNN's is 1.4–1.8 times faster than the one that PyTorch takes by itself. So the candidates run a
 few times forward and backward on the first tensors of a shape, and the fastest serves from then on,
 in later processes too (`choices`). The choice is logged. With padding there are more of them
-(`masked_attention`), for a mask is slow. On a CPU there is nothing to choose.
+(`masked_attention`), for a mask is slow; what these give is checked first. On a CPU there is
+nothing to choose.
 
 Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
 """
@@ -24,11 +25,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mvsplit.kernels.capture import capture
 from mvsplit.kernels.choices import recall, remember
-from mvsplit.kernels.masked_attention import in_sequences, with_zero_keys
+from mvsplit.kernels.dispatch import HAS_TRITON
+from mvsplit.kernels.masked_attention import in_sequences, off_by, with_zero_keys
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
 _REPEATS = 20
+AGREEMENT = 2e-2  # of `off_by`; at most 3e-3 was measured in bf16, which rounds by 2⁻⁹
 
 Way = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 # (B, H, G, T, K), dtype, what is known of padding and whether sums are made in a fixed order,
@@ -56,7 +59,7 @@ _LIBRARIES = {
 _ANY: Way = partial(_by_library, list(_LIBRARIES.values()))
 _WAYS: dict[str, Way] = {name: partial(_by_library, b) for name, b in _LIBRARIES.items()}
 _SEQUENCES: dict[str, Way] = {"flash in sequences": in_sequences}
-_ZERO_KEYS: dict[str, Way] = {"cudnn with zero keys": with_zero_keys}
+_ZERO_KEYS: dict[str, Way] = {"cudnn with zero keys": with_zero_keys} if HAS_TRITON else {}
 _ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _WAYS
 _chosen: dict[_Key, Way] = {}
 
@@ -131,7 +134,7 @@ def _name(key: _Key) -> str:
     shape, dtype, padding, differentiated, device = key
     gpu = torch.cuda.get_device_name(device)
     parts = (gpu, torch.__version__, list(shape), dtype, f"{padding=}", f"{differentiated=}")
-    return "; ".join(map(str, parts))
+    return "; ".join(map(str, (*parts, "checked")))
 
 
 def _fastest(
@@ -140,15 +143,17 @@ def _fastest(
     """Times every candidate that takes these inputs, and says in the log what was found. The choice
     is not a lasting one if memory was too short to try all."""
     times: dict[str, float] = {}
-    refused: dict[str, RuntimeError] = {}
+    refused: dict[str, Exception] = {}
     for name, way in candidates.items():
         if name == "math" and times:
             break  # the last resort
         try:
             with warnings.catch_warnings():  # of the kernels that do not take these inputs
                 warnings.simplefilter("ignore", UserWarning)
+                if name not in _WAYS:
+                    _require_right(name, way, q, k, v, segments)
                 times[name] = _milliseconds(_trial(q, k, v, segments, way))
-        except RuntimeError as error:  # says that it does not take such inputs
+        except Exception as error:  # it does not take such inputs, or its kernels do not compile
             _logger.debug("attention %s: %s", name, error)
             refused[name] = error
     if not times:
@@ -158,6 +163,15 @@ def _fastest(
     masked = "masked" if segments.mask is not None else "unmasked"
     _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
     return best, not any(isinstance(e, torch.OutOfMemoryError) for e in refused.values())
+
+
+def _require_right(
+    name: str, way: Way, q: Tensor, k: Tensor, v: Tensor, segments: Segments
+) -> None:
+    """Raises RuntimeError, and says so, where a way gives something else than attention."""
+    if not (error := off_by(way, q, k, v, segments)) < AGREEMENT:
+        _logger.warning("attention by %s is off by %.1e here; not used", name, error)
+        raise RuntimeError(f"off by {error:.1e}")
 
 
 def _trial(q: Tensor, k: Tensor, v: Tensor, segments: Segments, way: Way) -> Callable[[], object]:

@@ -17,24 +17,29 @@ exp(score − lse), and a zero key passes nothing to q. Rows whose Z is nearly a
 a projection without bias, for padding leaves every merge as zero; and where no score is far below
 zero, for backward sees exp(−lse) at zero keys: heads of unit RMS have none below −√K.
 
-Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them.
+Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them. So
+before one of them serves on a machine, it is compared with attention in fp32 there (`off_by`).
 
 Shapes: B batch, H heads, T tokens, K head width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
 from mvsplit.kernels.segments import Segments
 
 _aten = torch.ops.aten
+_COMPARED = 4  # samples
+_AWAY = 3.0  # the scores of one head are about −9, where the real keys have no share in Z
 
 
 def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -87,6 +92,59 @@ def _packed(x: Tensor) -> Tensor:
 
 def _unpacked(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def off_by(
+    way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments
+) -> float:
+    """The largest of ‖found − right‖/‖right‖ over the output of `way` and, if `q` asks for any, its
+    gradients, in real rows of a few samples; right is softmax in fp32. Infinite where something
+    is not finite.
+
+    Numbers are drawn, in the shapes, dtypes and strides of q, k, v: those of a network that learns
+    may have gradients of which rounding leaves nothing, by whatever way. Queries and keys of the
+    last head point away from each other.
+
+    Raises:
+        RuntimeError: `way` does not take such inputs.
+    """
+    assert segments.mask is not None
+    learns, real = q.requires_grad, segments.mask[:, None, :, None]
+    chance = torch.Generator(q.device).manual_seed(0)
+    with torch.no_grad():
+        drawn = [torch.empty_like(t).normal_(generator=chance) for t in (q, k, v, q)]
+        for t, sign in ((drawn[0], 1), (drawn[1], -1)):
+            t[:, -1] = t[:, -1] / 4 + sign * _AWAY / t.shape[-1] ** 0.25
+        drawn = [t.mul_(real) for t in drawn]
+    found = _with_gradients(way, drawn, learns, segments)
+    few = slice(None, None, max(1, len(q) // _COMPARED))
+    right = _with_gradients(_in_fp32, [t[few].float() for t in drawn], learns, segments.mask[few])
+    errors = []
+    for ours, theirs in zip(found, right, strict=True):
+        difference = (ours[few].float() - theirs).masked_fill(~real[few], 0)
+        errors.append(float(difference.norm() / theirs.masked_fill(~real[few], 0).norm()))
+    return max(e if math.isfinite(e) else math.inf for e in errors)
+
+
+def _with_gradients(
+    way: Callable[..., Tensor], drawn: list[Tensor], learns: bool, padding: Segments | Tensor
+) -> list[Tensor]:
+    *inputs, grad = drawn
+    inputs = [t.detach().requires_grad_(learns) for t in inputs]
+    # Neither autocast nor the hooks of others, such as activation checkpointing, have a part in it.
+    off = torch.autocast(grad.device.type, enabled=False)
+    with torch.enable_grad(), off, saved_tensors_hooks(_same, _same):
+        out = way(*inputs, padding)
+        return [out.detach(), *(torch.autograd.grad(out, inputs, grad) if learns else ())]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _in_fp32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1) @ v
 
 
 class _InSequences(torch.autograd.Function):

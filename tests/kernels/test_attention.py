@@ -38,6 +38,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(attention, "_chosen", {})
     monkeypatch.setattr(attention, "_trial", trial)
     monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "off_by", lambda *inputs: 0.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     return times
@@ -108,6 +109,27 @@ def test_ways_that_need_a_promise_serve_only_where_it_was_given(
     segments = Segments((1, 1), torch.tensor([[1, 0]]), real_first)
     assert choose(segments, zero) == chosen
     assert choose() == "cudnn"  # without padding none of them is asked
+
+
+@pytest.mark.parametrize("error", [0.03, float("inf"), float("nan"), TypeError("no such kernel")])
+def test_a_way_of_ours_that_is_wrong_does_not_serve(
+    error: Any,
+    machine: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def off_by(way: Any, *inputs: Any) -> float:
+        if way is not attention.with_zero_keys:
+            return 3e-3
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    monkeypatch.setattr(attention, "off_by", off_by)
+    segments = Segments((1, 1), torch.tensor([[1, 0]]), real_first=True)
+    assert choose(segments, zero=True) == "flash in sequences"
+    said = "attention by cudnn with zero keys is off by" in caplog.text
+    assert said != isinstance(error, Exception)
 
 
 def test_padding_is_no_key() -> None:

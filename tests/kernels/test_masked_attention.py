@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mvsplit.kernels import Segments
 from mvsplit.kernels import masked_attention as masked
-from mvsplit.kernels.masked_attention import in_sequences, with_zero_keys
+from mvsplit.kernels.attention import AGREEMENT
+from mvsplit.kernels.masked_attention import in_sequences, off_by, with_zero_keys
 
 BATCH, HEADS, IMAGE, TEXT, HEAD = 3, 2, 5, 4, 8
 VALID = torch.tensor([2, 4, 0])
@@ -130,6 +131,50 @@ def test_real_keys_that_are_next_to_nothing_are_not_lost(away: float) -> None:
     for value, right in zip(found, wanted, strict=True):
         error = (value - right).norm() / right.norm()
         assert error < 2e-4, float(error)
+
+
+@pytest.mark.parametrize("way", [in_sequences, with_zero_keys])
+@pytest.mark.parametrize("learns", [False, True])
+def test_ways_that_are_right_pass_the_check(way: Callable[..., Tensor], learns: bool) -> None:
+    pytest.importorskip("triton")
+    q, k, v, _ = draw(7, torch.float32)
+    assert (
+        off_by(way, q.requires_grad_(learns), k, v, SEGMENTS) < 1e-4
+    )  # of fp32, AGREEMENT of bf16
+
+
+def wrong_ways() -> dict[str, Callable[..., Tensor]]:
+    def padding_is_a_key(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return torch.softmax(q @ k.mT / HEAD**0.5, -1) @ v
+
+    def gradients_of_queries_are_halved(q: Tensor, *others: Any) -> Tensor:
+        return truth((q + q.detach()) / 2, *others)
+
+    def not_finite(*inputs: Any) -> Tensor:
+        return truth(*inputs) + torch.nan
+
+    return {
+        way.__name__: way for way in (padding_is_a_key, gradients_of_queries_are_halved, not_finite)
+    }
+
+
+@pytest.mark.parametrize("way", wrong_ways().values(), ids=wrong_ways().keys())
+def test_ways_that_are_wrong_do_not(way: Callable[..., Tensor]) -> None:
+    q, k, v, _ = draw(7, torch.float32)
+    assert off_by(way, q.requires_grad_(), k, v, SEGMENTS) > AGREEMENT
+
+
+def test_the_check_reaches_the_rows_that_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from mvsplit.kernels.fused import zero_keys
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **sizes: None
+
+    monkeypatch.setattr(zero_keys, "lost_rows_kernel", Nothing())
+    q, k, v, _ = draw(7, torch.float32)
+    assert off_by(with_zero_keys, q, k, v, SEGMENTS) > AGREEMENT
 
 
 def test_sequences_want_the_real_tokens_first() -> None:
