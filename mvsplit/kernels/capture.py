@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,13 +32,22 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = torch.cuda.current_stream()
+    side = _side_stream(torch.cuda.current_device())
     with _one_at_a_time:
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
                 yield
         except BaseException:
             _clean_up(pool, stream)
             raise
+
+
+@cache
+def _side_stream(device: int) -> Any:
+    """The stream that graphs of a device are recorded on. The same one for all, for graphs share
+    the memory of a pool on one stream only; `torch.cuda.graph` alone would take one of the device
+    that was current when it was first used."""
+    return torch.cuda.Stream(device)
 
 
 def _clean_up(pool: Any, stream: Any) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mvsplit.errors import UserError
+from mvsplit.kernels.capture import capture
 from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.dispatch import HAS_TRITON
 from mvsplit.models import Attention, Block, DiT, SwiGLU
@@ -268,10 +269,10 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(stream):
             evaluation(latents, text, valid)  # compiles and initialises what a capture may not
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._output = evaluation(latents, text, valid)
         torch.cuda.current_stream(latents.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with capture(self._graph):
+            self._output = evaluation(latents, text, valid)
         self._evaluation = evaluation  # holds the buffers that the graph uses
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 
-from mvsplit.kernels.capture import capture
+from mvsplit.kernels.capture import _side_stream, capture
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MIB = 2**20
@@ -19,6 +23,27 @@ def record(failure: str) -> None:
         raise RuntimeError("of Python")
 
 
+def test_each_device_has_one_stream_for_all_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is not the first too, where the library's own stream is of the first."""
+    now, used = [0], []
+
+    @contextmanager
+    def graph(_: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        used.append((pool, stream, capture_error_mode))
+        yield
+
+    _side_stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+    for now[0] in (0, 1, 1, 0):
+        with capture(None, pool=7):
+            pass
+    _side_stream.cache_clear()
+    assert used == [(7, f"a stream of {device}", "thread_local") for device in (0, 1, 1, 0)]
+
+
 @pytest.mark.gpu
 @ON_GPU
 @pytest.mark.parametrize("failure", ["what CUDA forbids", "an error of Python"])
@@ -26,9 +51,14 @@ def test_stream_memory_and_chance_are_as_before(failure: str) -> None:
     stream = torch.cuda.current_stream()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
+    torch.cuda.manual_seed(5)
+    _, expected = (torch.rand(3, device="cuda") for _ in range(2))
+    torch.cuda.manual_seed(5)
+    torch.rand(3, device="cuda")
     with pytest.raises(RuntimeError):
         record(failure)
     assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.rand(3, device="cuda"), expected)  # chance goes on where it was
     x = torch.randn(256 * MIB, device="cuda")
     assert 0.99 < float(x.std()) < 1.01
     del x
