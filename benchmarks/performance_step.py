@@ -67,7 +67,8 @@ def _lost_rows(found: Found, first: Found) -> str:
     return f"""
 Such rows are computed anew, in this run by the same kernel, which their registers slow: a run before,
 without them, cost {min(before):+.1%} to {max(before):+.1%}, but was {off:.1f} times as far off there. They have a kernel of
-their own since, which was not timed yet."""  # noqa: E501
+their own since, which was not run on a GPU yet: before it serves on a machine, output and gradients are
+compared there with softmax in fp32, and a mask is used where they are off."""  # noqa: E501
 
 
 def _chosen(row: Found) -> str:
