@@ -102,20 +102,15 @@ def main() -> None:
 
 
 def draw(size: BenchSize, have: list[dict[str, Any]], pages: Path | None) -> None:
-    """The page and its part of the README, with some results added to those that both are drawn
-    from."""
+    """The page, with some results added to those that it is drawn from."""
     # Here: what draws is missing where runs are run.
     from mvsplit.reproduce.depth.page import keep_rows, write_page
-    from mvsplit.reproduce.depth.readme import write_readme
 
     if pages is None:
         raise UserError("--draw needs --pages FOLDER, whose results the page is written from")
     for result in have:
         keep_rows(size, result["rule"], result["rows"], pages)
     print(write_page(pages))
-    readme = Path(__file__).parents[1] / "README.md"
-    if pages.resolve() == readme.parent / "docs" / "experiments" and write_readme(readme, pages):
-        print(readme)
 
 
 def keep(result: object, path: Path | None) -> None:

@@ -22,8 +22,8 @@ class RuleConfig:
         name: mvsplit, plain, layerscale, rezero, deepnorm, keel, prenorm, sandwich, or one of the
             controls mvsplit-attention-only and hard-center.
         beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network
-            (docs/experiments/depth-bench.md). The paper uses 1 at 400 layers and 0.03 ≈ 1/√L at
-            1000: presets mvsplit-400l and mvsplit-1000l.
+            (compared with 1 at 4 and 16 layers: docs/experiments/depth-bench.md). The paper uses 1
+            at 400 layers and 0.03 ≈ 1/√L at 1000: presets mvsplit-400l and mvsplit-1000l.
         alpha: start of MV-Split's mean gain α.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.

@@ -10,7 +10,6 @@ from mvsplit.reproduce.depth import page as module
 from mvsplit.reproduce.depth.page import keep_rows, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
 from mvsplit.reproduce.depth.plan import ENTRIES
-from mvsplit.reproduce.depth.readme import BEGIN, END, write_readme
 from mvsplit.reproduce.depth.table import (
     at_equal_time,
     cells,
@@ -182,37 +181,8 @@ def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
         assert (tmp_path / f"depth-bench-tiny-{name}.png").read_bytes() == picture
 
 
-def test_the_readme_shows_the_best_entries_between_its_marks(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert not write_readme(readme, tmp_path, TINY)  # no result yet
-    rows = [
-        *seeds("plain", [0.50, 0.52, 0.54]),
-        *seeds("mvsplit-root", [0.4]),
-        *seeds("hard-center", [0.1]),
-    ]
-    keep_rows(TINY, RULE, rows, tmp_path)
-    assert write_readme(readme, tmp_path, TINY)
-    text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n")
-    assert text.endswith(f"\n{END}\nafter\n")
-    assert "old" not in text
-    shown = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    # What has a spread comes before what has none.
-    assert shown == ["| plain | 0.52 ± 0.02 |", "| MV-Split β=1/√L | 0.4 (**1 seed**) |"]
-    assert "MV-Split against its rivals: cannot tell" in text
-    readme.write_text("no marks")
-    with pytest.raises(UserError, match="between which the bench is shown"):
-        write_readme(readme, tmp_path, TINY)
-
-
 def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):
     (tmp_path / module.RESULTS).mkdir(parents=True)
     for path in (PAGES / module.RESULTS).glob("*.json"):
         (tmp_path / module.RESULTS / path.name).write_bytes(path.read_bytes())
     assert write_page(tmp_path).read_text() == (PAGES / "depth-bench.md").read_text()
-    readme = tmp_path / "README.md"
-    kept = (PAGES.parents[1] / "README.md").read_text()
-    readme.write_text(kept)
-    assert write_readme(readme, tmp_path)
-    assert readme.read_text() == kept
