@@ -314,7 +314,7 @@ def _unseen() -> Iterator[Run]:
         deed = Intervention(deed="bad-batch", step=95, amount=seed)
         yield Run(
             name=f"unseen-{name}-bad-batch",
-            rule=RuleConfig(name=name),
+            rule=RuleConfig(name=name, beta=1.0),
             depth=40,
             width=32,
             lr=lr,

@@ -51,7 +51,7 @@ def experiment(
         channels=3,
         patch=8,  # 16 tokens a frame
         text_width=128,
-        rule=RuleConfig(name=rule),
+        rule=RuleConfig(name=rule, beta=1.0),
         writers=writers,  # type: ignore[arg-type]
     )
     train = TrainConfig(
