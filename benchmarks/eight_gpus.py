@@ -1,4 +1,4 @@
-"""Claim: the paper's step on eight H200 in 3.0 s, at 90 % of eight times the rate of one.
+"""Question: does the paper's step take 3.0 s on eight H200, at 90 % of eight times the rate of one?
 
 The paper's own: 400 layers, D = 1024, a global batch of 1024 samples of 256 image tokens and text
 (64 tokens here), AdamW; 4.58 s on eight H100. Here on 1, 2, 4 and 8 GPUs, as many as there are: the

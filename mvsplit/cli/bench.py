@@ -31,6 +31,7 @@ Needs = Literal["CPU", "GPU", "GPUs"]
 _NEEDS: dict[str, Needs] = {
     "eight_gpus": "GPU",
     "engine": "GPU",
+    "engine_products": "GPU",
     "fused_ops": "GPU",
     "merge_forms": "GPU",
     "masked_attention": "GPU",
@@ -108,14 +109,15 @@ def find_folder() -> Path:
 
 
 def find_benchmarks(folder: Path) -> dict[str, Benchmark]:
-    """The scripts of a folder by name: those that can be run and say what they cost."""
+    """The scripts of a folder by name: those that measure, not those that write pages."""
     found = {}
     for path in sorted(folder.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         said = ast.get_docstring(ast.parse(text)) or ""
         claim = " ".join(said.partition("\n\n")[0].split())
         cost = re.search(r"Cost[^:\n]*:\s*(.+?)(?:\n\n|$)", said, re.DOTALL)
-        if path.stem != _PAGE and "__main__" in text and "--json" in text:
+        page = path.stem.endswith("_page")
+        if not page and "__main__" in text and "--json" in text:
             found[path.stem] = Benchmark(
                 name=path.stem,
                 path=path,

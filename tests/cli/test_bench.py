@@ -52,6 +52,7 @@ def test_every_script_with_a_claim_is_listed_with_what_it_needs():
     assert known["train_step"].claim.startswith("the training step of 400 layers at half of")
     assert known["train_step"].cost == "about four minutes on one H200."
     assert all(b.claim for b in known.values())
+    assert [name for name in known if name.endswith("_page")] == []
 
 
 def test_a_script_runs_with_its_options_and_its_result_is_named_after_device_and_day(folder):
