@@ -37,6 +37,7 @@ REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
 WARM = 0.25  # seconds of work before that; what is measured first would run at a higher clock
 NOISE = 0.003  # of a block's time; what is not faster by more does not replace what is there
+TOGETHER, AGREEMENT_TOGETHER = 4, 5e-2  # blocks; rounding adds up, what is wrong is off by more
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
 
 _logger = logging.getLogger(__name__)
@@ -173,7 +174,23 @@ class Tuner:
         plan = self._best_block(self._overlaps(plan), lambda p: f"pdl={_early(p)} ahead={p.ahead}")
         plan = self._in_a_block(plan, finalists)
         self.seconds["block"] = time.perf_counter() - started
-        return plan
+        return self._checked(plan)
+
+    def _checked(self, plan: Plan) -> Plan:
+        """A plan if some blocks after each other, with whatever starts before its time, give what
+        the ordinary ops give; else these, which is said. Stages alone were compared before."""
+        found = []
+        for each in (plan, ORDINARY):
+            self.network.trunk.copy_(self.start)
+            self.network.x = self.network.trunk
+            self.network.run_blocks(self.blocks[:TOGETHER], each)
+            found.append(self.network.x.clone())
+        error = _relative(*found)
+        if error < AGREEMENT_TOGETHER:
+            return plan
+        _logger.warning("engine: blocks by the plan are off by %.1e; ordinary ops instead", error)
+        self._note("block", "together", None, f"off by {error:.1e}")
+        return ORDINARY
 
     def _compile(self, jobs: Iterable[tuple[str, Plan]]) -> None:
         """All kernels at once: ptxas and LLVM run beside each other. What cannot be compiled is

@@ -190,6 +190,27 @@ def test_what_does_not_agree_is_never_taken(monkeypatch, ours_is_faster, caplog)
     assert "off by" in caplog.text
 
 
+@pytest.mark.parametrize("factor", [20.0, torch.nan])
+def test_stages_that_agree_alone_but_not_together_are_not_taken(
+    monkeypatch, ours_is_faster, caplog, factor
+):
+    """As a kernel that starts before what it reads is there."""
+    model = make()
+    latents, text, _ = draw(model)
+    run = Network.run
+
+    def early(self, stage, block, plan, following=None, compile_only=False):
+        run(self, stage, block, plan, following, compile_only)
+        together = isinstance(plan.qkv, Tile) and isinstance(plan.w13, Tile)
+        if stage == "w13" and together and not compile_only:
+            self.hidden.mul_(factor)
+
+    monkeypatch.setattr(Network, "run", early)
+    tuner = Tuner(Network(model, latents, text, padded=False))
+    assert tuner.best_plan() == ORDINARY
+    assert "blocks by the plan are off by" in caplog.text
+
+
 def test_weights_that_are_not_finite_are_not_compared(caplog):
     model = make()
     model.blocks[0].ffn.w2.weight.fill_(torch.inf)
