@@ -162,7 +162,7 @@ def write_pairs(path: Path, rows: Iterable[tuple[str, Tensor, Tensor]]) -> int:
     outside cut, as a new file that appears whole or not at all; returns how many.
 
     Raises:
-        UserError: the file exists or cannot be written; pyarrow is not installed.
+        UserError: there is no row; the file exists or cannot be written; pyarrow is not installed.
     """
     with needs_extra("data"):
         import pyarrow
@@ -170,6 +170,8 @@ def write_pairs(path: Path, rows: Iterable[tuple[str, Tensor, Tensor]]) -> int:
     if path.exists():
         raise UserError(f"out={path}: exists; choose another file")
     pairs = [(caption, _png(chosen), _png(rejected)) for caption, chosen, rejected in rows]
+    if not pairs:
+        raise UserError(f"out={path}: there is no pair to write; draw more captions")
     columns = dict(zip(COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))
     temporary = path.with_name(f".{path.name}.tmp")
     try:

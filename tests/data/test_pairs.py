@@ -49,6 +49,8 @@ def test_what_is_written_is_read(tmp_path: Path, channels: int) -> None:
         assert (found - wanted).abs().max() <= 1 / 255 + 1e-6  # 8 bits over a range of 2
     with pytest.raises(UserError, match=r"out=.*: exists; choose another"):
         write_pairs(path, [])
+    with pytest.raises(UserError, match=r"out=.*: there is no pair to write"):
+        write_pairs(tmp_path / "none.parquet", [])
 
 
 def test_images_as_datasets_writes_them_latents_and_several_sizes(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ training sees, at fixed noise and times ([evaluation](../evaluation.md)). A run 
 finite and this loss ends below 0.8 of the token floor, the loss of a network that answers all
 tokens alike.
 Tasks: GenEval's six and the Fréchet distance of [the exact reader](../evaluation.md), guidance 2.
-Figures are means ± one standard deviation over seeds; **1 seed** marks those without a spread.
+Figures are means ± one standard deviation over seeds; **1 seed** and **2 seeds** mark those that
+no verdict counts.
 
 **Not covered.** Toy pictures, narrow networks, batches of {batches} and {steps} steps, where
 the paper trains 100,000: who is ahead after so few need not be ahead later, and a collapse that

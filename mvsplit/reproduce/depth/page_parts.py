@@ -16,19 +16,22 @@ from mvsplit.reproduce.depth.table import (
     spread,
     watch_count,
 )
+from mvsplit.reproduce.depth.verdict import SEEDS
 
 NOTHING = "–"
 
 
 def figure(values: Sequence[float], digits: int = 3, *, mark: bool = False) -> str:
-    """Mean ± standard deviation; a single value as it is, with a mark that it has no spread."""
+    """Mean ± standard deviation; a single value as it is. With `mark` it says of how many seeds,
+    where these are too few for the rule of the verdicts."""
     middle, wide = mean(values), spread(values)
     if middle is None:
         return NOTHING
     text = f"{middle:.{digits}g}"
-    if wide is None:
-        return f"{text} (**1 seed**)" if mark else text
-    return f"{text} ± {wide:.2g}"
+    if wide is not None:
+        text += f" ± {wide:.2g}"
+    few = mark and len(values) < SEEDS
+    return f"{text} (**{len(values)} seed{'s' if len(values) > 1 else ''}**)" if few else text
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -50,9 +50,11 @@ def test_what_was_not_swept_whole_is_not_called_dead():
     assert half.losses is None
 
 
-def test_a_figure_without_spread_is_marked():
+def test_a_figure_of_too_few_seeds_is_marked():
     assert figure([0.5], mark=True) == "0.5 (**1 seed**)"
-    assert figure([0.4, 0.6], mark=True) == "0.5 ± 0.14"
+    assert figure([0.4, 0.6], mark=True) == "0.5 ± 0.14 (**2 seeds**)"
+    assert figure([0.4, 0.5, 0.6], mark=True) == "0.5 ± 0.1"
+    assert figure([0.4, 0.6]) == "0.5 ± 0.14"
     assert figure([]) == "–"
 
 
@@ -146,7 +148,7 @@ def test_a_table_shows_the_best_first_and_what_is_dead():
         "| Keel",
     ]
     assert "0.4 (**1 seed**)" in lines[2]
-    assert "0.55 ± 0.071" in lines[3]
+    assert "0.55 ± 0.071 (**2 seeds**)" in lines[3]
     assert "nothing lives" in lines[4]
     assert best_table(4, TINY, found, {})[1] == "Not run.\n"
     (keel,) = [line for line in rate_table(TINY, found) if line.startswith("| Keel")]
