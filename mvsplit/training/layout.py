@@ -36,8 +36,6 @@ def choose_layout(
     Args:
         tokens: of the largest piece of a batch on one process, padding included.
     """
-    if world() == 1:
-        return Layout("replicate", None)
     gpu = None
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -51,6 +49,8 @@ def layout_of(
 ) -> Layout:
     """The layout on `ranks` processes with a GPU each, or on a CPU whose memory nobody asks for."""
     parallel = config.parallel
+    if ranks == 1:
+        return Layout("replicate", None)
     if parallel.layout != "auto":
         return _layout(parallel.layout, "as asked for")
     if parallel.replicas > 1:

@@ -162,7 +162,7 @@ def _shape(config: TrainConfig, gpus: int, sample: Sample) -> Shape:
     if gpus < 1:
         raise UserError(f"gpus={gpus}: must be at least 1")
     share = check_share(config, gpus, "GPUs")
-    if gpus % config.parallel.replicas:
+    if gpus > 1 and gpus % config.parallel.replicas:  # one alone ignores them
         raise UserError(
             f"train.parallel.replicas={config.parallel.replicas} does not divide {gpus} GPUs"
         )

@@ -293,6 +293,13 @@ def test_the_layout_is_the_fastest_that_fits():
     assert "layout replicate" in plan_step(replace(deep, train=low), H200, 4, sample).layout
 
 
+def test_one_gpu_ignores_what_several_would_do():
+    sample, plain = Sample(image=256, text=64, source=""), get_preset("mvsplit-400l-h200")
+    parallel = replace(plain, train=sharded(plain.train, replicas=2))
+    one, alone = (plan_step(e, H200, 1, sample) for e in (parallel, plain))
+    assert (one.memory, one.time, one.layout) == (alone.memory, alone.time, None)
+
+
 def test_every_replica_updates_the_whole_network():
     model, config = measured_network(8), train(batch_size=16)
     twice = sharded(config, replicas=2)
