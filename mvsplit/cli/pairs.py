@@ -81,6 +81,8 @@ def main(arguments: Sequence[str]) -> int:
 def _asked(args: Arguments) -> tuple[list[str], Judge]:
     """The captions, and who judges their pictures."""
     run = find_run(args.source)
+    if run is None and not args.source.exists():
+        open_subject(args)  # which says that nothing is there, and what to do
     data = None if run is None else read_experiment(run).data
     if data is None or data.dataset not in ("shapes", "digits"):
         raise UserError(

@@ -82,6 +82,8 @@ def test_what_is_refused(place: Path, capsys: pytest.CaptureFixture[str], tmp_pa
     assert "captions=0: must be at least 1" in error_line(capsys)
     assert main(["pairs", str(tmp_path), "--out", out]) == 2
     assert "only of shapes and digits the truth is known" in error_line(capsys)
+    assert main(["pairs", "nothing", "--out", out]) == 2
+    assert "no run at nothing" in error_line(capsys)
     assert main(["pairs", run, "--out", out, "--captions", "1", "--steps", "1"]) == 2
     assert "captions=1: of none was one picture better than the other" in error_line(capsys)
     assert not Path(out).exists()
