@@ -180,9 +180,10 @@ class TrainConfig:
         weights: of the blocks' matrices, with their gradients and moments: fp32, 16 bytes a
             parameter; split, fp32 stored as bf16 and the bits that it leaves out, 14 bytes and no
             casts; bf16, rounded stochastically with moments of 3 bytes an element, 7 bytes. The
-            last two have gradients in bf16 and need precision=bf16.
+            last two have gradients in bf16 and need precision=bf16; averages are of their bf16.
         recompute: what the backward of a block computes again instead of keeping it, on a GPU:
-            nothing, its packed FFN projection, all, or auto: as little as memory allows.
+            nothing; the packed FFN projection; the attention branch too; the trunk between the
+            branches too; all; or auto: as little as memory allows.
         deterministic: whether sums on a GPU are made in a fixed order, so that a run that was
             resumed has the bits of one that was not stopped; attention's backward is slower then.
         seed: of initial weights, order of the data, dropped captions, noise and times.
