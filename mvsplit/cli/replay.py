@@ -1,4 +1,4 @@
-"""`mvsplit monitor replay FILE… [--json]`: what the detector says of a log, ours or any other.
+"""Prints what the detector says of a log, ours or any other.
 
 A file is JSONL with a `step` in each line, as metrics.jsonl and layers.jsonl are; a run folder
 stands for both of its own. Several are read as the logs of one run.

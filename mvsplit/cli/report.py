@@ -1,4 +1,4 @@
-"""`mvsplit report RUN… [--out FILE]`: one HTML page that shows runs side by side."""
+"""Draws one HTML page that shows runs side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mvsplit reproduce CLAIM… [--size small|gpu]`: the paper's claims, run and judged here.
+"""Runs claims of the paper here, and judges them.
 
 `mvsplit reproduce --list` names them; `all` stands for every one. The verdict follows a rule that
 is written down before the first run. Finished runs are not run again, and claims share them.
