@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         write_atomically(out, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"json: cannot write {out}: {error.strerror}; give --json FILE") from error
-    console.print(f"numbers {out.resolve()}", soft_wrap=True)
+    console.print(f"numbers: {out}", soft_wrap=True)
     return 0
 
 

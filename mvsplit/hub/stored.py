@@ -64,7 +64,7 @@ def read_weights(path: Path) -> WeightFile:
             index names and that is missing, or lacks a tensor.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint: there is no file {path}")
+        raise UserError(f"checkpoint: there is no file {path}; name a run or a file of weights")
     try:
         if path.name.endswith(".index.json"):
             return _shards(path)

@@ -68,12 +68,12 @@ class DiTConfig:
         if self.width % self.heads:
             raise UserError(
                 f"model.width={self.width} is not divisible by model.heads={self.heads}; "
-                f"choose heads from {_divisors(self.width)}"
+                + _choose_heads(self.width)
             )
         if self.head_width % 4:
             raise UserError(
                 f"model.width / model.heads = {self.head_width}: rotary embedding on two axes "
-                f"needs a head width that is a multiple of 4"
+                f"needs a multiple of 4; {_choose_heads(self.width)}"
             )
         if self.groups < 1 or self.heads % self.groups:
             raise UserError(
@@ -128,6 +128,12 @@ class DiTConfig:
     def groups(self) -> int:
         """G, the key/value heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def _choose_heads(width: int) -> str:
+    if width % 4:
+        return "choose a width that is a multiple of 4"
+    return f"choose heads from {_divisors(width // 4)}"
 
 
 def _divisors(n: int) -> str:

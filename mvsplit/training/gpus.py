@@ -89,7 +89,7 @@ def find_gpu(name: str) -> Gpu:
     if name == "auto":
         return _this_gpu()
     if name.lower() not in GPUS:
-        raise UserError(f"gpu={name!r} is unknown: {nearest(name.lower(), GPUS)}, or auto")
+        raise UserError(f"gpu={name!r} is unknown; {nearest(name.lower(), (*GPUS, 'auto'))}")
     return GPUS[name.lower()]
 
 

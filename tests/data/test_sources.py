@@ -138,6 +138,8 @@ def test_parquet_and_tars_give_the_pictures_of_the_folder(tmp_path):
 
     with pytest.raises(UserError, match=r"image_column='picture' is no column; .*image"):
         open_source(str(tmp_path / "parquet"), image_column="picture")
+    with pytest.raises(UserError, match="there is no folder picturez; check the path"):
+        open_source("picturez")
     with pytest.raises(UserError, match=r"nothing at .*none\.parquet"):
         open_source(str(tmp_path / "none.parquet"))
 

@@ -85,7 +85,7 @@ const Page = (() => {
       else
         Charts.absent(
           element,
-          `Not recorded: layers.jsonl lacks amplification_${branch} or envelope_${branch}.`,
+          `Not recorded: layers.jsonl lacks amplification_${branch} or envelope_${branch}; train with --probe all.`,
         );
     }
   }
