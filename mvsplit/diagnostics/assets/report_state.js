@@ -68,6 +68,8 @@ const Report = (() => {
     const title = event.verdict ? `${level}: ${what}` : String(what);
     return {
       ...event,
+      // a run's own line counts the updates made; the verdict is of the step after them
+      step: level === "info" ? event.step : (event.at_step ?? event.step),
       level,
       what: String(what),
       title: event.layer != null ? `${title}, layer ${event.layer}` : title,
