@@ -93,7 +93,8 @@ def run(args: Arguments) -> None:
         _save_sheet(twin, folder)
     _save_numbers(twins, args.out / "demo.json")
     picture = save_twins_picture(twins, args.out / "demo.png")
-    report = write_report(folders, args.out / "report.html")
+    # The other way round, so that each twin has the colour that it has in the picture.
+    report = write_report(folders[::-1], args.out / "report.html")
     console.print(_summary(twins))
     for line in _verdict(twins):
         console.print(line)
