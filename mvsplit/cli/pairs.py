@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn
 from torch import Tensor
 
 from mvsplit.cli.bars import progress_bar
-from mvsplit.cli.subject import Options, Subject, find_run, open_subject
+from mvsplit.cli.subject import Options, Subject, find_run, nothing_at, open_subject
 from mvsplit.data import Shapes
 from mvsplit.data.digits import NAMES
 from mvsplit.data.pairs import write_pairs
@@ -82,7 +82,7 @@ def _asked(args: Arguments) -> tuple[list[str], Judge]:
     """The captions, and who judges their pictures."""
     run = find_run(args.source)
     if run is None and not args.source.exists():
-        open_subject(args)  # which says that nothing is there, and what to do
+        raise nothing_at(args.source)
     data = None if run is None else read_experiment(run).data
     if data is None or data.dataset not in ("shapes", "digits"):
         raise UserError(

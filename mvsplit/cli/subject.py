@@ -106,10 +106,15 @@ def open_subject(args: Options) -> Subject:
         return _of_run(run, args)
     if args.source.exists() or args.source.suffix in (".pt", ".safetensors"):
         return _of_weights(args)
-    near = [*args.source.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
+    raise nothing_at(args.source)
+
+
+def nothing_at(source: Path) -> UserError:
+    """What is said where neither a run nor weights are; names the run with the nearest name."""
+    near = [*source.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
     known = {str(config.parent) for config in near}
-    remedy = nearest(str(args.source), known) if known else "train one first: mvsplit train tiny"
-    raise UserError(f"no run at {args.source}; {remedy}")
+    remedy = nearest(str(source), known) if known else "train one first: mvsplit train tiny"
+    return UserError(f"no run at {source}; {remedy}")
 
 
 def find_run(path: Path) -> Path | None:
