@@ -10,7 +10,8 @@ validation loss, bit for bit, before its first step. Cost: about ten minutes on 
 seed; with --middle and on an H200 some forty seconds.
 
     python benchmarks/finetune.py [--json FILE] [--steps 2500] [--tune-steps 200]
-    python benchmarks/finetune.py --device cuda --seeds 0 1 2 --middle --drawn 192 --json FILE
+    python benchmarks/finetune.py --device cuda --seeds 0 --drawn 192 --json SEED0  (a process each)
+    python benchmarks/finetune.py --from SEED0 SEED1 SEED2 --json FILE
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import datetime
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -228,7 +230,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     before = result["before"] if isinstance(result["before"], list) else [result["before"]]
     groups = {("before", "", ""): before}
-    for row in result["after"]:
+    for row in sorted(result["after"], key=lambda r: (list(WAYS).index(r["way"]), r["lr"])):
         way = (row["way"], f"{row['parameters']:,}", f"{row['lr']:g}")
         groups.setdefault(way, []).append(row)
     for way, rows in groups.items():
@@ -244,35 +246,9 @@ def _cell(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
     return mean if len(rows) == 1 else f"{mean} ({min(values):{form}}, {max(values):{form}})"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--tune-steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--middle", action="store_true", help="of each way the middle rate only")
-    parser.add_argument("--drawn", type=int, default=48, help="pictures drawn of each kind")
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": "CPU" if options.device == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "new_colour": NEW,
-        "pictures": PICTURES,
-        "drawn": options.drawn,
-        "steps": options.steps,
-        "tune_steps": options.tune_steps,
-        "base_seconds": [],
-        "before": [],
-        "after": [],
-    }
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All seeds; the file is written after each way, the middle rates first."""
+    result = environment(options)
     for seed in options.seeds:
         began = time.perf_counter()
         wanted = experiment(options.steps, seed=seed, device=options.device)
@@ -282,12 +258,68 @@ def main() -> None:
         print(f"base {seed}, {result['base_seconds'][-1]} s: {result['before'][-1]}", flush=True)
         base = on_cpu(base)
         gate(base, options.device)
-        for way, (_, rates) in WAYS.items():
-            for rate in rates[1:2] if options.middle else rates:
-                result["after"].append(tuned(base, way, rate, seed, options))
+        for place in (1,) if options.middle else (1, 0, 2):
+            for way, (_, rates) in WAYS.items():
+                result["after"].append(tuned(base, way, rates[place], seed, options))
                 print(result["after"][-1], flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=2) + "\n")
+                keep(result, options.json)
+    return result
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": "CPU" if options.device == "cpu" else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]),
+        "new_colour": NEW,
+        "pictures": PICTURES,
+        "drawn": options.drawn,
+        "steps": options.steps,
+        "tune_steps": options.tune_steps,
+        "base_seconds": [],
+        "before": [],
+        "after": [],
+    }
+
+
+def keep(result: dict[str, Any], place: Path | None) -> None:
+    if place:
+        place.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of those of several processes, of other seeds each."""
+    first = results[0]
+    for name in ("device", "torch", "pictures", "drawn", "steps", "tune_steps"):
+        if any(result[name] != first[name] for result in results):
+            raise SystemExit(f"these are results of different runs: {name} is not the same")
+    lists = ("base_seconds", "before", "after")
+    return {**first, **{name: [x for r in results for x in r[name]] for name in lists}}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--tune-steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--middle", action="store_true", help="of each way the middle rate only")
+    parser.add_argument("--drawn", type=int, default=48, help="pictures drawn of each kind")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--from", dest="sources", type=Path, nargs="+", help="results, not runs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    if options.sources:
+        result = together([json.loads(path.read_text()) for path in options.sources])
+        keep(result, options.json)
+    else:
+        result = measure(options)
     print(table(result))
 
 

@@ -8,12 +8,12 @@ with the same noise and times throughout, of the weights as trained. Gate: at ea
 before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 10⁻².
 
     python benchmarks/growth.py [--size cpu] [--json FILE] [--plot FILE] [--seeds 3]
-    python benchmarks/growth.py --size gpu --seeds 1 --json FILE
-    python benchmarks/growth.py --from FILE --plot FILE
+    python benchmarks/growth.py --size gpu --seeds 1 --ways grown --json FILE      (a process a way)
+    python benchmarks/growth.py --from FILE… [--json FILE] [--plot FILE]
 
 Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; thousand
 (2 → 10 → 100 → 400 → 1000 layers, the same data) two minutes of one core for a seed; gpu (shapes,
-the same depths, width 128, bf16) some two minutes on an H200 for each way: not run yet.
+the same depths, width 128, bf16) some two minutes on an H200, a process for each way beside others.
 The file is written at each point of a curve, so that a run that is stopped leaves what it had.
 """
 
@@ -25,6 +25,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -140,8 +141,8 @@ SIZES = {
         held_out=DataConfig(dataset="digits", split="held-out"),
     ),
     "gpu": Size(
-        stages=((2, 1000), (10, 500), (100, 250), (400, 120), (1000, 100)),
-        deep=(1000, 100, 400),
+        stages=((2, 1000), (10, 500), (100, 200), (400, 80), (1000, 50)),
+        deep=(1000, 400, 100, 10),
         rates=(1e-3,),
         beta=None,
         width=128,
@@ -299,6 +300,16 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["lr"])
 
 
+def together(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result of those of several processes, of one size."""
+    first = results[0]
+    differs = [k for k in ("size", "settings", "device") for r in results if r[k] != first[k]]
+    if differs:
+        raise SystemExit(f"these are results of different runs: {differs[0]} is not the same")
+    rows = [row for result in results for row in result["runs"]]
+    return {**first, "summary": summary([r for r in rows if r["ended"]]), "runs": rows}
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as docs/growth.md shows it."""
     kind = "seconds" if result.get("size") == "gpu" else "processor seconds"
@@ -320,6 +331,7 @@ def environment(name: str) -> dict[str, Any]:
         "device": "CPU" if size.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]),
         "size": name,
         "settings": asdict(size),
         "stages": size.stages,
@@ -337,6 +349,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for seed in range(options.first_seed, options.first_seed + options.seeds)
         for rate in size.rates
         for way, stages in size.ways().items()
+        if not options.ways or way in options.ways
     ]
 
     def keep(curve: Curve) -> None:
@@ -365,15 +378,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--from", dest="source", type=Path, help="a result instead of new runs")
+    parser.add_argument("--ways", nargs="+", help="these alone, in a process of their own")
+    parser.add_argument(
+        "--from", dest="sources", type=Path, nargs="+", help="results instead of new runs"
+    )
     parser.add_argument("--plot", type=Path, help="also draw the curves here")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds for all runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known = options.source
-    result = measure(options) if known is None else json.loads(known.read_text())
+    if options.sources:
+        result = together([json.loads(path.read_text()) for path in options.sources])
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        result = measure(options)
     print(table(result))
     if options.plot:
         plot(result, options.plot)

@@ -41,6 +41,7 @@ class Results:
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
             "gpu": gpu,
+            "command": " ".join(["python", *sys.argv]),
             "gates": found,
             "runs": [],
         }

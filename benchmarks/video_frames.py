@@ -121,6 +121,7 @@ def exponent(frames: list[int], values: list[float]) -> float:
 
 
 def plan(variants: Iterable[str]) -> list[tuple[str, int]]:
-    """All runs, the ends first, so that a killed job has them."""
+    """All runs, the ends of every variant first, so that a killed job has them."""
+    known = list(variants)
     order = sorted(FRAMES, key=lambda frames: -abs(math.log2(frames) - 2.4))
-    return [(variant, frames) for variant in variants for frames in order]
+    return [(variant, frames) for frames in order for variant in known]
