@@ -24,6 +24,7 @@ import datetime
 import json
 import math
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -163,11 +164,12 @@ def base(options: argparse.Namespace) -> DiT:
     say(stage="data", seconds=round(time.perf_counter() - began, 1), samples=len(store.data))
     wanted = experiment(options)
     state = begin(wanted, store, load(options) if options.base else None)
-    until, right = began + options.seconds, 0.0
+    until, right, told = began + options.seconds, 0.0, []
     while state.step < options.steps and right < options.stop_at and time.perf_counter() < until:
         learn_unwatched(state, wanted.train, options.check, until, 1.0)
         right = drawn_right(averaged(state), options)
-        say(step=state.step, seconds=round(time.perf_counter() - began, 1), right=round(right, 3))
+        told.append([state.step, round(time.perf_counter() - began, 1), round(right, 4)])
+        say(step=state.step, seconds=told[-1][1], right=told[-1][2])
     model = averaged(state)
     tuned = experiment(options, lr=options.lr / 10, seed=options.seed + 1000)
     taken, state = state.step, begin(tuned, other, model)
@@ -175,10 +177,20 @@ def base(options: argparse.Namespace) -> DiT:
     tuning = learn_unwatched(state, tuned.train, options.sft_steps, until, 0.1)
     model = averaged(state)
     spent = round(time.perf_counter() - began, 1)
-    say(way="base", seed=options.seed, seconds=spent, steps=taken, sft_steps=tuning)
+    row = {"way": "base", "seed": options.seed, "seconds": spent, "steps": taken}
+    note(row | {"sft_steps": tuning, "steps_seconds_right": told}, options)
     if options.save:
         save(model, options.save)
     return model
+
+
+def note(row: dict[str, Any], options: argparse.Namespace) -> None:
+    """Shows a row, and adds it to the file."""
+    shown = {name: v for name, v in row.items() if name not in ("layers", "curve")}
+    say(**shown, last=row.get("curve", [None])[-1])
+    if options.json:
+        with options.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def drawn_right(model: DiT, options: argparse.Namespace) -> float:
@@ -207,6 +219,7 @@ def machine(model: DiT) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
         "torch": torch.__version__,
+        "command": " ".join(["python", *sys.argv]),
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "draw": asdict(DRAW),
@@ -215,9 +228,11 @@ def machine(model: DiT) -> dict[str, Any]:
 
 def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each way from the same weights; first what they score."""
-    before = score(start, options)
+    layers = look(start, options)
     yield machine(start)
-    yield {"way": "SFT", "scores": before, "layers": look(start, options)}
+    yield {"way": "SFT", "scores": score(start, options), "layers": layers}
+    other = replace_options(options, seed=options.seed + 500)
+    yield {"way": "SFT, other noise", "scores": score(start, other), "layers": layers}
     drawn, cost = pairs_of(start, options)
     yield {"way": "pairs", **cost}
     for name, fields in ways(options):
@@ -231,7 +246,7 @@ def aligned(
     began = time.perf_counter()
     device, batch = torch.device(options.device), int(fields.get("batch", options.pairs_batch))
     common = {"batch_size": batch, "seed": options.seed, "device": device}
-    dpo = name.startswith("dpo")
+    dpo = name.lower().startswith("dpo")
     if name.startswith("real"):
         store = real_store(replace_options(options, batch=batch, scenes=4096), 2 * 10**8)
     else:
@@ -294,14 +309,7 @@ def main() -> None:
     if options.stage == "base":
         return
     for row in align(model, options):
-        row |= {"seed": options.seed}
-        say(
-            **{k: v for k, v in row.items() if k not in ("layers", "curve")},
-            last=row.get("curve", [None])[-1],
-        )
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        note(row | {"seed": options.seed}, options)
 
 
 if __name__ == "__main__":
