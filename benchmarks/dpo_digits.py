@@ -1,5 +1,6 @@
 """Claim: Diffusion-DPO makes a small model of the real digits draw at least 10 points more of them
-as asked, and its pictures get no further from real ones. Two minutes a seed on one core.
+as asked, and its pictures get no further from real ones. A quarter of an hour a
+seed on a core with other work.
 
 Everything as `mvsplit train`, `mvsplit pairs` and `mvsplit evaluate` do it: the preset `tiny`, with
 β = 1, is trained on three quarters of the digits for 100 steps, and for 75 each at two lower rates

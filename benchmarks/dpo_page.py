@@ -132,6 +132,13 @@ def pair_line(result: dict[str, Any]) -> str:
     return f"{pairs:,} pairs of {asked:,} captions over {len(rows)} seeds"
 
 
+def cost_line(result: dict[str, Any]) -> str:
+    """The seconds of all that was run for each seed, in words."""
+    seeds = sorted({row["seed"] for row in of(result, SFT)})
+    spent = [sum(r.get("seconds", 0.0) for r in result["rows"] if r["seed"] == s) for s in seeds]
+    return f"{', '.join(f'{seconds:.0f}' for seconds in spent)} s for the seeds"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """What each way gains and what it does to the Fréchet distance, a dot for each seed."""
     import matplotlib
@@ -161,7 +168,7 @@ def main() -> None:
         result = collected(options.collect)
         options.json.write_text(json.dumps(result, separators=(",", ":")) + "\n")
     result = json.loads(options.json.read_text())
-    for part in (table, layer_table, pair_line):
+    for part in (table, layer_table, pair_line, cost_line):
         print(part(result), end="\n\n")
     if options.plot:
         plot(result, options.plot)

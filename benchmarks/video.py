@@ -4,6 +4,7 @@ the presets draw. docs/video.md is written from the results (benchmarks/video_pa
     python benchmarks/video.py frames [--seeds 0 1 2] [--json FILE]
     python benchmarks/video.py means [--seeds 0 1 2] [--json FILE]
     python benchmarks/video.py preset --name clips-12l --seconds 120 --pictures DIR [--json FILE]
+    python benchmarks/video.py times [--json FILE]
 
 Each part first checks that the network on clips is that of the formulas (benchmarks/video_gates.py)
 and writes FILE after every run, so that a killed job keeps what it has. `--json` of several
@@ -107,6 +108,12 @@ def preset(args: argparse.Namespace, results: Results) -> None:
     print(json.dumps(row, indent=1), flush=True)
 
 
+def times(args: argparse.Namespace, results: Results) -> None:
+    for row in (video_runs.painting(), video_runs.stepping("clips-tiny", 20, args.device)):
+        results.add(row)
+        print(row, flush=True)
+
+
 def with_patience(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`run()`, again a little later where a GPU that others use has no memory left."""
     for _ in range(10):
@@ -120,7 +127,7 @@ def with_patience(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return run()
 
 
-PARTS = {"frames": frames, "means": means, "preset": preset}
+PARTS = {"frames": frames, "means": means, "preset": preset, "times": times}
 
 
 def main() -> None:
@@ -140,6 +147,8 @@ def main() -> None:
     parser.add_argument("--size", choices=video_frames.SIZES, default="gpu")
     parser.add_argument("--variants", nargs="+", default=list(video_frames.VARIANTS))
     args = parser.parse_args()
+    if args.part == "times":
+        torch.set_num_threads(1)
     results = Results(args.json, args.part, gates(args.device))
     PARTS[args.part](args, results)
 

@@ -179,7 +179,20 @@ def reader_table(_: Results) -> str:
     return clips_reader.table(rows)
 
 
+def times_line(results: Results) -> str:
+    """How long painting and a step take, in words."""
+    painted, step = results[1]["times"]["runs"]
+    minutes = 1500 * step["seconds"] / 60
+    return (
+        f"{painted['painted']} clips of {painted['frames']} frames take "
+        f"{1000 * painted['seconds']:.0f} ms of one core, and a step of `{step['step_of']}` with "
+        f"{step['clips']} clips\n{step['seconds']:.2f} s of processor time (medians), so that its "
+        f"1,500 steps are {minutes:.0f} minutes."
+    )
+
+
 PARTS: dict[str, Callable[[Results], str]] = {
+    "times": times_line,
     "reader": reader_table,
     "start": start_table,
     "exponents": exponent_table,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -83,6 +85,41 @@ def preset(name: str, steps: int | None, device: str) -> Experiment:
     wanted = get_preset(name)
     steps = wanted.train.steps if steps is None else steps
     return replace(wanted, train=replace(wanted.train, steps=steps, device=device))
+
+
+def painting(clips: int = 64, frames: int = 8) -> dict[str, Any]:
+    """The median processor time in which so many clips of 32×32 are painted."""
+    data, taken = Clips(frames, 32, 0, None), []
+    for number in range(1, 12):
+        begun = time.process_time()
+        data.fetch(range(clips * number, clips * (number + 1)))
+        taken.append(time.process_time() - begun)
+    return {"painted": clips, "frames": frames, "seconds": round(statistics.median(taken), 5)}
+
+
+class _Clock(Observer):
+    """The processor time after each step."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def on_step(self, state: TrainState, line: dict[str, Any]) -> None:
+        self.at.append(time.process_time())
+
+
+def stepping(name: str, steps: int, device: str) -> dict[str, Any]:
+    """The median processor time of a preset's step, painting and all."""
+    clock, wanted = _Clock(), preset(name, steps + 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+        train(wanted, Path(folder) / "run", observers=[clock])
+    taken = [after - before for before, after in itertools.pairwise(clock.at)]
+    return {
+        "step_of": name,
+        "clips": wanted.train.batch_size,
+        "steps": steps,
+        "device": device,
+        "seconds": round(statistics.median(taken), 4),
+    }
 
 
 class StopAfter(Observer):

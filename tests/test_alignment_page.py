@@ -40,7 +40,7 @@ def test_the_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_tables_are_those_of_the_results(path: Path) -> None:
     script, result = page_script(), json.loads(path.read_text(encoding="utf-8"))
     assert f"../benchmarks/results/{path.name}" in PAGE
-    for part in (script.table, script.layer_table, script.pair_line):
+    for part in (script.table, script.layer_table, script.pair_line, script.cost_line):
         assert part(result) in PAGE
 
 

@@ -37,6 +37,7 @@ from mvsplit.sampling import (
 RANKING_STEPS, RANKING_PICTURES = 4, 4  # of the look that ranks the blocks
 GRID_AT_MOST = 256  # pictures; more would not be seen anyway
 ROWS_AT_MOST = 32  # clips of a contact sheet
+FPS = 8.0  # of clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Arguments(Options):
         num_images: how many pictures, or clips.
         frames: of a clip; only those of the run's training are possible, and are taken if not
             given.
-        fps: frames a second at which a clip is shown.
+        fps: frames a second at which a clip is shown; 8 if not given.
         mp4: write each clip as MP4 too (extra video).
         seed: of the noise; picture k has the same noise in any batch size.
         steps: of the sampler.
@@ -78,7 +79,7 @@ class Arguments(Options):
     prompt: str
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
     frames: int | None = None
-    fps: float = 8.0
+    fps: float | None = None
     mp4: bool = False
     seed: int = 0
     steps: int = 35
@@ -97,7 +98,7 @@ class Arguments(Options):
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise UserError(f"num-images={self.num_images}: must be at least 1")
-        if not 0.1 <= self.fps <= 100:
+        if self.fps is not None and not 0.1 <= self.fps <= 100:
             raise UserError(f"fps={self.fps:g}: must be in 0.1 … 100 frames a second")
 
 
@@ -152,7 +153,8 @@ def run(args: Arguments) -> None:
 def _check_clips(args: Arguments, subject: Subject) -> None:
     """Raises UserError where options for clips do not fit what is drawn with."""
     if subject.kind == "picture":
-        for name, value in (("frames", args.frames), ("mp4", args.mp4 or None)):
+        given = {"frames": args.frames, "fps": args.fps, "mp4": args.mp4 or None}
+        for name, value in given.items():
             if value is not None:
                 raise UserError(
                     f"{name}={value}: {args.source} draws pictures; train on clips, for example "
@@ -248,7 +250,8 @@ class _Clips:
     """Where clips go as soon as their batch is done, and then the contact sheet."""
 
     def __init__(self, path: Path, record: dict[str, Any], args: Arguments) -> None:
-        self._folder, self.record = ClipFolder(path, args.fps, mp4=args.mp4), record
+        fps = FPS if args.fps is None else args.fps
+        self._folder, self.record = ClipFolder(path, fps, mp4=args.mp4), record
         self._first: list[list[Image.Image]] = []
         self.saved = 0
 

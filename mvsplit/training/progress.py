@@ -40,7 +40,7 @@ class ProgressLine(Observer):
         self._steps = experiment.train.steps
         self._first = (state.step, time.monotonic())
         parameters = sum(p.numel() for p in state.model.parameters())
-        model = experiment.model
+        model = state.model.config  # whose rule may no longer be that of the experiment
         self._say(
             f"{model.depth} layers, width {model.width}, rule {model.rule.name}, "
             f"{parameters:,} parameters on {state.device}"

@@ -147,7 +147,7 @@ def test_clips_shorter_than_a_patch_and_pictures_for_clips_are_refused(tmp_path,
     digits = ["train", "tiny", "--steps", "1", "--device", "cpu"]
     assert main([*digits, "--run-dir", str(tmp_path / "digits")]) == 0
     capsys.readouterr()
-    for option in (["--frames", "8"], ["--mp4"]):
+    for option in (["--frames", "8"], ["--mp4"], ["--fps", "8"]):
         assert draw(tmp_path / "digits", *option, prompt="seven") == 2
         assert "draws pictures" in error_line(capsys)
     assert main([*digits, "--run-dir", str(tmp_path / "x"), "--data.frames", "4"]) == 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from mvsplit.cli.start import StartOptions, origin_of, starter
@@ -21,6 +23,7 @@ from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
 from mvsplit.training.config import ReactionConfig
 from mvsplit.training.finetune import Start, begin_from
 from mvsplit.training.growth import carry_over
+from mvsplit.training.progress import ProgressLine
 from mvsplit.training.step import train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
@@ -74,6 +77,13 @@ def test_the_run_begins_with_the_function_of_its_source(plain_run: Path, tmp_pat
         assert torch.equal(first.tensors["optimizer"][name], moment * unit), name
     for name, weight in first.tensors["ema"].items():
         assert torch.equal(weight, first.tensors["model"][name])
+
+
+def test_the_start_line_has_the_rule_of_the_network(plain_run: Path, tmp_path: Path) -> None:
+    text, experiment = io.StringIO(), splitting(plain_run, steps=1)
+    line = ProgressLine(Console(file=text, width=200))
+    train(experiment, tmp_path / "run", observers=[line], start=starter(experiment))
+    assert "rule mvsplit" in text.getvalue()
 
 
 def test_alpha_and_leak_go_where_they_are_sent(plain_run: Path, tmp_path: Path) -> None:
