@@ -20,6 +20,7 @@ from performance_merges import tried
 from performance_parallel import several
 from performance_parts import distance, fused, ideas, not_run, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand
+from performance_watch import watch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,6 +87,7 @@ def page() -> str:
         plans(graphs, eager, deep),
         distance(graphs, eager, reference),
         engine(load("engine_h200_*.json")),
+        watch(merged(load("watch_cost_h200_*.json"))),
         several(
             merged(load("parallel_step_h200*.json")),
             merged(load("eight_gpus_h200x*.json")),
@@ -105,6 +107,8 @@ def table(paths: Sequence[Path]) -> str:
         return masked(found, {})
     if "step bf16" not in found and ("thousand" in found or "resume" in found):
         return thousand(found) or json.dumps(found, indent=1)
+    if "share_at_cadence" in found:
+        return watch(found)
     if "gaps" in found:
         return low_precision(found, {})
     if "copy_bytes_per_second" in found:

@@ -21,7 +21,7 @@ class UserError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Says which known names are closest to `name`, for the end of an error message."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose one of: {', '.join(known)}"

@@ -60,7 +60,7 @@ class Cadence:
         burst: looks at one step after the other once something stirs, before they thin out again.
     """
 
-    calm: int = 100
+    calm: int = 128
     start: int = 1
     burst: int = 10
 

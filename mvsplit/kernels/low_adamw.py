@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.dispatch import backend
+
 BLOCK = 128  # elements that share a scale
 LARGEST = 480.0  # of the codes: 15·2⁵
 _WORD = 0xFFFFFFFF
@@ -58,7 +60,7 @@ class LowSettings(NamedTuple):
 
 def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSettings) -> None:
     """One update of `values` [N] bf16 and of `state`, in place, from `grads` [N]."""
-    if values.is_cuda:
+    if backend(values, row=1) == "triton":
         from mvsplit.kernels.fused.low_adamw import low_adamw_ as fused
 
         fused(values, grads, state, settings)

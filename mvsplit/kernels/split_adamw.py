@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.dispatch import backend
 from mvsplit.kernels.low_adamw import LowSettings, step_of
 
 
@@ -42,7 +43,7 @@ class SplitState(NamedTuple):
 
 def split_adamw_(values: Tensor, grads: Tensor, state: SplitState, settings: LowSettings) -> None:
     """One update of `values` [N] bf16 and of `state`, in place, from `grads` [N]."""
-    if values.is_cuda:
+    if backend(values, row=1) == "triton":
         from mvsplit.kernels.fused.split_adamw import split_adamw_ as fused
 
         fused(values, grads, state, settings)

@@ -226,7 +226,7 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 3
     keep_every: int = 0
-    probe_every: int = 100
+    probe_every: int = 128
     probe: Literal["cheap", "all"] = "cheap"
     probe_burst: int = 10
     record_steps: int = 32

@@ -72,7 +72,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["smaple"]) == 2
     assert (
         capsys.readouterr().err
-        == "mvsplit: unknown command 'smaple'; did you mean sample or app or plan?\n"
+        == "mvsplit: unknown command 'smaple'; did you mean sample?\n"
     )
 
 
