@@ -70,10 +70,7 @@ def test_a_warning_is_one_line(command, capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert cli.main(["smaple"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "mvsplit: unknown command 'smaple'; did you mean sample?\n"
-    )
+    assert capsys.readouterr().err == "mvsplit: unknown command 'smaple'; did you mean sample?\n"
 
 
 def test_help_names_every_command_without_importing_torch():

@@ -113,7 +113,7 @@ def test_the_table_says_when_there_is_nothing_and_what_there_is(tmp_path, capsys
     [
         (["replay", "missing.jsonl"], "missing.jsonl"),
         (["replay"], "at least one log"),
-        (["rewind"], "did you mean"),
+        (["repaly"], "did you mean"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_registry_builds_by_name():
     [
         ("digit", {}, "dataset: unknown name 'digit'; did you mean digits?"),
         ("shapes", {"sise": 32}, "dataset shapes: unknown option 'sise'; did you mean size"),
-        ("digits", {"size": 8}, "dataset digits: unknown option 'size'; did you mean split?"),
+        ("digits", {"size": 8}, "dataset digits: unknown option 'size'; choose one of: split"),
     ],
 )
 def test_registry_errors(name, options, message):
