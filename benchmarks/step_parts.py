@@ -68,19 +68,23 @@ class Trainer:
         self.planner = Planner(self.model, config, self.device)
         self.graphs = None if shards(config) else Graphs(self.model, self.device)
 
-    def piece(self, samples: int, seed: int = 0) -> Piece:
+    def piece(self, samples: int, seed: int = 0, masked: bool = False) -> Piece:
+        """Noise; `masked`: with captions of unequal lengths, at least one token each."""
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=self.device)
 
         size = self.size
+        lengths = torch.randint(
+            1, size.text + 1, (samples,), generator=generator, device=self.device
+        )
         return Piece(
             data=draw(samples, 128, size.side, size.side),
             noise=draw(samples, 128, size.side, size.side),
             times=torch.rand(samples, generator=generator, device=self.device),
             text=draw(samples, size.text, size.width),
-            text_valid=None,
+            text_valid=lengths if masked else None,
         )
 
     def step(self, parts: list[Piece], lr: float = 0.0) -> tuple[float, float]:

@@ -18,7 +18,8 @@ a projection without bias, for padding leaves every merge as zero; and where no 
 zero, for backward sees exp(−lse) at zero keys: heads of unit RMS have none below −√K.
 
 Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them. So
-before one of them serves on a machine, it is compared with attention in fp32 there (`off_by`).
+before one of them serves on a machine, it is compared there with attention in fp32, and with how
+far a mask is from that (`off_by`).
 
 Shapes: B batch, H heads, T tokens, K head width.
 """
@@ -38,7 +39,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from mvsplit.kernels.segments import Segments
 
 _aten = torch.ops.aten
-_COMPARED = 4  # samples
+_DRAWS = 3
+_AT_A_TIME = 4  # samples in fp32
 _AWAY = 3.0  # the scores of one head are about −9, where the real keys have no share in Z
 
 
@@ -95,35 +97,71 @@ def _unpacked(x: Tensor, batch: int) -> Tensor:
 
 
 def off_by(
-    way: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments
+    way: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    known: Callable[..., Tensor],
 ) -> float:
-    """The largest of ‖found − right‖/‖right‖ over the output of `way` and, if `q` asks for any, its
-    gradients, in real rows of a few samples; right is softmax in fp32. Infinite where something
-    is not finite.
+    """How many times as far as `known` a way is off: ‖found − right‖/‖right‖ over the real rows of
+    a head of a sample, of the sample in which it is largest; of the head, and of the output or, if
+    `q` asks for any, the gradient, in which the ratio is largest. Right is softmax in fp32.
+    Infinite where something is not finite.
 
     Numbers are drawn, in the shapes, dtypes and strides of q, k, v: those of a network that learns
     may have gradients of which rounding leaves nothing, by whatever way. Queries and keys of the
-    last head point away from each other.
+    last head point away from each other. Drawn several times, for threads that do not wait for each
+    other are not wrong every time.
+
+    Args:
+        known: attention that is right but for rounding; takes what `way` takes.
 
     Raises:
         RuntimeError: `way` does not take such inputs.
     """
     assert segments.mask is not None
-    learns, real = q.requires_grad, segments.mask[:, None, :, None]
-    chance = torch.Generator(q.device).manual_seed(0)
+    drawn = [_draw(q, k, v, segments.mask, seed) for seed in range(_DRAWS)]
+    ours = [_with_gradients(way, given, q.requires_grad, segments) for given in drawn]
+    right = [_right(given, q.requires_grad, segments.mask) for given in drawn]
+    theirs = [_with_gradients(known, given, q.requires_grad, segments) for given in drawn]
+    found, least = (
+        torch.stack([_distances(*pair, segments.mask) for pair in zip(of, right, strict=True)])
+        for of in (ours, theirs)
+    )
+    ratios = found.amax(0) / least.amax(0).clamp(min=torch.finfo(torch.float32).eps)
+    return float(ratios.max()) if ratios.isfinite().all() else math.inf
+
+
+def _draw(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seed: int) -> list[Tensor]:
+    """Inputs and the gradient of the output."""
+    chance = torch.Generator(q.device).manual_seed(seed)
     with torch.no_grad():
         drawn = [torch.empty_like(t).normal_(generator=chance) for t in (q, k, v, q)]
         for t, sign in ((drawn[0], 1), (drawn[1], -1)):
             t[:, -1] = t[:, -1] / 4 + sign * _AWAY / t.shape[-1] ** 0.25
-        drawn = [t.mul_(real) for t in drawn]
-    found = _with_gradients(way, drawn, learns, segments)
-    few = slice(None, None, max(1, len(q) // _COMPARED))
-    right = _with_gradients(_in_fp32, [t[few].float() for t in drawn], learns, segments.mask[few])
-    errors = []
+        return [t.mul_(mask[:, None, :, None]) for t in drawn]
+
+
+def _right(drawn: list[Tensor], learns: bool, mask: Tensor) -> list[Tensor]:
+    """Output and gradients in fp32, a few samples at a time."""
+    parts = [
+        _with_gradients(_in_fp32, [t[i : i + _AT_A_TIME].float() for t in drawn], learns,
+                        mask[i : i + _AT_A_TIME])
+        for i in range(0, len(mask), _AT_A_TIME)
+    ]  # fmt: skip
+    return [torch.cat(t) for t in zip(*parts, strict=True)]
+
+
+def _distances(found: list[Tensor], right: list[Tensor], mask: Tensor) -> Tensor:
+    """Of each output and head, in the sample in which it is largest. [outputs, H]"""
+    padding = ~mask[:, None, :, None]
+    rows = []
     for ours, theirs in zip(found, right, strict=True):
-        difference = (ours[few].float() - theirs).masked_fill(~real[few], 0)
-        errors.append(float(difference.norm() / theirs.masked_fill(~real[few], 0).norm()))
-    return max(e if math.isfinite(e) else math.inf for e in errors)
+        wanted = theirs.masked_fill(padding, 0).flatten(2).norm(dim=-1)
+        difference = (ours.float() - theirs).masked_fill(padding, 0).flatten(2).norm(dim=-1)
+        rows.append(torch.where(difference == 0, 0, difference / wanted).amax(0))
+    return torch.stack(rows)
 
 
 def _with_gradients(
@@ -175,8 +213,8 @@ class _ZeroKeys(torch.autograd.Function):
         from mvsplit.kernels.fused.zero_keys import leave_out_zero_keys_
 
         found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
-        out, lse = found[0], found[1]
-        leave_out_zero_keys_(out, lse, q, k, v, mask, padding)
+        out = found[0]
+        lse = leave_out_zero_keys_(out, found[1], q, k, v, mask, padding)
         ctx.save_for_backward(q, k, v, out, lse, *found[6:8])
         return out
 

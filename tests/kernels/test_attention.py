@@ -111,7 +111,7 @@ def test_ways_that_need_a_promise_serve_only_where_it_was_given(
     assert choose() == "cudnn"  # without padding none of them is asked
 
 
-@pytest.mark.parametrize("error", [0.03, float("inf"), float("nan"), TypeError("no such kernel")])
+@pytest.mark.parametrize("error", [3.0, float("inf"), float("nan"), TypeError("no such kernel")])
 def test_a_way_of_ours_that_is_wrong_does_not_serve(
     error: Any,
     machine: dict[str, Any],
@@ -120,7 +120,7 @@ def test_a_way_of_ours_that_is_wrong_does_not_serve(
 ) -> None:
     def off_by(way: Any, *inputs: Any) -> float:
         if way is not attention.with_zero_keys:
-            return 3e-3
+            return 1.2
         if isinstance(error, Exception):
             raise error
         return error
@@ -128,7 +128,7 @@ def test_a_way_of_ours_that_is_wrong_does_not_serve(
     monkeypatch.setattr(attention, "off_by", off_by)
     segments = Segments((1, 1), torch.tensor([[1, 0]]), real_first=True)
     assert choose(segments, zero=True) == "flash in sequences"
-    said = "attention by cudnn with zero keys is off by" in caplog.text
+    said = "attention by cudnn with zero keys is off" in caplog.text
     assert said != isinstance(error, Exception)
 
 

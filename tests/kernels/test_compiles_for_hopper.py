@@ -21,7 +21,9 @@ def check(kernel, types, constants, warps=4):
     kinds = {name: types.get(name, "i32") for name in names}
     kinds |= dict.fromkeys(constants, "constexpr")
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=values)
+    pointers = [name for name, kind in kinds.items() if kind.startswith("*")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=values, attrs=aligned)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     print(kernel.__name__, len(compiled.asm["cubin"]))
 
@@ -31,8 +33,9 @@ moments = {"p_first": "*fp32", "p_second": "*fp32", "p_low": "*i16"}
 other = {"p_lse": "*fp32", "p_padding": "*fp32", "p_mask": "*u8", "scale": "fp32"}
 numbers = ("decay", "rate", "correction", "beta1", "beta2", "eps")
 types = half | moments | other | dict.fromkeys(numbers, "fp32")
-sizes = {"H": 8, "K": 128, "BLOCK_K": 128, "ROWS": 32}
-check(zero_keys.zero_keys_kernel, types, sizes | {"LEAST": 1 / 64})
+types["p_new"] = "*fp32"
+sizes = {"H": 8, "K": 128, "BLOCK_K": 128, "ROWS": 32, "LEAST": 1 / 64}
+check(zero_keys.zero_keys_kernel, types, sizes)
 check(zero_keys.lost_rows_kernel, types, sizes | {"KEYS": 32})
 check(split_adamw.split_adamw_kernel, types, {"BLOCK": 2048}, 8)
 codes = {"p_code": "*u8", "p_scale": "*fp32", "p_second": "*bf16"}

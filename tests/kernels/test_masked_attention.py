@@ -133,14 +133,38 @@ def test_real_keys_that_are_next_to_nothing_are_not_lost(away: float) -> None:
         assert error < 2e-4, float(error)
 
 
+def half(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """Right but for what rounding to half precision does."""
+    return truth(*(t + (t.bfloat16() - t).detach() for t in (q, k, v)))
+
+
 @pytest.mark.parametrize("way", [in_sequences, with_zero_keys])
 @pytest.mark.parametrize("learns", [False, True])
 def test_ways_that_are_right_pass_the_check(way: Callable[..., Tensor], learns: bool) -> None:
     pytest.importorskip("triton")
     q, k, v, _ = draw(7, torch.float32)
-    assert (
-        off_by(way, q.requires_grad_(learns), k, v, SEGMENTS) < 1e-4
-    )  # of fp32, AGREEMENT of bf16
+    assert off_by(way, q.requires_grad_(learns), k, v, SEGMENTS, half) < 0.1  # these are fp32
+
+
+def corrected_twice(rows: int) -> Callable[..., Tensor]:
+    """Zero keys are left out twice of the output of the first rows of a sample that has any, as by
+    threads that take in what others have stored."""
+
+    def way(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        out = truth(q, k, v)
+        m = (~SEGMENTS.mask).sum(1).view(-1, 1, 1)  # type: ignore[operator]
+        z = (q @ k.mT / HEAD**0.5).exp().sum(-1)
+        factor = torch.ones_like(z)
+        factor[:1, :, :rows] = (z / (z - m))[:1, :, :rows].detach()
+        return out * factor[..., None]
+
+    return way
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_few_rows_that_are_wrong_are_found(rows: int) -> None:
+    q, k, v, _ = draw(7, torch.float32)
+    assert off_by(corrected_twice(rows), q.requires_grad_(), k, v, SEGMENTS, half) > AGREEMENT
 
 
 def wrong_ways() -> dict[str, Callable[..., Tensor]]:
@@ -161,7 +185,7 @@ def wrong_ways() -> dict[str, Callable[..., Tensor]]:
 @pytest.mark.parametrize("way", wrong_ways().values(), ids=wrong_ways().keys())
 def test_ways_that_are_wrong_do_not(way: Callable[..., Tensor]) -> None:
     q, k, v, _ = draw(7, torch.float32)
-    assert off_by(way, q.requires_grad_(), k, v, SEGMENTS) > AGREEMENT
+    assert off_by(way, q.requires_grad_(), k, v, SEGMENTS, half) > AGREEMENT
 
 
 def test_the_check_reaches_the_rows_that_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +198,7 @@ def test_the_check_reaches_the_rows_that_are_computed_anew(monkeypatch: pytest.M
 
     monkeypatch.setattr(zero_keys, "lost_rows_kernel", Nothing())
     q, k, v, _ = draw(7, torch.float32)
-    assert off_by(with_zero_keys, q, k, v, SEGMENTS) > AGREEMENT
+    assert off_by(with_zero_keys, q, k, v, SEGMENTS, half) > AGREEMENT
 
 
 def test_sequences_want_the_real_tokens_first() -> None:

@@ -4,6 +4,10 @@ Z − m is exact to rounding while the real keys have a share in Z; where they h
 would be what is left of two large numbers. Tiles with such a row are computed anew from their
 queries over the real keys alone, which is slow and rare: the mean score has to be below −5 or so.
 
+The log-sum-exp goes to another tensor than it comes from. There is one for a row, fewer than a
+program has threads, so that several warps load the same: in place, some would load what others had
+stored already. Of the output, every thread loads and stores elements of its own.
+
 Shapes: B batch, H heads, T tokens, K head width.
 """
 
@@ -19,6 +23,7 @@ from mvsplit.kernels.fused.common import block
 _ROWS = 32  # tokens of a head a program
 _KEYS = 32  # at a time, where a tile is computed anew
 LEAST = 1 / 64  # share of the real keys in Z; the log-sum-exp is right to some 1e-6
+_WARPS = 4
 
 
 @triton.jit
@@ -52,47 +57,52 @@ def _anew(
     return b_out / some[:, None], tl.where(part > 0, most + tl.log(some), 0.0)
 
 
+@triton.jit
+def _share(lse, padding):
+    """Of the real keys in Z, which is at least m: (Z − m)/Z."""
+    return 1 - padding * tl.exp(tl.where(padding > 0, -lse, 0.0))
+
+
 @triton.jit(do_not_specialize=["rows", "total"])
 def zero_keys_kernel(
-    p_out, p_lse, p_padding, s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, rows, total,
+    p_out, p_lse, p_new, p_padding, s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, rows, total,
     LEAST: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Eq. 1; rows that it would not be right for get a log-sum-exp of −∞."""
+    """Eq. 1; finite, but no more than that, where the share of the real keys is below LEAST."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # in the order of memory: token, then head
     m = i < rows
     i_h = i % H
     i_t = i // H % total
     i_b = (i // H // total).to(tl.int64)
-    p = p_lse + i_b * s_lb + i_h * s_lh + i_t * s_lt
-    lse = tl.load(p, m, 0.0)
-    padding = tl.load(p_padding + i_b, m, 0.0)
-    share = padding * tl.exp(tl.where(padding > 0, -lse, 0.0))  # m/Z, for which Z is at least m
-    lost = 1 - share < LEAST
-    rest = tl.where(lost, 1.0, 1 - share)
-    tl.store(p, tl.where(lost, float("-inf"), lse + tl.log(rest)), mask=m)
+    o_l = i_b * s_lb + i_h * s_lh + i_t * s_lt
+    lse = tl.load(p_lse + o_l, m, 0.0)
+    share = _share(lse, tl.load(p_padding + i_b, m, 0.0))
+    share = tl.where(share < LEAST / 2, LEAST / 2, share)
+    tl.store(p_new + o_l, lse + tl.log(share), mask=m)
     o_k = tl.arange(0, BLOCK_K)
     m_o = m[:, None] & (o_k < K)[None, :]
     p_o = p_out + (i_b * s_ob + i_h * s_oh + i_t * s_ot)[:, None] + o_k[None, :]
-    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / rest[:, None]
+    out = tl.load(p_o, m_o, 0.0).to(tl.float32) / share[:, None]
     tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
 
 
 @triton.jit(do_not_specialize=["total"])
 def lost_rows_kernel(
-    p_out, p_lse, p_q, p_k, p_v, p_mask,
+    p_out, p_lse, p_new, p_padding, p_q, p_k, p_v, p_mask,
     s_ob, s_oh, s_ot, s_lb, s_lh, s_lt, s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt,
-    total, scale, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    total, scale, LEAST: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the rows anew whose log-sum-exp is −∞; a kernel of its own, for it would slow the
-    other down by the registers that it takes."""
+    """Computes the rows anew in which the share of the real keys is below LEAST; a kernel of its
+    own, for it would slow the other down by the registers that it takes."""
     i_h = tl.program_id(0) % H
     i_b = tl.program_id(1).to(tl.int64)
     o_t = tl.program_id(0) // H * ROWS + tl.arange(0, ROWS)
     m_t = o_t < total
-    p = p_lse + i_b * s_lb + i_h * s_lh + o_t * s_lt
-    lost = tl.load(p, m_t, 0.0) == float("-inf")
+    o_l = i_b * s_lb + i_h * s_lh + o_t * s_lt
+    lost = _share(tl.load(p_lse + o_l, m_t, 0.0), tl.load(p_padding + i_b)) < LEAST
+    lost = lost & m_t
     if tl.max(lost.to(tl.int32), 0) > 0:
         out, lse = _anew(
             p_q + i_b * s_qb + i_h * s_qh, p_k + i_b * s_kb + i_h * s_kh,
@@ -103,12 +113,12 @@ def lost_rows_kernel(
         p_o = p_out + i_b * s_ob + i_h * s_oh + (o_t * s_ot)[:, None] + o_k[None, :]
         m_o = lost[:, None] & (o_k < K)[None, :]
         tl.store(p_o, out.to(p_out.dtype.element_ty), mask=m_o)
-        tl.store(p, lse, mask=lost)
+        tl.store(p_new + o_l, lse, mask=lost)
 
 
 def leave_out_zero_keys_(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Tensor
-) -> None:
+) -> Tensor:
     """Corrects, in place, a softmax that padded keys and values, all zero, took part in.
 
     Args:
@@ -117,17 +127,23 @@ def leave_out_zero_keys_(
         q, k, v: [B, H, T, K], dense in K.
         mask: [B, T] booleans, dense, true on real tokens.
         padding: [B] fp32, how many are not.
+
+    Returns:
+        The log-sum-exp over the real keys alone, laid out as `lse`.
     """
     batch, heads, total, width = out.shape
     rows = batch * heads * total
+    new = torch.empty_like(lse)
+    assert new.stride() == lse.stride()
     of = [s for t in (out, lse) for s in t.stride()[:3]]
     strides = [s for t in (q, k, v) for s in t.stride()[:3]]
-    sizes = {"H": heads, "K": width, "BLOCK_K": block(width), "ROWS": _ROWS, "num_warps": 4}
+    sizes = {"LEAST": LEAST, "H": heads, "K": width, "BLOCK_K": block(width), "ROWS": _ROWS}
     with torch.no_grad():
         zero_keys_kernel[(triton.cdiv(rows, _ROWS),)](
-            out, lse, padding, *of, rows, total, LEAST=LEAST, **sizes
+            out, lse, new, padding, *of, rows, total, **sizes, num_warps=_WARPS
         )
         lost_rows_kernel[(triton.cdiv(total, _ROWS) * heads, batch)](
-            out, lse, q, k, v, mask.view(torch.uint8), *of, *strides, total, width**-0.5,
-            KEYS=_KEYS, **sizes,
+            out, lse, new, padding, q, k, v, mask.view(torch.uint8), *of, *strides, total,
+            width**-0.5, KEYS=_KEYS, **sizes, num_warps=_WARPS,
         )  # fmt: skip
+    return new

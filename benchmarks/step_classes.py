@@ -1,0 +1,174 @@
+"""Question: where the time of a block goes in training, by kind of kernel, and at what clock.
+
+Blocks of D = 1024 with writers that are not zero run forward and backward from a CUDA graph for
+seconds, so that the card is as warm and as short of power as in training; then the time of a block,
+the card's clock and power, and its kernels by kind. Pieces of several sizes, captions of unequal
+lengths masked, and every level of what is computed again. `zero writers`: the network as it starts,
+half of whose products multiply zeros.
+
+    python benchmarks/step_classes.py [--only NAME…] [--budget 100] [--json FILE]
+    python benchmarks/step_classes.py --small        (a trial of the code on a CPU)
+
+Cost: some five seconds a row on one H200. Rows are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from card_load import CardLoad
+from step_parts import Size, Trainer, free, synchronise
+
+from mvsplit.kernels.block_parts import Recompute
+from mvsplit.training import TrainConfig
+from mvsplit.training.step import add_gradients
+from mvsplit.training.step_time import model_flops
+
+DEPTH, BETA = 40, 0.03
+WARM, MEASURED = 1.0, 1.4  # seconds under load
+KINDS = {  # the first whose word is in a kernel's name
+    "zero keys": ("zero_keys", "lost_rows"),
+    "attention": ("sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk"),
+    "merges": ("merge",),
+    "SwiGLU": ("swiglu",),
+    "QK-norm and rotation": ("qk_norm", "rope"),
+    "copies and fills": ("copy", "memset", "memcpy", "fill"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured."""
+
+    samples: int
+    text: int
+    masked: bool
+    level: Recompute = "nothing"
+    writers: str = "standard"
+
+    @property
+    def name(self) -> str:
+        zero = ", zero writers" if self.writers == "zero" else ""
+        mask = " masked" if self.masked else ""
+        return f"{self.samples} × (256+{self.text}{mask}), {self.level}{zero}"
+
+
+def rows() -> list[Row]:
+    long, short = partial(Row, 26, 64, False), partial(Row, text=32, masked=True)
+    found = [long(writers="zero"), long(), short(29), short(14), short(29, level="attention")]
+    found += [short(14, level="packed"), short(14, level="attention"), short(29, level="trunk")]
+    found += [short(22), short(16), short(12), short(29, level="packed"), short(8), short(44)]
+    return found
+
+
+def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
+    """Time of a block, the card's load, and its kernels by kind."""
+    free()
+    size = Size(width=width, heads=max(2, width // 128), side=16, text=row.text)
+    model = size.model(depth, BETA, writers=row.writers)
+    precision = {"precision": "bf16", "weights": "bf16"} if device == "cuda" else {}
+    config = TrainConfig(steps=1, batch_size=1, recompute=row.level, **precision)
+    trainer = Trainer(model, config, size, device)
+    trainer.planner.before(row.samples * size.tokens)
+    piece = trainer.piece(row.samples, masked=row.masked)
+    run = partial(add_gradients, trainer.model, config, [piece], trainer.graphs)
+    run()
+    run()  # recorded
+    keep_busy(run, WARM)
+    with CardLoad() as load:
+        count, seconds = keep_busy(run, MEASURED)
+    tokens = row.samples * size.tokens
+    block = seconds / count / depth
+    found = {
+        "tokens": tokens,
+        "us": 1e6 * block,
+        "us_per_1000_tokens": 1e9 * block / tokens,
+        "flops": model_flops(model, tokens, size.tokens) / depth,
+        "load": load.found,
+    }
+    if device == "cuda":
+        found |= by_kind(run, depth)
+    return found
+
+
+def keep_busy(run: Any, least: float) -> tuple[int, float]:
+    """How often it ran, and the seconds that took."""
+    synchronise()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < least:
+        for _ in range(3):
+            run()
+        count += 3
+        synchronise()
+    return count, time.perf_counter() - began
+
+
+def by_kind(run: Any, depth: int, repeats: int = 2) -> dict[str, Any]:
+    """µs a block of kernels by kind, and of the longest by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        for _ in range(repeats):
+            run()
+        synchronise()
+    kernels = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    kinds: dict[str, float] = {}
+    for e in kernels:
+        kind = kind_of(e.key)
+        kinds[kind] = kinds.get(kind, 0.0) + e.self_device_time_total / depth / repeats
+    longest = {
+        f"{e.key[:90]} ×{e.count / depth / repeats:.3g}": e.self_device_time_total / depth / repeats
+        for e in kernels[:30]
+    }
+    return {"kernels_us": sum(kinds.values()), "by_kind_us": kinds, "by_kernel_us": longest}
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    return next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", nargs="*", help="rows by name")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = "cpu" if args.small else "cuda"
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "device": "cpu" if args.small else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "depth": 2 if args.small else DEPTH,
+        "rows": {},
+    }
+    for row in rows()[:2] if args.small else rows():
+        if args.only and row.name not in args.only:
+            continue
+        if time.perf_counter() - began > args.budget:
+            print(f"not run, beyond the budget: {row.name}", flush=True)
+            continue
+        width = 64 if args.small else 1024
+        found = measure(row, result["depth"], width, device)
+        result["rows"][row.name] = found
+        kinds = {k: round(v) for k, v in found.get("by_kind_us", {}).items()}
+        print(f"[{time.perf_counter() - began:5.1f} s] {row.name}: {found['us']:.0f} µs a block, "
+              f"{found['load']} {kinds}", flush=True)  # fmt: skip
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
