@@ -39,17 +39,12 @@ class CardLoad:
         tool = shutil.which("nvidia-smi")
         self._process = None
         if tool is not None:
-            query = f"--query-gpu={','.join(_FIELDS)}"
-            command = [
-                tool,
-                query,
-                "--format=csv,noheader,nounits",
-                f"--loop-ms={_EVERY}",
-                "-i",
-                "0",
-            ]
+            query = (f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
             self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [tool, *query, f"--loop-ms={_EVERY}", "-i", "0"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         return self
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from card_load import CardLoad
-from step_parts import Size, Trainer, free, synchronise
+from step_parts import Size, Trainer, free, keep_busy, synchronise
 
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.training import TrainConfig
@@ -99,18 +99,6 @@ def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
     if device == "cuda":
         found |= by_kind(run, depth)
     return found
-
-
-def keep_busy(run: Any, least: float) -> tuple[int, float]:
-    """How often it ran, and the seconds that took."""
-    synchronise()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < least:
-        for _ in range(3):
-            run()
-        count += 3
-        synchronise()
-    return count, time.perf_counter() - began
 
 
 def by_kind(run: Any, depth: int, repeats: int = 2) -> dict[str, Any]:

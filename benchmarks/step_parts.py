@@ -1,4 +1,4 @@
-"""What the benchmarks of the training step have in common: sizes, a trainer, clocks.
+"""What the benchmarks of the training step have in common: sizes, a trainer, times.
 
 The trainer is that of a run (`mvsplit.training.builders`) with batches of noise in the place of
 data, on one process or, within `joined`, on several.
@@ -43,8 +43,13 @@ class Size:
     def tokens(self) -> int:
         return self.side**2 + self.text
 
-    def model(self, depth: int, beta: float = 0.05, **other: Any) -> DiTConfig:
+    def model(
+        self, depth: int, beta: float = 0.05, writers: str = "standard", **other: Any
+    ) -> DiTConfig:
+        """Writers are not zero, as they are when training begins: half of the products of backward
+        would multiply zeros, which takes less power and so less time."""
         return DiTConfig(
+            writers=writers,  # type: ignore[arg-type]
             depth=depth,
             width=self.width,
             heads=self.heads,
@@ -120,6 +125,20 @@ def seconds(run: Callable[[], Any]) -> float:
     run()
     synchronise()
     return time.perf_counter() - start
+
+
+def keep_busy(run: Callable[[], Any], least: float) -> tuple[int, float]:
+    """Runs for at least so many seconds: how often it ran, and how long that took. A card that has
+    just been idle has a higher clock than one at work."""
+    synchronise()
+    began, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - began < least:
+        run()
+        count += 1
+        if count % 3 == 0:
+            synchronise()
+    synchronise()
+    return count, time.perf_counter() - began
 
 
 def free() -> None:

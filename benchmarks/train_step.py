@@ -3,9 +3,10 @@
 Correctness first: gradients against fp32, and loss curves of 100 steps against those of fp32. Then
 the optimiser step, clipping by the true global norm included, on 256 image and 64 text tokens a
 sample at D = 1024: ours with fp32, split and bf16 weights, and a plain block under torch.compile
-with checkpointing in the same run; the time of a layer at two depths. Model FLOPs count 6N and
-attention, nothing that is computed again; the peak is 989 TFLOP/s. `thousand_layers.py` has the
-step of 1000 layers.
+with checkpointing in the same run; the time of a layer at two depths, each under load for seconds.
+Writers are not zero, and the card's clock and power are noted. Model FLOPs count 6N and attention,
+nothing that is computed again; the peak is 989 TFLOP/s. `thousand_layers.py` has the step of 1000
+layers.
 
     python benchmarks/train_step.py [--stages gate curves step …] [--budget 240] [--json FILE]
 
@@ -26,12 +27,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from card_load import CardLoad
 from plain_block import PlainBlock
-from step_parts import Size, Trainer, free, rates, seconds, synchronise
+from step_parts import Size, Trainer, free, keep_busy, rates, seconds, synchronise
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +44,7 @@ from mvsplit.training import DataConfig, Experiment, TrainConfig, train
 from mvsplit.training.files import read_lines
 from mvsplit.training.step import add_gradients
 
+UNDER_LOAD = 4.0  # seconds
 RELEASED = {"400 layers, batch 128": 6865}  # tokens/s, paper's released code on an H200
 
 
@@ -50,7 +54,7 @@ RELEASED = {"400 layers, batch 128": 6865}  # tokens/s, paper's released code on
 def gate(size: Size, device: str) -> dict[str, Any]:
     """Gradients of six layers: the node in bf16 is as near to fp32 as the parts in bf16 are."""
     config = TrainConfig(steps=1, batch_size=1, precision="fp32")
-    model = size.model(6, 0.5, writers="standard")
+    model = size.model(6, 0.5)
     found: dict[str, list[Tensor]] = {}
     for name, precision, weights, parts in (
         ("fp32", "fp32", "fp32", True),
@@ -85,7 +89,7 @@ def gate(size: Size, device: str) -> dict[str, Any]:
 def rounding(size: Size, device: str) -> dict[str, Any]:
     """What the gradients of many pieces lose when they are added up in bf16: mean distance to fp32
     of the matrices' gradients, beside that of bf16 arithmetic whose sum is fp32."""
-    model, samples = size.model(6, 0.5, writers="standard"), 4
+    model, samples = size.model(6, 0.5), 4
     config = TrainConfig(steps=1, batch_size=1, precision="fp32")
     variants = {
         "fp32": ("fp32", "fp32"),
@@ -169,7 +173,9 @@ def step(
     built = time.perf_counter() - began
     parts = [trainer.piece(samples, seed) for seed in range(pieces)]
     first = seconds(lambda: trainer.step(parts[:1]))
-    took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
+    seconds(lambda: trainer.step(parts))
+    with CardLoad() as load:
+        took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
     return {
         "parameters": trainer.parameters,
         "samples": samples * pieces,
@@ -177,14 +183,17 @@ def step(
         "build_seconds": built,
         "first_step_seconds": first,
         "all": took,
+        "load": load.found,
         **rates(trainer, samples * pieces, statistics.median(took)),
     }
 
 
 def per_layer(size: Size, device: str, *, samples: int, depths: tuple[int, int]) -> dict[str, Any]:
     """Forward and backward of one piece, seconds a layer at 100 and at 1000 layers, with all of a
-    block computed again at both, without the optimiser; from graphs, and launched one by one."""
+    block computed again at both, without the optimiser; from graphs, and launched one by one. Each
+    for at least `UNDER_LOAD` seconds, after as many: a card that has just been idle is faster."""
     found: dict[str, dict[str, float]] = {"graph": {}, "launched": {}}
+    loads: dict[str, Any] = {}
     for depth in depths:
         free()
         config = TrainConfig(
@@ -194,18 +203,20 @@ def per_layer(size: Size, device: str, *, samples: int, depths: tuple[int, int])
         trainer.planner.before(samples * size.tokens)
         parts = [trainer.piece(samples)]
         for way, graphs in (("launched", None), ("graph", trainer.graphs)):
-            took = [
-                seconds(lambda t=trainer, p=parts, g=graphs: add_gradients(t.model, t.config, p, g))
-                for _ in range(5)
-            ]
-            found[way][str(depth)] = statistics.median(took[2:]) / depth
-        del trainer
+            run = partial(add_gradients, trainer.model, trainer.config, parts, graphs)
+            keep_busy(run, UNDER_LOAD)
+            with CardLoad() as load:
+                count, took = keep_busy(run, UNDER_LOAD)
+            found[way][str(depth)] = took / count / depth
+            loads[f"{way}, {depth}"] = load.found
+        del trainer, run
     few, many = map(str, depths)
     ratios = {way: each[many] / each[few] for way, each in found.items()}
     return {
         "seconds_per_layer": found,
         "ratio": ratios["graph"],
         "ratio_launched": ratios["launched"],
+        "loads": loads,
     }
 
 
@@ -248,10 +259,9 @@ def install_rival(model: DiT, device: str) -> None:
 
 
 def rival_error(size: Size, device: str) -> float:
-    """Relative difference of all gradients of six layers between the rival and ours. With writers
-    that are not zero: with zero writers no loss depends on a branch."""
+    """Relative difference of all gradients of six layers between the rival and ours."""
     config = TrainConfig(steps=1, batch_size=1, precision="bf16")
-    trainer = Trainer(size.model(6, 0.5, writers="standard"), config, size, device)
+    trainer = Trainer(size.model(6, 0.5), config, size, device)
     found = []
     for _ in range(2):
         trainer.optimizer.zero_grad()
@@ -277,11 +287,13 @@ def compiled(size: Size, device: str, *, depth: int, samples: int) -> dict[str, 
     parts = [trainer.piece(samples)]
     install_rival(trainer.model, device)
     first = seconds(lambda: trainer.step(parts))
-    took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
+    with CardLoad() as load:
+        took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
     return {
         **gate,
         "first_step_seconds": first,
         "all": took,
+        "load": load.found,
         "samples": samples,
         **rates(trainer, samples, statistics.median(took)),
         "recompute": {"all": depth},
@@ -304,7 +316,7 @@ def stages(size: Size, device: str, small: bool) -> Iterator[tuple[str, int, Cal
     yield "rival gate", 30, lambda: rival_gate(size, device)
     yield "compiled", 60, lambda: compiled(size, device, depth=deep, samples=2 * piece)
     depths = (deep // 4 or 1, deeper)
-    yield "per layer", 30, lambda: per_layer(size, device, samples=piece, depths=depths)
+    yield "per layer", 60, lambda: per_layer(size, device, samples=piece, depths=depths)
 
 
 def main() -> None:
