@@ -65,7 +65,9 @@ def test_many_small_updates_are_adamw(fused, device):
 
 
 def test_kernel_equals_reference(device, poisoned_memory):
-    """To rounding: a multiply-add may be fused."""
+    """To rounding: a multiply-add may be fused. Products and sum of β·m + (1−β)·g are rounded three
+    times or twice, to 2⁻²⁴ of each; where the two cancel, that is much of what is left, so that the
+    bound is one of the terms: 4·2⁻²⁴ of them for both sides together."""
     pytest.importorskip("triton")
     from mvsplit.kernels.fused.split_adamw import split_adamw_ as fused
 
@@ -73,13 +75,14 @@ def test_kernel_equals_reference(device, poisoned_memory):
     (wanted, wanted_state), grads = some_state(n), draw(n, 6, 0.1).bfloat16()
     values = wanted.clone().to(device)
     state = split.SplitState(*(t.clone().to(device) for t in wanted_state))
+    terms = 0.9 * wanted_state.first.abs() + 0.1 * grads.float().abs()
     split.reference_split_adamw_(wanted, grads, wanted_state, settings(3))
     fused(values, grads.to(device), state, settings(3))
     whole = [
         split.join(v.cpu(), s.low_bits.cpu()) for v, s in ((values, state), (wanted, wanted_state))
     ]
     torch.testing.assert_close(*whole, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(state.first.cpu(), wanted_state.first, rtol=1e-6, atol=1e-9)
+    assert ((state.first.cpu() - wanted_state.first).abs() <= 2**-22 * terms).all()
     torch.testing.assert_close(state.second.cpu(), wanted_state.second, rtol=1e-6, atol=0)
 
 

@@ -56,9 +56,10 @@ def _round_to_bf16(x, chance):
 
 @triton.jit(do_not_specialize=["update", "rows"])
 def low_adamw_kernel(
-    p_w, p_g, p_code, p_scale, p_second, decay, rate, correction, beta1, beta2, eps, update,
-    rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+    p_w, p_g, p_code, p_scale, p_second, decay, rate, correction, beta1, beta2, rest1, rest2, eps,
+    update, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
+    """`rest1`, `rest2`: 1 − β, which fp32 would not give: of 1 − 0.999 it has five digits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     m = (row < rows)[:, None] & (i >= 0)
@@ -67,9 +68,9 @@ def low_adamw_kernel(
     g = tl.load(p_g + i, m, 0.0).to(tl.float32)
     scale = tl.load(p_scale + row, row < rows, 0.0)
     first = _decode(tl.load(p_code + i, m, 0)) * scale[:, None]
-    first = beta1 * first + (1 - beta1) * g
+    first = beta1 * first + rest1 * g
     second = tl.load(p_second + i, m, 0.0).to(tl.float32)
-    second = beta2 * second + (1 - beta2) * g * g
+    second = beta2 * second + rest2 * g * g
     w = tl.load(p_w + i, m, 0.0).to(tl.float32) * decay
     w -= rate * first / (tl.sqrt(second) / correction + eps)
     tl.store(p_w + i, _round_to_bf16(w, chance & 0xFFFF), mask=m)
@@ -88,6 +89,7 @@ def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSett
     with torch.no_grad():
         low_adamw_kernel[(triton.cdiv(rows, _ROWS),)](
             values, grads, *state, 1 - s.lr * s.weight_decay, s.lr / (1 - s.beta1**s.update),
-            (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, s.eps, s.update, rows,
+            (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, 1 - s.beta1, 1 - s.beta2, s.eps,
+            s.update, rows,
             BLOCK=BLOCK, ROWS=_ROWS, LARGEST=LARGEST, num_warps=4,
         )  # fmt: skip
