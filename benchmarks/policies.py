@@ -9,8 +9,8 @@ samples with the same noise and times, and its loss is set against that of the n
 regime and seed that had MV-Split from the start. Trials that are in FILE are not run again; what
 those that run have done so far is in FILE's neighbour `.progress.jsonl`.
 
-Cost: digits-32 25 s a trial on one core, digits-64 60 s, digits-400 3 minutes; shapes-400 has not
-been run to its end (a trial of 240 steps took 138 s on an H200 that four shared).
+Cost: digits-32 25 s a trial on one core, digits-64 60 s, digits-400 3 minutes; shapes-400 80 to
+125 s on an H200 that two trials share.
 """
 
 from __future__ import annotations
