@@ -67,7 +67,7 @@ from mvsplit.evaluation.scores import share
 from mvsplit.flow import DPOConfig
 from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig
-from mvsplit.training import TuneConfig
+from mvsplit.training import Experiment, TuneConfig
 from mvsplit.training.objective import piece_losses
 from mvsplit.training.step import pieces
 
@@ -205,7 +205,7 @@ def drawn_right(model: DiT, options: argparse.Namespace) -> float:
 
 
 def ways(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is tried: `NAME:beta=…,lr=…,steps=…,what=lora|all,anchor=…`."""
+    """What is tried: `NAME:beta=…,lr=…,steps=…,every=…,what=lora|all,anchor=…`."""
     for given in options.ways:
         name, _, fields = given.partition(":")
         yield name, dict(field.split("=") for field in fields.split(",") if field)
@@ -236,47 +236,79 @@ def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     drawn, cost = pairs_of(start, options)
     yield {"way": "pairs", **cost}
     for name, fields in ways(options):
-        yield {"way": name, **fields, **aligned(start, drawn, name, fields, options)}
+        if time.perf_counter() > options.until:
+            say(left_out=name)
+            continue
+        for steps, row in aligned(start, drawn, name, fields, options):
+            way = f"{name}, {steps} steps" if "every" in fields else name
+            yield {**row, **fields, "way": way, "steps": steps}
 
 
 def aligned(
     start: DiT, drawn: Drawn, name: str, fields: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
-    """One way: DPO, or flow matching on the preferred pictures or on real ones."""
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One way, DPO or flow matching on the preferred pictures or on real ones: after each `every`
+    of its steps how many these were, and what is known by then."""
     began = time.perf_counter()
-    device, batch = torch.device(options.device), int(fields.get("batch", options.pairs_batch))
-    common = {"batch_size": batch, "seed": options.seed, "device": device}
-    dpo = name.lower().startswith("dpo")
-    if name.startswith("real"):
-        store = real_store(replace_options(options, batch=batch, scenes=4096), 2 * 10**8)
-    else:
-        rejected = drawn.rejected if dpo else None
-        store = Store(drawn.chosen, drawn.captions, rejected, width=options.width, **common)
-    tune = TuneConfig(what=fields.get("what", "all"), lora=LoRAConfig(rank=16, alpha=32.0))
+    wanted, preference = settings(name, fields, options)
+    state = begin(
+        wanted, store_of(drawn, name, wanted.train.batch_size, options), start, preference
+    )
+    steps, kept = int(fields.get("steps", 400)), []
+    every = int(fields.get("every", steps))
+    for until in range(every, steps + 1, every):
+        kept += learn(state, wanted.train, every)
+        spent = round(time.perf_counter() - began, 1)
+        model = averaged(state)
+        yield (
+            until,
+            {
+                "seconds": spent,
+                "gate": preference is None
+                or abs(first_loss(kept, preference) - math.log(2)) < 0.01,
+                "curve": [{k: float(f"{v:.4g}") for k, v in line.items()} for line in kept],
+                "scores": score(model, options),
+                "layers": look(model, options),
+            },
+        )
+
+
+def first_loss(kept: list[dict[str, Any]], preference: DPOConfig) -> float:
+    """What the preference minimised before the first step, its anchor left out."""
+    return kept[0]["loss"] - preference.anchor * kept[0]["loss_chosen"]
+
+
+def settings(
+    name: str, fields: dict[str, Any], options: argparse.Namespace
+) -> tuple[Experiment, DPOConfig | None]:
+    """The run of a way, and its preference if it is DPO."""
     wanted = experiment(
         options,
-        batch_size=batch,
+        batch_size=int(fields.get("batch", options.pairs_batch)),
         lr=float(fields.get("lr", 1e-4)),
         warmup=20,
         weight_decay=0.0,
         ema_decay=0.99,
-        tune=tune,
+        tune=TuneConfig(what=fields.get("what", "all"), lora=LoRAConfig(rank=16, alpha=32.0)),
     )
-    preference = DPOConfig(
-        beta=float(fields.get("beta", 1000.0)), anchor=float(fields.get("anchor", 0.0))
+    beta, anchor = float(fields.get("beta", 1000.0)), float(fields.get("anchor", 0.0))
+    dpo = name.lower().startswith("dpo")
+    return wanted, DPOConfig(beta=beta, anchor=anchor) if dpo else None
+
+
+def store_of(drawn: Drawn, name: str, batch: int, options: argparse.Namespace) -> Store:
+    """What a way learns from: pairs, the preferred of them, or other real pictures."""
+    if name.startswith("real"):
+        return real_store(replace_options(options, batch=batch, scenes=4096), 2 * 10**8)
+    return Store(
+        drawn.chosen,
+        drawn.captions,
+        drawn.rejected if name.lower().startswith("dpo") else None,
+        width=options.width,
+        batch_size=batch,
+        seed=options.seed,
+        device=torch.device(options.device),
     )
-    state = begin(wanted, store, start, preference if dpo else None)
-    kept = learn(state, wanted.train, int(fields.get("steps", 400)))
-    begins = kept[0]["loss"] - preference.anchor * kept[0].get("loss_chosen", 0.0)
-    spent = round(time.perf_counter() - began, 1)
-    model = averaged(state)
-    return {
-        "seconds": spent,
-        "gate": not dpo or abs(begins - math.log(2)) < 0.01,
-        "curve": [{k: float(f"{v:.4g}") for k, v in line.items()} for line in kept],
-        "scores": score(model, options),
-        "layers": look(model, options),
-    }
 
 
 def main() -> None:
@@ -298,11 +330,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1536, help="that are scored")
     parser.add_argument("--captions", type=int, default=8192, help="that are drawn twice")
     parser.add_argument("--pairs-batch", type=int, default=256)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds to begin a way in")
     parser.add_argument("--ways", nargs="*", default=["dpo"])
     parser.add_argument("--base", type=Path, help="weights that `base` has saved")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--json", type=Path, help="a line for each way")
     options = parser.parse_args()
+    options.until = time.perf_counter() + options.budget
     torch.set_num_threads(4 if options.device == "cuda" else 1)
     check_reader(torch.device(options.device))
     model = load(options) if options.stage == "align" else base(options)

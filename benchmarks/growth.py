@@ -23,6 +23,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -142,7 +143,7 @@ SIZES = {
     ),
     "gpu": Size(
         stages=((2, 1000), (10, 500), (100, 200), (400, 80), (1000, 50)),
-        deep=(1000, 400, 100, 10),
+        deep=(1000, 400, 100),
         rates=(1e-3,),
         beta=None,
         width=128,
@@ -213,9 +214,16 @@ def validation(size: Size) -> list[Any]:
     return list(pieces(batch, 0, config, torch.device(size.device)))
 
 
-def run(size: Size, stages: Stages, rate: float, seed: int, keep: Callable[[Curve], None]) -> Curve:
-    """Trains through the stages, each of which starts from the last; `keep` is handed the curve as
-    often as it has a new point.
+def run(
+    size: Size,
+    stages: Stages,
+    rate: float,
+    seed: int,
+    keep: Callable[[Curve], None],
+    until: float = math.inf,
+) -> Curve:
+    """Trains through the stages, each of which starts from the last, or until the clock says
+    `until`; `keep` is handed the curve as often as it has a new point.
 
     Raises:
         SystemExit: a growth has changed the function.
@@ -233,7 +241,7 @@ def run(size: Size, stages: Stages, rate: float, seed: int, keep: Callable[[Curv
         del start
         gc.collect()  # the stage before
         curve.begin(state, wanted.train)
-        while state.step < steps:
+        while state.step < steps and time.perf_counter() < until:
             if curve.take(state, wanted.train):
                 keep(curve)
         if state.graphs is not None:
@@ -365,10 +373,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             break
         started = time.perf_counter()
         rows.append({"way": way, "lr": rate, "seed": seed, "ended": False})
-        curve = run(size, stages, rate, seed, keep)
+        curve = run(size, stages, rate, seed, keep, began + options.budget)
         longest = max(longest, time.perf_counter() - started)
-        rows[-1]["ended"] = True
-        result["summary"] = summary(rows)
+        rows[-1]["ended"] = time.perf_counter() < began + options.budget
+        result["summary"] = summary([row for row in rows if row["ended"]])
         keep(curve)
         print(way, rate, seed, rows[-1]["points"][-1], curve.seconds, curve.jumps, flush=True)
     return result

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -113,6 +114,9 @@ def measure(
     regime, plain, reference = REGIMES[name], known["plain, record"], known[REFERENCE]
 
     def note(way: str, trial: Trial, where: str, *start: Any) -> Any:
+        if time.perf_counter() > options.until:
+            print("no time for", way, seed, flush=True)
+            return None
         row = run(regime, trial, seed, folder / where, *start)
         keep({"regime": name, "way": way, "seed": seed, **row})
         shown = {k: v for k, v in row.items() if k != "losses"}
@@ -129,8 +133,8 @@ def measure(
     for gain in options.gains:
         trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
         where = f"split-{gain:g}"
-        note(f"surgery, gain {gain:g}", trial, where, since, replace(kept, split=True))
-        gate(regime, trial, source, folder / where)
+        if note(f"surgery, gain {gain:g}", trial, where, since, replace(kept, split=True)):
+            gate(regime, trial, source, folder / where)
     for gain in options.slow:
         trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
         way = f"surgery, gain {gain:g}, gains at {gain:g} of the rate"
@@ -200,11 +204,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="adds its rows to this file")
     parser.add_argument("--from", dest="known", action="store_true", help="only draw what is there")
     parser.add_argument("--plot", type=Path, help="also draw the curves of seed 0 here")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds to begin a run in")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
+    options.until = time.perf_counter() + options.budget
     torch.set_num_threads(1)
     there = options.json is not None and options.json.exists()
     result = json.loads(options.json.read_text()) if there else {"environment": [], "rows": []}

@@ -19,7 +19,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,22 @@ class Results:
             self._path.write_text(json.dumps(self._all) + "\n", encoding="utf-8")
 
 
+def in_time(runs: Sequence[Any], seconds: float) -> Iterator[Any]:
+    """Those of the runs that should end within so many seconds, as the longest before them did."""
+    begun, longest = time.perf_counter(), 0.0
+    for number, run in enumerate(runs):
+        started = time.perf_counter()
+        if started - begun + longest > seconds:
+            print(f"no time for {len(runs) - number} runs: {runs[number:]}", flush=True)
+            return
+        yield run
+        longest = max(longest, time.perf_counter() - started)
+
+
 def frames(args: argparse.Namespace, results: Results) -> None:
     for seed in args.seeds:
-        for variant, count in video_frames.plan(args.variants):
-            if count not in args.frames:
-                continue
+        plan = [run for run in video_frames.plan(args.variants) if run[1] in args.frames]
+        for variant, count in in_time(plan, args.seconds):
             row = with_patience(
                 lambda v=variant, c=count, s=seed: video_frames.run(
                     v,
@@ -82,7 +93,7 @@ def frames(args: argparse.Namespace, results: Results) -> None:
 
 def means(args: argparse.Namespace, results: Results) -> None:
     for seed in args.seeds:
-        for mean in args.means:
+        for mean in in_time(args.means, args.seconds):
             wanted = video_runs.experiment(mean, seed, args.steps or 1200, args.device, args.size)
             row = with_patience(lambda w=wanted: video_runs.run(w, count=args.count))
             results.add({"mean": mean, "seed": seed, "size": args.size, **row})
@@ -141,7 +152,12 @@ def main() -> None:
     parser.add_argument("--means", nargs="+", default=list(video_runs.MEANS))
     parser.add_argument("--count", type=int, default=128, help="samples that are scored")
     parser.add_argument("--name", default="clips-12l", help="the preset")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of its training")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="of training; of frames and means, for a seed",
+    )
     parser.add_argument("--pictures", type=Path, help="where its samples go")
     parser.add_argument("--frames", type=int, nargs="+", default=list(video_frames.FRAMES))
     parser.add_argument("--size", choices=video_frames.SIZES, default="gpu")

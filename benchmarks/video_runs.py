@@ -153,12 +153,10 @@ def run(
             raise SystemExit(128 + outcome.signal)
         spent = time.perf_counter() - begun
         loaded = load_run(path, device=wanted.train.device)
-        return {
-            "step": outcome.step,
-            "seconds": round(spent, 1),
-            **scores(loaded, count, guidances),
-            **({} if pictures is None else draw(loaded, pictures)),
-        }
+        row = {"step": outcome.step, "seconds": round(spent, 1)}
+        row |= {} if pictures is None else draw(loaded, pictures)
+        print(row, flush=True)
+        return row | scores(loaded, count, guidances)
 
 
 def scores(loaded: Any, count: int, guidances: Sequence[float]) -> dict[str, Any]:
