@@ -296,7 +296,8 @@ def together(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(result[name] != first[name] for result in results):
             raise SystemExit(f"these are results of different runs: {name} is not the same")
     lists = ("base_seconds", "before", "after")
-    return {**first, **{name: [x for r in results for x in r[name]] for name in lists}}
+    joined = {name: [x for r in results for x in r[name]] for name in lists}
+    return {**first, "command": [r["command"] for r in results], **joined}
 
 
 def parse() -> argparse.Namespace:

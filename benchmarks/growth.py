@@ -315,7 +315,9 @@ def together(results: list[dict[str, Any]]) -> dict[str, Any]:
     if differs:
         raise SystemExit(f"these are results of different runs: {differs[0]} is not the same")
     rows = [row for result in results for row in result["runs"]]
-    return {**first, "summary": summary([r for r in rows if r["ended"]]), "runs": rows}
+    found = summary([r for r in rows if r["ended"]])
+    commands = [r["command"] for r in results]
+    return {**first, "command": commands, "summary": found, "runs": rows}
 
 
 def table(result: dict[str, Any]) -> str:
