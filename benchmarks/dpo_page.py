@@ -18,6 +18,7 @@ SFT = "SFT"
 Row = dict[str, Any]
 RIGHT = {"digits": "digit_accuracy", "shapes": "held_right"}
 FRECHET = {"digits": "digit_frechet", "shapes": "held_frechet"}
+DIGITS = {"digits": 3, "shapes": 4}  # behind the point of a Fréchet distance
 
 
 def collected(files: Iterable[Path]) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def percent(value: float) -> str:
 def table(result: dict[str, Any]) -> str:
     """Each way: mean over the seeds, and in brackets least and most."""
     right, frechet = RIGHT[kind(result)], FRECHET[kind(result)]
+    digits = DIGITS[kind(result)]
     lines = [
         "| way | drawn right, % | gain, points | Fréchet | its change | ℓ_θ − ℓ_ref, w | … l |",
         "|---|---|---|---|---|---|---|",
@@ -82,8 +84,8 @@ def table(result: dict[str, Any]) -> str:
         cells = [
             spread([row["scores"][right] for row in rows], percent),
             spread(gains(result, way, right), lambda v: f"{100 * v:+.1f}") if later else "",
-            spread([row["scores"][frechet] for row in rows], "{:.3f}".format),
-            spread(gains(result, way, frechet), "{:+.3f}".format) if later else "",
+            spread([row["scores"][frechet] for row in rows], f"{{:.{digits}f}}".format),
+            spread(gains(result, way, frechet), f"{{:+.{digits}f}}".format) if later else "",
         ]
         lines.append(f"| {' | '.join([way, *cells, *moved])} |")
     return "\n".join(lines)
