@@ -10,8 +10,8 @@ from typing import Any
 LARGE, PIECE = "64 256 64", "26 256 64"  # samples, image and text tokens
 
 
-def tried(found: dict[str, Any]) -> str:
-    """Lines on the forms that did not stay, from `merge_tried_h200`."""
+def tried(found: dict[str, Any], forms: dict[str, Any]) -> str:
+    """Lines on the forms that did not stay, from `merge_tried_h200` and `merge_forms_h200`."""
     us = {run["form"]: run["us"] for run in found["runs"]}
     waits = us["one launch, two reads, blocks that wait"]
     held = us["one read, tiles of 256 x 32 values in registers"]
@@ -21,6 +21,7 @@ def tried(found: dict[str, Any]) -> str:
     few, many = (
         us[f"one launch, two reads, {n} blocks of a processor between the reads"] for n in (4, 12)
     )
+    timed = {(row["form"], " ".join(map(str, row["size"]))): row["us"] for row in forms["rows"]}
     return f"""- A merge that reads once: a block keeps its tile in registers, tells its sums to the other tiles of
   its segment and waits for theirs ([figures](../benchmarks/results/merge_tried_h200_2026-11-28.json)).
   Forward and backward {_pair(held[LARGE])} µs at 64 samples of 256+64, where the merge that reads twice takes
@@ -31,8 +32,11 @@ def tried(found: dict[str, Any]) -> str:
   loading at a time: {_pair(turns[LARGE])}.
 - More blocks between the two reads of the merge: {few[PIECE][0]:.1f} → {many[PIECE][0]:.1f} µs forward at 26 samples, which is
   kept, but {few[LARGE][0]:.1f} → {many[LARGE][0]:.1f} at 64. The table above is from before that.
-- A merge of two plain launches, the second from the last sample to the first: not timed yet
-  (`mvsplit bench merge_forms`); right in Triton's interpreter.
+- A merge of two plain launches, the second from the last sample to the first
+  ([figures](../benchmarks/results/merge_forms_h200_2026-11-29.json)), serves where the L2 cache holds
+  X and F: {_pair(timed["fewer warps", PIECE])} µs at 26 samples instead of {_pair(timed["package", PIECE])}. At 64 it is slower:
+  {_pair(timed["fewer warps", LARGE])} against {_pair(timed["package", LARGE])}, with eight warps a block {_pair(timed["two launches", LARGE])}, without
+  loads ahead {_pair(timed["no pipeline", LARGE])}, with chunks of 16 rows {_pair(timed["short chunks", LARGE])}.
 """  # noqa: E501
 
 

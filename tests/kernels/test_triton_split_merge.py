@@ -68,15 +68,24 @@ def merge_error(case, device):
     return worst_error(op, inputs, upstream, device)
 
 
+@pytest.fixture(params=["waiting", "two launches"])
+def form(request, monkeypatch):
+    """The form that serves, whatever the size."""
+    from mvsplit.kernels.fused import split_merge as module
+
+    monkeypatch.setattr(module, "form_of", lambda x: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients(case, device):
+def test_outputs_and_gradients(case, form, device):
     assert merge_error(case, device) < tolerance(case[4])
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_samples_between_the_two_reads(samples, device, monkeypatch):
     """Of three samples: one or two ahead, and all reduced before any is merged."""
-    from mvsplit.kernels.fused import split_merge as module
+    from mvsplit.kernels.fused import merge_waiting as module
 
     monkeypatch.setattr(module, "lag", lambda *_: samples)
     assert merge_error(("free", (9, 4), [(9, 4), (9, 0), (2, 3)], 24, FP32, True), device) < 2e-6
@@ -85,11 +94,11 @@ def test_samples_between_the_two_reads(samples, device, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_outputs_and_gradients_at_model_sizes(case):
+def test_outputs_and_gradients_at_model_sizes(case, form):
     assert merge_error(case, "cuda") < tolerance(case[4])
 
 
-def test_one_element_gain_learns(device):
+def test_one_element_gain_learns(device, form):
     inputs = [draw(2, 6, 24, seed=i) for i in (1, 2)] + [draw(1, seed=3)]
 
     def op(x, f, a):
@@ -98,8 +107,30 @@ def test_one_element_gain_learns(device):
     assert worst_error(op, inputs, [draw(2, 6, 24, seed=4)], device) < tolerance(FP32)
 
 
+@pytest.mark.parametrize(("tokens", "name"), [(26 * 320, "two launches"), (64 * 320, "waiting")])
+def test_the_form_follows_the_l2_cache(tokens, name, monkeypatch, caplog):
+    """By the H200's 60 MB; and what serves is said once."""
+    from mvsplit.kernels.fused import split_merge as module
+
+    class Tensor:
+        is_cuda, device, dtype, shape = True, "cuda", BF16, (1, tokens, 1024)
+
+        def numel(self):
+            return tokens * 1024
+
+        def element_size(self):
+            return 2
+
+    monkeypatch.setattr(module, "_l2_bytes", lambda device: 60 << 20)
+    module._log.cache_clear()
+    with caplog.at_level("INFO", logger=module._logger.name):
+        for _ in range(2):
+            assert module._form("forward", Tensor()) is module.FORMS[name]
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == [name]
+
+
 @pytest.mark.parametrize("gains", [(0.6, 0.2, None), (0.6, 0.6, 0)], ids=["means", "no means"])
-def test_strided_inputs_and_gradients(device, gains):
+def test_strided_inputs_and_gradients(device, form, gains):
     """Slices of larger tensors, a transposed one, and an expanded upstream gradient."""
     wide, other = draw(2, 9, 40, seed=1), draw(2, 32, 7, seed=2)
 
@@ -111,7 +142,7 @@ def test_strided_inputs_and_gradients(device, gains):
 
 
 @pytest.mark.parametrize("leak", [None, 0], ids=["means", "no means"])
-def test_padding_has_no_influence_and_leaves_as_zero(device, leak):
+def test_padding_has_no_influence_and_leaves_as_zero(device, form, leak):
     segments = Segments((5, 4), torch.tensor([[5, 2], [3, 0]], device=device))
     x, f, g = (draw(2, 9, 16, seed=i).to(device) for i in (1, 2, 3))
     gain = draw(16, seed=4).to(device).requires_grad_()
@@ -144,7 +175,7 @@ def test_empty_batch(device):
             assert torch.autograd.grad(y.sum(), gain)[0].eq(0).all()
 
 
-def test_registered_split_merge(device):
+def test_registered_split_merge(device, form):
     from mvsplit.kernels.fused import split_merge as module
 
     x, f = (draw(2, 6, 8, seed=i).to(device).requires_grad_() for i in (1, 2))
@@ -194,7 +225,7 @@ def test_traces_into_one_graph(device, leak):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("leak", [None, 0], ids=["means", "no means"])
-def test_repeats_bit_for_bit(leak):
+def test_repeats_bit_for_bit(leak, form):
     x, f, upstream = (draw(16, 1280, 1024, seed=i, dtype=BF16).cuda() for i in (1, 2, 4))
     tensors = [t.requires_grad_() for t in (x, f, draw(1024, seed=3).cuda())]
 

@@ -1,393 +1,88 @@
 """Split-merge with means: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm (paper Eq. 7–8, 49–54).
 
-One launch each way, in which a block has one of two or three kinds of task. Their order (see
-`schedule`) lets the second read of a tensor follow the first so closely that it comes from the L2
-cache: device memory sees each tensor about once.
+The registered ops. Several forms compute them, each deterministic; which one serves depends on the
+size alone (`form_of`) and is logged once.
 
-    forward    reduce: column sums of X and F over a chunk of tokens and a slab of columns
-               apply:  Z and its norm for a few whole rows
-    backward   reduce: column sums of Δ and Δ⊙F over a chunk of whole rows
-               apply:  ∂L/∂X and ∂L/∂F for a few whole rows
-               gains:  ∂L/∂β, ∂L/∂α, ∂L/∂λ for a few columns, after all else
-
-The last block to reduce a segment of a sample adds up the sums of all, in order of their chunk;
-apply tasks of that segment wait for it. Results are deterministic.
-
-Shapes: B batch, T tokens, D width, S segments, C chunks of a sample.
+Shapes: B batch, T tokens, D width, S segments.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from mvsplit.kernels.fused.common import (
-    announce,
-    block,
-    differentiate,
-    fold,
-    gain_stride,
-    lag,
-    load_gain,
-    locate,
-    processors,
-    real_tokens,
-    register,
-    rows_for,
-    schedule,
-    stages_for,
-    tiles,
-    tiles_before,
-    total_tokens,
-    unit_stride,
-    wait_for,
-    warps_for,
-)
+from mvsplit.kernels.fused import merge_two_launches, merge_waiting
+from mvsplit.kernels.fused.common import differentiate, register, unit_stride
+from mvsplit.kernels.fused.merge_parts import Gradients, Merged, gradients, merged, weights
 from mvsplit.kernels.reference import Gain
 from mvsplit.kernels.segments import Segments
 
-_VARYING = ["batch", "chunk", "n_chunks", "n_apply", "lag"]
-_COLUMNS = 32  # that one gain task sums
-# Measured on an H200. Values in a tile of an apply task and in one step of a reduce task; tiles of
-# an apply task; blocks for each processor between a sample's two kinds of task.
-_FORWARD = {"apply": 4096, "reduce": 4096, "steps": 4, "lag": 12}
-_BACKWARD = {"apply": 4096, "reduce": 2048, "steps": 2, "lag": 8, "lag of few": 12}
-_FEW = 1 << 24  # values of X, fewer of which are read again from the L2 cache in any case
+_logger = logging.getLogger(__name__)
+FORMS: dict[str, ModuleType] = {"two launches": merge_two_launches, "waiting": merge_waiting}
 
 
-@triton.jit
-def _sum_columns(
-    p_x, p_f, p_partial, sx_t, sf_t, i, chunk, i_chunk, count, start, local,
-    D: tl.constexpr, SLAB: tl.constexpr, SUB: tl.constexpr, STAGES: tl.constexpr,
-    LEAKS: tl.constexpr,
-):  # fmt: skip
-    """Column sums of F and, where the mean leaks, of X over one chunk of one slab of columns."""
-    o_d = (i % tl.cdiv(D, SLAB)) * SLAB + tl.arange(0, SLAB)
-    end = tl.minimum(local + chunk, count)
-    b_f = tl.zeros([SUB, SLAB], tl.float32)
-    b_x = tl.zeros([SUB, SLAB], tl.float32)
-    for t in tl.range(local, end, SUB, num_stages=STAGES):
-        o_t = t + tl.arange(0, SUB)
-        m = (o_t < end)[:, None] & (o_d < D)[None, :]
-        o_t = (start + o_t).to(tl.int64)
-        b_f += tl.load(p_f + o_t[:, None] * sf_t + o_d[None, :], mask=m, other=0.0)
-        if LEAKS:
-            b_x += tl.load(p_x + o_t[:, None] * sx_t + o_d[None, :], mask=m, other=0.0)
-    p_partial += i_chunk * 2 * D + o_d
-    tl.store(p_partial, tl.sum(b_f, 0), mask=o_d < D)
-    if LEAKS:
-        tl.store(p_partial + D, tl.sum(b_x, 0), mask=o_d < D)
+def form_of(x: Tensor) -> str:
+    """Which of FORMS serves, by what was fastest on an H200: two launches where the L2 cache holds
+    two tensors like `x` [B, T, D], X or the upstream gradient."""
+    if x.is_cuda and 2 * x.numel() * x.element_size() <= _l2_bytes(x.device):
+        return "two launches"
+    return "waiting"
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def split_merge_fwd_kernel(
-    p_x, p_f, p_y, p_r, p_beta, p_alpha, p_leak, p_valid, p_partial, p_mean_f, p_mean_x, p_count,
-    beta, alpha, leak, s_beta, s_alpha, s_leak, sx_b, sx_t, sf_b, sf_t,
-    lengths, batch, chunk, n_chunks, n_apply, lag, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SLAB: tl.constexpr,
-    SUB: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, LEAKS: tl.constexpr,
-    NORM: tl.constexpr,
-):  # fmt: skip
-    S: tl.constexpr = len(lengths)
-    n_slabs: tl.constexpr = (D + SLAB - 1) // SLAB
-    i_b, i, reduces = schedule(tl.program_id(0), batch, n_chunks * n_slabs, n_apply, lag)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    p_x += i_b * sx_b
-    p_f += i_b * sf_b
-    if reduces:
-        p_partial += i_b * n_chunks * 2 * D
-        i_s, start, local, length = locate(i // n_slabs, lengths, chunk)
-        count = real_tokens(p_valid, i_b, i_s, length, S)
-        _sum_columns(
-            p_x, p_f, p_partial, sx_t, sf_t, i, chunk, i // n_slabs, count, start, local,
-            D, SLAB, SUB, STAGES, LEAKS,
-        )  # fmt: skip
-        i_bs = i_b * S + i_s
-        n = tl.cdiv(length, chunk)
-        if announce(p_count + i_bs) == n * n_slabs - 1:
-            first = tiles_before(i_s, lengths, chunk)
-            sum_f, sum_x = fold(p_partial, first, n, o_d, m_d, D, BLOCK_D, LEAKS)
-            count = tl.maximum(count, 1)
-            tl.store(p_mean_f + i_bs * D + o_d, sum_f / count, mask=m_d)
-            if LEAKS:
-                tl.store(p_mean_x + i_bs * D + o_d, sum_x / count, mask=m_d)
-            announce(p_count + i_bs)
-    else:
-        i_s, start, local, length = locate(i, lengths, ROWS * STEPS)
-        count = real_tokens(p_valid, i_b, i_s, length, S)
-        i_bs = i_b * S + i_s
-        b_beta = load_gain(p_beta, beta, s_beta, o_d, m_d)
-        b_alpha = load_gain(p_alpha, alpha, s_alpha, o_d, m_d)
-        wait_for(p_count + i_bs, tl.cdiv(length, chunk) * n_slabs + 1)
-        mean_f = tl.load(p_mean_f + i_bs * D + o_d, m_d, 0.0)
-        shift = (b_alpha - b_beta) * mean_f  # β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF
-        if LEAKS:
-            b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)
-            shift -= b_leak * tl.load(p_mean_x + i_bs * D + o_d, m_d, 0.0)
-        end = tl.minimum(local + ROWS * STEPS, length)
-        for t in tl.range(local, end, ROWS, num_stages=STAGES):
-            o_t = t + tl.arange(0, ROWS)
-            m = (o_t < count)[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            x = tl.load(p_x + row[:, None] * sx_t + o_d[None, :], m, 0.0).to(tl.float32)
-            f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0).to(tl.float32)
-            z = tl.where(m, x + b_beta[None, :] * f + shift[None, :], 0.0)
-            row += i_b * total_tokens(lengths)
-            inside = o_t < end
-            if NORM:
-                r = tl.rsqrt(tl.sum(z * z, 1) / D + eps)  # Eq. 49
-                z *= r[:, None]
-                tl.store(p_r + row, r, mask=inside)
-            m = inside[:, None] & m_d[None, :]
-            tl.store(p_y + row[:, None] * D + o_d[None, :], z.to(p_y.dtype.element_ty), mask=m)
+@cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-@triton.jit
-def _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D: tl.constexpr, NORM: tl.constexpr):
-    """Δ_i = r_i (G_i − Y_i ⟨G_i, Y_i⟩/D) (Eq. 50) for some rows; zero on padding."""
-    delta = tl.load(p_g + row[:, None] * sg_t + o_d[None, :], m, 0.0).to(tl.float32)
-    if NORM:
-        y = tl.load(p_y + row[:, None] * D + o_d[None, :], m, 0.0).to(tl.float32)
-        r = tl.load(p_r + row, real, 0.0)
-        along = tl.sum(delta * y, 1) / D
-        delta = (delta - y * along[:, None]) * r[:, None]
-    return delta
+def _form(direction: str, x: Tensor) -> ModuleType:
+    name = form_of(x)
+    if x.is_cuda:
+        _log(direction, tuple(x.shape), x.dtype, name)
+    return FORMS[name]
 
 
-@triton.jit
-def _gain_gradients(
-    p_sum, p_mean_f, p_mean_x, p_dbeta, p_dalpha, p_dleak, i, lengths, batch,
-    D: tl.constexpr, COLUMNS: tl.constexpr, LEAKS: tl.constexpr, TIED: tl.constexpr,
-):  # fmt: skip
-    """Eq. 54 for a few columns: sums over samples and segments of what each has added up."""
-    S: tl.constexpr = len(lengths)
-    o_d = i * COLUMNS + tl.arange(0, COLUMNS)
-    dbeta = tl.zeros([32, COLUMNS], tl.float32)
-    dalpha = tl.zeros([32, COLUMNS], tl.float32)
-    dleak = tl.zeros([32, COLUMNS], tl.float32)
-    for s in tl.static_range(S):
-        end = tl.where(lengths[s] > 0, batch, 0)
-        for b in range(0, end, 32):
-            o_b = b + tl.arange(0, 32)
-            m = (o_b < batch)[:, None] & (o_d < D)[None, :]
-            row = (o_b.to(tl.int64) * S + s)[:, None]
-            delta = tl.load(p_sum + row * 2 * D + o_d[None, :], m, 0.0)
-            delta_f = tl.load(p_sum + (row * 2 + 1) * D + o_d[None, :], m, 0.0)
-            mean_part = delta * tl.load(p_mean_f + row * D + o_d[None, :], m, 0.0)
-            dbeta += delta_f - mean_part
-            dalpha += mean_part
-            if LEAKS:
-                dleak -= delta * tl.load(p_mean_x + row * D + o_d[None, :], m, 0.0)
-    if TIED:
-        dalpha += dleak
-    m_d = o_d < D
-    tl.store(p_dbeta + o_d, tl.sum(dbeta, 0).to(p_dbeta.dtype.element_ty), mask=m_d)
-    tl.store(p_dalpha + o_d, tl.sum(dalpha, 0).to(p_dalpha.dtype.element_ty), mask=m_d)
-    tl.store(p_dleak + o_d, tl.sum(dleak, 0).to(p_dleak.dtype.element_ty), mask=m_d)
-
-
-@triton.jit(do_not_specialize=[*_VARYING, "filled"])
-def split_merge_bwd_kernel(
-    p_g, p_y, p_f, p_r, p_beta, p_alpha, p_leak, p_valid, p_mean_f, p_mean_x,
-    p_dx, p_df, p_dbeta, p_dalpha, p_dleak, p_partial, p_sum, p_count,
-    beta, alpha, leak, s_beta, s_alpha, s_leak, sg_b, sg_t, sf_b, sf_t,
-    lengths, batch, chunk, n_chunks, n_apply, lag, filled,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SUB: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, COLUMNS: tl.constexpr, LEAKS: tl.constexpr,
-    TIED: tl.constexpr, NORM: tl.constexpr, GAINS: tl.constexpr,
-):  # fmt: skip
-    S: tl.constexpr = len(lengths)
-    task = tl.program_id(0)
-    n_main = batch * (n_chunks + n_apply)
-    i_b, i, reduces = schedule(task, batch, n_chunks, n_apply, lag)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    tokens = i_b * total_tokens(lengths)
-    p_g += i_b * sg_b
-    p_f += i_b * sf_b
-    p_y += tokens * D
-    p_r += tokens
-    if task >= n_main:
-        wait_for(p_count, filled)
-        _gain_gradients(
-            p_sum, p_mean_f, p_mean_x, p_dbeta, p_dalpha, p_dleak, task - n_main, lengths, batch,
-            D, COLUMNS, LEAKS, TIED,
-        )  # fmt: skip
-    elif reduces:
-        i_s, start, local, length = locate(i, lengths, chunk)
-        end = tl.minimum(local + chunk, real_tokens(p_valid, i_b, i_s, length, S))
-        b_delta = tl.zeros([SUB, BLOCK_D], tl.float32)
-        b_delta_f = tl.zeros([SUB, BLOCK_D], tl.float32)
-        for t in tl.range(local, end, SUB, num_stages=STAGES):
-            o_t = t + tl.arange(0, SUB)
-            real = o_t < end
-            m = real[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
-            b_delta += delta
-            if GAINS:
-                f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0)
-                b_delta_f += delta * f.to(tl.float32)
-        p_partial += i_b * n_chunks * 2 * D
-        tl.store(p_partial + i * 2 * D + o_d, tl.sum(b_delta, 0), mask=m_d)
-        if GAINS:
-            tl.store(p_partial + (i * 2 + 1) * D + o_d, tl.sum(b_delta_f, 0), mask=m_d)
-        i_bs = i_b * S + i_s
-        n = tl.cdiv(length, chunk)
-        if announce(p_count + 1 + i_bs) == n - 1:
-            first = tiles_before(i_s, lengths, chunk)
-            sum_0, sum_1 = fold(p_partial, first, n, o_d, m_d, D, BLOCK_D, GAINS)
-            tl.store(p_sum + i_bs * 2 * D + o_d, sum_0, mask=m_d)
-            if GAINS:
-                tl.store(p_sum + (i_bs * 2 + 1) * D + o_d, sum_1, mask=m_d)
-            announce(p_count + 1 + i_bs)
-            tl.atomic_add(p_count, 1, sem="release", scope="gpu")
-    else:
-        i_s, start, local, length = locate(i, lengths, ROWS * STEPS)
-        count = real_tokens(p_valid, i_b, i_s, length, S)
-        i_bs = i_b * S + i_s
-        b_beta = load_gain(p_beta, beta, s_beta, o_d, m_d)[None, :]
-        b_alpha = load_gain(p_alpha, alpha, s_alpha, o_d, m_d)[None, :]
-        b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)[None, :]
-        wait_for(p_count + 1 + i_bs, tl.cdiv(length, chunk) + 1)
-        mean = tl.load(p_sum + i_bs * 2 * D + o_d, mask=m_d, other=0.0)
-        mean = (mean / tl.maximum(count, 1))[None, :]  # Eq. 51
-        end = tl.minimum(local + ROWS * STEPS, length)
-        for t in tl.range(local, end, ROWS, num_stages=STAGES):
-            o_t = t + tl.arange(0, ROWS)
-            real = o_t < count
-            m = real[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
-            df = b_beta * delta + (b_alpha - b_beta) * mean  # Eq. 53
-            delta -= b_leak * mean  # Eq. 52
-            out = (tokens + row)[:, None] * D + o_d[None, :]
-            inside = (o_t < end)[:, None] & m_d[None, :]
-            tl.store(p_dx + out, tl.where(m, delta, 0.0).to(p_dx.dtype.element_ty), mask=inside)
-            tl.store(p_df + out, tl.where(m, df, 0.0).to(p_df.dtype.element_ty), mask=inside)
-
-
-def _pointers(
-    beta: Tensor | None, alpha: Tensor | None, leak: Tensor | None, values: list[float], tied: bool
-) -> tuple[tuple[Any, ...], tuple[Any, ...], bool]:
-    """Gains for a launch: three pointers, then three values and three strides; whether J leaks."""
-    gains = [beta, alpha, alpha if tied else leak]
-    values = [*values[:2], values[1] if tied else values[2]]
-    strides = [gain_stride(g) for g in gains]
-    leaks = gains[2] is not None or values[2] != 0
-    return tuple(gains), (*values, *strides), leaks
-
-
-def _is_small(x: Tensor) -> bool:
-    """Whether `x` [B, T, D] has too few values for long tasks to occupy every processor."""
-    return x.numel() < 2 * 32768 * processors(x.device)
+@cache
+def _log(direction: str, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    _logger.info("merge with means, %s of %s %s: %s", direction, list(shape), dtype, name)
 
 
 def _launch_forward(
     x: Tensor, f: Tensor, beta: Tensor | None, alpha: Tensor | None, leak: Tensor | None,
     values: list[float], tied: bool, valid: Tensor | None, lengths: list[int], eps: float,
     norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, _, width = x.shape
-    pointers, scalars, leaks = _pointers(beta, alpha, leak, values, tied)
-    y, r, mean_f, mean_x = _outputs(x, len(lengths), leaks, norm)
-    if x.numel() == 0:
-        return y, r, mean_f, mean_x
-    x, f = unit_stride(x), unit_stride(f)
-    small = _is_small(x)
-    slab = min(64, block(width))
-    rows, steps = rows_for(width, _FORWARD["apply"]), 1 if small else _FORWARD["steps"]
-    chunk = max(64 if small else 256, triton.next_power_of_2(max(lengths)) // 16)
-    n_chunks, n_apply = tiles(lengths, chunk), tiles(lengths, rows * steps)
-    n_reduce = n_chunks * triton.cdiv(width, slab)
-    partial = torch.empty(batch, n_chunks, 2, width, dtype=torch.float32, device=x.device)
-    done = torch.zeros(batch * len(lengths), dtype=torch.int32, device=x.device)
-    split_merge_fwd_kernel[(batch * (n_reduce + n_apply),)](
-        x, f, y, r, *pointers, valid, partial, mean_f, mean_x, done,
-        *scalars, x.stride(0), x.stride(1), f.stride(0), f.stride(1),
-        tuple(lengths), batch, chunk, n_chunks, n_apply,
-        lag(x.device, batch, n_reduce + n_apply, _FORWARD["lag"]), eps,
-        D=width, BLOCK_D=block(width), ROWS=rows, SLAB=slab, SUB=_FORWARD["reduce"] // slab,
-        STEPS=steps, STAGES=stages_for(2 * rows * block(width) * x.element_size(), 3),
-        LEAKS=leaks, NORM=norm, num_warps=warps_for(rows, width, 32),
-    )  # fmt: skip
-    return y, r, mean_f, mean_x
+) -> Merged:  # fmt: skip
+    gains = weights(beta, alpha, leak, values, tied)
+    out = merged(x, len(lengths), gains.leaks, norm)
+    if x.numel():
+        x, f = unit_stride(x), unit_stride(f)
+        _form("forward", x).forward(x, f, out, gains, valid, lengths, eps)
+    return out
 
 
-def _outputs(
-    x: Tensor, segments: int, leaks: bool, norm: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Y [B, T, D], r [B, T] and the means [B, S, D]; empty where not needed."""
-    batch, total, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    r, mean_f, mean_x = (
-        torch.empty(shape, dtype=torch.float32, device=x.device)
-        for shape in (
-            (batch, total) if norm else (0,),
-            (batch, segments, width),
-            (batch, segments, width) if leaks else (0,),
-        )
-    )
-    return y, r, mean_f, mean_x
-
-
-def _fake_forward(x: Tensor, f: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_forward(x: Tensor, f: Tensor, *rest: Any) -> Merged:
     _, _, _, _, _, _, lengths, _, norm = rest
-    return _outputs(x, len(lengths), _pointers(*rest[:5])[2], norm)
-
-
-def _gradients(
-    grad: Tensor, gains: tuple[Tensor | None, ...], learns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂L/∂X, ∂L/∂F [B, T, D] and of each gain [D], which is empty where no gain learns."""
-    width = grad.shape[-1] if learns else 0
-    dtypes = [torch.float32 if gain is None else gain.dtype for gain in gains]
-    dbeta, dalpha, dleak = (torch.empty(width, dtype=t, device=grad.device) for t in dtypes)
-    dx, df = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
-    return dx, df, dbeta, dalpha, dleak
+    return merged(x, len(lengths), weights(*rest[:5]).leaks, norm)
 
 
 def _launch_backward(
     grad: Tensor, y: Tensor | None, f: Tensor | None, r: Tensor, mean_f: Tensor, mean_x: Tensor,
     beta: Tensor | None, alpha: Tensor | None, leak: Tensor | None, values: list[float],
     tied: bool, valid: Tensor | None, lengths: list[int],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    batch, _, width = grad.shape
-    pointers, scalars, leaks = _pointers(beta, alpha, leak, values, tied)
-    out = _gradients(grad, (beta, alpha, leak), f is not None)
+) -> Gradients:  # fmt: skip
+    out = gradients(grad, (beta, alpha, leak), f is not None)
     if grad.numel() == 0:
-        return (*out[:2], *(g.zero_() for g in out[2:]))
-    learns = f is not None
-    grad = unit_stride(grad)
-    f = grad if f is None else unit_stride(f)
-    small = _is_small(grad)
-    rows, sub = (rows_for(width, _BACKWARD[task]) for task in ("apply", "reduce"))
-    steps = 1 if small else _BACKWARD["steps"]
-    chunk = rows_for(width, 8192 if small else 32768)
-    chunk = max(chunk, triton.next_power_of_2(max(lengths)) // 64)
-    n_chunks, n_apply = tiles(lengths, chunk), tiles(lengths, rows * steps)
-    n_gains = triton.cdiv(width, _COLUMNS) if learns else 0
-    filled = batch * sum(n > 0 for n in lengths)
-    pace = "lag of few" if grad.numel() < _FEW else "lag"
-    partial = torch.empty(batch, n_chunks, 2, width, dtype=torch.float32, device=grad.device)
-    sums = torch.empty(batch, len(lengths), 2, width, dtype=torch.float32, device=grad.device)
-    done = torch.zeros(1 + batch * len(lengths), dtype=torch.int32, device=grad.device)
-    split_merge_bwd_kernel[(batch * (n_chunks + n_apply) + n_gains,)](
-        grad, grad if y is None else y.contiguous(), f, r, *pointers, valid, mean_f, mean_x,
-        *out, partial, sums, done,
-        *scalars, grad.stride(0), grad.stride(1), f.stride(0), f.stride(1),
-        tuple(lengths), batch, chunk, n_chunks, n_apply,
-        lag(grad.device, batch, n_chunks + n_apply, _BACKWARD[pace]), filled,
-        D=width, BLOCK_D=block(width), ROWS=rows, SUB=sub, STEPS=steps,
-        STAGES=stages_for(3 * sub * block(width) * grad.element_size(), 4), COLUMNS=_COLUMNS,
-        LEAKS=leaks, TIED=tied, NORM=y is not None, GAINS=learns,
-        num_warps=warps_for(rows, width, 32),
-    )  # fmt: skip
+        for of_gain in out[2:]:
+            of_gain.zero_()
+        return out
+    found = Merged(grad if y is None else y.contiguous(), r, mean_f, mean_x)
+    grad, f = unit_stride(grad), None if f is None else unit_stride(f)
+    gains = weights(beta, alpha, leak, values, tied)
+    _form("backward", grad).backward(grad, f, found, out, gains, valid, lengths)
     return out
 
 
@@ -404,7 +99,7 @@ _backward_op = register(
     f" Tensor mean_x, {_GAINS}, {_SEGMENTS})"
     " -> (Tensor dx, Tensor df, Tensor dbeta, Tensor dalpha, Tensor dleak)",
     _launch_backward,
-    lambda grad, y, f, *rest: _gradients(grad, rest[3:6], f is not None),
+    lambda grad, y, f, *rest: gradients(grad, rest[3:6], f is not None),
 )
 
 
@@ -441,7 +136,7 @@ def split_merge(
     x: Tensor, f: Tensor, beta: Gain, alpha: Gain, leak: Gain | None, segments: Segments,
     eps: float, norm: bool,
 ) -> Tensor:  # fmt: skip
-    """`mvsplit.kernels.reference.split_merge` as one launch each way; same arguments and result."""
+    """`mvsplit.kernels.reference.split_merge` by fused kernels; same arguments and result."""
     segments.check(x)
     numbers = [0.0 if g is None or isinstance(g, Tensor) else float(g) for g in (beta, alpha, leak)]
     tensors = [g if isinstance(g, Tensor) else None for g in (beta, alpha, leak)]

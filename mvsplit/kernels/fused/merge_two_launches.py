@@ -1,4 +1,4 @@
-"""The merge with means in two plain launches each way: a candidate, timed by `merge_forms.py`.
+"""The merge with means (`split_merge`) in two plain launches each way: for small batches.
 
     forward    means:  JF and JX of a segment, for a slab of columns
                merge:  Z and its norm, for a few whole rows
@@ -8,9 +8,6 @@
 No block waits for another. The second launch takes the samples from the last to the first, so that
 it finds in the L2 cache what the first has read last. On Hopper its blocks start and read while the
 first launch ends (programmatic dependent launch). Sums are added in a fixed order.
-
-It has run only through Triton's interpreter so far; the package keeps its own merge until this one
-is proven and faster on a GPU.
 
 Shapes: B batch, T tokens, D width, S segments, C chunks of a sample.
 """
@@ -28,20 +25,22 @@ from mvsplit.kernels.fused.common import (
     block,
     load_gain,
     locate,
+    processors,
     real_tokens,
     rows_for,
+    stages_for,
     tiles,
     tiles_before,
     total_tokens,
-    unit_stride,
+    warps_for,
 )
-from mvsplit.kernels.fused.split_merge import _gradients, _outputs, _pointers
+from mvsplit.kernels.fused.merge_parts import Gradients, Merged, Weights
 
 _VARYING = ["n_tiles", "n_chunks", "batch", "chunk"]
-# Values in a tile, and warps: not measured yet, `merge_forms.py` tries others.
-MEANS = {"columns": 64, "tile": 4096, "warps": 8}
+# Measured on an H200: values in a tile, warps; columns of a slab, rows of a chunk or a tile.
+MEANS = {"columns": 64, "columns of few": 32, "tile": 4096, "warps": 4}
 FORWARD = {"tile": 8192, "warps": 8}
-SUMS = {"rows": 32, "tile": 4096, "warps": 8, "stages": 2}
+SUMS = {"rows": 32, "tile": 2048, "values": 16, "stages": 3}
 BACKWARD = {"rows": 64, "tile": 8192, "warps": 8, "gains": 16}
 
 
@@ -299,70 +298,66 @@ def launch_after(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
 
+def _slab(x: Tensor) -> int:
+    """Columns whose means a block takes: fewer where there are few values for all processors."""
+    few = x.numel() < 65536 * processors(x.device)
+    return min(MEANS["columns of few" if few else "columns"], block(x.shape[-1]))
+
+
 def forward(
-    x: Tensor, f: Tensor, beta: Tensor | None, alpha: Tensor | None, leak: Tensor | None,
-    values: list[float], tied: bool, valid: Tensor | None, lengths: list[int], eps: float,
-    norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, f: Tensor, out: Merged, gains: Weights, valid: Tensor | None, lengths: list[int],
+    eps: float,
+) -> None:  # fmt: skip
+    """Fills `out`; without the norm where its 1/RMS is empty."""
     batch, _, width = x.shape
-    pointers, scalars, leaks = _pointers(beta, alpha, leak, values, tied)
-    y, r, mean_f, mean_x = _outputs(x, len(lengths), leaks, norm)
-    if x.numel() == 0:
-        return y, r, mean_f, mean_x
-    x, f = unit_stride(x), unit_stride(f)
     strides = x.stride(0), x.stride(1), f.stride(0), f.stride(1)
     overlap = overlaps(x.device)
-    shift = torch.empty_like(mean_f)
-    columns = min(MEANS["columns"], block(width))
+    shift = torch.empty_like(out.mean_f)
+    columns = _slab(x)
     split_merge_fwd_means_kernel[(batch * len(lengths) * triton.cdiv(width, columns),)](
-        x, f, *pointers, valid, mean_f, mean_x, shift, *scalars, *strides, tuple(lengths),
-        D=width, COLUMNS=columns, ROWS=MEANS["tile"] // columns, LEAKS=leaks, OVERLAP=overlap,
-        num_warps=MEANS["warps"],
+        x, f, *gains.pointers, valid, out.mean_f, out.mean_x, shift, *gains.scalars, *strides,
+        tuple(lengths), D=width, COLUMNS=columns, ROWS=MEANS["tile"] // columns,
+        LEAKS=gains.leaks, OVERLAP=overlap, num_warps=MEANS["warps"],
     )  # fmt: skip
     rows = rows_for(width, FORWARD["tile"])
     n_tiles = tiles(lengths, rows)
     split_merge_fwd_kernel[(batch * n_tiles,)](
-        x, f, y, r, pointers[0], valid, shift, scalars[0], scalars[3], *strides,
-        tuple(lengths), n_tiles, eps, D=width, BLOCK_D=block(width), ROWS=rows, NORM=norm,
-        OVERLAP=overlap, num_warps=FORWARD["warps"], **launch_after(overlap),
+        x, f, out.y, out.r, gains.pointers[0], valid, shift, gains.values[0], gains.strides[0],
+        *strides, tuple(lengths), n_tiles, eps, D=width, BLOCK_D=block(width), ROWS=rows,
+        NORM=out.r.numel() > 0, OVERLAP=overlap, num_warps=FORWARD["warps"],
+        **launch_after(overlap),
     )  # fmt: skip
-    return y, r, mean_f, mean_x
 
 
 def backward(
-    grad: Tensor, y: Tensor | None, f: Tensor | None, r: Tensor, mean_f: Tensor, mean_x: Tensor,
-    beta: Tensor | None, alpha: Tensor | None, leak: Tensor | None, values: list[float],
-    tied: bool, valid: Tensor | None, lengths: list[int],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad: Tensor, f: Tensor | None, found: Merged, out: Gradients, gains: Weights,
+    valid: Tensor | None, lengths: list[int],
+) -> None:  # fmt: skip
+    """Fills `out` from what a forward has `found`, 1/RMS empty where there was no norm; `f` is None
+    where no gain learns."""
     batch, _, width = grad.shape
-    pointers, scalars, leaks = _pointers(beta, alpha, leak, values, tied)
-    out = _gradients(grad, (beta, alpha, leak), f is not None)
-    if grad.numel() == 0:
-        return (*out[:2], *(g.zero_() for g in out[2:]))
-    learns = f is not None
-    grad = unit_stride(grad)
-    f = grad if f is None else unit_stride(f)
-    y = grad if not (norm := y is not None) else y.contiguous()
+    learns, norm = f is not None, found.r.numel() > 0
+    f = grad if f is None else f
     overlap = overlaps(grad.device)
     chunk = max(SUMS["rows"], triton.next_power_of_2(max(lengths)) // 64)
     n_chunks = tiles(lengths, chunk)
     sums = torch.empty(batch, n_chunks, 2, width, dtype=torch.float32, device=grad.device)
-    along = torch.empty_like(r)
+    along = torch.empty_like(found.r)
+    rows = rows_for(width, SUMS["tile"])
     split_merge_bwd_sums_kernel[(batch * n_chunks,)](
-        grad, y, f, r, valid, along, sums,
+        grad, found.y, f, found.r, valid, along, sums,
         grad.stride(0), grad.stride(1), f.stride(0), f.stride(1), tuple(lengths), chunk, n_chunks,
-        D=width, BLOCK_D=block(width), ROWS=rows_for(width, SUMS["tile"]),
-        STAGES=SUMS["stages"], NORM=norm, GAINS=learns, OVERLAP=overlap,
-        num_warps=SUMS["warps"],
+        D=width, BLOCK_D=block(width), ROWS=rows,
+        STAGES=stages_for(3 * rows * block(width) * grad.element_size(), SUMS["stages"]),
+        NORM=norm, GAINS=learns, OVERLAP=overlap, num_warps=warps_for(rows, width, SUMS["values"]),
     )  # fmt: skip
     rows = BACKWARD["rows"]
     columns = min(block(width), BACKWARD["tile"] // rows)
     n_tiles, n_gains = tiles(lengths, rows), triton.cdiv(width, BACKWARD["gains"]) if learns else 0
     split_merge_bwd_kernel[(n_gains + batch * n_tiles * triton.cdiv(width, columns),)](
-        grad, y, r, *pointers, valid, along, sums, mean_f, mean_x, *out,
-        *scalars, grad.stride(0), grad.stride(1), tuple(lengths), batch, n_tiles, chunk, n_chunks,
-        D=width, COLUMNS=columns, ROWS=rows, GAIN_COLUMNS=BACKWARD["gains"], N_GAINS=n_gains,
-        LEAKS=leaks, TIED=tied, NORM=norm, OVERLAP=overlap, num_warps=BACKWARD["warps"],
-        **launch_after(overlap),
+        grad, found.y, found.r, *gains.pointers, valid, along, sums, found.mean_f, found.mean_x,
+        *out, *gains.scalars, grad.stride(0), grad.stride(1), tuple(lengths), batch, n_tiles, chunk,
+        n_chunks, D=width, COLUMNS=columns, ROWS=rows, GAIN_COLUMNS=BACKWARD["gains"],
+        N_GAINS=n_gains, LEAKS=gains.leaks, TIED=gains.tied, NORM=norm, OVERLAP=overlap,
+        num_warps=BACKWARD["warps"], **launch_after(overlap),
     )  # fmt: skip
-    return out
