@@ -11,7 +11,9 @@ The truth is the rule of record_runs.py. Runs that lie in FOLDER already are not
 
 The runs are those of the corpus with up to 100 layers that jump or are disturbed by a factor of 30
 or more, some that collapse or stay healthy from the start, and of the held-out ones those that jump
-and the plain ones of up to 80 layers: 50, half a minute to a minute each on one core.
+and the plain ones of up to 80 layers: 50.
+
+Cost: 25 to 50 minutes of one core, half a minute to a minute for each run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ healthy one. Runs that collapsed for a while and recovered are reported apart. T
 of the lock-in (Q and K receive under 1 % of the writers' gradients from there on), and of the first
 spike of the writers' gradients, minus the step of the first alarm. Three logs are made of each run:
 all fields, metrics alone, and `step, loss, grad_norm`. The page, docs/detector.md, shows the result
-of detector_live.py beside it. Half a minute on one core.
+of detector_live.py beside it.
+
+Cost: half a minute on one core.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Claim: Diffusion-DPO makes a small model of the real digits draw at least 10 points more of them
-as asked, and its pictures get no further from real ones. A quarter of an hour a
-seed on a core with other work.
+as asked, and its pictures get no further from real ones.
 
 Everything as `mvsplit train`, `mvsplit pairs` and `mvsplit evaluate` do it: the preset `tiny`, with
 β = 1, is trained on three quarters of the digits for 100 steps, and for 75 each at two lower rates
@@ -14,6 +13,8 @@ every layer.
 Gate: DPO begins at log 2.
 
     python benchmarks/dpo_digits.py --json FILE [--seeds 0 1 2]
+
+Cost: a quarter of an hour of one core for a seed, beside other work.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Claim: captioned shapes are made at 5,000 scenes a second or more on one core.
 
 Gate: the renderer agrees with the fp64 per-pixel reference within 1e-5 on scenes of every kind.
-Then scenes a second, captions included, at several batch sizes. About 12 seconds.
+Then scenes a second, captions included, at several batch sizes.
 
     python benchmarks/shapes_rate.py [--json FILE]
+
+Cost: about 12 seconds of one core.
 """
 
 from __future__ import annotations

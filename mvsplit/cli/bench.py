@@ -37,6 +37,7 @@ _NEEDS: dict[str, Needs] = {
     "masked_attention": "GPU",
     "parallel_step": "GPUs",
     "recipe": "GPU",
+    "reproduce_gpu": "GPU",
     "step_gpu": "GPU",
     "thousand_layers": "GPU",
     "train_step": "GPU",
@@ -145,7 +146,7 @@ def _missing(needs: Needs) -> str | None:
     return "several GPUs" if needs == "GPUs" and count < 2 else None
 
 
-_TRIALS = {"--help", "-h", "--small", "--trial", "--table"}  # run anywhere
+_TRIALS = {"--help", "-h", "--small", "--trial", "--table", "--check-only"}  # run anywhere
 
 
 def _measure(benchmark: Benchmark, given: list[str], folder: Path) -> int:
