@@ -1,17 +1,22 @@
 """The depth bench: every rule of the registry, at its own learning rate, to 1000 layers deep.
 
-    python benchmarks/depth_bench.py --size gpu --out FOLDER --json FILE [--minutes 9] [--part 0/2]
+    python benchmarks/depth_bench.py --size gpu --together 24 --out FOLDER --json FILE --minutes 5
 
-Before the first run two short trainings on the device must come to the same losses, finite and
-falling. Then runs in the order of what they tell (`mvsplit.reproduce.depth.order`), several at a
-time, until nothing is left or the minutes are over; the same command goes on with the same --out.
---json keeps all rows in one file; --pages docs/experiments adds them to those that the page is
-drawn from, and --draw does no more than that. --have FILE goes on from the rows in a file.
+Runs come in the order of what they tell (`mvsplit.reproduce.depth.order`), until nothing is left or
+the minutes are over; the same command goes on with the same --out. --json keeps all rows in one
+file; --pages docs/experiments adds them to those that the page is drawn from, and --draw does no
+more than that. --have FILE goes on from the rows in a file.
+
+--together N trains up to N runs as one network (`mvsplit.reproduce.depth.ensemble`), which is what
+a GPU is for: alone, a narrow network leaves it idle. Without it each run is a process, --workers at
+a time, with looks into its layers, task scores and the memory that it takes. Gate: before the first
+run a few short ones are trained on the device as one and alone, and must come to the same losses;
+or one of them twice.
 
 `--time --json docs/experiments/results/depth-bench/timing-gpu.json` times steps instead, alone and
-side by side, about 75 s: run it first, for it says how many runs are worth sharing a device.
+side by side.
 
-Cost: not measured as a whole; any number of minutes gives a part of it.
+Cost: two minutes of an H200 for the timing; any number of minutes gives a part of the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from typing import Any
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.check import check_training
+from mvsplit.reproduce.depth.gate import check_together
+from mvsplit.reproduce.depth.groups import study_together
 from mvsplit.reproduce.depth.plan import (
     SIZES,
     BenchRun,
@@ -56,6 +63,7 @@ def main() -> None:
     parser.add_argument("--entries", nargs="*", default=["all"], help="names, all, or candidates")
     parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
     parser.add_argument("--workers", type=int)
+    parser.add_argument("--together", type=int, help="runs that are trained as one network")
     parser.add_argument("--have", type=Path, nargs="*", default=[], help="earlier --json files")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--depths", type=int, nargs="*", help="instead of those of the size")
@@ -73,10 +81,10 @@ def main() -> None:
     if options.time:
         keep(time_sharing(size), options.json)
         return
-    check(size)
+    began = time.monotonic()
+    (check_together if options.together else check)(size)
     part, parts = map(int, options.part.split("/"))
     entries = share(get_entries(options.entries), part, parts)
-    began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
@@ -84,6 +92,7 @@ def main() -> None:
     for path in options.have:
         for row in json.loads(path.read_text("utf-8"))["rows"]:
             write_row(row, options.out)
+    rule = note_rule(options.out / RULE_FILE)
     study = DepthStudy(
         options.out,
         size,
@@ -92,8 +101,12 @@ def main() -> None:
         scratch=options.scratch,
         say=say,
     )
-    rows = study.run(minutes=options.minutes)
-    rule = note_rule(options.out / RULE_FILE)
+    if options.together:
+        left = options.minutes and options.minutes - (time.monotonic() - began) / 60
+        limits = {"most": options.together, "minutes": left}
+        rows = study_together(options.out, size, entries, **limits, say=say)
+    else:
+        rows = study.run(minutes=options.minutes)
     if options.json is not None:
         keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
     if options.pages is not None:

@@ -147,6 +147,45 @@ def times_of(indices: Sequence[int], part: int, bins: int) -> Tensor:
     return torch.from_numpy(((part + within) / bins).astype(np.float32))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a network is asked about some samples in one part of the times.
+
+    Attributes:
+        data, noise, noisy: x0, x1 and z_t, [B, C, h, w]; the last in the network's precision.
+        text, valid: text states [B, T, Dc] in that precision, and their real tokens [B].
+    """
+
+    data: Tensor
+    noise: Tensor
+    noisy: Tensor
+    text: Tensor
+    valid: Tensor
+
+
+def questions(
+    embedder: Embedder,
+    dataset: Dataset,
+    indices: list[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    bins: int = 10,
+    seed: int = 0,
+) -> Iterator[Question]:
+    """What `validation_loss` asks about some samples, a question for each part of the times."""
+    examples = dataset.fetch(indices)
+    data = examples.latents.to(device)
+    text, valid = embedder.encode(examples.captions)
+    text, valid = text.to(device, dtype), valid.to(device)
+    for part in range(bins):
+        places = [index * bins + part for index in indices]
+        noise = sample_noise(places, data.shape[1:], seed=seed, device=device)
+        times = times_of(indices, part, bins).to(device)
+        noisy = interpolate(data, noise, times).to(dtype)
+        yield Question(data=data, noise=noise, noisy=noisy, text=text, valid=valid)
+
+
 @torch.no_grad()
 def _losses(
     model: nn.Module,
@@ -158,23 +197,14 @@ def _losses(
 ) -> Tensor:
     """[B, bins] in fp64."""
     weight = next(model.parameters())
-    examples = dataset.fetch(indices)
-    data = examples.latents.to(weight.device)
-    text, valid = embedder.encode(examples.captions)
-    padded = bool((valid < text.shape[1]).any())
-    text = text.to(weight)
+    asked = questions(
+        embedder, dataset, indices, device=weight.device, dtype=weight.dtype, bins=bins, seed=seed
+    )
     found = []
-    for part in range(bins):
-        noise = sample_noise(
-            [index * bins + part for index in indices],
-            data.shape[1:],
-            seed=seed,
-            device=weight.device,
-        )
-        times = times_of(indices, part, bins).to(weight.device)
-        z = interpolate(data, noise, times).to(weight.dtype)
-        velocity = model(z, text, valid.to(weight.device) if padded else None)
-        found.append(flow_losses(velocity, data, noise).double().cpu())
+    for question in asked:
+        padded = bool((question.valid < question.text.shape[1]).any())
+        velocity = model(question.noisy, question.text, question.valid if padded else None)
+        found.append(flow_losses(velocity, question.data, question.noise).double().cpu())
     return torch.stack(found, 1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mvsplit.errors import UserError, nearest
@@ -261,7 +261,8 @@ GPU = BenchSize(
     precision="bf16",
     device="cuda",
 )
-SIZES = {size.name: size for size in (SMALL, GPU)}
+LONG = replace(GPU, name="gpu-long", depths=(100, 400), steps=1000, warmup=100, shapes=())
+SIZES = {size.name: size for size in (SMALL, GPU, LONG)}
 
 
 def get_size(name: str) -> BenchSize:

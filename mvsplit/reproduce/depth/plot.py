@@ -44,7 +44,7 @@ def _line(axes: Axes, cell: Cell, colour: str, top: float) -> None:
     means = []
     for rate in cell.tried:
         rows = [r for r in cell.rows if r["rate"] == rate]
-        losses = [r["validation_loss"] for r in rows if r["validation_loss"] is not None]
+        losses = [r["validation_loss"] for r in rows if r.get("validation_loss") is not None]
         means.append(min(mean(losses) or top, top) if len(losses) == len(rows) else top)
         for loss in losses:
             axes.plot(rate, min(loss, top), ".", color=colour, markersize=4)

@@ -176,15 +176,15 @@ def from_logs(path: Path, floor: float, *, finite: bool) -> dict[str, Any]:
     events = list(read_lines(path / "events.jsonl"))
     return {
         "steps_taken": len(metrics),
-        "curve": [_finite(v) for v in curve],
+        "curve": [six_digits(v) for v in curve],
         "collapse_step": None if at is None else at * WINDOW,
-        "collapse_seconds": None if at is None else _finite(seconds[: at * WINDOW].sum()),
-        "seconds_a_step": _finite(np.median(seconds)) if len(seconds) else None,
-        "similarity": _finite(np.mean(deep)) if deep else None,
+        "collapse_seconds": None if at is None else six_digits(seconds[: at * WINDOW].sum()),
+        "seconds_a_step": six_digits(np.median(seconds)) if len(seconds) else None,
+        "similarity": six_digits(np.mean(deep)) if deep else None,
         "watch": first_words(events),
         "looks": len(looks),
-        "seconds_stepping": _finite(seconds.sum()),
-        "seconds_curve": [_finite(v) for v in windows(seconds)],
+        "seconds_stepping": six_digits(seconds.sum()),
+        "seconds_curve": [six_digits(v) for v in windows(seconds)],
     }
 
 
@@ -227,8 +227,8 @@ def score(state: TrainState, size: BenchSize) -> dict[str, Any]:
     if bool(pictures.isfinite().all()):
         tasks = dict(evaluate_shapes(pictures, scenes, real))
     return {
-        "validation_loss": _finite(losses["validation_loss"]),
-        "by_time": [_finite(v) for n, v in losses.items() if "_t" in n and "stderr" not in n],
+        "validation_loss": six_digits(losses["validation_loss"]),
+        "by_time": [six_digits(v) for n, v in losses.items() if "_t" in n and "stderr" not in n],
         "tasks": tasks,
     }
 
@@ -278,6 +278,6 @@ def check_row(run: BenchRun, size: BenchSize, row: Mapping[str, Any], out: Path)
         )
 
 
-def _finite(value: float) -> float | None:
+def six_digits(value: float) -> float | None:
     """What JSON can hold, to six digits."""
     return float(f"{float(value):.6g}") if math.isfinite(value) else None

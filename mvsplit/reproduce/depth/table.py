@@ -148,8 +148,10 @@ def collapses(rows: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchCount:
-    """What the watch said over many runs: of the dead how many had an alarm, of the living too."""
+    """What the watch said over many runs: of the dead how many had an alarm, of the living too; of
+    those that were trained as one it saw nothing."""
 
+    unseen: int
     dead: int
     dead_with_alarm: int
     living: int
@@ -158,10 +160,13 @@ class WatchCount:
 
 def watch_count(rows: Sequence[Row]) -> WatchCount:
     """Over all rows; a run is dead that neither lives nor is finite, or never learned."""
+    every = len(rows)
+    rows = [row for row in rows if row.get("together", 1) == 1]
     alarmed = [bool((row.get("watch") or {}).get("alarms")) for row in rows]
     lives = [bool(row["lives"]) for row in rows]
     pairs = list(zip(lives, alarmed, strict=True))
     return WatchCount(
+        unseen=every - len(rows),
         dead=lives.count(False),
         dead_with_alarm=pairs.count((False, True)),
         living=lives.count(True),
