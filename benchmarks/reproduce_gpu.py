@@ -1,6 +1,7 @@
 """The claims of the paper on one GPU, several runs sharing it, without the command line's packages.
 
     python benchmarks/reproduce_gpu.py --out FOLDER --json FOLDER [--claims NAME …] [--minutes 9]
+        [--together start front thousand]
 
 First a network of four layers is trained twice on the GPU and must come to the same losses, finite
 and falling. Then the claims in the order of the registry, until the minutes are over; the same
@@ -8,7 +9,12 @@ command goes on with the same --out. The results of finished claims are copied i
 machine `mvsplit reproduce all --draw --pages docs/experiments` draws their pages from
 docs/experiments/results/.
 
-Cost: not measured yet; 45 to 70 s for 500 steps of 400 layers alone on an H200.
+--together trains the runs of a regime as one network (`mvsplit.reproduce.together`). That is for
+claims about losses and the similarity of tokens: collapse, controls, order (start), front and
+thousand; the others look into gradients and are trained run by run, --workers at a time. Its gate
+is that of depth_bench.py, and comes first.
+
+Cost: not measured; a step of 400 layers alone takes 0.08 s on an H200 at width 64.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from pathlib import Path
 
 from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.check import check_training
+from mvsplit.reproduce.depth.gate import check_together
+from mvsplit.reproduce.depth.plan import get_size
 from mvsplit.reproduce.sizes import GPU
 from mvsplit.residuals import RuleConfig
 
@@ -38,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="runs; kept for the next time")
     parser.add_argument("--json", type=Path, required=True, help="results, CLAIM-gpu.json")
     parser.add_argument("--workers", type=int, default=GPU.workers)
+    parser.add_argument("--together", nargs="*", default=[], help="regimes that train as one")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--check-only", choices=("cpu", "cuda"))
     options = parser.parse_args()
@@ -45,7 +54,15 @@ def main() -> None:
     if options.check_only:
         return
     options.json.mkdir(parents=True, exist_ok=True)
-    study = Study(options.out, GPU, workers=options.workers, say=lambda s: print(s, flush=True))
+    if options.together:
+        check_together(replace(get_size("gpu"), width=GPU.regimes["start"].width))
+    study = Study(
+        options.out,
+        GPU,
+        workers=options.workers,
+        together=options.together,
+        say=lambda s: print(s, flush=True),
+    )
     claims = [get_claim(name) for name in options.claims]
     for result in study.run(claims, minutes=options.minutes):
         path = options.json / f"{result['claim']}-gpu.json"

@@ -17,6 +17,7 @@ from mvsplit.reproduce.claims import CLAIMS
 from mvsplit.reproduce.rule import fingerprint, judge
 from mvsplit.reproduce.runlog import Runs, read_run
 from mvsplit.reproduce.sizes import Size
+from mvsplit.reproduce.together import groups, run_trials
 from mvsplit.reproduce.trial import Trial, run_trial
 from mvsplit.reproduce.workers import worker_pool
 
@@ -34,6 +35,7 @@ class Study:
         out: the folder; the same one again goes on where it stopped.
         size: of the runs.
         workers: runs side by side; those of the size if None.
+        together: regimes whose runs are trained as one (`mvsplit.reproduce.together`).
         say: is told of each run that has ended.
 
     Raises:
@@ -46,9 +48,11 @@ class Study:
         size: Size,
         *,
         workers: int | None = None,
+        together: Sequence[str] = (),
         say: Callable[[str], None] = print,
     ) -> None:
         self.size, self.workers, self.say = size, workers or size.workers, say
+        self.together = together
         if workers is not None and workers < 1:
             raise UserError(f"workers={workers}: must be at least 1")
         self.folder = Path(out) / size.name
@@ -123,6 +127,10 @@ class Study:
 
     def _train(self, todo: Sequence[Trial], end: float) -> None:
         began, done = time.monotonic(), 0
+        for group in groups(todo, self.together):
+            if time.time() < end and run_trials(group, self.runs, end):
+                self.say(f"{len(group)} runs as one ({time.monotonic() - began:.0f} s)")
+        todo = [trial for trial in todo if not trial.finished(self.runs)]
         with worker_pool(self.workers) as pool:
             jobs: dict[Future[bool], Trial] = {
                 pool.submit(run_trial, t, self.runs, end): t for t in todo
@@ -156,6 +164,7 @@ def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
         "steps": experiment.train.steps,
         "jump": trial.jump,
         "factor": trial.factor,
+        "together": record.get("together", 1),
     }
 
 
