@@ -22,6 +22,7 @@ from mvsplit.reproduce.depth.page_parts import (
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchSize
 from mvsplit.reproduce.depth.plot import save_best, save_rates, save_seconds
 from mvsplit.reproduce.depth.table import Cell, cells, for_verdict
+from mvsplit.reproduce.depth.understood import understood
 from mvsplit.reproduce.depth.verdict import (
     ERRORS,
     RULE,
@@ -62,34 +63,6 @@ little: of two entries that do not differ, one is ahead by that much in one comp
 four degrees of freedom), in fewer by 3% as well. Rivals with fewer seeds are not compared with,
 whatever their loss.
 """
-TRIED = """## Understood so far
-
-- **β = 1/√L instead of 1.** It is ahead where both have three seeds, at 4 and 16 layers after 150
-  steps of 4 samples, and in the single runs at 100. At 400 neither lives at the one rate that was
-  run, so beyond 100 layers the choice rests on no run. It is the default where β is not given; the
-  presets `mvsplit-400l` and `mvsplit-1000l` keep the paper's start.
-- **Against rivals.** With that start MV-Split ties with the best rival at 4 layers and is ahead of
-  it at 16; at 100 it is first in single runs. At 400 layers the one rate that was run, 3.2e-3,
-  kills it (1.32, similarity of deep tokens 0.88; with β = 1 it diverges, 1.53), and LayerScale and
-  ReZero live there at 0.258 to 0.268, one seed each. Whether MV-Split reaches them at a lower rate
-  of its own is not known. Until it is, the recommendation by depth: MV-Split with β = 1/√L up to
-  16 layers and, on one seed, at 100; at 400 and a rate as high as this ReZero or LayerScale.
-- **Other settings** – α, free λ, the gains' own rate, warm-up, ε – are entries of the bench
-  (`--entries candidates`) and have not been run.
-
-## What did not work
-
-- Twenty processes on one H200 and 16 cores: every run of 400 layers ran out of memory (6.7 GiB
-  each, with the graphs), and 100 layers took 0.07–0.10 s a step where six processes take
-  0.03–0.05. Of that try 11 runs of 100 layers with 300 steps are left
-  ([gpu-300-steps.json](results/depth-bench/gpu-300-steps.json)); the order at 3.2e-3 was MV-Split
-  β=1/√L 0.232, LayerScale γ=0.01 0.237, ReZero 0.238, LayerScale γ=1/√L 0.248, MV-Split β=1 0.254,
-  one seed each.
-- Six runs of 400 layers at a time, beside other work on the GPU: 0.40–0.48 s a step, ten times what
-  100 layers took a minute later, not four times. Why is not known: deep networks of small kernels
-  do not add up on a shared GPU as shallow ones do. Five of them beside other work, later: no row in
-  165 s. Since then shallow runs come first, and the progress of what runs long is told.
-"""
 
 
 def keep_rows(
@@ -117,21 +90,22 @@ def write_page(folder: Path | str) -> Path:
         UserError: there is no result to write them from.
     """
     folder = Path(folder)
-    known = {name: " or ".join(str(getattr(s, name)) for s in SIZES.values()) for name in _SCALE}
-    head = HEAD.format(batches=known["batch_size"], steps=known["steps"])
-    parts = [head, "## The rule of the verdicts\n", *_quoted(RULE), ""]
-    found = 0
-    for size in SIZES.values():
-        path = folder / RESULTS / f"{size.name}.json"
-        if path.exists():
-            found += 1
-            parts += _of_size(size, json.loads(path.read_text("utf-8")), folder)
-    if not found:
+    sizes = [size for size in SIZES.values() if (folder / RESULTS / f"{size.name}.json").exists()]
+    if not sizes:
         raise UserError(
             f"{folder / RESULTS} holds no rows of the bench; run it: mvsplit bench {NAME} "
             f"--pages {folder}"
         )
-    parts.append(TRIED)
+    known = {
+        name: " or ".join(str(value) for value in dict.fromkeys(getattr(s, name) for s in sizes))
+        for name in _SCALE
+    }
+    head = HEAD.format(batches=known["batch_size"], steps=known["steps"])
+    parts = [head, "## The rule of the verdicts\n", *_quoted(RULE), ""]
+    for size in sizes:
+        path = folder / RESULTS / f"{size.name}.json"
+        parts += _of_size(size, json.loads(path.read_text("utf-8")), folder)
+    parts += understood(folder / RESULTS)
     parts.append(
         f"Written by `python benchmarks/depth_bench.py --draw --pages FOLDER` from `{RESULTS}/`."
     )
@@ -156,8 +130,8 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         f"## {size.name}: {size.hardware}\n",
         f"{len(result['rows'])} runs, {seeds} seed{'s' if seeds > 1 else ''} at most, "
         f"{size.steps} steps of {size.batch_size} samples, {size.warmup} of them warm-up, width "
-        f"{size.width}; {'; '.join(device)}. The rule was written {result['rule']['written']}, "
-        f"before the first of the runs{_changed(result)}.\n",
+        f"{size.width}; {'; '.join(device)}.{_together(result['rows'])} The rule was written "
+        f"{result['rule']['written']}, before the first of the runs{_changed(result)}.\n",
         *verdict_words(size, [*main, *other]),
         f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",
         f"![Loss against learning rate]({NAME}-{size.name}-rates.png)\n",
@@ -169,7 +143,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     parts += shape_table(size, main, timing)
     if timing:
         save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
-        parts += timing_table(timing, f"{NAME}-{size.name}-seconds.png")
+        parts += timing_table(timing, size, f"{NAME}-{size.name}-seconds.png")
     parts += missing(size, main)
     return parts
 
@@ -177,6 +151,18 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
 def _timing(size: BenchSize, folder: Path) -> dict[str, Any]:
     path = folder / RESULTS / f"timing-{size.name}.json"
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def _together(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many rows come from ensembles."""
+    sizes = [row["together"] for row in rows if row.get("together", 1) > 1]
+    if not sizes:
+        return ""
+    return (
+        f" {len(sizes)} of them were trained as one network with others, up to {max(sizes)} at a "
+        "time: the same data, starts and updates as alone (`mvsplit/reproduce/depth/ensemble.py`), "
+        "without looks, task scores and memory of their own."
+    )
 
 
 def _changed(result: Mapping[str, Any]) -> str:
@@ -229,8 +215,9 @@ def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
                 lines.append(f"- {depth} layers, {words}: {', '.join(names)}")
     if not lines:
         return ["### Left to run\n", "Nothing.\n"]
+    together = " --together 24" if size.device == "cuda" else ""
     command = (
-        f"    python benchmarks/depth_bench.py --size {size.name} "
+        f"    python benchmarks/depth_bench.py --size {size.name}{together} "
         f"--have docs/experiments/{RESULTS}/{size.name}.json --pages docs/experiments\n"
     )
     return ["### Left to run\n", *lines, "", "Goes on with it, `--minutes` at a time:\n", command]

@@ -16,6 +16,7 @@ from mvsplit.reproduce.depth.table import (
     spread,
     watch_count,
 )
+from mvsplit.reproduce.depth.timing import SHARED
 from mvsplit.reproduce.depth.verdict import SEEDS
 
 NOTHING = "–"
@@ -120,6 +121,7 @@ def _by_depth(
 def collapse_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The runs that lost what they had learned, and what the watch said over all runs."""
     count = watch_count(rows)
+    unseen = f"Of the {count.unseen} trained as one it saw nothing. " if count.unseen else ""
     head = ("run", "collapse at step", "after, s", "the watch")
     lost = [
         [
@@ -134,8 +136,8 @@ def collapse_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "### Collapses, and the watch\n",
         f"Of {count.dead} runs that do not live the watch raised an alarm in "
         f"{count.dead_with_alarm}; of {count.living} that live, in {count.living_with_alarm}. "
-        "Below: runs whose loss was under 0.8 of the floor and is above 0.9 of it at the end, or "
-        "not finite; seconds with several runs sharing the device.\n",
+        f"{unseen}Below: runs whose loss was under 0.8 of the floor and is above 0.9 of it at the "
+        "end, or not finite; seconds with several runs sharing the device.\n",
         *(table(head, lost) if lost else ["None.\n"]),
     ]
 
@@ -181,7 +183,7 @@ def _shape(cell: Cell) -> tuple[int, int]:
     return cell.depth, cell.width
 
 
-def timing_table(timing: Mapping[str, Any], picture: str) -> list[str]:
+def timing_table(timing: Mapping[str, Any], size: BenchSize, picture: str) -> list[str]:
     """Seconds a step, alone and side by side."""
     rows = [
         [count, _optional(max(each["seconds"])), f"{each['steps_a_second']:.3g}"]
@@ -190,8 +192,9 @@ def timing_table(timing: Mapping[str, Any], picture: str) -> list[str]:
     head = ("processes", "s a step", "steps a second, all together")
     return [
         "### Time\n",
-        f"{timing['device']}, torch {timing['torch']}; medians of {timing['steps']} steps. Copies "
-        "of one network that take turns on the device:\n",
+        f"{timing['device']}, torch {timing['torch']}; medians of {timing['steps']} steps. "
+        f"Processes that share the device, each with a copy of {SHARED}, {size.depths[-2]} layers "
+        f"of width {size.width}:\n",
         *table(head, rows),
         f"![Seconds a step]({picture})\n",
     ]
