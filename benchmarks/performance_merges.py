@@ -10,8 +10,9 @@ from typing import Any
 LARGE, PIECE = "64 256 64", "26 256 64"  # samples, image and text tokens
 
 
-def tried(found: dict[str, Any], forms: dict[str, Any]) -> str:
-    """Lines on the forms that did not stay, from `merge_tried_h200` and `merge_forms_h200`."""
+def tried(found: dict[str, Any], forms: dict[str, Any], clusters: dict[str, Any]) -> str:
+    """Lines on the forms that did not stay, from `merge_tried_h200`, `merge_forms_h200` and
+    `merge_clusters_h200`."""
     us = {run["form"]: run["us"] for run in found["runs"]}
     waits = us["one launch, two reads, blocks that wait"]
     held = us["one read, tiles of 256 x 32 values in registers"]
@@ -22,6 +23,8 @@ def tried(found: dict[str, Any], forms: dict[str, Any]) -> str:
         us[f"one launch, two reads, {n} blocks of a processor between the reads"] for n in (4, 12)
     )
     timed = {(row["form"], " ".join(map(str, row["size"]))): row["us"] for row in forms["rows"]}
+    once = {(row["form"], " ".join(map(str, row["size"]))): row for row in clusters["rows"]}
+    best = once["c8 plain", LARGE]
     return f"""- A merge that reads once: a block keeps its tile in registers, tells its sums to the other tiles of
   its segment and waits for theirs ([figures](../benchmarks/results/merge_tried_h200_2026-11-28.json)).
   Forward and backward {_pair(held[LARGE])} µs at 64 samples of 256+64, where the merge that reads twice takes
@@ -37,6 +40,12 @@ def tried(found: dict[str, Any], forms: dict[str, Any]) -> str:
   X and F: {_pair(timed["fewer warps", PIECE])} µs at 26 samples instead of {_pair(timed["package", PIECE])}. At 64 it is slower:
   {_pair(timed["fewer warps", LARGE])} against {_pair(timed["package", LARGE])}, with eight warps a block {_pair(timed["two launches", LARGE])}, without
   loads ahead {_pair(timed["no pipeline", LARGE])}, with chunks of 16 rows {_pair(timed["short chunks", LARGE])}.
+- Forward by clusters of eight blocks ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)):
+  rows stay in shared memory, sums go from block to block, loads go on meanwhile. A first version was right
+  and took {best["us"]:.1f} µs at 64 samples, {best["us"] / best["floor_us"]:.2f} times its bytes ({once["package", LARGE]["us"]:.1f} by blocks that wait, same run), and
+  {once["c8 plain", PIECE]["us"]:.1f} at 26 ({once["package", PIECE]["us"]:.1f}). Hints to the L2 cache cost {once["c8", LARGE]["us"] - best["us"]:.1f} µs, clusters of 16 take {once["c16 k12", LARGE]["us"]:.1f}. With
+  segments of 1024 tokens it did not always end. A version in which no warp can miss what it waits for, and
+  a backward, have not run on a GPU: `mvsplit bench merge_forms` gates and times them.
 """  # noqa: E501
 
 

@@ -94,7 +94,11 @@ def page() -> str:
             merged(load("eight_gpus_predicted.json")),
         ),
         ideas(graphs, eager, reference, rows(ops), more_ideas(deep, padded))
-        + tried(merged(load("merge_tried_h200_*.json")), merged(load("merge_forms_h200_*.json"))),
+        + tried(
+            merged(load("merge_tried_h200_*.json")),
+            merged(load("merge_forms_h200_*.json")),
+            merged(load("merge_clusters_h200_*.json")),
+        ),
         not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )
     return "\n".join(part for part in parts if part)
