@@ -24,7 +24,8 @@ struct alignas(16) Quad { u32 x, y, z, w; };
 #define ARRIVALS 24                   // that free a slot:
 #define FROM_SUM 8                    // of the first pass,
 #define FROM_APPLY 16                 // of the second, if the rows have one
-#define PATIENCE (1u << 17)           // tries of a wait
+#define NOTED_AFTER 200000000ull      // ns that a wait may take
+#define ENDED_AFTER 10000000000ull
 
 __device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -44,24 +45,37 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 count) {
 __shared__ u32 *fault;
 __shared__ volatile u32 faulty;
 
-__device__ __noinline__ void give_up() {
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Whether a wait that began then has lasted too long: a fault of these files.
+__device__ __noinline__ bool give_up(u64 began) {
+  if (faulty) return true;
+  if (nanoseconds() - began < (fault ? NOTED_AFTER : ENDED_AFTER)) return false;
   if (!fault) __trap();
   faulty = 1;
   *(volatile u32 *)fault = 1;
+  return true;
 }
 
-// Waits for a phase. Each try suspends the thread for a microsecond at most; a wait that does not end
-// is a fault of these files.
+__device__ __forceinline__ bool phase_over(u32 bar, u32 parity) {
+  u32 over;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(over) : "r"(bar), "r"(parity) : "memory");
+  return over;
+}
+
+// Each try lets the thread sleep for a while.
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
-  for (u32 tries = 0; tries < PATIENCE; ++tries) {
-    u32 done;
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2, %3;"
-        " selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(bar), "r"(parity), "r"(1000) : "memory");
-    if (done || faulty) return;
-  }
-  give_up();
+  if (phase_over(bar, parity)) return;
+  const u64 began = nanoseconds();
+#pragma unroll 1
+  while (!phase_over(bar, parity))
+    if (give_up(began)) return;
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -245,6 +259,7 @@ __device__ __forceinline__ void each_unit(const Layout &at, const VALID *valid, 
 // block may still send to it, or, after a fault, before its loads have come.
 __device__ __forceinline__ void leave() {
   if (faulty)
+#pragma unroll 1
     for (int i = 0; i < 1000; ++i) __nanosleep(1000);
   __syncwarp();
   cluster_sync();
