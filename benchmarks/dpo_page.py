@@ -134,6 +134,30 @@ def pair_line(result: dict[str, Any]) -> str:
     return f"{pairs:,} pairs of {asked:,} captions over {len(rows)} seeds"
 
 
+def gain_line(result: dict[str, Any], way: str) -> str:
+    """What a way gains and what it does to fidelity and to the mean mode, in words."""
+    which = kind(result)
+    right, frechet, digits = RIGHT[which], FRECHET[which], DIGITS[which]
+
+    def means(value: Callable[[Row], float], form: str) -> str:
+        before, after = (statistics.mean(map(value, of(result, name))) for name in (SFT, way))
+        return f"{before:{form}} → {after:{form}}"
+
+    gained = [100 * v for v in gains(result, way, right)]
+    noise = max(map(abs, gains(result, "SFT, other noise", frechet)))
+    ratios = [
+        means(lambda row, w=w: deep(row, f"g_mean_{w}", f"g_ctr_{w}"), ".2f")
+        for w in ("attn", "ffn")
+    ]
+    return (
+        f"{way}: {statistics.mean(gained):+.1f} points ({min(gained):+.1f} … {max(gained):+.1f}); "
+        f"Fréchet {means(lambda row: row['scores'][frechet], f'.{digits}f')}, where other noise "
+        f"moves it by {noise:.{digits}f} at most; "
+        f"TCS {means(lambda row: deep(row, 'tcs'), '.3f')}; "
+        f"G_mean / G_ctr {ratios[0]} in attention and {ratios[1]} in the FFN."
+    )
+
+
 def cost_line(result: dict[str, Any]) -> str:
     """The seconds of all that was run for each seed, in words."""
     seeds = sorted({row["seed"] for row in of(result, SFT)})
@@ -172,6 +196,8 @@ def main() -> None:
     result = json.loads(options.json.read_text())
     for part in (table, layer_table, pair_line, cost_line):
         print(part(result), end="\n\n")
+    for way in names(result)[2:] if "SFT, other noise" in names(result) else ():
+        print(gain_line(result, way))
     if options.plot:
         plot(result, options.plot)
 

@@ -240,6 +240,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def forgotten(result: dict[str, Any]) -> str:
+    """How much the old colours lose where purple is learned as well as by full fine-tuning at its
+    lowest rate, in words: lowest and highest over the seeds."""
+    before = [row["loss_old"] for row in result["before"]]
+    parts = []
+    for way, rate in (("full", 1e-4), ("lora", 1e-3), ("last quarter", 1e-3)):
+        rows = [r for r in result["after"] if (r["way"], r["lr"]) == (way, rate)]
+        lost = [row["loss_old"] - before[row["seed"]] for row in rows]
+        purple = statistics.mean(row["loss_new"] for row in rows)
+        parts.append(f"{way} {min(lost):.4f} to {max(lost):.4f} (purple {purple:.4f})")
+    return ", ".join(parts)
+
+
 def _cell(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
     values = [row[name] for row in rows]
     mean = f"{statistics.mean(values):{form}}"

@@ -131,7 +131,7 @@ SIZES = {
     ),
     "thousand": Size(
         stages=((2, 600), (10, 200), (100, 40), (400, 15), (1000, 10)),
-        deep=(1000, 100, 10),
+        deep=(1000, 400, 100, 10),
         rates=(3e-3,),
         beta=None,
         width=32,
@@ -271,7 +271,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(rates), figsize=(4.6 * max(len(rates), 1.4), 3.4), sharey=True, squeeze=False
     )
-    colours = dict(zip(ways, ("tab:blue", "tab:orange", "tab:green", "tab:gray"), strict=False))
+    colours = dict(
+        zip(ways, ("tab:blue", "tab:orange", "tab:green", "tab:gray", "tab:red"), strict=False)
+    )
     for axis, rate in zip(axes[0], rates, strict=True):
         for row in (r for r in rows if r["lr"] == rate):
             spent, losses = zip(*row["points"], strict=True)

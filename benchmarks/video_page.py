@@ -24,7 +24,8 @@ from video_frames import FRAMES, exponent
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GPU, CPU = RESULTS / "video_h200_2026-11-28.json", RESULTS / "video_cpu_2026-11-28.json"
+GPU, CPU = RESULTS / "video_h200_2026-11-29.json", RESULTS / "video_cpu_2026-11-28.json"
+EARLIER = RESULTS / "video_h200_2026-11-28.json"  # a GPU too
 READER = RESULTS / "clips_reader_h200_2026-11-28.json"
 PAGE = ROOT / "docs" / "video.md"
 PLOT = ROOT / "docs" / "video" / "frames.png"
@@ -32,7 +33,8 @@ WRITERS = {"attn": "W_O", "ffn": "W_2"}
 ORDER = ("plain", "plain, standard writers", "mvsplit")
 STEPS = (1, 2, 4, 8, 16)
 Row = dict[str, Any]
-Results = tuple[Row, ...]  # of the GPU, of the CPU
+Results = tuple[Row, ...]  # of the GPU, of the GPU a day earlier, of the CPU
+WHERE = ("H200, D = 192", "H200, D = 192", "CPU, D = 64")
 
 
 def collect(paths: Sequence[Path], place: Path) -> None:
@@ -61,7 +63,7 @@ def look(row: Row, step: int) -> Row:
 
 
 def rows_of(results: Results, variant: str, frames: int) -> list[Row]:
-    """The runs of all seeds; those of the GPU where it has them of all frames, else of the CPU."""
+    """The runs of all seeds, of the first result that has them of all frames."""
     for result in results:
         runs = [run for run in result["frames"]["runs"] if run["variant"] == variant]
         if {run["frames"] for run in runs} == set(FRAMES):
@@ -126,25 +128,32 @@ def exponent_table(results: Results) -> str:
 def training_table(results: Results) -> str:
     """The first steps: the ratio in W_O and the similarity, means over the seeds."""
     lines = [
-        f"| network | where | frames | seeds | {' | '.join(f'step {s}' for s in STEPS)} |",
-        "|---|---|---|---|" + "---|" * len(STEPS),
+        f"| network | where | frames | seeds | {' | '.join(f'step {s}' for s in STEPS)} "
+        "| loss at the end (step) |",
+        "|---|---|---|---|" + "---|" * (len(STEPS) + 1),
     ]
-    for result, where in zip(results, ("H200, D = 192", "CPU, D = 64"), strict=True):
+    known: set[tuple[str, str, int]] = set()
+    for result, where in zip(results, WHERE, strict=True):
         runs = [run for run in result["frames"]["runs"] if len(run["losses"]) >= STEPS[-1]]
         for variant, frames in sorted({(run["variant"], run["frames"]) for run in runs}):
+            if (where, variant, frames) in known:
+                continue
+            known.add((where, variant, frames))
             rows = [r for r in runs if (r["variant"], r["frames"]) == (variant, frames)]
             cells = [
                 f"{statistics.geometric_mean([ratio(r, 'attn', s) for r in rows]):.2g}, "
                 f"{statistics.mean(look(r, s)['tcs_deep'] for r in rows):.2f}"
                 for s in STEPS
             ]
+            ends = [row["losses"][-1] for row in rows]
+            cells.append(f"{min(ends):.2f} … {max(ends):.2f} ({len(rows[0]['losses'])})")
             lines.append(f"| {variant} | {where} | {frames} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def means_table(results: Results) -> str:
+def means_table(result: Row) -> str:
     """The validation loss with each choice of mean, of each seed."""
-    runs = results[1]["means"]["runs"]
+    runs = result["means"]["runs"]
     seeds = sorted({run["seed"] for run in runs})
     lines = [
         f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} |",
@@ -163,7 +172,7 @@ def preset_table(results: Results) -> str:
         "| preset | learning rate | steps | validation loss | guidance | objects | all right |",
         "|---|---|---|---|---|---|---|",
     ]
-    for run in results[0]["preset"]["runs"]:
+    for run in (run for r in results for run in r.get("preset", {"runs": []})["runs"]):
         for key in (key for key in run if key.startswith("guidance ")):
             scores = (run[key][f"clip_{name}"] for name in ("objects", "exact"))
             lines.append(
@@ -181,7 +190,7 @@ def reader_table(_: Results) -> str:
 
 def times_line(results: Results) -> str:
     """How long painting and a step take, in words."""
-    painted, step = results[1]["times"]["runs"]
+    painted, step = results[-1]["times"]["runs"]
     minutes = 1500 * step["seconds"] / 60
     return (
         f"{painted['painted']} clips of {painted['frames']} frames take "
@@ -197,7 +206,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "start": start_table,
     "exponents": exponent_table,
     "training": training_table,
-    "means": means_table,
+    "means": lambda results: means_table(results[-1]),
     "presets": preset_table,
 }
 
@@ -214,8 +223,8 @@ def page(text: str, results: Results) -> str:
 
 
 def load() -> Results:
-    """The results of the GPU and of the CPU."""
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in (GPU, CPU))
+    """All results."""
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in (GPU, EARLIER, CPU))
 
 
 def plot(results: Results, path: Path) -> None:

@@ -42,6 +42,8 @@ def test_the_tables_are_those_of_the_results(path: Path) -> None:
     assert f"../benchmarks/results/{path.name}" in PAGE
     for part in (script.table, script.layer_table, script.pair_line, script.cost_line):
         assert part(result) in PAGE
+    if "h200" in path.stem:
+        assert script.gain_line(result, script.names(result)[-1]) in PAGE
 
 
 def test_what_the_page_links_to_is_there() -> None:
