@@ -57,10 +57,9 @@ class RunFolder:
 
     def __init__(self, path: Path | str, experiment: Experiment) -> None:
         self.path, self.experiment = Path(path), experiment
-        new = _create(self.path)
+        _create(self.path)
         with ExitStack() as stack:
             stack.enter_context(_lock(self.path))
-            stack.callback(_clean, self.path, new)
             self.changed = _agree(self.path, experiment)
             self._stack = stack.pop_all()
 
@@ -198,10 +197,8 @@ def _writing_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _create(path: Path) -> bool:
-    """Whether the folder was not there before."""
+def _create(path: Path) -> None:
     try:
-        new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         visible = [p.name for p in path.iterdir() if not p.name.startswith(".")]
     except OSError as error:
@@ -213,15 +210,6 @@ def _create(path: Path) -> bool:
             f"{path} is not a run folder: it holds {visible[0]} but no config.json; choose "
             f"another --run-dir"
         )
-    return new
-
-
-def _clean(path: Path, new: bool) -> None:
-    """Takes the lock's file away, and the folder if it is new, where nothing else was written."""
-    if [p.name for p in path.iterdir()] == [".lock"]:
-        (path / ".lock").unlink()
-        if new:
-            path.rmdir()
 
 
 def _lock(path: Path) -> IO[str]:

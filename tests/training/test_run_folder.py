@@ -147,13 +147,3 @@ def test_log_on_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
         log.append({"step": 1})
     log.close()  # which does not try again
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_run_that_never_began_leaves_nothing(tmp_path: Path, there: bool) -> None:
-    """A folder that somebody has made stays, empty."""
-    if there:
-        (tmp_path / "run").mkdir()
-    with pytest.raises(UserError), RunFolder(tmp_path / "run", runs.experiment()):
-        raise UserError("impossible")
-    assert [p.name for p in tmp_path.rglob("*")] == ["run"] * there
