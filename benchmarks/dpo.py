@@ -1,6 +1,6 @@
 """Question: how many points more of its held-out captions does a model draw right after
 Diffusion-DPO on pairs that the exact reader of shapes has judged, and do its pictures get further
-from real ones? Ten points were the aim (docs/alignment.md).
+from real ones? (docs/alignment.md)
 
 The world is small: one large object of four shapes and eight colours on black, "a red ring", 32
 pixels a side on a GPU and 16 on a CPU. A model is pre-trained until it draws enough right, then

@@ -253,6 +253,25 @@ def forgotten(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def drawn(result: dict[str, Any]) -> str:
+    """The share of old colours drawn before and after the gentlest rates, and of purple with gains
+    alone, in words: means over the seeds, of gains the lowest and highest mean."""
+
+    def share(name: str, rows: Sequence[dict[str, Any]]) -> float:
+        return statistics.mean(row[name] for row in rows)
+
+    def rows(way: str, rate: float) -> list[dict[str, Any]]:
+        return [r for r in result["after"] if (r["way"], r["lr"]) == (way, rate)]
+
+    gains = [share("drawn_new", rows("gains", rate)) for rate in WAYS["gains"][1]]
+    return (
+        f"old colours {share('drawn_old', result['before']):.0%} before, "
+        f"{share('drawn_old', rows('full', 1e-4)):.0%} after full fine-tuning at 1e-4, "
+        f"{share('drawn_old', rows('lora', 3e-4)):.0%} after LoRA at 3e-4; "
+        f"purple {min(gains):.0%} to {max(gains):.0%} with gains alone"
+    )
+
+
 def _cell(rows: Sequence[dict[str, Any]], name: str, form: str) -> str:
     values = [row[name] for row in rows]
     mean = f"{statistics.mean(values):{form}}"

@@ -46,7 +46,8 @@ def test_the_commands_run_as_written(
 def test_what_is_forgotten_is_that_of_three_seeds() -> None:
     path = ROOT / "benchmarks" / "results" / "finetune_h200_2026-11-29.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    assert benchmark("finetune").forgotten(result) in PAGES["finetune"]
+    for words in (benchmark("finetune").forgotten, benchmark("finetune").drawn):
+        assert words(result) in PAGES["finetune"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -88,6 +89,12 @@ def test_the_way_to_a_thousand_layers_is_that_of_its_result() -> None:
     assert max(run["jumps"]) < 2e-7
     assert benchmark("growth").table(result) in PAGES["growth"]
     spent, losses = 0, dict(run["points"])
+    others = {other["way"]: other["points"] for other in result["runs"]}
     for depth, steps in result["stages"]:
         before, spent = losses[spent], spent + depth * steps
         assert f"| {depth} | {before:.3f} | {losses[spent]:.3f} |" in PAGES["growth"]
+        if depth >= 100:
+            beside = others[f"{depth} layers throughout"]
+            at = min(spent, beside[-1][0])
+            loss = next(loss for compute, loss in beside if compute >= at)
+            assert f"{loss:.3f}" in PAGES["growth"]
