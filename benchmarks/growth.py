@@ -12,8 +12,8 @@ before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 1
     python benchmarks/growth.py --from FILE… [--json FILE] [--plot FILE]
 
 Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; thousand
-(2 → 10 → 100 → 400 → 1000 layers, the same data) two minutes of one core for a seed; gpu (shapes,
-the same depths, width 128, bf16) some two minutes on an H200, a process for each way beside others.
+(2 → 10 → 100 → 400 → 1000 layers, the same data) a minute of one core for each of five ways; gpu
+(shapes, the same depths, width 128, bf16) needs a GPU and has not been timed.
 The file is written at each point of a curve, so that a run that is stopped leaves what it had.
 """
 

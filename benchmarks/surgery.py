@@ -12,7 +12,7 @@ Gate: on samples of its own the network after the surgery has the loss that it h
 bit in fp32.
 
 Cost: digits-32-late a minute and a half of one core for each seed, digits-64-jump three minutes;
-shapes-400-jump some minutes of an H200 and 2 GB of disk for each of its checkpoints.
+shapes-400-jump needs a GPU and has not been timed.
 """
 
 from __future__ import annotations
