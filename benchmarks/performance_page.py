@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from performance_engine import engine
+from performance_load import under_load
 from performance_merges import tried
+from performance_not_run import not_run
 from performance_parallel import several
-from performance_parts import distance, fused, ideas, not_run, plans, training
+from performance_parts import distance, fused, ideas, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand
 from performance_watch import watch
 
@@ -68,6 +70,14 @@ def ways_together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of step_classes, the latest of each name."""
+    found: dict[str, Any] = {}
+    for result in results:
+        found = result | {"rows": found.get("rows", {}) | result["rows"]}
+    return found
+
+
 def page() -> str:
     ops = load("fused_ops_*h200_*.json")
     graphs = merged(load("train_step_h200_*.json"))
@@ -80,10 +90,15 @@ def page() -> str:
     parts = (
         head,
         fused(rows(ops)),
-        training(graphs, reference) + layers(graphs),
+        training(graphs, reference, merged(load("watch_cost_h200_*.json"))) + layers(graphs),
         thousand(deep),
-        masked(padded, *load("masked_attention_h200_*_first.json")),
-        low_precision(recipe, graphs),
+        under_load(together(load("step_classes_h200_*.json"))),
+        masked(
+            padded,
+            *load("masked_attention_h200_*_first.json"),
+            *load("masked_race_h200_*.json"),
+        ),
+        low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
         plans(graphs, eager, deep),
         distance(graphs, eager, reference),
         engine(load("engine_h200_*.json")),
@@ -109,6 +124,8 @@ def table(paths: Sequence[Path]) -> str:
     found = merged(json.loads(path.read_text(encoding="utf-8")) for path in paths)
     if any("ways" in row for row in found.get("rows", ())):
         return masked(found, {})
+    if "rows" in found and isinstance(found["rows"], dict):
+        return under_load(found)
     if "step bf16" not in found and ("thousand" in found or "resume" in found):
         return thousand(found) or json.dumps(found, indent=1)
     if "share_at_cadence" in found:

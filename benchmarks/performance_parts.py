@@ -5,7 +5,8 @@ Shapes: samples, image and text tokens. Units: those of the column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mvsplit.models import DiTConfig
@@ -15,7 +16,7 @@ from mvsplit.training import TrainConfig
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.gpus import GIB, GPUS
 from mvsplit.training.memory_plan import kept_bytes
-from mvsplit.training.step_memory import step_memory
+from mvsplit.training.step_memory import count_parameters, step_memory
 from mvsplit.training.step_time import Shape, step_time
 
 Found = dict[str, Any]
@@ -79,10 +80,18 @@ def _op(row: Found) -> list[str]:
 # The training step
 
 
-def training(found: Found, reference: Found) -> str:
-    """The optimiser step beside torch.compile and the released code."""
+def training(found: Found, reference: Found, watch: Found | None = None) -> str:
+    """The optimiser step beside torch.compile and the released code; `watch`: watch_cost, whose
+    plain step is ours with writers that are not zero."""
     rival = _rival(found)
-    rows = [_step(name, found[stage], rival) for stage, name in STEPS.items() if _has(found, stage)]
+    real = {stage: "load" in found[stage] for stage in STEPS if _has(found, stage)}
+    rows = []
+    for stage, each in real.items():
+        name = STEPS[stage] if all(real.values()) else f"{STEPS[stage]}{_MARK[each]}"
+        comparable = rival if each == real.get("compiled", each) else None
+        rows.append(_step(name, found[stage], comparable))
+    if watch and not real["step bf16"]:
+        rows.insert(0, _of_watch(watch, found["step bf16"]))
     batch, seconds, rate, mfu, peak = reference["released"]["training_step_400_layers"]["rows"][-1]
     rows.append(_step_row("released code, bf16 AdamW", batch, seconds, rate, mfu, f"{peak}", rival))
     head = ("400 layers, 256 + 64 tokens", "samples", "s", "tokens/s", "MFU", "peak GiB")
@@ -94,7 +103,25 @@ again, of 989 TFLOP/s. The rival under torch.compile has the formula as one writ
 block for all layers, every block checkpointed, fp32 weights, our optimiser; same run.
 
 {markdown(head, rows)}
-{_gates(found)}"""  # noqa: E501
+{"" if all(real.values()) else _ZEROS}{_gates(found)}"""  # noqa: E501
+
+
+_MARK = {False: ", zero writers", True: ""}
+_ZEROS = """*Zero writers*: as a network has them when training begins, and as all runs before 2026-11-29 had
+them, with half of backward's products multiplying zeros, which takes less power and less time
+([below](#what-the-cards-power-allows)). Their figures are too good for training.
+
+"""  # noqa: E501
+
+
+def _of_watch(watch: Found, stage: Found) -> list[str]:
+    """The plain step of watch_cost beside what `stage` says of as many tokens."""
+    seconds = watch["seconds"]["plain"]
+    rate = watch["tokens_per_step"] / seconds
+    mfu = stage["mfu"] * rate / stage["tokens_per_second"]
+    name = "ours, bf16 weights (7 bytes)"
+    samples = watch["tokens_per_step"] // LENGTH
+    return _step_row(name, samples, seconds, rate, mfu, f"{watch['peak_gib']:.1f}", None)
 
 
 STEPS = {
@@ -167,8 +194,11 @@ def foretold(
     graph: bool,
     ranks: int = 1,
     parallel: ParallelConfig | None = None,
+    *,
+    zeros: bool = True,
 ) -> tuple[float, float]:
-    """Seconds and peak GiB of the model, for the recompute plan that the run had."""
+    """Seconds and peak GiB of the model, for the recompute plan that the run had, and what it kept
+    of a parameter. `zeros`: its writers were zero, so that power did not hold the clock down."""
     samples = stage.get("piece", 26)
     levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
     config = TrainConfig(
@@ -181,15 +211,23 @@ def foretold(
     )
     length = stage.get("length", LENGTH)
     shape = Shape(samples=samples, length=length, pieces=stage["samples"] // samples)
-    memory = step_memory(model, config, shape.tokens, GPUS["h200"], ranks)
-    kept = sum(shape.tokens * kept_bytes(model, level) for level in levels)
+    gpu = GPUS["h200"]
+    if zeros and "load" not in stage:
+        gpu = replace(gpu, under_load=gpu.products)
+    memory = step_memory(model, config, shape.tokens, gpu, ranks)
+    kept: float = sum(shape.tokens * kept_bytes(model, level) for level in levels)
+    if weights == "bf16":  # a second moment of two bytes in older runs
+        each = stage.get("bytes_a_parameter", 7) - 6
+        shards = ranks if ranks > 1 else 1
+        kept += each * count_parameters(model).low / shards
     peak = memory.allocated - memory.parts["activations"] + kept
-    time = step_time(model, config, shape, levels, GPUS["h200"], graph=graph, ranks=ranks)
+    time = step_time(model, config, shape, levels, gpu, graph=graph, ranks=ranks)
     return time.seconds, peak / GIB
 
 
 def plans(graphs: Found, eager: Found, deep: Found) -> str:
     preset = get_preset("mvsplit-1000l-h200").model
+    thousand = deep.get("thousand")
     cases = (
         ("400 layers, bf16 weights, graphs", graphs["step bf16"], network(400), "bf16", True),
         (
@@ -200,7 +238,7 @@ def plans(graphs: Found, eager: Found, deep: Found) -> str:
             True,
         ),
         ("400 layers, fp32 weights, graphs", graphs["step fp32"], network(400), "fp32", True),
-        ("1000 layers, bf16 weights, graphs", deep.get("thousand"), preset, "bf16", True),
+        ("1000 layers, bf16 weights, graphs", thousand, preset, "bf16", True),
         ("400 layers, bf16 weights, one by one", eager["step bf16"], network(400), "bf16", False),
         ("400 layers, fp32 weights, one by one", eager["step fp32"], network(400), "fp32", False),
         ("1000 layers, bf16 weights, one by one", eager["thousand"], network(1000), "bf16", False),
@@ -209,16 +247,17 @@ def plans(graphs: Found, eager: Found, deep: Found) -> str:
     for name, stage, model, weights, graph in cases:
         if not stage or "seconds" not in stage:
             continue
-        seconds, peak = foretold(stage, model, weights, graph)
+        seconds, peak = foretold(stage, model, weights, graph, zeros=stage is not thousand)
         took, most = stage["seconds"], stage["peak_gib"]
         times = [f"{took:.2f}", f"{seconds:.2f}", f"{seconds / took - 1:+.1%}"]
         rows.append([name, *times, f"{most:.1f}", f"{peak:.1f}", f"{peak / most - 1:+.1%}"])
     head = ("", "s, measured", "planned", "", "peak GiB, measured", "planned", "")
     return f"""## What `mvsplit plan` foretells
 
-Its constants are those of the profile below, of fused ops and of cuDNN's attention, none fitted to a
-step. *One by one*: without CUDA graphs; the CPU's launches decide, so that these say little about the
-kernels. A run that had another recompute plan in its day is compared with that one.
+Its constants are those of the profile below, of fused ops, of cuDNN's attention and of one block under
+load ([above](#what-the-cards-power-allows)), none fitted to a whole step. *One by one*: without CUDA graphs; the CPU's launches decide, so that these say little about the
+kernels. A run that had another recompute plan in its day, or kept more, is compared with that one; where
+writers were zero, with products as fast as a card has them that power does not hold down.
 
 {markdown(head, rows)}"""  # noqa: E501
 
@@ -254,7 +293,7 @@ def distance(graphs: Found, eager: Found, reference: Found) -> str:
     head = ("a block, forward and backward", "at first, µs", "now, µs", "limit, µs", "above it")
     return f"""## The distance to the limit
 
-Kernels of a block at {tokens:,} tokens, from profiles of the step: at first, with flash attention and
+Kernels of a block at {tokens:,} tokens, from profiles of the step with writers of zeros: at first, with flash attention and
 fp32 weights that were cast whenever they were used, and now, with bf16 weights. Limits: 989 TFLOP/s
 for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.
 
@@ -289,7 +328,10 @@ def _split(graphs: Found) -> str:
     shape = Shape(samples=stage["piece"], length=LENGTH, pieces=stage["samples"] // stage["piece"])
     config = TrainConfig(steps=1, batch_size=1, precision="bf16", weights="bf16", ema_decay=0.0)
     gpu = GPUS["h200"]
-    time = step_time(network(400), config, shape, ["nothing"] * 400, gpu)
+    if "load" not in stage:  # zero writers
+        gpu = replace(gpu, under_load=gpu.products)
+    levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
+    time = step_time(network(400), config, shape, levels, gpu)
     ideal = stage["mfu"] * stage["seconds"]
     products = time.parts["matrix products"]
     best = products * gpu.products / gpu.peak
@@ -340,7 +382,7 @@ def ideas(
             f"{before_full['seconds']:.2f} → {full['seconds']:.2f} s with fp32",
         ],
         [
-            "bf16 weights, 7 bytes a parameter: pieces twice as large in the same memory",
+            "bf16 weights, then 7 bytes a parameter: pieces twice as large in the same memory",
             f"{full['seconds']:.2f} → {low['seconds']:.2f} s; no casts of weights either",
         ],
         [
@@ -371,6 +413,9 @@ Gave nothing, or less than hoped:
   with fp32, near the released {_released(reference):,} or below. Without graphs the CPU decides.
 - The forward merge at {sum(merge["shape"][1:])} tokens and 64 samples is {_forward_ratio(merge):.2f} times its bytes;
   at most 1.6 was hoped for.
+- ∂L/∂β from the gradients of the writers, ⟨W_d, ∇W_d⟩ = β ∂L/∂β + α c with c from means alone, so that no
+  block keeps what its branches gave: right in fp64, but in bf16 the difference is off by some 2⁻⁹ α c,
+  divided by β, which is noise once α has been learned and a β comes near zero.
 - For sampling: see [what did not help](sampling.md#what-did-not-help).
 """  # noqa: E501
 
@@ -386,33 +431,3 @@ def _released(reference: Found) -> int:
 
 def _forward_ratio(row: Found) -> float:
     return row["ms"]["ours"][0] / row["floor_ms"][0]
-
-
-def not_run(graphs: Found) -> str:
-    lines = [name for stage, name in UNMEASURED.items() if not _has_result(graphs, stage)]
-    if not lines:
-        return ""
-    text = "\n".join(f"- {line}" for line in lines)
-    return f"## Not run\n\n`python benchmarks/step_gpu.py` measures, in eight minutes of an H200:\n\n{text}\n"  # noqa: E501
-
-
-_WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less than was asked for
-    "recipe": lambda found: found["steps"] >= 1000,
-    "thousand": lambda found: found["mfu"] >= 0.4,
-    "resume": lambda found: found["same"],
-}
-UNMEASURED = {
-    "thousand": "1000 layers in the preset's pieces of today, and 30 steps of them",
-    "step split": "400 layers with fp32 weights in two halves",
-    "per layer": "seconds a layer at 1000 layers against 100",
-    "recipe": "the loss of bf16 weights against fp32 over 1,000 steps at 400 layers, D = 128",
-    "rival gate": "whether the gradients of the rival under torch.compile are ours",
-    "resume": "a resumed run that has the same bits, with sums in a fixed order",
-}
-
-
-def _has_result(graphs: Found, stage: str) -> bool:
-    found = graphs.get(stage)
-    if not found or not isinstance(found, dict) or "out_of_memory" in found:
-        return False
-    return _WHOLE.get(stage, lambda _: True)(found)

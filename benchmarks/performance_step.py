@@ -6,6 +6,7 @@ of the column.
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from performance_parts import markdown
@@ -22,13 +23,15 @@ _OTHER_BITS = (
     "**other bits**, for the backward of attention adds up in any order (`--deterministic` has it "
     "fixed since, not run on a GPU yet)"
 )
-_SAVED = 5.03  # bytes of a parameter in a checkpoint: its weight and the moments
+_ONE_BYTE = " The second moment had two bytes then, and\nhas one since."
+_SAVED = 4.05  # bytes of a parameter in a checkpoint: its weight and the moments
+_RACE = "2026-11-29"  # the run with the kernel of `masked_race_h200`
 WAYS = ("cudnn, mask", "cudnn, square mask", "flash in sequences", "flash, packed")
 
 
-def masked(found: Found, first: Found) -> str:
+def masked(found: Found, first: Found, race: Found | None = None) -> str:
     """What a mask on padded text costs in attention; `first` is of a kernel that did not compute
-    rows anew."""
+    rows anew, `race` of one that did it wrong."""
     if not found:
         return ""
     rows = []
@@ -53,22 +56,29 @@ in turn. *Packed*: real tokens gathered and scattered back.
 {markdown(head, rows)}
 Gate: against fp64 over the real keys alone, the chosen way is off by at most {_worst(found):.4f} (output and
 gradients), and by at most {max(away):.2f} times what cuDNN without a mask is where queries and keys point away from each
-other, which leaves the real keys next to no share of the softmax.{_lost_rows(found, first)} cuDNN's kernel for unequal lengths
+other, which leaves the real keys next to no share of the softmax.{_lost_rows(found, first, race)} cuDNN's kernel for unequal lengths
 cannot be recorded in a CUDA graph. Sorting or splitting a batch removes no mask unless lengths are equal.
 """  # noqa: E501
 
 
-def _lost_rows(found: Found, first: Found) -> str:
-    """Why the figures of one run are higher than those of the code as it is."""
-    if found.get("command", "").endswith("_again.json") or not first:
+def _lost_rows(found: Found, first: Found, race: Found | None) -> str:
+    """How rows without a share are computed, and what was wrong with it before."""
+    if not first or not race:
         return ""
     before = [row["ways"][_chosen(row)]["over_unmasked"] for row in first["rows"]]
     off = max(max(_ratios(row)) for row in first["rows"])
+    wrong = [row["ways"]["cudnn with zero keys"] for row in race["rows"]]
+    errors, away = (
+        sorted(each)
+        for each in zip(*((w["error"], w["error_away"][0]) for w in wrong), strict=True)
+    )
     return f"""
-Such rows are computed anew, in this run by the same kernel, which their registers slow: a run before,
-without them, cost {min(before):+.1%} to {max(before):+.1%}, but was {off:.1f} times as far off there. They have a kernel of
-their own since, which was not run on a GPU yet: before it serves on a machine, output and gradients are
-compared there with softmax in fp32, and a mask is used where they are off."""  # noqa: E501
+Such rows are computed anew by a kernel of their own: without, a run cost {min(before):+.1%} to {max(before):+.1%}, but was
+{off:.1f} times as far off there. That kernel's first form was right in Triton's interpreter and wrong on a GPU, by
+{errors[0]:.4f} to {errors[-1]:.3f} and by up to {away[-1]:.2f} where queries and keys point away: it corrected the log-sum-exp in place, of which
+several warps load the same number, and some loaded what another had stored already. It goes to a
+tensor of its own since. The comparison before first use let two of these four sizes pass; it is made
+head by head and sample by sample since, several times, and allows twice a mask's own distance to fp32."""  # noqa: E501
 
 
 def _chosen(row: Found) -> str:
@@ -130,26 +140,45 @@ def thousand(found: Found) -> str:
     return f"""## 1000 layers on one GPU
 
 `mvsplit train mvsplit-1000l-h200` by the run's own step: every parameter, clipping by the true global
-norm, 7 bytes a parameter. Captions are padded to the longest of the batch, masked.
+norm, {_bytes(stage)} bytes a parameter. Captions are padded to the longest of the batch, masked.
 
-{markdown(("", ""), rows)}{_pieces(stage, plan)}"""  # noqa: E501
+{markdown(("", ""), rows)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
 
 
-def _pieces(stage: Found, plan: StepPlan) -> str:
+def _bytes(stage: Found) -> int:
+    """Of a parameter, gradient and moments included."""
+    return stage.get("bytes_a_parameter", 7)
+
+
+def _pieces(stage: Found, plan: StepPlan, wrong: bool) -> str:
     """What the preset's pieces are now, where they were others in the run."""
-    if stage["piece"] == plan.shape.samples:
+    if stage["piece"] == plan.shape.samples and "bytes_a_parameter" in stage:
         return ""
-    tokens, now = stage["piece"] * stage["length"], plan.shape
+    preset, now = get_preset("mvsplit-1000l-h200"), plan.shape
+    again = ", ".join(
+        f"{plan.memory.levels.count(n)} × {n}" for n in sorted(set(plan.memory.levels))
+    )
+    levels = [name for name, count in stage["recompute"].items() for _ in range(count)]
+    shape = Shape(
+        samples=stage["piece"],
+        length=stage["length"],
+        pieces=stage["samples"] // stage["piece"],
+    )
+    time = step_time(preset.model, preset.train, shape, levels, GPUS["h200"])
+    attention = (
+        "Attention ran with the kernel for zero keys that was wrong ([below](#padded-text)), in "
+        "the same time.\n"
+    )
     return f"""
-{stage["piece"]} samples are {tokens:,} tokens, which fill the GPU two times and a bit: products of D = 1024 wait for a
-third wave. The preset has pieces of {now.samples} since ({now.tokens:,} tokens), for which the plan foretells
-{plan.time.seconds:.1f} s for {plan.batch_size} samples and {plan.time.mfu:.1%} MFU, without the one per cent that padding costs; the same
-plan, which knows waves since, gives that run within 2 % ([below](#what-mvsplit-plan-foretells)).
+{attention if wrong else ""}Of the step, {time.parts["recompute"] / time.seconds:.0%} is what backward computes again. The preset has pieces of {now.samples} samples since, and a
+second moment of one byte instead of two, so that less is computed again: {again}. For that
+the plan foretells {plan.time.seconds:.1f} s for {plan.batch_size} samples, {plan.time.mfu:.1%} MFU; it gives the run above within {abs(time.seconds / stage["seconds"] - 1):.0%}
+([below](#what-mvsplit-plan-foretells)).
 """  # noqa: E501
 
 
-def low_precision(recipe: Found, graphs: Found) -> str:
-    """What bf16 weights and gradients cost in learning."""
+def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) -> str:
+    """What bf16 weights and gradients cost in learning, and what `moments` of fewer bytes."""
     lines = []
     if recipe.get("gaps"):
         gaps = ", ".join(f"{name} {gap:+.2%}" for name, gap in recipe["gaps"].items())
@@ -158,7 +187,16 @@ def low_precision(recipe: Found, graphs: Found) -> str:
             f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, {steps:,} of "
             f"{recipe.get('of_steps', 1000):,} steps, "
             f"mean loss of the last 100 against\nfp32 AdamW from the same seed: {gaps}. "
-            "At most 2 % was allowed."
+            f"At most 2 % was allowed.{_ONE_BYTE if moments else ''}"
+        )
+    if moments:
+        costs = {n: statistics.fmean(each) for n, each in moments["over_fp32"].items()}
+        lines.append(
+            f"A small network on the digits, {len(moments['loss']['fp32'])} seeds of "
+            f"{moments['steps']:,} steps on a CPU, mean loss of the last 1,000\n"
+            "against fp32 AdamW: "
+            f"{costs['two bytes']:+.2%} with the second moment in two bytes, "
+            f"{costs['one byte']:+.2%} in one (`mvsplit bench low_moments`)."
         )
     rounding = graphs.get("rounding", {}).get("pieces")
     if rounding:
@@ -207,7 +245,7 @@ def more_ideas(deep: Found, padded: Found) -> list[list[str]]:
         )
     if padded:
         costs = [
-            [row["ways"][name]["over_unmasked"] for row in padded["rows"]]
+            [r["ways"][name]["over_unmasked"] for r in padded["rows"] if name in r["ways"]]
             for name in ("cudnn, mask", _chosen(padded["rows"][0]))
         ]
         each = " → ".join(f"{min(c):+.0%} … {max(c):+.0%}" for c in costs)

@@ -68,6 +68,7 @@ def rows() -> list[Row]:
     found = [long(writers="zero"), long(), short(29), short(14), short(29, level="attention")]
     found += [short(14, level="packed"), short(14, level="attention"), short(29, level="trunk")]
     found += [short(22), short(16), short(12), short(29, level="packed"), short(8), short(44)]
+    found += [short(18, level="packed")]
     return found
 
 

@@ -1,13 +1,13 @@
 """What of the training step has not been measured yet, in one command, most telling first.
 
-    python benchmarks/step_gpu.py [--minutes 8] [--only NAME …] [--out FOLDER] [--json FILE]
+    python benchmarks/step_gpu.py [--minutes 12] [--only NAME …] [--out FOLDER] [--json FILE]
     python benchmarks/step_gpu.py --small --out FOLDER         (a trial of the code on a CPU)
 
 First the kernels against fp64 on the GPU; where that fails, nothing is timed. Then one script after
 the other, each within its seconds, as long as the minutes last; what a script has written stays
 when it is stopped. `mvsplit bench page` puts the results into docs/performance.md.
 
-Cost: eight minutes of one H200 for all, 2.5 for the first three. None of the scripts here outlives
+Cost: twelve minutes of one H200 for all, six for the first three. None of the scripts here outlives
 this one.
 """
 
@@ -27,25 +27,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GATE = (
     "tests/kernels/test_capture.py",
+    "tests/kernels/test_gpu_block.py",
+    "tests/kernels/test_low_adamw.py",
     "tests/kernels/test_masked_attention.py",
     "tests/kernels/test_split_adamw.py",
     "tests/training/test_graphs.py",
 )
 # Name of the result, seconds it may take, script and its arguments.
 WORK: dict[str, tuple[int, tuple[str, ...]]] = {
-    "masked_attention": (
-        25,
-        ("masked_attention.py", "--ways", "cudnn, no mask", "cudnn with zero keys"),
+    "train_step": (
+        150,
+        ("train_step.py", "--stages", "gate", "rounding", "step bf16", "step split", "step fp32",
+         "compiled", "--budget", "145"),
     ),
-    "thousand_layers": (115, ("thousand_layers.py", "--stages", "learn", "--budget", "100")),
-    "train_step_split": (30, ("train_step.py", "--stages", "step split")),
+    "thousand_layers": (115, ("thousand_layers.py", "--stages", "learn", "--budget", "105")),
+    "step_classes": (80, ("step_classes.py", "--budget", "65")),
+    "train_step_layers": (105, ("train_step.py", "--stages", "per layer", "rival gate")),
     "recipe": (180, ("recipe.py", "--seeds", "0", "--budget", "170")),
     "thousand_layers_resume": (
         50,
         ("thousand_layers.py", "--stages", "resume", "--resume-depth", "24"),
     ),
-    "train_step_layers": (60, ("train_step.py", "--stages", "per layer", "rival gate")),
-}
+    "masked_attention": (
+        35,
+        ("masked_attention.py", "--ways", "cudnn, no mask", "cudnn with zero keys"),
+    ),
+}  # fmt: skip
 
 
 def run(command: list[str], limit: float) -> int:
@@ -66,8 +73,8 @@ def run(command: list[str], limit: float) -> int:
 
 def result_of(name: str, folder: Path, small: bool) -> Path:
     """NAME_h200_DATE.json, where NAME up to its script's comes first, for the page reads it so."""
-    script = next(s for s in ("masked_attention", "thousand_layers", "train_step", "recipe")
-                  if name.startswith(s))  # fmt: skip
+    scripts = ("masked_attention", "thousand_layers", "train_step", "step_classes", "recipe")
+    script = next(script for script in scripts if name.startswith(script))
     rest = name.removeprefix(script)
     device = "cpu" if small else "h200"
     return folder / f"{script}_{device}_{datetime.date.today().isoformat()}_again{rest}.json"
@@ -75,7 +82,7 @@ def result_of(name: str, folder: Path, small: bool) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--only", nargs="*", choices=WORK)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--json", type=Path, help="what was run, and how it ended")

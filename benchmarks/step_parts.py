@@ -159,4 +159,5 @@ def rates(trainer: Trainer, samples: int, took: float) -> dict[str, Any]:
         "mfu": trainer.flops(samples) / took / PEAK,
         "peak_gib": peak_gib(),
         "recompute": trainer.levels(),
+        **({"bytes_a_parameter": 6} if trainer.config.weights == "bf16" else {}),
     }

@@ -1,9 +1,9 @@
-"""Claim: one H200 trains 13.64 billion parameters, all of them, at 40 % of its peak or more.
+"""Claim: one H200 trains 13.64 billion parameters, all of them; and how near to its peak.
 
-The preset `mvsplit-1000l-h200` by the run's own step: true global clipping, 7 bytes a parameter, as
+The preset `mvsplit-1000l-h200` by the run's own step: true global clipping, 6 bytes a parameter, as
 little computed again as memory allows. 30 steps whose loss has to fall (warm-up of 10 steps instead
-of 1,000), for time all but the last of one piece of 29 samples; the last is of 261 samples, from
-which time and MFU are taken. Then the time of a layer, against that at a tenth of the depth. MFU
+of 1,000), for time all but the last of one piece; the last is of the whole batch, from which time
+and MFU are taken. Then the time of a layer under load, against that at a tenth of the depth. MFU
 counts 6N and attention, nothing that is computed again, of 989 TFLOP/s; of all tokens that are
 computed, and of the real ones. Captions are padded to 32 tokens, so that all pieces have one shape.
 
@@ -11,7 +11,7 @@ A checkpoint has 95 GB, more than the disk of the machine at hand. So saving and
 at a depth that fits, with `train.deterministic`: 2 + 2 steps write the files that 4 steps in one go
 write, bit for bit.
 
-    python benchmarks/thousand_layers.py [--resume-depth 100] [--budget 170] [--json FILE]
+    python benchmarks/thousand_layers.py [--pieces 14 18] [--resume-depth 100] [--json FILE]
     python benchmarks/thousand_layers.py --small        (a trial of the code on a CPU)
 
 Cost: under three minutes on one H200.
@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_parts import PEAK, free, peak_gib, seconds, synchronise
+from card_load import CardLoad
+from step_parts import PEAK, free, keep_busy, peak_gib, seconds, synchronise
 
 import mvsplit.training.pieces as known
 from mvsplit.presets import get_preset
@@ -48,12 +49,18 @@ from mvsplit.training.step import add_gradients, pieces, train_step
 from mvsplit.training.step_time import model_flops
 
 STEPS, WHOLE = 29, 1
+UNDER_LOAD = 3.0  # seconds
 TEXT = 32  # captions are padded to a multiple of so many tokens
 Found = dict[str, Any]
 
 
-def preset(small: bool) -> Experiment:
+def preset(small: bool, size: tuple[int, int] | None = None) -> Experiment:
+    """`size`: samples of a piece and pieces of a batch, where not those of the preset."""
     found = get_preset("mvsplit-1000l-h200")
+    if size is not None:
+        samples, count = size
+        config = replace(found.train, batch_size=samples * count, accumulate=count)
+        found = replace(found, train=config)
     found = replace(found, train=replace(found.train, warmup=10, probe_every=0))
     if not small:
         return found
@@ -74,19 +81,21 @@ def of_pieces(experiment: Experiment, pieces: int) -> Experiment:
 def learn(experiment: Experiment, deadline: float, keep: Callable[[Found], None]) -> Found:
     """The steps of one piece, then whole ones, then a piece at a tenth of the depth."""
     one = of_pieces(experiment, 1)
-    found, levels, deep = deepest(experiment, one, deadline, keep)
+    found, levels, (deep, deep_load) = deepest(experiment, one, deadline, keep)
     free()
     depth = max(1, len(levels) // 10)
-    few = shallower(one, levels, depth)
-    found["seconds_per_layer"] = {str(depth): few, str(len(levels)): deep}
+    few, load = shallower(one, levels, depth)
+    names = str(depth), str(len(levels))
+    found["seconds_per_layer"] = dict(zip(names, (few, deep), strict=True))
+    found["loads_per_layer"] = dict(zip(names, (load, deep_load), strict=True))
     found["per_layer_ratio"] = deep / few
     return found
 
 
 def deepest(
     experiment: Experiment, one: Experiment, deadline: float, keep: Callable[[Found], None]
-) -> tuple[Found, list[Any], float]:
-    """What the whole network gave, what its blocks keep, and the time of a layer of it."""
+) -> tuple[Found, list[Any], tuple[float, Found]]:
+    """What the whole network gave, what its blocks keep, the time of a layer and the load."""
     began = time.perf_counter()
     state = build_state(one)
     synchronise()
@@ -107,7 +116,8 @@ def deepest(
     found |= whole_steps(state, experiment, found)
     keep(found)
     levels = [block.recompute for block in state.model.blocks]  # type: ignore[union-attr]
-    return found, levels, piece_seconds(state, one, 1) / len(levels)
+    took, load = piece_seconds(state, one)
+    return found, levels, (took / len(levels), load)
 
 
 def whole_steps(state: TrainState, experiment: Experiment, found: Found) -> Found:
@@ -117,7 +127,8 @@ def whole_steps(state: TrainState, experiment: Experiment, found: Found) -> Foun
     took = []
     for _ in range(WHOLE):
         numbers: dict[str, float] = {}
-        took.append(seconds(lambda n=numbers: n.update(train_step(state, experiment.train))))
+        with CardLoad() as load:
+            took.append(seconds(lambda n=numbers: n.update(train_step(state, experiment.train))))
         found["losses"].append(numbers["loss"])
         found["norms"].append(numbers["grad_norm"])
     losses = found["losses"]
@@ -140,17 +151,21 @@ def whole_steps(state: TrainState, experiment: Experiment, found: Found) -> Foun
         "mfu": model_flops(model, batch * length, length) / best / PEAK,
         "mfu_of_real_tokens": real_flops(experiment, image, real) / best / PEAK,
         "recompute": {level: levels.count(level) for level in sorted(set(levels))},
+        "bytes_a_parameter": 6,
+        "load": load.found,
         **memory(),
     }
 
 
-def piece_seconds(state: TrainState, one: Experiment, before: int) -> float:
-    """Forward and backward of a piece, from a graph, after it has been run `before` times."""
+def piece_seconds(state: TrainState, one: Experiment) -> tuple[float, Found]:
+    """Forward and backward of a piece, from a graph, under load; and the card's."""
     (piece,) = pieces(state.loader.next_batch(), 1, of_pieces(one, 1).train, state.device)
     piece = first_samples(piece, one.train.batch_size)
-    model, graphs = state.model, state.graphs
-    run = partial(add_gradients, model, one.train, [piece], graphs)
-    return [seconds(run) for _ in range(before + 1)][-1]
+    run = partial(add_gradients, state.model, one.train, [piece], state.graphs)
+    keep_busy(run, UNDER_LOAD)
+    with CardLoad() as load:
+        count, took = keep_busy(run, UNDER_LOAD)
+    return took / count, load.found
 
 
 def first_samples(piece: Piece, samples: int) -> Piece:
@@ -158,13 +173,15 @@ def first_samples(piece: Piece, samples: int) -> Piece:
     return Piece(**{n: t if t is None or t.ndim == 0 else t[:samples] for n, t in cut.items()})
 
 
-def shallower(one: Experiment, levels: Sequence[Any], depth: int) -> float:
-    """Seconds a layer at another depth, where blocks keep the same in the same shares."""
-    state = build_state(replace(one, model=replace(one.model, depth=depth)))
+def shallower(one: Experiment, levels: Sequence[Any], depth: int) -> tuple[float, Found]:
+    """Seconds a layer at another depth, where blocks keep the same in the same shares; with writers
+    that are not zero, as they are not in a network that has learned."""
+    state = build_state(replace(one, model=replace(one.model, depth=depth, writers="standard")))
     state.planner = None
     for number, block in enumerate(state.model.blocks):
         block.recompute = levels[number * len(levels) // depth]
-    return piece_seconds(state, one, 3) / depth
+    took, load = piece_seconds(state, one)
+    return took / depth, load
 
 
 def since_the_process_began() -> float:
@@ -235,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--stages", nargs="*", default=["learn", "resume"])
     parser.add_argument("--resume-depth", type=int, default=100)
+    parser.add_argument("--pieces", nargs=2, type=int, metavar=("SAMPLES", "COUNT"))
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
     parser.add_argument("--json", type=Path)
@@ -242,7 +260,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     began = time.perf_counter()
     known.TEXT_LENGTHS = TEXT
-    experiment = preset(args.small)
+    experiment = preset(args.small, args.pieces)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),

@@ -1,4 +1,4 @@
-"""Claim: the training step of 400 layers at half of an H200's peak.
+"""Question: how near to an H200's peak the training step of 400 layers comes.
 
 Correctness first: gradients against fp32, and loss curves of 100 steps against those of fp32. Then
 the optimiser step, clipping by the true global norm included, on 256 image and 64 text tokens a

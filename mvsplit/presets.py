@@ -78,18 +78,18 @@ def _paper(depth: int, beta: float) -> Experiment:
     )
 
 
-def _one_h200(depth: int, beta: float) -> Experiment:
-    """The paper's network on a single GPU of 141 GB: 7 bytes a parameter, no average of the
-    weights. The longest captions make 288 tokens a sample, so that 29 samples are just under the
-    8,448 tokens at which the products of D = 1024 fill the GPU twice; 32 would fill it a third time
-    by a few per cent, and took 9 % longer a sample."""
+def _one_h200(depth: int, beta: float, samples: int, pieces: int) -> Experiment:
+    """The paper's network on a single GPU of 141 GB: 6 bytes a parameter, no average of the
+    weights. Captions make up to 288 tokens a sample. At 1000 layers pieces of 16 samples cost 6 %
+    a token more than those of 29 where nothing is computed again; but more of what they keep has
+    room, which pays that back and a little more (benchmarks/step_classes.py, `mvsplit plan`)."""
     paper = _paper(depth, beta)
     return replace(
         paper,
         train=replace(
             paper.train,
-            batch_size=29 * 9,
-            accumulate=9,
+            batch_size=samples * pieces,
+            accumulate=pieces,
             weights="bf16",
             ema_decay=0.0,
         ),
@@ -204,8 +204,8 @@ PRESETS: dict[str, Experiment] = {
     ),
     "mvsplit-400l": _paper(400, beta=1.0),
     "mvsplit-1000l": _paper(1000, beta=0.03),
-    "mvsplit-400l-h200": _one_h200(400, beta=1.0),
-    "mvsplit-1000l-h200": _one_h200(1000, beta=0.03),
+    "mvsplit-400l-h200": _one_h200(400, beta=1.0, samples=29, pieces=9),
+    "mvsplit-1000l-h200": _one_h200(1000, beta=0.03, samples=16, pieces=16),
 }
 
 

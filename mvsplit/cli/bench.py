@@ -38,6 +38,7 @@ _NEEDS: dict[str, Needs] = {
     "parallel_step": "GPUs",
     "recipe": "GPU",
     "reproduce_gpu": "GPU",
+    "step_classes": "GPU",
     "step_gpu": "GPU",
     "thousand_layers": "GPU",
     "train_step": "GPU",
@@ -49,7 +50,15 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "samplers": ("--run", "runs/shapes-small"),
 }
 # Whose results performance_page.py shows as tables.
-_SHOWN = ("engine", "fused_ops", "masked_attention", "recipe", "thousand_layers", "train_step")
+_SHOWN = (
+    "engine",
+    "fused_ops",
+    "masked_attention",
+    "recipe",
+    "step_classes",
+    "thousand_layers",
+    "train_step",
+)
 _PAGE = "performance_page"
 _WIDTH = 110  # columns where there is no terminal
 _USAGE = """usage: mvsplit bench [--list]

@@ -89,6 +89,8 @@ def _gpu(options: _Options) -> Gpu:
         if not 0 < value < float("inf"):
             raise UserError(f"{option}={value}: must be positive and finite")
         given[name] = value * unit
+    if "products" in given:
+        given["under_load"] = given["products"]
     return replace(find_gpu(options.gpu), **given)
 
 

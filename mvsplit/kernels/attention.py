@@ -31,7 +31,10 @@ from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
 _REPEATS = 20
-AGREEMENT = 2.0  # of `off_by`: ways of one precision differ by their roundings, of a few
+# Of `off_by`. A way that is right differs from another by its roundings: an output that is rounded
+# twice is √2 times as far off; 1.25 … 1.46 were found on an H200, of zero keys and of the library's
+# own.
+AGREEMENT = 2.0
 
 Way = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 # (B, H, G, T, K), dtype, what is known of padding and whether sums are made in a fixed order,

@@ -179,7 +179,7 @@ class TrainConfig:
         precision: fp32, or bf16 arithmetic.
         weights: of the blocks' matrices, with their gradients and moments: fp32, 16 bytes a
             parameter; split, fp32 stored as bf16 and the bits that it leaves out, 14 bytes and no
-            casts; bf16, rounded stochastically with moments of 3 bytes an element, 7 bytes. The
+            casts; bf16, rounded stochastically with moments of 2 bytes an element, 6 bytes. The
             last two have gradients in bf16 and need precision=bf16; averages are of their bf16.
         recompute: what the backward of a block computes again instead of keeping it, on a GPU:
             nothing; the packed FFN projection; the attention branch too; the trunk between the

@@ -23,7 +23,10 @@ class Gpu:
     Attributes:
         name: for people.
         memory: that PyTorch may see.
-        products: matrix products in bf16 of blocks of D = 1024, at 8,000 tokens or more.
+        products: matrix products in bf16 of blocks of D = 1024, at 8,000 tokens or more, by a card
+            that has just been idle.
+        under_load: the same of numbers that are not zero after seconds of work, when the card's
+            power holds its clock down; smaller products may reach it too.
         products_fp32: the same in fp32, without TF32.
         copy: device copy, bytes read and written.
         peak: dense bf16, of the data sheet.
@@ -35,6 +38,7 @@ class Gpu:
     name: str
     memory: float
     products: float
+    under_load: float
     products_fp32: float
     copy: float
     peak: float
@@ -48,28 +52,32 @@ GPUS: dict[str, Gpu] = {
         name="NVIDIA H200",
         memory=139.8 * GIB,
         products=784e12,
+        under_load=687e12,
         products_fp32=52e12,
         copy=4.25e12,
         peak=989e12,
         processors=132,
         link=300e9,
-        source="benchmarks/results: train_step_eager_h200 (profile), fused_ops_merge_h200 (copy)",
+        source="benchmarks/results: train_step_eager_h200 (profile), step_classes_h200 (load), "
+        "fused_ops_merge_h200 (copy)",
     ),
     "h100": Gpu(
         name="NVIDIA H100",
         memory=79.1 * GIB,
         products=778e12,
+        under_load=682e12,
         products_fp32=52e12,
         copy=3.0e12,
         peak=989e12,
         processors=132,
         link=300e9,
-        source="products and copy measured by hand on an 80 GB SXM card",
+        source="products and copy measured by hand on an 80 GB SXM card; under load as an H200",
     ),
     "a100": Gpu(
         name="NVIDIA A100",
         memory=79.1 * GIB,
         products=247e12,
+        under_load=247e12,
         products_fp32=15e12,
         copy=1.8e12,
         peak=312e12,

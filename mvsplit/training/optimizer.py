@@ -199,7 +199,7 @@ def over_ranks(groups: Sequence[FlatGroup], norms: list[Tensor]) -> list[Tensor]
 
 class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over flat groups, by torch's fused kernel;
-    for bf16 groups with moments of 3 bytes an element (`mvsplit.kernels.low_adamw`), or with the
+    for bf16 groups with moments of 2 bytes an element (`mvsplit.kernels.low_adamw`), or with the
     other half of fp32 weights and moments in fp32 (`mvsplit.kernels.split_adamw`). Of groups that
     every rank holds, a rank has the moments of its part only."""
 
@@ -284,7 +284,8 @@ class AdamW:
 
     def moments(self) -> dict[str, Tensor]:
         """Both moments as views, named `exp_avg.PARAMETER` and `exp_avg_sq.PARAMETER`; of a bf16
-        group the first as `exp_avg_codes.PARAMETER` and `exp_avg_scales.PARAMETER`, or with
+        group the first as `exp_avg_codes.PARAMETER` and `exp_avg_scales.PARAMETER`, the second as
+        `exp_avg_sq_powers.PARAMETER` and `exp_avg_sq_bases.PARAMETER`, or with
         `low_bits.PARAMETER` what the weights leave out."""
         found = {
             f"{moment}.{name}": part
@@ -298,8 +299,13 @@ class AdamW:
                     found |= {f"{name}.{n}": part for n, part in group.named(values).items()}
                 continue
             found |= {f"exp_avg_codes.{n}": part for n, part in group.named(state.codes).items()}
-            found |= {f"exp_avg_sq.{n}": part for n, part in group.named(state.second).items()}
-            found |= {f"exp_avg_scales.{n}": part for n, part in _scales(group, state).items()}
+            powers = group.named(state.powers).items()
+            found |= {f"exp_avg_sq_powers.{n}": part for n, part in powers}
+            for name, of_blocks in (
+                ("exp_avg_scales", state.scales),
+                ("exp_avg_sq_bases", state.bases),
+            ):
+                found |= {f"{name}.{n}": part for n, part in _rows(group, of_blocks).items()}
         return found
 
     def updates(self) -> dict[str, int]:
@@ -336,12 +342,12 @@ class AdamW:
         return AdamW(groups, self._config)
 
 
-def _scales(group: FlatGroup, state: LowState) -> dict[str, Tensor]:
-    """The scales of each parameter's first moment, a row of them."""
+def _rows(group: FlatGroup, of_blocks: Tensor) -> dict[str, Tensor]:
+    """What the blocks of each parameter have in common, a row of it."""
     parts = {}
     for name, (start, shape) in group.places.items():
         blocks = slice(start // BLOCK, -(-(start + shape.numel()) // BLOCK))
-        parts[name] = state.scales[blocks]
+        parts[name] = of_blocks[blocks]
     return parts if group.spread is None else group.spread.wrap_rows(parts)
 
 

@@ -32,7 +32,7 @@ CONTEXT = 0.5 * 2**30  # of CUDA and its libraries: the process less PyTorch's o
 # in the out-of-memory message of benchmarks/results/train_step_h200_2026-11-24.json
 OUTSIDE = ("graph", "CUDA context")
 # Bytes of optimiser state an element whose weight is bf16 (`kernels/low_adamw`, `split_adamw`).
-_LOW_STATE = {"bf16": 1 + 4 / 128 + 2, "split": 2 + 4 + 4}
+_LOW_STATE = {"bf16": 1 + 4 / 128 + 1 + 2 / 128, "split": 2 + 4 + 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,8 @@ def step_memory(
     room = int((1 - SPARE) * gpu.memory - sum(parts.values()))
     plan = make_plan(model, tokens, room)
     if config.recompute != "auto":
-        plan = _fixed(plan, model, tokens, config.recompute, room)
+        each = kept_bytes(model, config.recompute)
+        plan = _fixed(plan, model.depth * tokens * each, config.recompute, room)
     nodes = model.depth * NODE_BYTES
     one_node = runs_as_one_node(model, config.precision)
     kept, again = _kept(model, config, tokens, plan, room, one_node)
@@ -171,11 +172,10 @@ def step_memory(
     )
 
 
-def _fixed(plan: Plan, model: DiTConfig, tokens: int, level: Recompute, room: int) -> Plan:
+def _fixed(plan: Plan, kept: int, level: Recompute, room: int) -> Plan:
     """The plan of `train.recompute`, the same for every block."""
-    kept = model.depth * tokens * kept_bytes(model, level)
     fits = kept + plan.working <= room
-    return replace(plan, levels=(level,) * model.depth, kept=kept, fits=fits)
+    return replace(plan, levels=(level,) * len(plan.levels), kept=kept, fits=fits)
 
 
 def _kept(

@@ -6,9 +6,11 @@ to the time of a step; that is what the model is tested against.
 | constant | from |
 |---|---|
 | `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
+| `Gpu.under_load` | the same of a block that has been running for seconds, of what its other kernels and nodes leave, `step_classes_h200`: random numbers, clock held down by the card's power |
 | `_TILE` | the same profile: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
 | `_ATTENTION` | cuDNN's attention, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
+| `_ROUNDED` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
 | `_MERGE` | merges in the profile (8,320 tokens) and in `fused_ops_merge_h200` |
 | `_PASSES` | the other element-wise kernels: bytes that have to move, times what the profile took more |
 | `_KERNELS` | counts of the profile |
@@ -42,6 +44,7 @@ _WIDTH = 1024
 _FEW_TOKENS = ((576, 0.43), (1024, 0.64), (4224, 0.95), (8448, 1.0))
 _PROFILED = 8320  # tokens of the profile
 _TILE = (256, 128)  # of its products, as the names of their kernels say
+_ROUNDED = 64
 # For each token of D = 1024 forward and backward; FLOP/s of long samples (T = 512).
 _ATTENTION = {"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)}
 # (n at D = 1024, forward, backward) of one merge with means.
@@ -204,18 +207,21 @@ class _Block:
         n = self.shape.tokens
         most = _FEW_TOKENS[-1][0]
         waste = _waste(n, out, self.gpu) / _waste(_PROFILED, out, self.gpu) if n > most else 1.0
-        return self._products(out * inner) * waste
+        return self._products(out * inner, waste)
 
-    def _products(self, elements: float) -> float:
+    def _products(self, elements: float, waste: float = 1.0) -> float:
+        """`waste` costs time, but hardly power: processors that wait leave it to the others."""
         n = self.shape.tokens
         work = n * (self.model.width / _WIDTH) ** 2
-        rate = self.gpu.products * _relative_rate(work)
+        rate = min(self.gpu.products * _relative_rate(work) / waste, self.gpu.under_load)
         return 2 * elements * n / (rate if self.low else min(rate, self.gpu.products_fp32))
 
     def attention(self, way: str) -> float:
         """Grows with the tokens while samples are short, with their square where they are long."""
         each, rate = _ATTENTION[way]
-        n, length, width = self.shape.tokens, self.shape.length, self.model.width
+        width, length = self.model.width, self.shape.length
+        length += -length % _ROUNDED
+        n = self.shape.samples * length
         flops = (4 if way == "forward" else 10) * n * length * width
         slower = _REFERENCE_PRODUCTS / (self.gpu.products if self.low else self.gpu.products_fp32)
         return max(each * n * width / _WIDTH, flops / rate) * slower
@@ -347,7 +353,7 @@ def optimiser_bytes(model: DiTConfig, config: TrainConfig, ranks: int = 1) -> fl
     norm, and the averages where they are kept (clipping, which is rare, is not counted)."""
     low, full = _low_and_full(model, config)
     looked_at = (4 + 4) * full + (2 + 2) * low  # by zeroing and the norm
-    updated = 28 * full + (26 if config.weights == "split" else 12) * low
+    updated = 28 * full + (26 if config.weights == "split" else 10) * low
     if config.ema_decay:
         updated += (8 + 4) * full + (8 + 2 + 8) * low  # bf16 weights through an fp32 copy
     shards = ranks // config.parallel.replicas

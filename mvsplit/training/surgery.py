@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.low_adamw import move_bases_
 from mvsplit.models.surgery import anneal_gains, into_mvsplit, rules, writer_parameters
 from mvsplit.training.carried import correction
 from mvsplit.training.config import ReactionConfig
@@ -76,6 +77,9 @@ def _rescale_writers(state: TrainState, gain: float) -> None:
         for moment, factor in factors.items():  # scales: of bf16 weights
             if f"{moment}.{name}" in moments:  # else another rank holds it
                 moments[f"{moment}.{name}"].mul_(factor)
+        bases = moments.get(f"exp_avg_sq_bases.{name}")  # the same
+        if bases is not None:
+            move_bases_(bases, gain**2)
         if name in averages:
             averages[name].div_(gain)
 

@@ -8,6 +8,9 @@ from mvsplit.kernels import low_adamw as low
 SETTINGS = low.LowSettings(1e-2, 0.9, 0.999, 1e-8, 0.1, 3)
 
 
+POWER = 2 ** (1 / low.STEPS) - 1  # from one to the next
+
+
 def draw(n, seed, scale=1.0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -16,7 +19,10 @@ def some_state(n, seed=1):
     state = low.LowState.zeros(torch.zeros(n))
     state.codes.copy_(torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)))
     state.scales.copy_(draw(n // low.BLOCK, seed).abs() * 1e-3)
-    state.second.copy_(draw(n, seed + 1).square() * 1e-4)
+    chance = low.random_words(n, seed, torch.device("cpu")) & 0xFFFF
+    found = low.encode_powers(draw(n, seed + 1).square() * 1e-4, chance)
+    for target, values in zip(state[2:], found, strict=True):
+        target.copy_(values)
     return state
 
 
@@ -45,6 +51,37 @@ def test_codes_are_right_on_average(value):
     quantum = max(abs(value) / 8, 2.0**-9)
     assert abs(found.mean() - value) < 4 * quantum / n**0.5
     assert found.unique().numel() <= 2
+
+
+@pytest.mark.parametrize("value", [0.3, 1.7e-9, 4.0e20, 1e-37])
+def test_powers_are_right_on_average(value):
+    n = 65536
+    chance = low.random_words(n, 1, torch.device("cpu")) & 0xFFFF
+    found = low.decode_powers(*low.encode_powers(torch.full((n,), value), chance)).double()
+    assert abs(found.mean() / value - 1) < 4 * POWER / n**0.5
+    assert found.unique().numel() == 2
+
+
+def test_a_power_stays_where_it_is():
+    """The grid is the same whatever the block's largest is: nothing is rounded that does not
+    change."""
+    chance = low.random_words(low.BLOCK, 3, torch.device("cpu")) & 0xFFFF
+    x = draw(low.BLOCK, 8).square()
+    first = low.decode_powers(*low.encode_powers(x, chance))
+    first[7] *= 8  # another base
+    again = low.decode_powers(*low.encode_powers(first, chance.flip(0)))
+    torch.testing.assert_close(again, first, rtol=1e-5, atol=0)
+
+
+def test_powers_reach_from_zero_over_21_octaves():
+    chance = torch.full((low.BLOCK,), 0x8000)
+    x = torch.zeros(low.BLOCK)
+    assert torch.equal(low.decode_powers(*low.encode_powers(x, chance)), x)
+    x[:4] = torch.tensor([1.0, 2.0**-20, 2.0**-30, 1e-45])
+    found = low.decode_powers(*low.encode_powers(x, chance))
+    torch.testing.assert_close(found[:2], x[:2], rtol=POWER * 1.01, atol=0)
+    assert 2.0**-22 < found[2] == found[3] < 2.0**-21  # more than they were: smaller steps
+    assert (found[4:] == 0).all()
 
 
 @pytest.mark.parametrize("value", [1.001, -3.2e-5, 7.0e20])
@@ -115,8 +152,7 @@ def test_what_is_not_finite_shows_in_weights_and_both_moments(bad, fused, device
     state = low.LowState(*(t.to(device) for t in some_state(n)))
     grads[at] = bad
     update(values, grads, state, SETTINGS)
-    first = low.decode(state.codes).view(-1, low.BLOCK) * state.scales[:, None]
-    for found in (values, state.second, first.flatten()):
+    for found in (values, state.second(), state.first()):
         assert not found[at].isfinite()
         assert found[: low.BLOCK].isfinite().all()
 
@@ -135,12 +171,13 @@ def test_kernel_equals_reference(blocks, device, poisoned_memory):
     fused(values, grads.bfloat16().to(device), state, SETTINGS)
     torch.testing.assert_close(state.scales.cpu(), wanted_state.scales, rtol=1e-6, atol=0)
     torch.testing.assert_close(values.cpu(), wanted_values, rtol=2.0**-7, atol=0)
-    torch.testing.assert_close(state.second.cpu(), wanted_state.second, rtol=2.0**-7, atol=0)
+    seconds = [low.decode_powers(s.powers.cpu(), s.bases.cpu()) for s in (state, wanted_state)]
+    torch.testing.assert_close(*seconds, rtol=POWER * 1.01, atol=0)
     ours, theirs = (low.decode(codes) for codes in (state.codes.cpu(), wanted_state.codes))
     torch.testing.assert_close(ours, theirs, rtol=1 / 8, atol=2.0**-9)
     same = [
         (values.cpu() == wanted_values),
-        (state.second.cpu() == wanted_state.second),
+        (state.powers.cpu() == wanted_state.powers),
         (state.codes.cpu() == wanted_state.codes),
     ]
     assert min(float(s.double().mean()) for s in same) > 0.99

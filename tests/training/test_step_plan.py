@@ -26,10 +26,13 @@ from mvsplit.training.step_memory import (
     step_memory,
 )
 from mvsplit.training.step_plan import Sample, plan_step, sample_of
-from mvsplit.training.step_time import LAUNCH, Shape, model_flops, step_time
+from mvsplit.training.step_time import _KERNELS, _NODE, LAUNCH, Shape, model_flops, step_time
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = GPUS["h200"]
+# The writers of these runs were zero, so that half of backward's products were of zeros, which
+# draw less power; as the card is before it gets warm.
+IDLE = replace(H200, under_load=H200.products)
 
 
 def result(name: str) -> dict:
@@ -79,9 +82,66 @@ def test_time_is_within_fifteen_percent_of_the_measured(name):
     samples = found.get("piece", 26)
     shape = Shape(samples=samples, length=320, pieces=found["samples"] // samples)
     levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    time = step_time(measured_network(depth), train(weights), shape, levels, H200, graph=graph)
+    time = step_time(measured_network(depth), train(weights), shape, levels, IDLE, graph=graph)
     assert time.seconds == pytest.approx(found["seconds"], rel=0.15)
     assert time.mfu == pytest.approx(found["mfu"] * found["seconds"] / time.seconds, rel=1e-3)
+
+
+def classes():
+    """Rows of step_classes under load: samples, tokens of a sample, level, and the row."""
+    found = {}
+    for path in sorted(RESULTS.glob("step_classes_h200_*.json")):
+        found |= json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for name, row in found.items():
+        size, level, *zero = name.split(", ")
+        samples = int(size.split()[0])
+        if not zero:
+            yield pytest.param(samples, row["tokens"] // samples, level, row, id=name)
+
+
+def test_the_rate_under_load_is_that_of_one_block():
+    """The time of a block that its other kernels, in the profile, and the nodes of its graph leave;
+    the other rows of the file test what follows from it."""
+    rows = json.loads((RESULTS / "step_classes_h200_2026-11-29.json").read_text())["rows"]
+    found = []
+    for name in ("29 × (256+32 masked), nothing", "14 × (256+32 masked), nothing"):
+        kinds = rows[name]["by_kind_us"]
+        others = sum(us for kind, us in kinds.items() if kind != "matrix products")
+        nodes = 1e6 * _NODE * (_KERNELS["forward"] + _KERNELS["backward"])
+        flops = 6 * count_parameters(measured_network(1)).low * rows[name]["tokens"]
+        found.append(flops / (rows[name]["us"] - others - nodes) * 1e6)
+    assert sum(found) / 2 == pytest.approx(H200.under_load, rel=0.01)
+
+
+@pytest.mark.parametrize(("samples", "length", "level", "row"), list(classes()))
+def test_a_block_under_load_is_within_seven_percent(samples, length, level, row):
+    """Whatever a piece's size, and whatever is computed again."""
+    shape = Shape(samples=samples, length=length, pieces=1)
+    time = step_time(measured_network(1), train("bf16"), shape, [level], H200)
+    block = time.seconds - time.parts["optimiser"]
+    assert block == pytest.approx(1e-6 * row["us"], rel=0.07)
+
+
+@pytest.mark.parametrize("name", ["2026-11-28", "2026-11-29_first"])  # of 32 samples and of 29
+def test_a_thousand_layers_take_what_was_measured(name):
+    found = result(f"thousand_layers_h200_{name}.json")["thousand"]
+    shape = Shape(
+        samples=found["piece"], length=found["length"], pieces=found["samples"] // found["piece"]
+    )
+    levels = [level for level, count in found["recompute"].items() for _ in range(count)]
+    preset = get_preset("mvsplit-1000l-h200")
+    time = step_time(preset.model, preset.train, shape, levels, H200)
+    assert time.seconds == pytest.approx(found["seconds"], rel=0.05)
+
+
+def as_it_was(memory, model, found, weights, ranks=1):
+    """Bytes at the peak with what a run before 2026-11-29 kept: a second moment of two bytes, and
+    less of the memory was left free."""
+    tokens = found.get("piece", 26) * 320
+    kept = sum(n * tokens * kept_bytes(model, level) for level, n in found["recompute"].items())
+    if weights == "bf16":
+        kept += count_parameters(model).low * (2 - 1 - 2 / 128) / ranks
+    return memory.allocated - memory.parts["activations"] + kept
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -89,12 +149,8 @@ def test_memory_is_within_five_percent_of_the_measured(name):
     found, depth, weights, _ = RUNS[name]
     model, config = measured_network(depth), train(weights)
     memory = step_memory(model, config, found.get("piece", 26) * 320, H200)
-    kept = sum(
-        count * found.get("piece", 26) * 320 * kept_bytes(model, level)
-        for level, count in found["recompute"].items()
-    )  # as that run had it: another share of the memory was left free then
-    peak = memory.allocated - memory.parts["activations"] + kept
-    assert peak / GIB == pytest.approx(found["peak_gib"], rel=0.05)
+    peak = as_it_was(memory, model, found, weights) / GIB
+    assert peak == pytest.approx(found["peak_gib"], rel=0.05)
     if depth == 400:
         assert Counter(memory.levels) == found["recompute"]
         assert memory.fits
@@ -111,9 +167,8 @@ def test_constants_are_those_of_the_profile():
     assert pytest.approx(profile["wall_us"] * 1e-6, rel=0.01) == LAUNCH
     copies = [result(f"fused_ops_{n}_h200_2026-11-22.json") for n in ("merge", "others")]
     assert [c["copy_bytes_per_second"] for c in copies] == pytest.approx([H200.copy] * 2, rel=0.01)
-    time = step_time(
-        model, train(), Shape(samples=26, length=320, pieces=1), ["nothing"], H200, graph=False
-    )
+    shape = Shape(samples=26, length=320, pieces=1)
+    time = step_time(model, train(), shape, ["nothing"], IDLE, graph=False)
     groups = ("split_merge", "swiglu", "qk_norm", "Memset", "at::native::", "scaled")
     small = sum(us for name, _, us in kernels if any(g in name for g in groups))
     modelled = time.parts["element-wise kernels"] + time.parts["casts of weights"]
@@ -159,7 +214,7 @@ def test_state_in_bytes_a_parameter(weights, ema, each):
     assert sum(halves.values()) == pytest.approx(sum(parts.values()) / 2 + more)
 
 
-@pytest.mark.parametrize(("weights", "each"), [("split", 14), ("bf16", 7 + 4 / 128)])
+@pytest.mark.parametrize(("weights", "each"), [("split", 14), ("bf16", 6 + 6 / 128)])
 def test_state_of_a_real_optimizer_is_what_the_plan_counts(weights, each):
     """Two bytes or more a number of a matrix; what is not a matrix has 16."""
     config = DiTConfig(depth=2, width=128, heads=2, ffn_width=256, channels=3, text_width=128)
@@ -180,8 +235,8 @@ def test_the_presets_for_one_h200_fit(name):
     assert plan.memory.fits
     assert plan.memory.allocated < 135 * GIB
     assert plan.batch_size >= 256
-    assert "all" not in plan.memory.levels  # every block keeps at least f of its FFN
-    assert plan.time.mfu >= 0.4
+    assert set(plan.memory.levels) <= {"nothing", "packed", "attention"}
+    assert plan.time.mfu >= 0.36  # 0.4 would need products as fast as those of zeros
     assert not plan.remedies
 
 
@@ -273,8 +328,10 @@ def test_two_gpus_take_what_was_measured(weights):
     model, config = measured_network(400), train(weights, accumulate=pieces, batch_size=208)
     memory = step_memory(model, config, shape.tokens, H200, ranks=2)
     assert Counter(memory.levels) == step["recompute"]
-    assert memory.allocated / GIB == pytest.approx(step["peak_gib"], rel=0.02)
-    time = step_time(model, config, shape, memory.levels, H200, ranks=2)
+    assert as_it_was(memory, model, step, weights, 2) / GIB == pytest.approx(
+        step["peak_gib"], rel=0.02
+    )
+    time = step_time(model, config, shape, memory.levels, IDLE, ranks=2)
     assert time.seconds == pytest.approx(step["seconds"], rel=0.05)
     assert time.tokens_per_second == pytest.approx(step["tokens_per_second"], rel=0.05)
 
@@ -323,14 +380,14 @@ def test_gpus_that_wait_are_told_of_larger_pieces():
 
 
 def test_pieces_that_are_too_small_are_told_of_the_best():
-    """The paper's batch on eight GPUs: 32 pieces of 4 samples each, where 5 of 26 are faster."""
+    """The paper's batch on eight GPUs: 32 pieces of 4 samples each, where 4 of 32 are faster."""
     experiment = get_preset("mvsplit-400l")
     low = replace(experiment.train, precision="bf16", weights="bf16", ema_decay=0.0)
     sample = Sample(image=256, text=64, source="")
     plan = plan_step(replace(experiment, train=low), H200, 8, sample)
     (note,) = (n for n in plan.notes if "small pieces" in n)
-    assert "--accumulate 5 takes" in note
-    best = plan_step(replace(experiment, train=replace(low, accumulate=5)), H200, 8, sample)
+    assert "--accumulate 4 takes" in note
+    best = plan_step(replace(experiment, train=replace(low, accumulate=4)), H200, 8, sample)
     assert best.memory.fits
     assert best.time.seconds < 0.8 * plan.time.seconds
     assert not any("small pieces" in n for n in best.notes)

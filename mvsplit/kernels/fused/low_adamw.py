@@ -1,4 +1,4 @@
-"""`mvsplit.kernels.low_adamw` in one pass: reads and writes 14 bytes a parameter.
+"""`mvsplit.kernels.low_adamw` in one pass: reads and writes 10 bytes a parameter.
 
 Shapes: N elements in blocks of `BLOCK` that share a scale.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvsplit.kernels.low_adamw import BLOCK, LARGEST, LowSettings, LowState
+from mvsplit.kernels.low_adamw import BLOCK, LARGEST, LEAST, SPOILT, STEPS, LowSettings, LowState
 
 _ROWS = 16  # blocks a program
 
@@ -54,10 +54,32 @@ def _round_to_bf16(x, chance):
     return tl.where(finite, rounded, x).to(tl.bfloat16)
 
 
+@triton.jit
+def _fraction(k, STEPS: tl.constexpr):
+    """2^(k/12)."""
+    return tl.exp2(k.to(tl.float32) * (1 / STEPS))
+
+
+@triton.jit
+def _encode_powers(x, chance, LEAST: tl.constexpr, SPOILT: tl.constexpr, STEPS: tl.constexpr):
+    """Codes [ROWS, BLOCK] and bases [ROWS]."""
+    bad = tl.sum(((x != x) | (x == float("inf"))).to(tl.int32), 1) > 0
+    sound = tl.where(bad[:, None], 1.0, tl.maximum(x, LEAST))
+    lower = tl.floor(tl.log2(sound) * STEPS).to(tl.int32)
+    low = _fraction(lower, STEPS)
+    high = _fraction(lower + 1, STEPS)
+    raised = (sound - low) / (high - low) > (chance.to(tl.float32) + 0.5) / 65536
+    base = tl.max(lower, 1) + 1 - 255
+    code = lower + raised.to(tl.int32) - base[:, None]
+    code = tl.where(x == 0, 0, tl.minimum(tl.maximum(code, 1), 255))
+    return code.to(tl.uint8), tl.where(bad, SPOILT, base).to(tl.int16)
+
+
 @triton.jit(do_not_specialize=["update", "rows"])
 def low_adamw_kernel(
-    p_w, p_g, p_code, p_scale, p_second, decay, rate, correction, beta1, beta2, rest1, rest2, eps,
-    update, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+    p_w, p_g, p_code, p_scale, p_power, p_base, decay, rate, correction, beta1, beta2, rest1, rest2,
+    eps, update, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
+    LEAST: tl.constexpr, SPOILT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """`rest1`, `rest2`: 1 − β, which fp32 would not give: of 1 − 0.999 it has five digits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -69,7 +91,10 @@ def low_adamw_kernel(
     scale = tl.load(p_scale + row, row < rows, 0.0)
     first = _decode(tl.load(p_code + i, m, 0)) * scale[:, None]
     first = beta1 * first + rest1 * g
-    second = tl.load(p_second + i, m, 0.0).to(tl.float32)
+    base = tl.load(p_base + row, row < rows, 0).to(tl.int32)[:, None]
+    code = tl.load(p_power + i, m, 0).to(tl.int32)
+    second = tl.where(code > 0, _fraction(base + code, STEPS), 0.0)
+    second = tl.where(base == SPOILT, float("nan"), second)
     second = beta2 * second + rest2 * g * g
     w = tl.load(p_w + i, m, 0.0).to(tl.float32) * decay
     w -= rate * first / (tl.sqrt(second) / correction + eps)
@@ -77,10 +102,13 @@ def low_adamw_kernel(
     scale = tl.max(tl.abs(first), 1) / LARGEST
     lost = tl.sum((first != first).to(tl.int32), 1) > 0  # max passes NaN over
     scale = tl.where(lost, float("nan"), scale)
+    tl.debug_barrier()  # a scale and a base are loaded by several threads
     tl.store(p_scale + row, scale, mask=row < rows)
     safe = tl.where(scale > 0, scale, 1.0)
     tl.store(p_code + i, _encode(first / safe[:, None], (chance >> 16) & 0xFF), mask=m)
-    tl.store(p_second + i, _round_to_bf16(second, (chance >> 16) & 0xFFFF), mask=m)
+    code, base = _encode_powers(second, (chance >> 16) & 0xFFFF, LEAST, SPOILT, STEPS)
+    tl.store(p_power + i, code, mask=m)
+    tl.store(p_base + row, base, mask=row < rows)
 
 
 def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSettings) -> None:
@@ -91,5 +119,6 @@ def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSett
             values, grads, *state, 1 - s.lr * s.weight_decay, s.lr / (1 - s.beta1**s.update),
             (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, 1 - s.beta1, 1 - s.beta2, s.eps,
             s.update, rows,
-            BLOCK=BLOCK, ROWS=_ROWS, LARGEST=LARGEST, num_warps=4,
+            BLOCK=BLOCK, ROWS=_ROWS, LARGEST=LARGEST, LEAST=LEAST, SPOILT=SPOILT, STEPS=STEPS,
+            num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,42 @@
+"""What of the training step has no result yet, for docs/performance.md (`performance_page.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Found = dict[str, Any]
+
+
+def not_run(graphs: Found) -> str:
+    lines = [name for stage, name in UNMEASURED.items() if not _has_result(graphs, stage)]
+    if not lines:
+        return ""
+    text = "\n".join(f"- {line}" for line in lines)
+    return f"## Not run\n\n`python benchmarks/step_gpu.py` measures, in twelve minutes of an H200:\n\n{text}\n"  # noqa: E501
+
+
+_WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less than was asked for
+    "step fp32": lambda found: "load" in found,
+    "step split": lambda found: "load" in found,
+    "recipe": lambda found: found["steps"] >= 1000,
+    "thousand": lambda found: found["mfu"] >= 0.4,
+    "resume": lambda found: found["same"],
+}
+UNMEASURED = {
+    "step fp32": "400 layers with fp32 weights and writers that are not zero",
+    "thousand": "1000 layers in the preset's pieces of today, and 30 steps of them",
+    "step split": "the same with fp32 weights in two halves",
+    "per layer": "seconds a layer at 1000 layers against 100",
+    "recipe": "the loss of bf16 weights, with a second moment of one byte, against fp32 over 1,000 "
+    "steps at 400 layers, D = 128",
+    "rival gate": "whether the gradients of the rival under torch.compile are ours",
+    "resume": "a resumed run that has the same bits, with sums in a fixed order",
+}
+
+
+def _has_result(graphs: Found, stage: str) -> bool:
+    found = graphs.get(stage)
+    if not found or not isinstance(found, dict) or "out_of_memory" in found:
+        return False
+    return _WHOLE.get(stage, lambda _: True)(found)
