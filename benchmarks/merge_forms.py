@@ -1,10 +1,10 @@
 """Claim: the merge with means takes fewest microseconds in the form that the package chooses.
 
 Gate: every form agrees with the fp64 reference and repeats bit for bit, on memory full of NaN; the
-clusters (`merge_clusters.py`, a candidate for Hopper that no interpreter runs) also where samples
-are padded and where lengths fit no tile, and in 60 launches after each other. Then, at each size,
-the median microseconds forward and backward of each form, with other choices of its tiles beside
-those of the package. The floor is that of fused_ops. Rows are written as they are found.
+clusters, which no interpreter runs, also where samples are padded and where lengths fit no tile,
+and in 60 launches after each other. Then, at each size, the median microseconds forward and
+backward of each form, with other choices of its tiles beside those of the package. The floor is
+that of fused_ops. Rows are written as they are found.
 
     python benchmarks/merge_forms.py [--sizes 26,256,64 64,256,64] [--forms NAME …] [--json FILE]
 
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import fused_ops
-import merge_clusters as clusters
 import torch
 import triton
 from torch import Tensor
 
 from mvsplit.kernels import Segments, forced_backend, split_merge
 from mvsplit.kernels.fused import split_merge as package
+from mvsplit.kernels.hopper import merge as clusters
 
 SIZES = ((26, 256, 64), (29, 256, 32), (64, 256, 64), (16, 1024, 256), (64, 256, 256), (1, 256, 32))
 CHOSEN = "as the package chooses"
@@ -45,10 +45,6 @@ def _cuts(forward: Changes, backward: Changes) -> Changes:
     }
 
 
-def _both(**changes: Any) -> Changes:
-    return _cuts(changes, changes)
-
-
 # A form of the package, and what it has otherwise; dictionaries are changed in the keys given.
 FORMS: dict[str, tuple[str, Changes]] = {
     CHOSEN: ("", {}),
@@ -61,8 +57,6 @@ FORMS: dict[str, tuple[str, Changes]] = {
     "two launches, 4 stages": ("two launches", {"SUMS": {"stages": 4}}),
     "two launches, 32 rows": ("two launches", {"BACKWARD": {"rows": 32, "tile": 4096, "warps": 4}}),
     "clusters": ("clusters", {}),
-    "clusters, no preload": ("clusters", _both(preload=False)),
-    "clusters, early start": ("clusters", _both(pdl=True)),
     "clusters, other appliers": (
         "clusters",
         _cuts({"appliers": 8}, {"appliers": 4}),
@@ -70,15 +64,11 @@ FORMS: dict[str, tuple[str, Changes]] = {
     "clusters, slots of 2 rows": (
         "clusters",
         _cuts(
-            {"rows": 2, "slots": 26, "kept": 26},
-            {"rows": 2, "slots": 24, "kept": 24, "f_slots": 4},
+            {"rows": 2, "slots": 26},
+            {"rows": 2, "slots": 24, "f_slots": 4},
         ),
     ),
-    "clusters, a slot not kept": ("clusters", _cuts({"kept": 12}, {"kept": 11})),
 }
-
-
-MODULES = {**package.FORMS, "clusters": clusters}
 
 
 @contextmanager
@@ -88,17 +78,15 @@ def form(name: str) -> Iterator[None]:
     if name == CHOSEN:
         yield
         return
-    module, choose = MODULES[served], package.form_of
+    module, choose = package.FORMS[served], package.form_of
     before = {key: getattr(module, key) for key in changes}
     for key, value in changes.items():
         setattr(module, key, before[key] | value if isinstance(value, dict) else value)
-    package.FORMS["of the benchmark"] = module
-    package.form_of = lambda x: "of the benchmark"
+    package.form_of = lambda *_: (served, "chosen by the benchmark")
     try:
         yield
     finally:
         package.form_of = choose
-        del package.FORMS["of the benchmark"]
         for key, value in before.items():
             setattr(module, key, value)
 

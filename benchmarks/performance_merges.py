@@ -1,4 +1,4 @@
-"""What was tried for the merge with means, as lines of docs/performance.md (`performance_page.py`).
+"""The merge with means by form, as parts of docs/performance.md (`performance_page.py`).
 
 Units: microseconds.
 """
@@ -7,11 +7,56 @@ from __future__ import annotations
 
 from typing import Any
 
-LARGE, PIECE = "64 256 64", "26 256 64"  # samples, image and text tokens
+from performance_parts import markdown
+
+LARGE, PIECE, LONG = "64 256 64", "26 256 64", "16 1024 256"  # samples, image and text tokens
+SHOWN = (LARGE, "64 256 256", LONG, PIECE, "29 256 32", "8 256 64", "1 256 32")
+Row = dict[str, Any]
 
 
-def tried(found: dict[str, Any], forms: dict[str, Any], clusters: dict[str, Any]) -> str:
-    """Lines on the forms that did not stay, from `merge_tried_h200`, `merge_forms_h200` and
+def _by_form(rows: list[Row], direction: str) -> dict[tuple[str, str], Row]:
+    chosen = [row for row in rows if row.get("direction", direction) == direction]
+    return {(row["form"], " ".join(map(str, row["size"]))): row for row in chosen}
+
+
+def forms(found: Row, ops: list[Row]) -> str:
+    """A table of the forms, from `merge_clusters_h200`, beside the released code's times."""
+    ways = [_by_form(found["rows"], direction) for direction in ("forward", "backward")]
+    merges = [row for row in ops if row["op"] == "merge"]
+    released = {" ".join(map(str, row["shape"])): row.get("released_ms") for row in merges}
+    lines = []
+    for size in SHOWN:
+        ours = [way["clusters", size] for way in ways]
+        others = [
+            " + ".join(f"{way[form, size]['us']:.1f}" for way in ways)
+            if all((form, size) in way for way in ways)
+            else "–"
+            for form in ("two launches", "waiting")
+        ]
+        batch, image, text = size.split()
+        each = [f"{row['us']:.1f} ({row['us'] / row['floor_us']:.2f})" for row in ours]
+        total = sum(row["us"] for row in ours)
+        ratio = f"{1e3 * sum(released[size]) / total:.1f}×" if released.get(size) else "–"
+        lines.append([f"{batch}, {image}+{text}", *each, *others, ratio])
+    head = ("samples, tokens", "clusters, forward (× floor)", "backward (× floor)")
+    table = markdown((*head, "two launches", "waiting", "released ÷ clusters"), lines)
+    again = _by_form(found["again"], "forward")["clusters", LONG]
+    return f"""### The merge with means by form
+
+Its rows above are of the form *waiting*, which served alone then. Since then it has three, each direction
+timed by itself here ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)): *clusters* of blocks on
+Hopper, which hold the rows of a segment in shared memory and read each tensor once, from 8,192 tokens on; *two
+launches* where the L2 cache holds X and F; else one launch of blocks that *wait* for each other. Before a cluster
+kernel serves on a machine it is compared with the formula there.
+
+{table}
+In another run of the same day the forward at 16 samples of 1024+256 took {again["us"]:.1f} µs, {again["us"] / again["floor_us"]:.2f} times its
+bytes. No training step has been timed with clusters yet.
+"""  # noqa: E501
+
+
+def tried(found: Row, timed_forms: Row, clusters: Row, first: Row) -> str:
+    """Lines on what did not stay, from `merge_tried_h200`, `merge_forms_h200` and both results of
     `merge_clusters_h200`."""
     us = {run["form"]: run["us"] for run in found["runs"]}
     waits = us["one launch, two reads, blocks that wait"]
@@ -22,9 +67,20 @@ def tried(found: dict[str, Any], forms: dict[str, Any], clusters: dict[str, Any]
     few, many = (
         us[f"one launch, two reads, {n} blocks of a processor between the reads"] for n in (4, 12)
     )
-    timed = {(row["form"], " ".join(map(str, row["size"]))): row["us"] for row in forms["rows"]}
-    once = {(row["form"], " ".join(map(str, row["size"]))): row for row in clusters["rows"]}
-    best = once["c8 plain", LARGE]
+    timed = {
+        (row["form"], " ".join(map(str, row["size"]))): row["us"] for row in timed_forms["rows"]
+    }
+    once = _by_form(first["rows"], "forward")
+    hints = once["c8", LARGE]["us"] - once["c8 plain", LARGE]["us"]
+    way, back = (_by_form(clusters["rows"], name) for name in ("forward", "backward"))
+
+    def pair(form: str, size: str) -> str:
+        return _pair([way[form, size]["us"], back[form, size]["us"]])
+
+    early, halves = (
+        "clusters, first rows taken before the means are known",
+        "clusters, slots of 2 rows",
+    )
     return f"""- A merge that reads once: a block keeps its tile in registers, tells its sums to the other tiles of
   its segment and waits for theirs ([figures](../benchmarks/results/merge_tried_h200_2026-11-28.json)).
   Forward and backward {_pair(held[LARGE])} µs at 64 samples of 256+64, where the merge that reads twice takes
@@ -40,12 +96,11 @@ def tried(found: dict[str, Any], forms: dict[str, Any], clusters: dict[str, Any]
   X and F: {_pair(timed["fewer warps", PIECE])} µs at 26 samples instead of {_pair(timed["package", PIECE])}. At 64 it is slower:
   {_pair(timed["fewer warps", LARGE])} against {_pair(timed["package", LARGE])}, with eight warps a block {_pair(timed["two launches", LARGE])}, without
   loads ahead {_pair(timed["no pipeline", LARGE])}, with chunks of 16 rows {_pair(timed["short chunks", LARGE])}.
-- Forward by clusters of eight blocks ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)):
-  rows stay in shared memory, sums go from block to block, loads go on meanwhile. A first version was right
-  and took {best["us"]:.1f} µs at 64 samples, {best["us"] / best["floor_us"]:.2f} times its bytes ({once["package", LARGE]["us"]:.1f} by blocks that wait, same run), and
-  {once["c8 plain", PIECE]["us"]:.1f} at 26 ({once["package", PIECE]["us"]:.1f}). Hints to the L2 cache cost {once["c8", LARGE]["us"] - best["us"]:.1f} µs, clusters of 16 take {once["c16 k12", LARGE]["us"]:.1f}. With
-  segments of 1024 tokens it did not always end. A version in which no warp can miss what it waits for, and
-  a backward, have not run on a GPU: `mvsplit bench merge_forms` gates and times them.
+- Clusters otherwise (64 samples of 256+64, where they take {pair("clusters", LARGE)}): the first rows of a segment taken
+  out of shared memory before its means are known, {pair(early, LARGE)}; slots of 2 rows instead of 4,
+  {pair(halves + ", first rows early", LARGE)}; 16 blocks, {once["c16 k12", LARGE]["us"]:.1f} forward where 8 took {once["c8", LARGE]["us"]:.1f}; hints to the L2 cache cost {hints:.1f}
+  ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29_first.json)). Starting while the kernel before ends
+  gave {way["clusters", LARGE]["us"]:.1f} → {way["clusters, started while the kernel before ends, first rows early", LARGE]["us"]:.1f} forward after a kernel of the same kind; what it does after others was not measured.
 """  # noqa: E501
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from performance_engine import engine
 from performance_load import under_load
-from performance_merges import tried
+from performance_merges import forms, tried
 from performance_not_run import not_run
 from performance_parallel import several
 from performance_parts import distance, fused, ideas, plans, training
@@ -86,10 +86,11 @@ def page() -> str:
     padded = ways_together(load("masked_attention_h200_*.json"))
     recipe = merged(load("recipe_h200_*.json"))
     deep = merged(load("thousand_layers_h200_*.json"))
+    clusters = merged(load("merge_clusters_h200_*.json"))
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
     parts = (
         head,
-        fused(rows(ops)),
+        fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
         training(graphs, reference, merged(load("watch_cost_h200_*.json"))) + layers(graphs),
         thousand(deep),
         under_load(together(load("step_classes_h200_*.json"))),
@@ -112,7 +113,8 @@ def page() -> str:
         + tried(
             merged(load("merge_tried_h200_*.json")),
             merged(load("merge_forms_h200_*.json")),
-            merged(load("merge_clusters_h200_*.json")),
+            clusters,
+            *load("merge_clusters_h200_*_first.json"),
         ),
         not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )

@@ -411,8 +411,6 @@ Gave nothing, or less than hoped:
 - A block as one autograd node with few, large kernels, launched one by one:
   {before["tokens_per_second"]:,.0f} tokens/s with bf16 weights, {before_full["tokens_per_second"]:,.0f}
   with fp32, near the released {_released(reference):,} or below. Without graphs the CPU decides.
-- The forward merge at {sum(merge["shape"][1:])} tokens and 64 samples is {_forward_ratio(merge):.2f} times its bytes;
-  at most 1.6 was hoped for.
 - ∂L/∂β from the gradients of the writers, ⟨W_d, ∇W_d⟩ = β ∂L/∂β + α c with c from means alone, so that no
   block keeps what its branches gave: right in fp64, but in bf16 the difference is off by some 2⁻⁹ α c,
   divided by β, which is noise once α has been learned and a β comes near zero.
@@ -427,7 +425,3 @@ def _attention(reference: Found) -> tuple[list[int], list[int]]:
 
 def _released(reference: Found) -> int:
     return reference["released"]["training_step_400_layers"]["rows"][-1][2]
-
-
-def _forward_ratio(row: Found) -> float:
-    return row["ms"]["ours"][0] / row["floor_ms"][0]

@@ -1,5 +1,5 @@
-"""The barriers of the merge in clusters (benchmarks/merge_common.cu) under schedules that a GPU may
-choose: every role of every block as a generator that yields where it waits.
+"""The barriers of the merge in clusters (kernels/hopper/merge_common.cu) under schedules that a GPU
+may choose: every role of every block as a generator that yields where it waits.
 
 A barrier is one of the hardware's: it tells a phase from the next one, not from the one after that.
 Names are those of the kernels.
@@ -53,10 +53,8 @@ class Cut:
     """
 
     slots: int
-    kept: int
     rows: int
     appliers: int
-    preload: bool = True
     backward: bool = False
     f_slots: int = 2
     in_order: bool = False
@@ -102,7 +100,7 @@ class Cluster:
         fill = 0
         for n, r in enumerate(rows):
             slots = -(-r // cut.rows)
-            passed = max(0, slots - cut.kept)
+            passed = max(0, slots - cut.slots)
             self.units.append(Unit(n, slots, passed, fill))
             fill += slots + passed
 
@@ -215,9 +213,7 @@ class Cluster:
     def _apply(self, block: Block, warp: int) -> Iterator[Wait]:
         cut = self.cut
         for u in self.units:
-            taken = not cut.preload or u.passed > 0
-            if taken:
-                yield from self._take(block, u)
+            yield from self._take(block, u)
             for j in range(u.passed, u.slots + u.passed):
                 slot, phase = self._slot(u.fill + j)
                 others = slot % cut.turns != warp // cut.rows and not cut.backward
@@ -231,11 +227,6 @@ class Cluster:
                 _expect(block.held[slot], u.fill + j)
                 parts = cut.appliers if cut.backward else cut.rows
                 block.empty[slot].arrive(FROM_APPLY // parts)
-                if not taken:
-                    yield from self._take(block, u)
-                taken = True
-            if not taken:
-                yield from self._take(block, u)
 
 
 def _lands(place, at, what, barrier: Barrier) -> Callable[[], None]:

@@ -19,19 +19,29 @@ from torch import Tensor
 from mvsplit.kernels.fused import merge_two_launches, merge_waiting
 from mvsplit.kernels.fused.common import differentiate, register, unit_stride
 from mvsplit.kernels.fused.merge_parts import Gradients, Merged, gradients, merged, weights
+from mvsplit.kernels.hopper import merge as clusters
+from mvsplit.kernels.hopper import merge_choice
 from mvsplit.kernels.reference import Gain
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
-FORMS: dict[str, ModuleType] = {"two launches": merge_two_launches, "waiting": merge_waiting}
+FORMS: dict[str, ModuleType] = {
+    "clusters": clusters,
+    "two launches": merge_two_launches,
+    "waiting": merge_waiting,
+}
 
 
-def form_of(x: Tensor) -> str:
-    """Which of FORMS serves, by what was fastest on an H200: two launches where the L2 cache holds
-    two tensors like `x` [B, T, D], X or the upstream gradient."""
+def form_of(direction: str, x: Tensor, *rest: Any) -> tuple[str, str]:
+    """Which of FORMS serves for `x` [B, T, D], X or the upstream gradient, and why: by what was
+    fastest on an H200; no other GPU was measured. `rest`: as of
+    `merge_choice.obstacle`."""
+    obstacle = merge_choice.obstacle(direction, x, *rest)
+    if obstacle is None:
+        return "clusters", "each tensor is read once"
     if x.is_cuda and 2 * x.numel() * x.element_size() <= _l2_bytes(x.device):
-        return "two launches"
-    return "waiting"
+        return "two launches", f"the L2 cache holds two such tensors; {obstacle}"
+    return "waiting", obstacle
 
 
 @cache
@@ -39,16 +49,16 @@ def _l2_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
-def _form(direction: str, x: Tensor) -> ModuleType:
-    name = form_of(x)
+def _form(direction: str, x: Tensor, *rest: Any) -> ModuleType:
+    name, why = form_of(direction, x, *rest)
     if x.is_cuda:
-        _log(direction, tuple(x.shape), x.dtype, name)
+        _log(direction, tuple(x.shape), x.dtype, name, why)
     return FORMS[name]
 
 
 @cache
-def _log(direction: str, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    _logger.info("merge with means, %s of %s %s: %s", direction, list(shape), dtype, name)
+def _log(direction: str, shape: tuple[int, ...], dtype: torch.dtype, name: str, why: str) -> None:
+    _logger.info("merge with means, %s of %s %s: %s (%s)", direction, list(shape), dtype, name, why)
 
 
 def _launch_forward(
@@ -60,7 +70,8 @@ def _launch_forward(
     out = merged(x, len(lengths), gains.leaks, norm)
     if x.numel():
         x, f = unit_stride(x), unit_stride(f)
-        _form("forward", x).forward(x, f, out, gains, valid, lengths, eps)
+        form = _form("forward", x, f, out, gains, valid, lengths)
+        form.forward(x, f, out, gains, valid, lengths, eps)
     return out
 
 
@@ -82,7 +93,8 @@ def _launch_backward(
     found = Merged(grad if y is None else y.contiguous(), r, mean_f, mean_x)
     grad, f = unit_stride(grad), None if f is None else unit_stride(f)
     gains = weights(beta, alpha, leak, values, tied)
-    _form("backward", grad).backward(grad, f, found, out, gains, valid, lengths)
+    form = _form("backward", grad, f, found, gains, valid, lengths)
+    form.backward(grad, f, found, out, gains, valid, lengths)
     return out
 
 

@@ -120,19 +120,19 @@ __device__ __forceinline__ void take_shift(Shared &at, const Unit &u, int lane, 
   if (lane == 0) barrier_arrive(shared(&at.bars.taken), 1);
 }
 
-// X + β⊙F of a row.
-__device__ __forceinline__ void load_row(u32 from, const float (&beta)[LANE_COLUMNS], float (&z)[LANE_COLUMNS]) {
+// Z of a row.
+__device__ __forceinline__ void load_row(u32 from, const float (&beta)[LANE_COLUMNS],
+                                         const float (&shift)[LANE_COLUMNS], float (&z)[LANE_COLUMNS]) {
 #pragma unroll
   for (int i = 0; i < LANE_COLUMNS; i += 8) {
     float x[8], f[8];
     unpack(load_quad(from + 64 * i), x);
     unpack(load_quad(from + ROWS * ROW_BYTES + 64 * i), f);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) z[i + e] = x[e] + beta[i + e] * f[e];
+    for (int e = 0; e < 8; ++e) z[i + e] = x[e] + (beta[i + e] * f[e] + shift[i + e]);
   }
 }
 
-// The first row of a unit is taken into registers before its shift is known, which frees a slot early.
 __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, const VALID *valid, u32 rank,
                                            const Gain &g_beta, float eps, u16 *y, float *r_out, int tokens) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -140,26 +140,20 @@ __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, con
 #pragma unroll
   for (int i = 0; i < LANE_COLUMNS; ++i) beta[i] = gain(g_beta, i / 8 * 256 + 8 * lane + i % 8);
   each_unit(layout, valid, rank, [&](const Unit &u) {
-    bool taken = !PRELOAD || u.passed;
-    if (taken) take_shift(at, u, lane, shift);
+    take_shift(at, u, lane, shift);
     for (int j = u.passed; j < u.slots + u.passed; ++j) {
       const int k = j < u.slots ? j : j - u.slots, row = k * ROWS + warp % ROWS;
       const u32 slot = slot_of(u.fill + j), from = shared(at.slots[slot]) + warp % ROWS * ROW_BYTES + 16 * lane;
       if (slot % TURNS != warp / ROWS) continue;
       barrier_wait(shared(&at.bars.full[slot]), phase_of(u.fill + j));
       float z[LANE_COLUMNS] = {};
-      if (row < u.real) load_row(from, beta, z);
+      if (row < u.real) load_row(from, beta, shift, z);
       applied(at.bars.empty, slot, ROWS);
-      if (!taken) take_shift(at, u, lane, shift);
-      taken = true;
       if (row >= u.rows) continue;
       const long long to = (long long)u.b * tokens + u.token + row;
       float square = 0;
 #pragma unroll
-      for (int i = 0; i < LANE_COLUMNS; ++i) {
-        z[i] = row < u.real ? z[i] + shift[i] : 0.f;
-        square += z[i] * z[i];
-      }
+      for (int i = 0; i < LANE_COLUMNS; ++i) square += z[i] * z[i];
       const float r = rsqrtf(over_lanes(square) * (1.f / D) + eps);
       if (lane == 0) r_out[to] = r;
 #pragma unroll
@@ -170,7 +164,6 @@ __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, con
         store_quad(y + to * D + 32 * i + 8 * lane, packed(v));
       }
     }
-    if (!taken) take_shift(at, u, lane, shift);
   });
 }
 
@@ -182,7 +175,6 @@ split_merge_forward(const u16 *x, const u16 *f, u16 *y, float *r, const VALID *v
   Shared &at = *reinterpret_cast<Shared *>(memory);
   const u32 rank = cluster_rank();
   const int warp = threadIdx.x / 32;
-  asm volatile("griddepcontrol.launch_dependents;");
   if (threadIdx.x == 0) {
     fault = fault_at;
     faulty = 0;
@@ -197,7 +189,6 @@ split_merge_forward(const u16 *x, const u16 *f, u16 *y, float *r, const VALID *v
   }
   __syncthreads();
   cluster_sync();
-  wait_for_previous();
   if (warp < APPLY_WARPS) {
     apply_role(at, layout, valid, rank, beta, eps, y, r, tokens);
   } else if (warp < LOAD_WARP) {

@@ -249,7 +249,7 @@ __device__ __forceinline__ void each_unit(const Layout &at, const VALID *valid, 
       const int count = valid ? within((int)valid[b * SEGMENTS + s], 0, length) : length;
       const int most_rows = (length + CLUSTER - 1) / CLUSTER, first = min((int)rank * most_rows, length);
       const int rows = min(most_rows, length - first), slots = (rows + ROWS - 1) / ROWS;
-      const int passed = max(0, slots - KEPT);
+      const int passed = max(0, slots - SLOTS);
       f(Unit{b, s, n++, start + first, rows, within(count - first, 0, rows), count, slots, passed, fill});
       fill += slots + passed;
     }
@@ -264,9 +264,6 @@ __device__ __forceinline__ void leave() {
   __syncwarp();
   cluster_sync();
 }
-
-// After this the kernel before has ended, if this one was launched to start while it runs.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Who sums has done with a slot.
 __device__ __forceinline__ void summed(u64 (&empty)[SLOTS], const Unit &u, int j, u32 slot) {

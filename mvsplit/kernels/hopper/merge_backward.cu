@@ -1,6 +1,7 @@
 // Δ_i = r_i (G_i − Y_i ⟨G_i, Y_i⟩/D), ∂L/∂X = Δ − λ⊙Δ̄, ∂L/∂F = β⊙Δ + (α − β)⊙Δ̄ (paper Eq. 50–53) and
 // each cluster's share of ∂L/∂β, ∂L/∂α, ∂L/∂λ (Eq. 54): each element of G, Y and F is read from device
-// memory once. Only G and Y stay: F is done with after the first pass. One more role,
+// memory once. Only G and Y stay: F is done with after the first pass, and is absent where no gain
+// learns. One more role,
 //
 //   dot      ⟨G_i, Y_i⟩ of the rows of a slot, a warp each
 
@@ -37,7 +38,7 @@ __device__ __forceinline__ void load_role(Shared &at, const Layout &layout, cons
       const u32 to = shared(at.slots[slot]);
       load_rows(to, g + u.b * sg_b + token * sg_t, sg_t, rows, bar);
       load_rows(to + ROWS * ROW_BYTES, y + ((long long)u.b * tokens + token) * D, D, rows, bar);
-      if (j >= u.slots) continue;
+      if (!f || j >= u.slots) continue;
       const u32 i = f_fill % F_SLOTS, f_bar = shared(&at.bars.f_full[i]);
       if (f_fill >= F_SLOTS) barrier_wait(shared(&at.bars.f_empty[i]), (f_fill / F_SLOTS & 1) ^ 1);
       barrier_expect(f_bar, rows * ROW_BYTES);
@@ -91,7 +92,7 @@ __device__ __forceinline__ void delta_of(const Quad &g, const Quad &y, const flo
   for (int e = 0; e < 8; ++e) delta[e] = factor[0] * vg[e] - factor[1] * vy[e];
 }
 
-__device__ __forceinline__ void sum_role(Shared &at, const Layout &layout, const VALID *valid, u32 rank) {
+__device__ __forceinline__ void sum_role(Shared &at, const Layout &layout, const VALID *valid, u32 rank, bool learns) {
   const int thread = threadIdx.x - 32 * SUM_FIRST, column = 8 * thread, lane = thread % 32;
   const u32 owner = column / SLICE;
   const u32 to = at_rank(shared(&at.sums[rank][0][column % SLICE]), owner), bar = at_rank(shared(&at.bars.sums), owner);
@@ -104,22 +105,22 @@ __device__ __forceinline__ void sum_role(Shared &at, const Layout &layout, const
       const int rows = min(u.real - j * ROWS, ROWS);
       barrier_wait(shared(&at.bars.full[slot]), phase_of(u.fill + j));
       barrier_wait(shared(&at.bars.dotted[slot]), phase_of(u.fill + j));
-      barrier_wait(shared(&at.bars.f_full[i]), f_fill / F_SLOTS & 1);
+      if (learns) barrier_wait(shared(&at.bars.f_full[i]), f_fill / F_SLOTS & 1);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         if (r >= rows) break;
         float factor[2], delta[8], f[8];
         load_floats(shared(at.factors[slot][r]), factor);
         delta_of(load_quad(from + r * ROW_BYTES), load_quad(from + (ROWS + r) * ROW_BYTES), factor, delta);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += delta[e];
+        if (!learns) continue;
         unpack(load_quad(from_f + r * ROW_BYTES), f);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          sum[e] += delta[e];
-          sum_f[e] += delta[e] * f[e];
-        }
+        for (int e = 0; e < 8; ++e) sum_f[e] += delta[e] * f[e];
       }
       summed(at.bars.empty, u, j, slot);
-      if (lane == 0) barrier_arrive(shared(&at.bars.f_empty[i]), 1);
+      if (learns && lane == 0) barrier_arrive(shared(&at.bars.f_empty[i]), 1);
     }
     if (u.n) barrier_wait(shared(&at.bars.taken), (u.n - 1) & 1);
     send8(to, bar, sum);
@@ -175,6 +176,7 @@ __device__ __forceinline__ void mean_role(Shared &at, const Layout &layout, cons
       send(at_rank(f, c), at_rank(shift, c), shift_f);
     }
   });
+  if (!share) return;
   share += (long long)(blockIdx.x / CLUSTER) * 3 * D + column;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
@@ -192,17 +194,11 @@ __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, con
 #pragma unroll
   for (int e = 0; e < 8; ++e) beta[e] = gain(g_beta, column + e);
   each_unit(layout, valid, rank, [&](const Unit &u) {
-    bool taken = false;
-    const auto take = [&] {
-      if (taken) return;
-      taken = true;
-      barrier_wait(shared(&at.bars.shift), u.n & 1);
-      load_8(shared(&at.shift[0][column]), shift_x);
-      load_8(shared(&at.shift[1][column]), shift_f);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared(&at.bars.taken), 1);
-    };
-    if (!PRELOAD || u.passed) take();
+    barrier_wait(shared(&at.bars.shift), u.n & 1);
+    load_8(shared(&at.shift[0][column]), shift_x);
+    load_8(shared(&at.shift[1][column]), shift_f);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared(&at.bars.taken), 1);
     for (int j = u.passed; j < u.slots + u.passed; ++j) {
       const int k = j < u.slots ? j : j - u.slots;
       const u32 slot = slot_of(u.fill + j), from = shared(at.slots[slot]) + 16 * thread;
@@ -218,7 +214,6 @@ __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, con
         load_floats(shared(at.factors[slot][r]), factor[i]);
       }
       applied(at.bars.empty, slot, APPLY_WARPS);
-      take();
 #pragma unroll
       for (int i = 0; i < ROWS / GROUPS; ++i) {
         const int row = k * ROWS + i * GROUPS + group;
@@ -238,7 +233,6 @@ __device__ __forceinline__ void apply_role(Shared &at, const Layout &layout, con
         store_quad(df + to, packed(f));
       }
     }
-    take();
   });
 }
 
@@ -251,7 +245,7 @@ split_merge_backward(const u16 *g, const u16 *y, const u16 *f, const float *r, c
   Shared &at = *reinterpret_cast<Shared *>(memory);
   const u32 rank = cluster_rank();
   const int warp = threadIdx.x / 32;
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;");  // of split_merge_gains
   if (threadIdx.x == 0) {
     fault = fault_at;
     faulty = 0;
@@ -271,11 +265,10 @@ split_merge_backward(const u16 *g, const u16 *y, const u16 *f, const float *r, c
   }
   __syncthreads();
   cluster_sync();
-  wait_for_previous();
   if (warp < SUM_FIRST) {
     apply_role(at, layout, valid, rank, beta, dx, df, tokens);
   } else if (warp < DOT_FIRST) {
-    sum_role(at, layout, valid, rank);
+    sum_role(at, layout, valid, rank, f);
   } else if (warp < LOAD_WARP) {
     dot_role(at, layout, valid, rank, r, tokens);
   } else if (warp == LOAD_WARP) {
@@ -295,7 +288,7 @@ __device__ __forceinline__ void put(void *to, int half, int at, float v) {
 extern "C" __global__ void split_merge_gains(const float *share, void *d_beta, void *d_alpha, void *d_leak, int halves,
                                        int clusters, int tied) {
   const int column = blockIdx.x * blockDim.x + threadIdx.x;
-  wait_for_previous();
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // it starts while the kernel before ends
   float beta = 0, alpha = 0, leak = 0;
   for (int c = 0; c < clusters; ++c) {
     beta += share[(c * 3) * D + column];

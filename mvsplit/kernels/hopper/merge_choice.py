@@ -1,0 +1,215 @@
+"""Whether the merge in clusters serves: what it takes, and whether it is right on this machine.
+
+Before a kernel serves on a machine, its results are compared with the formula in fp32 and with
+themselves. The verdict is kept on the disk (merge.json, see `choices`): a run that goes on computes
+by the same kernels. Any other word there than "right" keeps a kernel from serving.
+
+Shapes: B batch, T tokens, D width, S segments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvsplit.kernels.choices import recall, remember
+from mvsplit.kernels.fused.merge_parts import Merged, Weights, gradients, merged, weights
+from mvsplit.kernels.hopper import merge
+from mvsplit.kernels.hopper.driver import DriverError
+from mvsplit.kernels.segments import Segments
+
+_logger = logging.getLogger(__name__)
+FEWEST_TOKENS = 8192  # B·T from which on clusters were measured to be the fastest, on an H200
+AGREEMENT = 1e-2  # ‖found − wanted‖/‖wanted‖; bf16 rounds by 2⁻⁹, and at most 2e-3 was measured
+_RIGHT = "right"
+_EPS = 1e-5
+
+
+class Class(NamedTuple):
+    """Merges that one kernel serves: dtype, segments, type of counts ("" without any), whether a
+    segment is a long one, whether gains learn."""
+
+    direction: str
+    dtype: torch.dtype
+    segments: int
+    counts: str
+    long: bool
+    learns: bool
+
+
+def obstacle(
+    direction: str, x: Tensor, f: Tensor | None, found: Merged, gains: Weights,
+    valid: Tensor | None, lengths: list[int],
+) -> str | None:  # fmt: skip
+    """Why clusters do not serve, if so.
+
+    Args:
+        direction: "forward" or "backward".
+        x: [B, T, D], X or the upstream gradient.
+        f: [B, T, D]; None where no gain learns.
+        found: the results of the forward, filled or not.
+    """
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "clusters need a Hopper GPU"
+    if x.dtype not in merge.NAMES or x.shape[-1] != merge.WIDTH:
+        return f"clusters take bf16 and fp16 with D = {merge.WIDTH}"
+    if x.shape[0] * x.shape[1] < FEWEST_TOKENS:
+        return f"clusters are slower below {FEWEST_TOKENS} tokens"
+    if found.r.numel() == 0 or found.mean_x.numel() == 0:
+        return "clusters take a merge with a norm and a leak"
+    if any(g is not None and g.dtype not in (x.dtype, torch.float32) for g in gains.pointers):
+        return "clusters take gains in fp32 or the dtype of X"
+    if valid is not None and valid.dtype not in (torch.int32, torch.int64):
+        return "clusters take counts in int32 and int64"
+    tensors = [t for t in (x, f, found.y) if t is not None]
+    if any(t.data_ptr() % 16 or t.stride(0) % 8 or t.stride(1) % 8 for t in tensors):
+        return "clusters take rows at multiples of 16 bytes"
+    if x.shape[0] >= 1 << 16:
+        return "clusters take fewer than 65,536 samples"
+    counts = "" if valid is None else merge.counts_of(valid)
+    long = merge.cut_for(direction, lengths).cluster > 8
+    return _untrusted(
+        Class(direction, x.dtype, len(lengths), counts, long, f is not None), x.device
+    )
+
+
+_verdicts: dict[tuple[Class, torch.device], str] = {}
+
+
+def _untrusted(kind: Class, device: torch.device) -> str | None:
+    """Why a kernel is not trusted on a device, if so. A capture forbids to look."""
+    if (kind, device) not in _verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return "clusters were not compared on this machine before a graph was captured"
+        name = _name(kind, device)
+        verdict = recall("merge", name)
+        if verdict is None:
+            verdict, lasting = _verdict(kind, device)
+            if lasting:
+                remember("merge", name, verdict)
+        if verdict != _RIGHT:
+            _logger.warning("the merge in clusters is not used for %s: %s", kind, verdict)
+        _verdicts[kind, device] = verdict
+    verdict = _verdicts[kind, device]
+    return None if verdict == _RIGHT else f"clusters: {verdict}"
+
+
+def _name(kind: Class, device: torch.device) -> str:
+    """The key of a verdict on the disk: what it depends on."""
+    cut = merge.cut_for(kind.direction, _lengths(kind))
+    source = merge.source(cut, kind.dtype, kind.segments, kind.counts or "long long")
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, *kind)
+    return "; ".join(map(str, parts))
+
+
+def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
+    """ "right", or what is wrong with a kernel; whether that holds for later processes."""
+    try:
+        off = _off_by(kind, device)
+    except torch.OutOfMemoryError:
+        return "no memory to compare them", False
+    except (DriverError, OSError) as error:
+        return f"cannot be made here ({error})", False
+    return (_RIGHT if off < AGREEMENT else f"off by {off:.1e}"), True
+
+
+def _lengths(kind: Class) -> list[int]:
+    """Lengths of the comparison: rows that fill no slot."""
+    return [1203 if kind.long else 301, *[70] * (kind.segments - 1)]
+
+
+def _off_by(kind: Class, device: torch.device) -> float:
+    """The largest ‖found − wanted‖/‖wanted‖; infinite where launches differ, give NaN, or wait in
+    vain. There are several segments for each cluster."""
+    lengths, batch = _lengths(kind), 10 if kind.long else 24
+    noise = torch.Generator(device).manual_seed(0)  # nobody else's numbers are drawn
+    shape = (batch, sum(lengths), merge.WIDTH)
+    x, f, g = (torch.randn(shape, device=device, generator=noise).to(kind.dtype) for _ in range(3))
+    beta, alpha = torch.rand(2, merge.WIDTH, device=device, generator=noise) + 0.5
+    valid = _some_counts(kind, batch, lengths, device)
+    mask = Segments(tuple(lengths), valid).mask
+    if mask is None:
+        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
+    inputs = [t.float() * mask[..., None] for t in (x, f, g)]
+    forward, backward = _truth(inputs, beta, alpha, mask, lengths)
+    x, f, g = (t.masked_fill(~mask[..., None], float("nan")) for t in (x, f, g))
+    gains = weights(beta, alpha, None, [0.0] * 3, tied=True)
+    noted_before, merge.fault = merge.fault, torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        if kind.direction == "forward":
+            found = [_forward(x, f, gains, valid, lengths) for _ in range(3)]
+            off = _distance(found, forward)
+        else:
+            kept = Merged(forward[0].to(kind.dtype), *forward[1:])
+            other = f if kind.learns else None
+            found = [_backward(g, other, kept, gains, valid, lengths) for _ in range(3)]
+            off = _distance(found, backward)
+        return float("inf") if merge.fault.item() else off
+    finally:
+        merge.fault = noted_before
+
+
+def _some_counts(
+    kind: Class, batch: int, lengths: list[int], device: torch.device
+) -> Tensor | None:
+    if not kind.counts:
+        return None
+    dtype = torch.int32 if kind.counts == "int" else torch.int64
+    rows = [lengths, [n // 3 for n in lengths], [n - 1 for n in lengths], [0, *lengths[1:]]]
+    return torch.tensor([rows[b % 4] for b in range(batch)], dtype=dtype, device=device)
+
+
+def _truth(
+    inputs: list[Tensor], beta: Tensor, alpha: Tensor, mask: Tensor, lengths: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Eq. 7–8 and 49–54 with λ = α, by plain sums: Y, 1/RMS, means of F and X; ∂L/∂X, ∂L/∂F, ∂L/∂β
+    and ∂L/∂α."""
+    parts: list[list[Tensor]] = []
+    for x, f, g, real in zip(*(t.split(lengths, 1) for t in (*inputs, mask)), strict=True):
+        real = real[..., None]
+        count = real.sum(1, keepdim=True).clamp(min=1)
+        mean_f, mean_x = f.sum(1, keepdim=True) / count, x.sum(1, keepdim=True) / count
+        z = (x + beta * (f - mean_f) + alpha * (mean_f - mean_x)) * real
+        r = torch.rsqrt(z.square().mean(-1, keepdim=True) + _EPS)
+        y = z * r
+        delta = r * (g - y * (g * y).mean(-1, keepdim=True))
+        total = delta.sum(1, keepdim=True)
+        dx = (delta - alpha * total / count) * real
+        df = (beta * delta + (alpha - beta) * total / count) * real
+        d_beta = (delta * f).sum((0, 1)) - (total * mean_f).sum((0, 1))
+        d_alpha = (total * (mean_f - mean_x)).sum((0, 1))
+        parts.append([y, r.squeeze(-1), mean_f, mean_x, dx, df, d_beta, d_alpha])
+    together = [torch.cat(p, 1) for p in list(zip(*parts, strict=True))[:6]]
+    gains = [sum(p[1:], start=p[0]) for p in list(zip(*parts, strict=True))[6:]]
+    return together[:4], [*together[4:], *gains]
+
+
+def _forward(
+    x: Tensor, f: Tensor, gains: Weights, valid: Tensor | None, lengths: list[int]
+) -> list[Tensor]:
+    out = merged(x, len(lengths), leaks=True, norm=True)
+    merge.forward(x, f, out, gains, valid, lengths, _EPS)
+    return list(out)
+
+
+def _backward(
+    g: Tensor, f: Tensor | None, kept: Merged, gains: Weights, valid: Tensor | None,
+    lengths: list[int],
+) -> list[Tensor]:  # fmt: skip
+    out = gradients(g, gains.pointers, f is not None)
+    merge.backward(g, f, kept, out, gains, valid, lengths)
+    return list(out[: 2 if f is None else 4])
+
+
+def _distance(found: list[list[Tensor]], wanted: list[Tensor]) -> float:
+    first = found[0]
+    if not all(all(map(torch.equal, first, other)) for other in found[1:]):
+        return float("inf")
+    pairs = zip(first, wanted[: len(first)], strict=True)
+    errors = [float((a.float() - b).norm() / b.norm()) for a, b in pairs]
+    return max(float("inf") if e != e else e for e in errors)
