@@ -1,7 +1,7 @@
 """Split-merge with means: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm (paper Eq. 7–8, 49–54).
 
 The registered ops. Several forms compute them, each deterministic; which one serves depends on the
-size alone (`form_of`) and is logged once.
+sizes, the GPU and what was found on the machine (`form_of`), and is logged once for each shape.
 
 Shapes: B batch, T tokens, D width, S segments.
 """
@@ -34,8 +34,7 @@ FORMS: dict[str, ModuleType] = {
 
 def form_of(direction: str, x: Tensor, *rest: Any) -> tuple[str, str]:
     """Which of FORMS serves for `x` [B, T, D], X or the upstream gradient, and why: by what was
-    fastest on an H200; no other GPU was measured. `rest`: as of
-    `merge_choice.obstacle`."""
+    fastest on an H200; no other GPU was measured. `rest`: as of `merge_choice.obstacle`."""
     obstacle = merge_choice.obstacle(direction, x, *rest)
     if obstacle is None:
         return "clusters", "each tensor is read once"
