@@ -171,7 +171,8 @@ def test_a_verdict_is_kept_and_said_and_never_made_in_a_capture(monkeypatch, tmp
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     capturing, asked = [True], []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(choice, "_verdict", lambda *_: asked.append(None) or ("off by inf", True))
+    given = ("off by inf", True)
+    monkeypatch.setattr(choice, "_verdict_elsewhere", lambda *_: asked.append(None) or given)
     device = torch.device("cuda", 0)
     monkeypatch.setattr(choice, "_verdicts", {})
     assert "captured" in choice._untrusted(KINDS[0], device)
@@ -182,6 +183,31 @@ def test_a_verdict_is_kept_and_said_and_never_made_in_a_capture(monkeypatch, tmp
     assert "off by inf" in choice._untrusted(KINDS[0], device)
     assert len(asked) == 1
     assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("there", "verdict", "lasting"),
+    [
+        ("return 'right' if kind == kinds[1] and device.type == 'cpu' else 'mixed up', True",
+         "right", True),
+        ("raise RuntimeError('an illegal access\\nand more')",
+         "faults here (an illegal access)", True),
+        ("import os; os._exit(3)", "the comparison ended without a verdict (status 3)", False),
+        ("import time; time.sleep(60)", "no verdict within 5 s", False),
+    ],
+)  # fmt: skip
+def test_the_comparison_has_a_process_of_its_own(there, verdict, lasting, monkeypatch, tmp_path):
+    """Whatever happens in it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "from mvsplit.kernels.hopper import merge_choice as choice\n"
+        f"kinds = [None, choice.Class('forward', torch.float16, 1, 'int', True, True)]\n"
+        f"def verdict(kind, device):\n    {there}\n"
+        "choice._verdict = verdict\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(choice, "PATIENCE", 5.0 if "sleep" in there else 60.0)
+    assert choice._verdict_elsewhere(KINDS[1], CPU) == (verdict, lasting)
 
 
 def test_a_kernel_that_cannot_be_made_is_not_used_this_time(kernels, monkeypatch):

@@ -1,8 +1,9 @@
 """Whether the merge in clusters serves: what it takes, and whether it is right on this machine.
 
 Before a kernel serves on a machine, its results are compared with the formula in fp32 and with
-themselves. The verdict is kept on the disk (merge.json, see `choices`): a run that goes on computes
-by the same kernels. Any other word there than "right" keeps a kernel from serving.
+themselves, in a process of its own, for a kernel that faults takes the GPU from its process. The
+verdict is kept on the disk (merge.json, see `choices`): a run that goes on computes by the same
+kernels. Any other word there than "right" keeps a kernel from serving.
 
 Shapes: B batch, T tokens, D width, S segments.
 """
@@ -10,7 +11,11 @@ Shapes: B batch, T tokens, D width, S segments.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import torch
@@ -25,6 +30,9 @@ from mvsplit.kernels.segments import Segments
 _logger = logging.getLogger(__name__)
 FEWEST_TOKENS = 8192  # B·T from which on clusters were measured to be the fastest, on an H200
 AGREEMENT = 1e-2  # ‖found − wanted‖/‖wanted‖; bf16 rounds by 2⁻⁹, and at most 2e-3 was measured
+PATIENCE = (
+    120.0  # seconds for a comparison; compiling takes a few, the waits of kernels are bounded
+)
 _RIGHT = "right"
 _EPS = 1e-5
 
@@ -88,7 +96,7 @@ def _untrusted(kind: Class, device: torch.device) -> str | None:
         name = _name(kind, device)
         verdict = recall("merge", name)
         if verdict is None:
-            verdict, lasting = _verdict(kind, device)
+            verdict, lasting = _verdict_elsewhere(kind, device)
             if lasting:
                 remember("merge", name, verdict)
         if verdict != _RIGHT:
@@ -105,6 +113,39 @@ def _name(kind: Class, device: torch.device) -> str:
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     parts = (torch.cuda.get_device_name(device), torch.__version__, digest, *kind)
     return "; ".join(map(str, parts))
+
+
+def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
+    """`_verdict`, found by another process; no verdict that lasts where that ends without one."""
+    code = "from mvsplit.kernels.hopper.merge_choice import _tell_verdict; _tell_verdict()"
+    dtype = str(kind.dtype).partition(".")[2]
+    told = json.dumps([str(device), kind.direction, dtype, *kind[2:]])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code, told]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return f"no verdict within {PATIENCE:.0f} s", False
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return f"the comparison ended without a verdict ({last})", False
+    verdict, lasting = json.loads(done.stdout.strip().splitlines()[-1])
+    return verdict, lasting
+
+
+def _tell_verdict() -> None:
+    """The other process: writes its verdict as the last line of its output."""
+    name, direction, dtype, *rest = json.loads(sys.argv[1])
+    device = torch.device(name)
+    torch.empty(1, device=device)  # what fails here is no verdict on a kernel
+    kind = Class(direction, getattr(torch, dtype), *rest)
+    try:
+        found = _verdict(kind, device)
+    except RuntimeError as error:  # a fault: the process is of no use to the GPU any more
+        found = f"faults here ({str(error).splitlines()[0]})", True
+    print(json.dumps(found), flush=True)
 
 
 def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
