@@ -82,9 +82,12 @@ def main() -> None:
         keep(time_sharing(size), options.json)
         return
     began = time.monotonic()
-    (check_together if options.together else check)(size)
     part, parts = map(int, options.part.split("/"))
     entries = share(get_entries(options.entries), part, parts)
+    if options.together:
+        check_together(size, entries)
+    else:
+        check(size)
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)

@@ -104,13 +104,25 @@ def test_the_update_is_that_of_torch(decay):
 
 
 def test_the_gate_takes_what_is_alike(monkeypatch, capsys):
-    monkeypatch.setattr(gate, "NAMES", ("mvsplit-root", "plain", "rezero"))
-    monkeypatch.setattr(gate, "STEPS", 20)
-    check_together(TINY)
-    assert "runs as one are what they are alone" in capsys.readouterr().out
+    """One run of each rule is trained alone, whatever the family; candidates of one rule once."""
+    alone: list[str] = []
+
+    def counted(run, size, out):
+        alone.append(run.name)
+        return run_bench(run, size, out)
+
+    monkeypatch.setattr(gate, "run_bench", counted)
+    monkeypatch.setattr(gate, "STEPS", 10)
+    monkeypatch.setattr(gate, "DEPTH", 2)
+    entries = get_entries(["mvsplit-root", "plain", "keel", "sandwich", "beta-4", "alpha-free"])
+    check_together(TINY, entries)
+    assert "check: 5 runs as one are what they are alone" in capsys.readouterr().out
+    names = ["mvsplit-root", "plain", "alpha-free", "keel", "sandwich"]
+    assert [name.partition("-2x16")[0] for name in alone] == names
+    assert {name.partition("-lr")[2] for name in alone} == {"3.2e-04-seed0", "1.0e-03-seed1"}
 
 
-@pytest.mark.parametrize("factor", [1.05, float("nan")])
+@pytest.mark.parametrize("factor", [1.02, float("nan")])
 def test_the_gate_refuses_what_differs(monkeypatch, factor):
     """A way to train that gives other losses, in place of the ensemble."""
 
@@ -122,11 +134,10 @@ def test_the_gate_refuses_what_differs(monkeypatch, factor):
             row["validation_loss"] *= factor
             path.write_text(json.dumps(row), "utf-8")
 
-    monkeypatch.setattr(gate, "NAMES", ("plain",))
     monkeypatch.setattr(gate, "STEPS", 10)
     monkeypatch.setattr(gate, "run_together", other)
     with pytest.raises(RuntimeError, match="differ from those alone"):
-        check_together(dataclasses.replace(TINY, validation=4))
+        check_together(dataclasses.replace(TINY, validation=4), get_entries(["plain"]))
 
 
 def test_entries_of_one_name_are_one_network():
