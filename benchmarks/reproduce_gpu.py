@@ -27,7 +27,7 @@ from pathlib import Path
 from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.check import check_training
 from mvsplit.reproduce.depth.gate import check_together
-from mvsplit.reproduce.depth.plan import get_size
+from mvsplit.reproduce.depth.plan import get_entries, get_size
 from mvsplit.reproduce.sizes import GPU
 from mvsplit.residuals import RuleConfig
 
@@ -55,7 +55,8 @@ def main() -> None:
         return
     options.json.mkdir(parents=True, exist_ok=True)
     if options.together:
-        check_together(replace(get_size("gpu"), width=GPU.regimes["start"].width))
+        rules = get_entries(["plain", "mvsplit-1", "layerscale-0.01", "hard-center"])
+        check_together(replace(get_size("gpu"), width=GPU.regimes["start"].width), rules)
     study = Study(
         options.out,
         GPU,
