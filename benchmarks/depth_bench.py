@@ -16,10 +16,10 @@ or one of them twice.
 `--time --json docs/experiments/results/depth-bench/timing-gpu.json` times steps instead, alone and
 side by side.
 
-Cost: two minutes of an H200 for the timing; any number of minutes gives a part of the rest. The gate
-of --together is not measured whole: on an H200 with empty caches of compiled kernels an ensemble of
-12 networks and 6 layers was trained and scored, and a minute was over before its runs were repeated
-alone. No row of the page comes from an ensemble on a GPU yet.
+Cost: two minutes of an H200 for the timing; any number of minutes gives a part of the rest. The
+gate of --together is not measured whole: on an H200 with empty caches of compiled kernels it had
+trained and scored its ensemble, 12 networks of 6 layers then, and a minute was over before it had
+trained one of them alone. No row of the page comes from an ensemble on a GPU yet.
 """
 
 from __future__ import annotations
