@@ -30,7 +30,7 @@ from mvsplit.reproduce.depth.verdict import (
     TIE,
     against_rivals,
     best,
-    new_default,
+    new_defaults,
     rule_sha256,
 )
 
@@ -38,6 +38,7 @@ NAME = "depth-bench"
 RESULTS = "results/depth-bench"
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
 TODAY = "mvsplit-1"  # what `RuleConfig` had by default when the rule was written
+SERVES = "mvsplit-root"  # what it has
 HEAD = """# The depth bench: every rule at its own learning rate
 
     mvsplit bench depth_bench --size small --out runs/depth-bench
@@ -174,7 +175,7 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     settings = for_verdict(found, size, ("mvsplit", "candidate"))
     rivals = for_verdict(found, size, ("rival",))
     verdict, standing = against_rivals(settings, rivals)
-    default = new_default(settings, TODAY)
+    found_defaults = new_defaults(settings, TODAY)
     labels = {cell.entry.name: cell.entry.label for cell in found}
     not_run = [str(depth) for depth in size.depths if depth not in settings]
     where = f" (of {', '.join(not_run)} layers nothing is known)" if not_run else ""
@@ -194,12 +195,20 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
             f"- {depth} layers: the best rival is {labels[rival]}, the best setting "
             f"{labels[mine]} ({standing[depth][mine]}; all that can be told: {words or 'nothing'})"
         )
-    new = f"becomes {labels[default]}" if default else f"stays {labels.get(TODAY, TODAY)}"
     tail = (
-        f"**By this size alone the default {new}{where}.** Ties are {TIE:.0%} wide, and {ERRORS:g} "
-        "standard errors count."
+        f"**By this size alone {_default_words(found_defaults, labels)}{where}.** Ties are "
+        f"{TIE:.0%} wide, and {ERRORS:g} standard errors count."
     )
     return [*lines, "", tail + "\n"]
+
+
+def _default_words(names: Sequence[str], labels: Mapping[str, str]) -> str:
+    """What the rule makes of the default."""
+    if not names:
+        return f"no setting takes the place of {labels.get(TODAY, TODAY)}"
+    admitted = " and ".join(labels[name] for name in names)
+    kept = f", and {labels[SERVES]} serves" if SERVES in names else ""
+    return f"the rule admits {admitted} as the default{kept}"
 
 
 def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:

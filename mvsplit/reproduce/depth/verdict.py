@@ -87,25 +87,26 @@ def against_rivals(
     return "cannot tell", standing
 
 
-def new_default(settings: Mapping[int, Losses], today: str) -> str | None:
-    """The setting that becomes the default in place of `today`; None where there is none."""
+def new_defaults(settings: Mapping[int, Losses], today: str) -> list[str]:
+    """The settings that may become the default in place of `today`; those that no other is ahead of
+    may be several."""
     names = {name for losses in settings.values() for name in losses} - {today}
-    for name in sorted(names):
-        mine = [losses.get(name) for losses in settings.values()]
-        others = [
-            compare(losses.get(other), losses.get(name))
-            for losses in settings.values()
-            for other in losses
-            if other != name
-        ]
-        now = [
-            compare(own, losses.get(today))
-            for own, losses in zip(mine, settings.values(), strict=True)
-        ]
-        enough = all(own and len(own) >= SEEDS for own in mine)
-        if enough and "ahead" not in others and "ahead" in now and "behind" not in now:
-            return name
-    return None
+    return [name for name in sorted(names) if _replaces(name, settings, today)]
+
+
+def _replaces(name: str, settings: Mapping[int, Losses], today: str) -> bool:
+    mine = [losses.get(name) for losses in settings.values()]
+    others = [
+        compare(losses.get(other), losses.get(name))
+        for losses in settings.values()
+        for other in losses
+        if other != name
+    ]
+    now = [
+        compare(own, losses.get(today)) for own, losses in zip(mine, settings.values(), strict=True)
+    ]
+    enough = all(own and len(own) >= SEEDS for own in mine)
+    return enough and "ahead" not in others and "ahead" in now and "behind" not in now
 
 
 def note_rule(path: Path) -> dict[str, str]:

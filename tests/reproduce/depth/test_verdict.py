@@ -6,7 +6,7 @@ from mvsplit.reproduce.depth.verdict import (
     against_rivals,
     best,
     compare,
-    new_default,
+    new_defaults,
     note_rule,
     rule_sha256,
 )
@@ -70,18 +70,21 @@ def test_it_is_compared_with_the_best_rival_of_each_depth():
 
 def test_a_default_is_replaced_only_by_what_nothing_is_ahead_of():
     settings = {100: {"now": BAD, "new": GOOD}, 400: {"now": GOOD, "new": SAME}}
-    assert new_default(settings, "now") == "new"
+    assert new_defaults(settings, "now") == ["new"]
+    # Two that are not told apart.
+    both = {depth: {**losses, "other": losses["new"]} for depth, losses in settings.items()}
+    assert new_defaults(both, "now") == ["new", "other"]
     # Ahead nowhere.
-    assert new_default({100: {"now": SAME, "new": GOOD}}, "now") is None
+    assert new_defaults({100: {"now": SAME, "new": GOOD}}, "now") == []
     # Behind at one depth.
     worse = {**settings, 1000: {"now": GOOD, "new": BAD}}
-    assert new_default(worse, "now") is None
+    assert new_defaults(worse, "now") == []
     # Another is ahead of it.
     third = {100: {"now": [0.4] * 3, "new": BAD, "third": GOOD[:3]}, 400: settings[400]}
-    assert new_default(third, "now") is None
+    assert new_defaults(third, "now") == []
     # Too few seeds at one depth.
     short = {**settings, 400: {"now": GOOD, "new": SAME[:2]}}
-    assert new_default(short, "now") is None
+    assert new_defaults(short, "now") == []
 
 
 def test_the_rule_is_noted_once(tmp_path):
