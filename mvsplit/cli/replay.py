@@ -23,6 +23,7 @@ from mvsplit.diagnostics.replay import open_logs, replay
 from mvsplit.diagnostics.signals import LAYERED, SCALARS
 from mvsplit.errors import UserError
 
+NOTHING_JUDGED = 2
 _COLOURS = {"info": "dim", "warning": "yellow", "alarm": "bold red"}
 
 
@@ -38,7 +39,8 @@ class _Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the events of the logs, as a table or as JSON, and returns 0.
+    """Prints the events of the logs, as a table or as JSON, and returns 0, or 2 where nothing could
+    be judged.
 
     Raises:
         UserError: no file is named, or one does not exist.
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     for log in logs:
         if log.dropped.total:
             print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)
-    return 0
+    return 0 if detector.understood else NOTHING_JUDGED
 
 
 def _print_table(events: Sequence[Event], lines: int) -> None:

@@ -18,8 +18,8 @@ def write(path, records, end="\n"):
     return str(path)
 
 
-def replayed(capsys, *files):
-    assert cli.main(["monitor", "replay", *files, "--json"]) == 0
+def replayed(capsys, *files, status=0):
+    assert cli.main(["monitor", "replay", *files, "--json"]) == status
     out, err = capsys.readouterr()
     return json.loads(out, parse_constant=pytest.fail)["events"], err
 
@@ -40,14 +40,14 @@ def test_the_output_is_one_object_with_exactly_these_fields(tmp_path, capsys):
 @pytest.mark.parametrize("records", [[], [{"step": 1, "train_loss": 2.0}, {"loss": 3.0}]])
 def test_a_log_that_holds_nothing_to_judge_says_so(tmp_path, capsys, records):
     log = write(tmp_path / "a.jsonl", records, end="")
-    events, err = replayed(capsys, log)
+    events, err = replayed(capsys, log, status=2)
     assert events == []
     assert "no line holds a step and any of loss, grad_norm, " in err
 
 
 def test_a_text_that_is_no_log_is_not_called_calm(tmp_path, capsys):
     (tmp_path / "a.md").write_text("# text\n")
-    assert cli.main(["monitor", "replay", str(tmp_path / "a.md")]) == 0
+    assert cli.main(["monitor", "replay", str(tmp_path / "a.md")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "nothing was judged" in err
