@@ -16,6 +16,7 @@ comes at once when the step before left the usual.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +45,9 @@ from mvsplit.errors import UserError, nearest
 
 Policy = Literal["record", "stop", "skip"]
 POLICIES: tuple[Policy, ...] = ("record", "stop", "skip")
+_UNSEEN_AT_MOST = 20  # steps without look() before that is said
+
+_logger = logging.getLogger(__name__)
 
 
 class Stopped(UserError):
@@ -160,11 +164,11 @@ class Monitor:
         self._schedule = Schedule(cadence or Cadence())
         self._sinks: list[Sink] = [*sinks, *([] if run_dir is None else [_Logs(Path(run_dir))])]
         self._probe: LayerProbe | None = None
-        self._announced = False
+        self._announced = self._looked = False
 
     def look(self) -> AbstractContextManager[Any]:
         """The context for the forward and backward passes of the step that begins."""
-        self._probe = None
+        self._probe, self._looked = None, True
         if not self._schedule.due(self.detector.stirred):
             return nullcontext()
         self._probe = LayerProbe(self.taps, fields=self._fields)
@@ -187,6 +191,8 @@ class Monitor:
             self._announced = True
             self._log("events", self._announcement())
         self.steps += 1
+        if not self._looked and self.steps == min(2 * self._schedule.cadence.calm, _UNSEEN_AT_MOST):
+            self._warn_unseen()
         numbers = self._read(loss, scale)
         if lr is not None:
             numbers["lr"] = lr
@@ -226,6 +232,13 @@ class Monitor:
         message += "".join(f"; {words}" for words in self.missing)
         head = {"event": "watching", "time": time.time(), "step": self.steps, "level": "info"}
         return head | {"message": message}
+
+    def _warn_unseen(self) -> None:
+        message = "monitor.look() was never entered: layers are not looked into"
+        head = {"event": "unseen", "time": time.time(), "step": self.steps, "level": "info"}
+        self._log("events", head | {"message": message})
+        if is_first_rank():
+            _logger.warning(message)
 
     def _skipped(self, verdict: str) -> dict[str, Any]:
         message = f"The update of step {self.steps} is left out, because of {verdict}."

@@ -209,3 +209,22 @@ def test_a_model_without_attention_says_what_it_will_not_measure():
         "no queries and keys",
         "no attention writer",
     ]
+
+
+@pytest.mark.parametrize(("calm", "at"), [(128, 20), (3, 6)])
+def test_a_loop_without_looks_is_told_once(holder, tmp_path, caplog, calm, at):
+    monitor = Monitor(holder, cadence=Cadence(calm=calm), run_dir=tmp_path)
+    loss = holder.forward(torch.randn(3, 5, 8)).square().mean()
+    loss.backward()
+    for _ in range(45):
+        monitor.step(loss)
+    words = "monitor.look() was never entered: layers are not looked into"
+    assert [r.message for r in caplog.records if "look()" in r.message] == [words]
+    lines = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert [(e["step"], e["message"]) for e in lines if e["event"] == "unseen"] == [(at, words)]
+
+
+def test_a_loop_that_looks_is_not_told_even_where_no_look_was_due(holder, tmp_path, caplog):
+    train(holder, Monitor(holder, cadence=Cadence(calm=100, start=100), run_dir=tmp_path), 25)
+    assert not caplog.records
+    assert "unseen" not in (tmp_path / "events.jsonl").read_text()
