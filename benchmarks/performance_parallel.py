@@ -19,6 +19,9 @@ STAGES = {  # of parallel_step.py, and the stage of one GPU that each is compare
     "thousand sharded": ("1000 layers, sharded, {weights} weights", None),
 }
 NOT_YET = "Not run on GPUs yet."
+_ZEROS = """All with zero writers, whose times are too good for training
+([above](#what-the-cards-power-allows)); what several GPUs cost beside one is not changed by that.
+"""
 
 
 def several(found: Found, eight: Found, predicted: Found) -> str:
@@ -45,7 +48,8 @@ def _measured(found: Found) -> str:
     head = ("400 layers unless said", "GPUs", "samples", "s", "planned", "tokens/s")
     head = (*head, "of as many times one", "MFU", "peak GiB", "planned", "exchange, s", "update, s")
     text = markdown(head, rows)
-    return "\n".join([text, *_gates(found), *_saving(found)]) + "\n"
+    zeros = [_ZEROS] if found["date"] < "2026-11-29" else []  # `step_parts.Size.model` since
+    return "\n".join([text, *zeros, *_gates(found), *_saving(found)]) + "\n"
 
 
 def _rows(found: Found) -> Iterator[list[str]]:

@@ -204,7 +204,7 @@ PRESETS: dict[str, Experiment] = {
     ),
     "mvsplit-400l": _paper(400, beta=1.0),
     "mvsplit-1000l": _paper(1000, beta=0.03),
-    "mvsplit-400l-h200": _one_h200(400, beta=1.0, samples=29, pieces=9),
+    "mvsplit-400l-h200": _one_h200(400, beta=1.0, samples=24, pieces=11),
     "mvsplit-1000l-h200": _one_h200(1000, beta=0.03, samples=16, pieces=16),
 }
 

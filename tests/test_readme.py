@@ -1,5 +1,6 @@
 """What the README shows runs, and what it names exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from mvsplit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_library_example_computes_the_rule():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = EXAMPLES
     assert len(example.strip().splitlines()) <= 15
     names = {}
     torch.manual_seed(0)
@@ -29,6 +31,26 @@ def test_the_library_example_computes_the_rule():
 def merged(x, f, tokens):
     """Eq. 7 at β = 1/√400, α = 0."""
     return x[:, tokens] + 0.05 * (f[:, tokens] - f[:, tokens].mean(1, keepdim=True))
+
+
+def test_the_loop_of_the_example_is_watched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 3)
+    before = [p.clone() for p in model.parameters()]
+    names = {
+        "model": model,
+        "batches": torch.randn(4, 2, 5, 16),
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "compute_loss": lambda model, batch: model(batch).square().mean(),
+    }
+    exec(EXAMPLES[1], names)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    lines = (tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()
+    looks = (tmp_path / "runs" / "mine" / "layers.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert len(json.loads(looks[0])["layer"]) == 3
 
 
 def test_every_file_it_links_to_exists():

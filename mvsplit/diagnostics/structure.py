@@ -61,7 +61,7 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     if not blocks:
         raise UserError(
             f"no transformer blocks were found in {type(model).__name__}; name their list, for "
-            f"example TapNames(blocks='transformer.layers')"
+            f"example names=TapNames(blocks='transformer.layers')"
         )
     return [_tap(layer, unwrapped(block), names) for layer, block in enumerate(blocks)]
 

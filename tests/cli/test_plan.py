@@ -44,7 +44,7 @@ def test_the_table_says_whether_it_fits(capsys):
     assert cli.main(["plan", "mvsplit-400l-h200"]) == 0
     out = capsys.readouterr().out
     assert "it fits" in out
-    assert "batch 261 as 1 × 9 pieces of 29" in out
+    assert "batch 264 as 1 × 11 pieces of 24" in out
     assert cli.main(["plan", "mvsplit-1000l", "--gpu", "h100"]) == 1
     out = capsys.readouterr().out
     assert "it does not fit; with these changes it does:" in out

@@ -405,8 +405,8 @@ def test_only_what_runs_as_one_node_counts_as_measured():
     ("gpus", "message"),
     [
         (0, "gpus=0: must be at least 1"),
-        (5, "train.batch_size=261 is not divisible by the 5 GPUs"),
-        (87, "train.accumulate=9: each of the 87 GPUs has 3 samples of a batch"),
+        (5, "train.batch_size=264 is not divisible by the 5 GPUs"),
+        (33, "train.accumulate=11: each of the 33 GPUs has 8 samples of a batch"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(gpus, message):
