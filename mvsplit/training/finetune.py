@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from mvsplit.training.config import Experiment, Origin, TrainConfig, TuneConfig
 from mvsplit.training.distributed import world
 from mvsplit.training.ema import EMA
 from mvsplit.training.growth import carry_over
+from mvsplit.training.optimizer import peak_learning_rate
 from mvsplit.training.randomness import generator_for
 from mvsplit.training.spread import local
 from mvsplit.training.state import TrainState
@@ -29,6 +31,9 @@ from mvsplit.training.surgery import protect
 # Where the weights started says nothing about what they are.
 _FREE_SHAPE = ("rule", "writers")
 _FREE_RULE = ("beta", "alpha", "leak", "gamma")
+# Learning rates that a gain should have: at 5.2 of them runs went on, at 1.3 they died
+# (docs/surgery.md).
+_RATES_OF_A_GAIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +147,7 @@ def begin_from(
     found = start()
     state.base = fingerprint(found.model)
     model = found.model if origin.grow is None else _grown(state, experiment, found.model)
-    check_same(model.config, state.model.config, origin.source)
+    check_same(model.config, state.model.config, origin.source, split=origin.split)
     weights = dict(state.model.state_dict())
     adapters = {name: weights.pop(name) for name in lora_parameters(state.model)}
     copy_tensors(dict(model.state_dict()), weights, origin.source)
@@ -182,8 +187,29 @@ def _split(state: TrainState, source: Snapshot | None, config: TrainConfig) -> N
         )
     assert source is not None
     state.loader.load_state_dict(source.values["data"])
+    _warn_of_gain(state.model.config, config)
     protect(state, gain=config.reaction.gain)
     state.reactions = replace(state.reactions, protected_at=state.step)
+
+
+def _warn_of_gain(model: DiTConfig, config: TrainConfig) -> None:
+    """Says what a gain does to a network that has such gains, and where it is a small one."""
+    gain = config.reaction.gain
+    if gain != 1 and model.rule.name.startswith("mvsplit"):
+        warnings.warn(
+            f"train.reaction.gain={gain:g}: the source has MV-Split already, and its gains are "
+            f"multiplied by {gain:g} once more: a change of how it learns, not of its function; "
+            f"--reaction.gain 1 leaves them",
+            stacklevel=2,
+        )
+    rate = peak_learning_rate(config, model.width) * config.gain_lr
+    if gain < _RATES_OF_A_GAIN * rate:
+        warnings.warn(
+            f"train.reaction.gain={gain:g} is only {gain / rate:.2g} times the learning rate of "
+            f"gains, {rate:.3g}, which moves them by about itself at each step; take a gain of "
+            f"several times that, or a smaller --gain-lr (docs/surgery.md)",
+            stacklevel=2,
+        )
 
 
 def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:
@@ -202,14 +228,18 @@ def _grown(state: TrainState, experiment: Experiment, model: DiT) -> DiT:
     return grown(model, wanted.depth, where=origin.grow, rule=wanted.rule, generator=generator)
 
 
-def check_same(found: DiTConfig, wanted: DiTConfig, source: str) -> None:
+def check_same(found: DiTConfig, wanted: DiTConfig, source: str, *, split: bool = False) -> None:
     """Raises UserError that names the first field in which weights differ from what is to be
-    trained."""
+    trained, or, with `split`, from what is to be turned into MV-Split."""
     for name, theirs, ours in _fields(found, wanted):
         if theirs != ours:
+            remedy = f"model.{name}={theirs}"
+            if name == "rule.name":
+                remedy = f"--model.rule.name {theirs}"
+                remedy += " (the rule before the surgery)" if split else ""
             raise UserError(
-                f"model.{name}={ours}: the weights of {source} have {theirs}; use "
-                f"model.{name}={theirs}, or other weights"
+                f"model.{name}={ours}: the weights of {source} have {theirs}; use {remedy}, or "
+                f"other weights"
             )
 
 

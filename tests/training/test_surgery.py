@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,3 +252,44 @@ def test_a_protected_run_can_grow(plain_run: Path) -> None:
             old, new = (f"{name}.blocks.{layer}.rule_ffn.{gain}" for layer in (1, 2))
             assert before[old].any()
             torch.testing.assert_close(after[new], before[old], rtol=1e-5, atol=0)
+
+
+def warned(experiment: Experiment, run: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        split(experiment, run)
+    return [str(w.message) for w in found if "reaction.gain" in str(w.message)]
+
+
+def test_gains_that_are_taken_over_once_more_are_said(
+    plain_run: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    again = replace(splitting(whole_run, steps=1), model=runs.MODEL)
+    (said,) = warned(again, tmp_path / "again")
+    assert "has MV-Split already, and its gains are multiplied by 0.0625 once more" in said
+    assert "a change of how it learns, not of its function" in said
+    assert "\n" not in said
+    left = replace(splitting(whole_run, steps=1, reaction=ReactionConfig(gain=1)), model=runs.MODEL)
+    assert warned(left, tmp_path / "left") == []
+    assert warned(splitting(plain_run, steps=1), tmp_path / "plain") == []
+
+
+def test_a_gain_of_about_the_learning_rate_is_said(plain_run: Path, tmp_path: Path) -> None:
+    small = ReactionConfig(gain=2.0**-6)
+    (said,) = warned(splitting(plain_run, steps=1, reaction=small), tmp_path / "small")
+    assert "gain=0.015625 is only 1.6 times the learning rate of gains, 0.01," in said
+    assert "\n" not in said
+    slow = splitting(plain_run, steps=1, reaction=small, gain_lr=2.0**-6)
+    assert warned(slow, tmp_path / "slow") == []
+
+
+def test_a_source_of_another_rule_gets_the_flag_of_the_one_before(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    wrong = replace(splitting(plain_run), model=runs.MODEL)
+    words = "have plain; use --model.rule.name plain (the rule before the surgery), or other"
+    with pytest.raises(UserError, match=re.escape(words)):
+        split(wrong, tmp_path / "run")
+    as_it_is = replace(wrong, origin=Origin(source=str(plain_run)))
+    with pytest.raises(UserError, match=re.escape("use --model.rule.name plain, or other")):
+        split(as_it_is, tmp_path / "run")
