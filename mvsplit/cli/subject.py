@@ -18,7 +18,7 @@ from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
-from mvsplit.hub.weights import require_weights
+from mvsplit.hub.weights import is_ours, require_weights
 from mvsplit.models import DiT
 from mvsplit.training import Experiment, load_run
 from mvsplit.training.builders import build_codec, build_data, resolve_device
@@ -193,9 +193,16 @@ def _text_encoder(args: Options) -> str:
     source = args.text_encoder or _beside(args.source, "text_encoder")
     if source is None:
         require_weights(args.source)
+        go_on = f"mvsplit train PRESET --from {args.source}, of its shape, and name that run"
+        if is_ours(args.source):
+            raise UserError(
+                f"{args.source} has no run's settings, as mvsplit grow and convert write weights; "
+                f"go on with {go_on}, or give the --text-encoder of the training"
+            )
         raise UserError(
             f"text_encoder: {args.source} holds none; give --text-encoder, a folder or a hub id, "
-            "for the released weights Qwen/Qwen3-0.6B; for weights of a run, name the run itself"
+            "for the released weights Qwen/Qwen3-0.6B; for weights of a run, name the run itself; "
+            f"what mvsplit grow wrote has no run's settings: go on with {go_on}"
         )
     return source
 

@@ -322,3 +322,17 @@ def test_what_an_engine_chose_is_said(run, capsys, monkeypatch):
     monkeypatch.setattr(command, "accelerated", lambda model, say: Engine(model, say=say))
     assert draw(run, count=1) == 0
     assert "network: the model itself, because it runs on a cpu\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["deeper", "deeper.safetensors"])
+def test_grown_weights_have_no_settings_and_it_is_said_how_to_go_on(run, capsys, name):
+    deeper, on = run.parent / name, run.parent / "on"
+    assert main(["grow", str(run), "--depth", "6", "--out", str(deeper)]) == 0
+    assert draw(deeper) == 2
+    line = error_line(capsys)
+    assert "has no run's settings" in line
+    assert f"go on with mvsplit train PRESET --from {deeper}" in line
+    assert ("Qwen" in line) == (name != "deeper")
+    options = ["--model.depth", "6", "--run-dir", str(on), "--steps", "1", "--device", "cpu"]
+    assert main(["train", "tiny", "--from", str(deeper), *options]) == 0
+    assert draw(on, count=1) == 0
