@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper import driver
+from mvsplit.kernels.hopper.attention import Heads
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.sampling import engine, engine_tune
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Ordinary, Plan, Writing
@@ -227,6 +229,8 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     path = tmp_path / "deep" / "engine.json"
     assert load_plan(network, path) is None
     plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 1, 5))
+    plan = plan.with_choice("attention", Heads(1))
+    plan = plan.with_choice("w2", Writing(Cut(144, 1, 2, 1, 4, 3, pdl=True), Rows()))
     save_plan(network, plan, path)
     assert load_plan(network, path) == plan
     longer = Network(model, latents, draw(model, text=40)[1], padded=False)
@@ -361,6 +365,25 @@ def test_a_capture_that_fails_leaves_the_model_and_memory_that_ends_the_caller(
             assert said == [
                 "the model itself, because a CUDA graph could not be made: operation not permitted"
             ]
+
+
+def test_a_wait_that_did_not_end_is_an_error_of_the_next_call_and_of_generate(
+    engine_of, embedder, model, monkeypatch
+):
+    word = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(driver, "_faults", [word])
+    small = make(device="cpu")
+    fast, _ = engine_of(small)
+    inputs = draw(small)
+    fast(*inputs)
+    word.fill_(1)
+    with pytest.raises(driver.DriverError, match="did not end within seconds"):
+        fast(*inputs)
+    assert torch.equal(fast(*inputs), small(*inputs))  # said once
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args: (word.fill_(1), forward(*args))[1])
+    with pytest.raises(driver.DriverError):
+        next(generate(Engine(model), embedder, ["one"], (1, 4, 4), SamplingConfig(steps=1)))
 
 
 def test_on_a_cpu_the_model_runs_itself(embedder, model):
