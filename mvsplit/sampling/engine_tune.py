@@ -69,20 +69,20 @@ _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 _FINALISTS = 4  # of each stage, that are tried within a whole block
 
 
-# tokens, products along them, warpgroups, cluster, stages, parts along K, weights in registers
+# tokens, products along them, warpgroups, stages, parts along K, weights in registers
 _CUTS = [
     Cut(*row)
     for row in (
-        (288, 2, 2, 1, 4), (288, 2, 2, 1, 3), (192, 1, 3, 1, 4), (144, 1, 2, 1, 4),
-        (144, 1, 3, 1, 4), (288, 2, 2, 1, 4, 1, True),
+        (288, 2, 2, 4), (288, 2, 2, 3), (192, 1, 3, 4), (144, 1, 2, 4),
+        (144, 1, 3, 4), (288, 2, 2, 4, 1, True),
     )
 ]  # fmt: skip
 # the same, of writers of few rows, before a merge of its own
 _PARTS = [
     Cut(*row)
     for row in (
-        (144, 1, 2, 1, 4, 2), (144, 1, 2, 1, 4, 3), (144, 1, 2, 1, 4, 4), (144, 1, 1, 1, 4, 2),
-        (144, 1, 1, 1, 6, 2), (288, 2, 1, 1, 4, 4),
+        (144, 1, 2, 4, 2), (144, 1, 2, 4, 3), (144, 1, 2, 4, 4), (144, 1, 1, 4, 2),
+        (144, 1, 1, 6, 2), (288, 2, 1, 4, 4),
     )
 ]  # fmt: skip
 _KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
@@ -94,9 +94,7 @@ def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
         return []
     can = [cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight)]
     if stage == "qkv":
-        config = network.config
-        rotated = config.heads + config.groups
-        can = [c for c in can if c.columns == config.head_width and rotated % c.cluster == 0]
+        can = [cut for cut in can if cut.columns == network.config.head_width]
     return list[Choice](can)
 
 

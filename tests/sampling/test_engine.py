@@ -228,9 +228,9 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     network = Network(model, latents, text, padded=False)
     path = tmp_path / "deep" / "engine.json"
     assert load_plan(network, path) is None
-    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 1, 5))
+    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 5))
     plan = plan.with_choice("attention", Heads(1))
-    plan = plan.with_choice("w2", Writing(Cut(144, 1, 2, 1, 4, 3, pdl=True), Rows()))
+    plan = plan.with_choice("w2", Writing(Cut(144, 1, 2, 4, 3, pdl=True), Rows()))
     save_plan(network, plan, path)
     assert load_plan(network, path) == plan
     longer = Network(model, latents, draw(model, text=40)[1], padded=False)
@@ -258,7 +258,7 @@ def test_a_plan_for_whole_images_is_none_for_padded_ones(tmp_path, monkeypatch):
         Network(model, *draw(model, side=side)[:2], padded=False) for side in ((16, 8), (20, 6))
     )
     assert whole.stream.sample_rows == padded.stream.sample_rows
-    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 1, 4)), tmp_path / "engine.json")
+    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 4)), tmp_path / "engine.json")
     assert load_plan(padded, tmp_path / "engine.json") is None
 
 

@@ -4,15 +4,13 @@
 // A block computes the transposed tile: 64·WG rows of W (output columns) by TOK rows of A (tokens).
 // 288 tokens are no power of two, but 4608 rows are 16 such tiles, so that 132 processors are busy
 // to 97 %, and one tile holds a whole sample: the means of the merge never leave the block. One warp
-// loads tiles with the bulk copy engine, WG warpgroups multiply. Blocks of a cluster share the
-// tokens: each loads a part and sends it to all.
+// loads tiles with the bulk copy engine, WG warpgroups multiply.
 //
 //   TOK, W_ROWS   tokens and weight rows of a tile
 //   WG, NI, NT    warpgroups that multiply, each NI products of 64 weight rows and NT tokens: of its own
 //                 rows and all tokens, or, BY_TOKENS, of all rows and its own tokens
 //   HELD          whether a warpgroup holds its weights in registers during its products, which then
 //                 read them from shared memory once
-//   CLUSTER       blocks that share tokens; LOADERS of them load a step, by turns
 //   STAGES        steps along K that load at once; KS all steps, of 64; SPLIT  blocks along K
 //   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
 //                 for sums, after the stages;  SIDE  tokens of a row of the image (EPI 1)
@@ -27,7 +25,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         const float2 *rotation, int sample_rows, int n_rotated, float eps,
         Gain g_beta, Gain g_alpha, Gain g_leak,
         const int *p_valid, int image, int text, int image_rows,
-        int products, const char *p_a, float *p_sum, int width, u64 *p_squares, u32 *p_launches,
+        const char *p_a, float *p_sum, int width, u64 *p_squares, u32 *p_launches,
         const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
   const u32 base = shared(memory);
@@ -37,28 +35,22 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
   const u32 staged = shared(staging);
   [[maybe_unused]] const int worker = ALONE ? threadIdx.x % 128 : threadIdx.x;
   const u32 full = base + STAGES * STAGE + SCRATCH, empty = full + 8 * STAGES;
-  u32 rank = 0;
-#if CLUSTER > 1
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WARPS * CLUSTER);
+      barrier_init(empty + 8 * s, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  cluster_start();
-  const int cluster = blockIdx.x / CLUSTER, clusters = products;
-  const int n_tiles = n_w / CLUSTER * n_tok * SPLIT;
+  const int n_tiles = n_w * n_tok * SPLIT;
 
   if (warp >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     if (warp == WARPS && lane == 0) {
       int step = 0;
-      for (int tile = cluster; tile < n_tiles; tile += clusters) {
-        const int i_w = tile / SPLIT / n_tok * CLUSTER + rank, row = tile / SPLIT % n_tok * TOK, from = tile % SPLIT * KS;
+      for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+        const int i_w = tile / SPLIT / n_tok, row = tile / SPLIT % n_tok * TOK, from = tile % SPLIT * KS;
         const int early = step == 0 ? (STAGES < KS ? STAGES : KS) : 0;  // weights need not wait
         for (int k = 0; k < early; ++k) {
           barrier_expect(full + 8 * k, STAGE);
@@ -73,7 +65,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
             barrier_expect(bar, STAGE);
             load_w(to, &map_w, bar, 64 * (from + k), i_w);
           }
-          load_a(to + W_BYTES, &map_a, bar, step, 64 * (from + k), row, rank);
+          load_a(to + W_BYTES, &map_a, bar, 64 * (from + k), row);
         }
 #if EPI == 3  // the trunk comes last, into stages that are free again
         for (int g = 0; g < WG; ++g, ++step) {
@@ -86,11 +78,6 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         }
 #endif
       }
-#if CLUSTER > 1  // nobody's shared memory goes while another block still signals it
-      const int released = EPI == 3 ? KS : step;
-      for (int q = released > STAGES ? released - STAGES : 0; q < released; ++q)
-        barrier_wait(empty + 8 * (q % STAGES), q / STAGES & 1, fault);
-#endif
     }
     if (warp == WARPS + 1 && lane == 0 && ahead) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -114,11 +101,11 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     [[maybe_unused]] const int lane_row = lane / 4, lane_token = lane % 4 * 2;
 #if ALONE && WG > 1  // one goes ahead, so that they do not come to what follows at the same time
-    if (group > 0 && cluster < n_tiles) barrier_wait(full + 8 * (group * ((STAGES < KS ? STAGES : KS) - 1) / (WG - 1)), 0, fault);
+    if (group > 0 && blockIdx.x < n_tiles) barrier_wait(full + 8 * (group * ((STAGES < KS ? STAGES : KS) - 1) / (WG - 1)), 0, fault);
 #endif
     int step = 0;
-    for (int tile = cluster; tile < n_tiles; tile += clusters) {
-      const int i_w = tile / SPLIT / n_tok * CLUSTER + rank, row = tile / SPLIT % n_tok * TOK;
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+      const int i_w = tile / SPLIT / n_tok, row = tile / SPLIT % n_tok * TOK;
 #if EPI == 3
       const u32 launch = *(volatile u32 *)(p_launches + row / TOK) / n_w + 1;
 #endif
@@ -152,14 +139,14 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
 #endif
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (k > 0 && lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+        if (k > 0 && lane == 0) barrier_arrive(empty + 8 * ((step - 1) % STAGES));
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < NI; ++i)
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
-      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+      if (lane == 0) barrier_arrive(empty + 8 * ((step - 1) % STAGES));
 
       // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
 #if EPI == 1

@@ -48,7 +48,6 @@ class Cut:
         tokens: rows of A, of one block.
         parts: products along them.
         groups: warpgroups that multiply, of 64 output columns each.
-        cluster: blocks that share their tokens.
         stages: steps that load at once.
         split: blocks that share a tile, each with a part of K (`part` only).
         held: whether weights are held in registers for the products along the tokens.
@@ -58,7 +57,6 @@ class Cut:
     tokens: int = 288
     parts: int = 2
     groups: int = 2
-    cluster: int = 2
     stages: int = 4
     split: int = 1
     held: bool = False
@@ -66,11 +64,6 @@ class Cut:
 
     def with_pdl(self, pdl: bool) -> Cut:
         return replace(self, pdl=pdl)
-
-    @property
-    def loaders(self) -> int:
-        """Blocks of a cluster that share the loading of a step: whole swizzled runs of 8 rows."""
-        return max(n for n in (1, 2, 4, 8) if n <= self.cluster and self.tokens % (8 * n) == 0)
 
     @property
     def columns(self) -> int:
@@ -92,7 +85,6 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
     macros = {
         "TOK": cut.tokens, "W_ROWS": cut.columns, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
         "BY_TOKENS": int(_by_tokens(cut, kind)), "HELD": int(cut.held),
-        "CLUSTER": cut.cluster, "LOADERS": cut.loaders,
         "STAGES": cut.stages, "SPLIT": cut.split, "KS": math.ceil(depth / _DEPTH / cut.split),
         "EPI": kind, "IMG": image, "TYPE": f'"{name}"', "BF16": int(name == "bf16"),
         "CHUNK": _chunk(cut, kind), "SCRATCH": _scratch(cut, kind), "SIDE": side,
@@ -149,11 +141,7 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
     """Whether a kernel so cut can do a product with `weight` [out, in] on a stream: whole tiles of
     columns, tiles that begin where samples do, shared memory that is there. A writer's tile is a
     sample without padding between image and text, and all its blocks run at once."""
-    if (
-        shared_bytes(cut, kind) > _SHARED
-        or cut.tokens % 16
-        or weight.shape[0] % (cut.columns * cut.cluster)
-    ):
+    if shared_bytes(cut, kind) > _SHARED or cut.tokens % 16 or weight.shape[0] % cut.columns:
         return False
     if kind == WRITE:
         whole = stream.image == stream.image_rows and cut.tokens == stream.sample_rows
@@ -175,18 +163,13 @@ def _kernel(
 ) -> Kernel:
     binary = compiled(source(cut, kind, depth, image, dtype, side), cache_folder() / "cuda")
     return Kernel(
-        binary, "product", threads=128 * (cut.groups + 1), shared=shared_bytes(cut, kind),
-        cluster=cut.cluster,
-    )  # fmt: skip
+        binary, "product", threads=128 * (cut.groups + 1), shared=shared_bytes(cut, kind), cluster=1
+    )
 
 
 def _rows_map(a: Tensor, tokens: int) -> TensorMap:
     """Of a matrix [rows, columns], by boxes of 64 columns."""
     return TensorMap(a, (a.shape[1], a.shape[0]), (a.stride(0),), (_DEPTH, tokens))
-
-
-def _box(cut: Cut) -> int:
-    return cut.tokens // max(2, cut.loaders)
 
 
 def _weight_map(w: Tensor, cut: Cut, kind: int) -> TensorMap:
@@ -232,22 +215,19 @@ def _run(
         return
     layout = stream.layout if stream is not None else (0, 0, 0, 1)
     n_w, n_tok = w.shape[0] // cut.columns, math.ceil(a.shape[0] / cut.tokens)
-    tiles = n_w // cut.cluster * n_tok * cut.split
-    clusters = tiles if kind == WRITE else min(tiles, kernel.most_clusters)
-    if kind == WRITE and clusters > kernel.most_clusters:
-        raise RuntimeError(
-            f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device"
-        )
-    a_map = _rows_map(a, _box(cut))
+    tiles = n_w * n_tok * cut.split
+    if kind == WRITE and tiles > kernel.most_clusters:
+        raise RuntimeError(f"{tiles} blocks that meet, {kernel.most_clusters} fit on the device")
+    a_map = _rows_map(a, cut.tokens // 2)
     trunk_map = a_map if trunk is None else _rows_map(trunk, cut.tokens // 2)
     arguments = (
         _weight_map(w, cut, kind), a_map, trunk_map, out, ctypes.c_int(a.shape[0]),
         ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(-2) * out.element_size()),
-        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), ctypes.c_int(clusters), a, sums,
+        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), a, sums,
         ctypes.c_int(w.shape[0] if kind == PART else a.shape[1]), *(meeting or (None, None)),
         *to_fetch(ahead),
     )  # fmt: skip
-    kernel.launch(clusters, arguments, pdl=cut.pdl)
+    kernel.launch(min(tiles, kernel.most_clusters), arguments, pdl=cut.pdl)
 
 
 class Meeting(NamedTuple):

@@ -6,10 +6,8 @@
 #define W_BYTES (128 * W_ROWS)
 #define A_BYTES (128 * TOK)
 #define STAGE (W_BYTES + A_BYTES)
-#define BOX (TOK / (LOADERS > 2 ? LOADERS : 2))  // tokens of one bulk copy
 #define COLUMNS (EPI == 2 ? W_ROWS / 2 : W_ROWS)  // of the output, a tile
 #define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
-#define GROUPS (CLUSTER / LOADERS)
 
 // A warpgroup whose epilogue needs no other goes on alone, so that one multiplies while the other does
 // what follows. It writes COLUMNS_OUT columns, WORKERS threads at once.
@@ -30,28 +28,8 @@ __device__ __forceinline__ void workers_sync(int group) {
 #endif
 }
 
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
-#if CLUSTER > 1
-  asm volatile(
-      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;"
-      " mbarrier.arrive.shared::cluster.b64 _, [at]; }" ::"r"(bar), "r"(rank) : "memory");  // no wider: a fence
-#else
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-#endif
-}
-
-// After barriers are initialised: before that nobody may signal another block's.
-__device__ __forceinline__ void cluster_start() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void load2_to_all(u32 to, const Map *map, u32 bar, int k, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(bar), "r"(k), "r"(row),
-      "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
 
 // The weight rows of a tile. Rotation and SwiGLU combine two rows: these come eight of the one kind
@@ -70,17 +48,9 @@ __device__ __forceinline__ void load_w(u32 to, const Map *map, u32 bar, int k, i
 #endif
 }
 
-// This block's share of the tokens of a step, sent to the whole cluster.
-__device__ __forceinline__ void load_a(u32 to, const Map *map, u32 bar, int step, int k, int row, u32 rank) {
-#if LOADERS > 1
-  if (GROUPS == 1 || rank / LOADERS == step % GROUPS) {
-    const int part = (rank % LOADERS) * BOX;
-    load2_to_all(to + part * 128, map, bar, k, row + part);
-  }
-#else
+__device__ __forceinline__ void load_a(u32 to, const Map *map, u32 bar, int k, int row) {  // at most 256 rows a copy
   load2(to, map, bar, k, row);
-  load2(to + BOX * 128, map, bar, k, row + BOX);
-#endif
+  load2(to + A_BYTES / 2, map, bar, k, row + TOK / 2);
 }
 
 // Adds up over the eight lanes that hold the same tokens, and writes this warp's sums by token.
