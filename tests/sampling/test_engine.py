@@ -421,6 +421,20 @@ def test_replays_are_the_model_at_alternating_shapes(tmp_path, tune, valid):
     assert fast.choice.startswith("fused" if tune else "the model's own")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_replays_of_one_device_wait_for_each_other_on_any_stream():
+    device = torch.device("cuda", torch.cuda.current_device())
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first), engine._in_turn(device):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+    assert not first.query()
+    with torch.cuda.stream(second), engine._in_turn(device):
+        pass
+    second.synchronize()
+    assert first.query()
+
+
 @pytest.mark.parametrize("rule", [pytest.param(r, marks=on_gpu) for r in ("keel", "prenorm")])
 def test_other_rules_replay_their_own_ops_to_the_bit(rule):
     model = make(rule, torch.bfloat16, **WIDE)
