@@ -46,7 +46,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
   const int n_tiles = n_w * n_tok * SPLIT;
 
   if (warp >= WARPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (warp == WARPS && lane == 0) {
       int step = 0;
       for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
@@ -96,7 +96,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     __syncwarp();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG < 3 ? 240 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     [[maybe_unused]] const int lane_row = lane / 4, lane_token = lane % 4 * 2;

@@ -7,6 +7,10 @@
 #define A_BYTES (128 * TOK)
 #define STAGE (W_BYTES + A_BYTES)
 #define COLUMNS (EPI == 2 ? W_ROWS / 2 : W_ROWS)  // of the output, a tile
+// Of a thread. A block begins with as many for each as the compiler takes: 168, or 128 with 512 threads.
+// What is asked for later may not be more in all, or the device faults.
+#define WORKER_REGISTERS (WG < 3 ? 232 : 160)
+#define LOADER_REGISTERS (WG < 3 ? 40 : 32)
 #define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
 
 // A warpgroup whose epilogue needs no other goes on alone, so that one multiplies while the other does
