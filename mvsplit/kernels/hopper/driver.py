@@ -36,30 +36,6 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-_faults: list[Tensor] = []  # one word of the host, once there are kernels
-
-
-def _fault() -> Tensor:
-    """Where kernels of all devices write that a wait did not end."""
-    if not _faults:
-        _faults.append(torch.zeros(1, dtype=torch.int32).pin_memory())
-    return _faults[0]
-
-
-def check_waits() -> None:
-    """Looks, without waiting for any device, whether a wait in a kernel has not ended.
-
-    Raises:
-        DriverError: what the kernels wrote since the last look is wrong.
-    """
-    if _faults and _faults[0].item():
-        _faults[0].zero_()
-        raise DriverError(
-            "a kernel's wait for other blocks or for a copy did not end within seconds; its "
-            "outputs are wrong. Does another process draw on the same GPU?"
-        )
-
-
 @cache
 def _nvrtc() -> ctypes.CDLL:
     name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
@@ -209,17 +185,12 @@ class Kernel:
 
     def launch(self, clusters: int, arguments: Sequence[Any], *, pdl: bool) -> None:
         """On the current stream. Arguments are TensorMaps, tensors or None (pointers), and
-        ctypes numbers; where to tell of a fault comes after them."""
-        values = [_value(argument) for argument in (*arguments, _fault())]
+        ctypes numbers."""
+        values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(_place, values))
         config = self._config(clusters * self.cluster, pdl)
         code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(code, "launch")
-
-
-def to_fetch(weights: Tensor | None) -> tuple[Tensor | None, ctypes.c_uint64]:
-    """The arguments of a kernel that asks the L2 cache for dense weights."""
-    return weights, ctypes.c_uint64(0 if weights is None else weights.nbytes // 16 * 16)
 
 
 def _place(value: Any) -> int:
