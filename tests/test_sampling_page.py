@@ -30,18 +30,46 @@ def benchmark(name, monkeypatch):
 
 def test_the_tables_are_those_of_the_results(monkeypatch):
     products = benchmark("engine_products", monkeypatch)
-    assert products.table(result("engine_products_h200_2026-11-28")["rows"]) in PAGE
+    assert products.table(result("engine_products_h200_2026-11-29")["rows"]) in PAGE
     pictures = benchmark("engine", monkeypatch)
-    found = result("engine_h200_2026-11-24_first") | result("engine_h200_2026-11-24")
+    names = ("2026-11-24_first", "2026-11-24", "2026-11-29")
+    found = {}
+    for name in names:
+        found |= result(f"engine_h200_{name}")
     assert pictures.table(found) in PAGE
+    before = result("engine_h200_2026-11-24")["pictures_8"]["seconds"]
+    assert f"from {before:.2f} s to {found['pictures_8']['seconds']:.2f}" in PAGE
+    assert f"{found['pictures_8']['memory_gb']:.1f} GB for eight" in PAGE
 
 
 def test_what_is_quoted_is_in_the_results():
-    block = result("engine_h200_2026-11-28")
+    block = result("engine_h200_2026-11-29")
     assert f"**{block['parts8']['block_us']:.0f} µs**" in PAGE
     assert f"the ordinary ops' {block['parts8']['ordinary_block_us']:.0f}" in PAGE
     gate = block["gate"]
-    assert f"{gate['engine']:.5f}, the model's own bf16 ops {gate['plain_bf16']:.5f}" in PAGE
+    alone, together = gate["1_at_a_time"], gate["8_at_a_time"]
+    assert f"{alone['engine']:.6f} drawn one by one" in PAGE
+    assert f"{together['engine']:.6f} drawn together" in PAGE
+    assert f"bf16 ops {alone['plain_bf16']:.6f}" in PAGE
+    for found in (alone, together):
+        assert found["passes"]
+        assert abs(found["difference"]) < found["difference_stderr"]
+    evaluations = 35 * 1000
+    left = " ".join(PAGE.partition("### What is left")[2].split())
+    for name, wanted, words in (
+        ("pictures_1", 2.0, "{:.1f} µs a block and step where {:.1f} are needed"),
+        ("pictures_8", 8.4, "and {:.0f} where {:.0f} are"),
+    ):
+        took = block[name]["seconds"]
+        assert words.format(took / evaluations * 1e6, wanted / evaluations * 1e6) in left
+    ours = result("engine_attention_h200_2026-11-29")["rows"]
+    for rows, words in (
+        (4608, "takes {:.1f} µs at eight pictures where cuDNN's takes {:.1f}"),
+        (576, "and {:.1f} where the ordinary ops take {:.1f} at one"),
+    ):
+        best = min((r for r in ours if r["rows"] == rows), key=lambda r: r["us_early"])
+        assert words.format(best["us_early"], best["cublas_us"]) in left
+    block = result("engine_h200_2026-11-28")
     stages = {
         choice: micro for choice, micro, _ in block["parts8"]["table"]["w2"] if "Cut" in choice
     }
