@@ -62,6 +62,8 @@ def test_what_is_quoted_is_in_the_results():
     ):
         took = block[name]["seconds"]
         assert words.format(took / evaluations * 1e6, wanted / evaluations * 1e6) in left
+    blocks = re.findall(r"a block in ([\d.]+) µs by pdl=", "\n".join(block["log"]))
+    assert f"the same blocks took {blocks[0]} and {blocks[1]} µs in graphs of 16" in left
     ours = result("engine_attention_h200_2026-11-29")["rows"]
     for rows, words in (
         (4608, "takes {:.1f} µs at eight pictures where cuDNN's takes {:.1f}"),

@@ -154,6 +154,7 @@ class Question:
     Attributes:
         data, noise, noisy: x0, x1 and z_t, [B, C, h, w]; the last in the network's precision.
         text, valid: text states [B, T, Dc] in that precision, and their real tokens [B].
+        padded: whether some of them are not real.
     """
 
     data: Tensor
@@ -161,6 +162,7 @@ class Question:
     noisy: Tensor
     text: Tensor
     valid: Tensor
+    padded: bool
 
 
 def questions(
@@ -177,13 +179,14 @@ def questions(
     examples = dataset.fetch(indices)
     data = examples.latents.to(device)
     text, valid = embedder.encode(examples.captions)
+    padded = bool((valid < text.shape[1]).any())
     text, valid = text.to(device, dtype), valid.to(device)
     for part in range(bins):
         places = [index * bins + part for index in indices]
         noise = sample_noise(places, data.shape[1:], seed=seed, device=device)
         times = times_of(indices, part, bins).to(device)
         noisy = interpolate(data, noise, times).to(dtype)
-        yield Question(data=data, noise=noise, noisy=noisy, text=text, valid=valid)
+        yield Question(data=data, noise=noise, noisy=noisy, text=text, valid=valid, padded=padded)
 
 
 @torch.no_grad()
@@ -202,8 +205,8 @@ def _losses(
     )
     found = []
     for question in asked:
-        padded = bool((question.valid < question.text.shape[1]).any())
-        velocity = model(question.noisy, question.text, question.valid if padded else None)
+        valid = question.valid if question.padded else None
+        velocity = model(question.noisy, question.text, valid)
         found.append(flow_losses(velocity, question.data, question.noise).double().cpu())
     return torch.stack(found, 1)
 

@@ -14,12 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.together import Training
 from mvsplit.reproduce.trial import RECORD, Trial, token_floor
-from mvsplit.residuals import build_rule
 from mvsplit.training.optimizer import peak_learning_rate, warmup_then_constant
 from mvsplit.training.run_folder import RunFolder
 
@@ -33,8 +30,7 @@ def groups(trials: Iterable[Trial], regimes: Sequence[str]) -> list[list[Trial]]
         regime = trial.name.partition("-")[0]
         if regime in regimes and not trial.reads_times:
             model = trial.experiment.model
-            size = {"width": model.width, "depth": model.depth}
-            family = Family.of(build_rule(model.rule, **size, branch="attention"))
+            family = Family.named(model.rule, width=model.width, depth=model.depth)
             found.setdefault((regime, family), []).append(trial)
     return list(found.values())
 
@@ -69,17 +65,14 @@ def _write(training: Training, member: int, trial: Trial, path: Path) -> str:
     config, width = trial.experiment.train, trial.experiment.model.width
     schedule = warmup_then_constant(peak_learning_rate(config, width), config.warmup)
     factor = _factor(trial)
-    losses = training.losses[:, member].tolist()
-    norms = training.norms[:, member].tolist()
-    finite = np.isfinite(losses) & np.isfinite(norms)
-    taken = len(losses) if finite.all() else int(np.flatnonzero(~finite)[0])
+    losses, norms, ended = training.course(member)
     with RunFolder(path, trial.experiment) as folder:
         folder.begin(training.device, {}, rule=trial.experiment.model.rule)
-        for step in range(1, taken + 1):
-            line = {"step": step, "loss": losses[step - 1], "grad_norm": norms[step - 1]}
+        for step, (loss, norm) in enumerate(zip(losses.tolist(), norms.tolist(), strict=True), 1):
+            line = {"step": step, "loss": loss, "grad_norm": norm}
             folder.metrics.append(line | {"lr": schedule(step) * factor(step)})
             if step in training.similarity:
                 values = training.similarity[step][member].tolist()
                 layers = [*range(trial.experiment.model.depth)]
                 folder.layers.append({"step": step, "layer": layers, "tcs": values})
-    return "finished" if taken == len(losses) else f"non-finite: step {taken + 1}"
+    return ended

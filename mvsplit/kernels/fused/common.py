@@ -139,6 +139,19 @@ def load_gain(p_gain, value, stride, o_d, m_d):
 
 
 @triton.jit
+def store_merged(
+    p_y, p_r, z, row, inside, o_d, m_d, eps, D: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """Stores whole rows of Z as Y, with NORM as r_i Z_i and r_i (Eq. 49)."""
+    if NORM:
+        r = tl.rsqrt(tl.sum(z * z, 1) / D + eps)
+        z *= r[:, None]
+        tl.store(p_r + row, r, mask=inside)
+    m = inside[:, None] & m_d[None, :]
+    tl.store(p_y + row[:, None] * D + o_d[None, :], z.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def schedule(task, batch, n_reduce, n_apply, lag):
     """What the block of index `task` does: (sample, index, whether it reduces). A sample's apply
     tasks come `lag` samples after its reduce tasks: late enough that waiting is rare, soon enough

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mvsplit.kernels.fused.common import gain_stride
@@ -88,3 +90,17 @@ def gradients(grad: Tensor, gains: tuple[Tensor | None, ...], learns: bool) -> G
     of_gains = (torch.empty(width, dtype=t, device=grad.device) for t in dtypes)
     dx, df = (torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) for _ in range(2))
     return Gradients(dx, df, *of_gains)
+
+
+@triton.jit
+def store_gain_gradients(
+    p_dbeta, p_dalpha, p_dleak, dbeta, dalpha, dleak, o_d, D: tl.constexpr, TIED: tl.constexpr
+):  # fmt: skip
+    """Adds up partial gradients [rows, columns] of the gains (Eq. 54), and stores them at the
+    columns o_d; where λ is α, its gradient is part of α's."""
+    if TIED:
+        dalpha += dleak
+    m_d = o_d < D
+    tl.store(p_dbeta + o_d, tl.sum(dbeta, 0).to(p_dbeta.dtype.element_ty), mask=m_d)
+    tl.store(p_dalpha + o_d, tl.sum(dalpha, 0).to(p_dalpha.dtype.element_ty), mask=m_d)
+    tl.store(p_dleak + o_d, tl.sum(dleak, 0).to(p_dleak.dtype.element_ty), mask=m_d)

@@ -29,12 +29,13 @@ from mvsplit.kernels.fused.common import (
     real_tokens,
     rows_for,
     stages_for,
+    store_merged,
     tiles,
     tiles_before,
     total_tokens,
     warps_for,
 )
-from mvsplit.kernels.fused.merge_parts import Gradients, Merged, Weights
+from mvsplit.kernels.fused.merge_parts import Gradients, Merged, Weights, store_gain_gradients
 
 _VARYING = ["n_tiles", "n_chunks", "batch", "chunk"]
 # Measured on an H200: values in a tile, warps; columns of a slab, rows of a chunk or a tile.
@@ -123,15 +124,9 @@ def split_merge_fwd_kernel(
     shift = tl.load(p_shift + (i_b * S + i_s) * D + o_d, m_d, 0.0)
     z = x.to(tl.float32) + b_beta[None, :] * f.to(tl.float32) + shift[None, :]
     row += i_b * total_tokens(lengths)
-    inside = o_t < length
     if p_valid is not None:
         z = tl.where(m, z, 0.0)
-    if NORM:
-        r = tl.rsqrt(tl.sum(z * z, 1) / D + eps)  # Eq. 49
-        z *= r[:, None]
-        tl.store(p_r + row, r, mask=inside)
-    m = inside[:, None] & m_d[None, :]
-    tl.store(p_y + row[:, None] * D + o_d[None, :], z.to(p_y.dtype.element_ty), mask=m)
+    store_merged(p_y, p_r, z, row, o_t < length, o_d, m_d, eps, D, NORM)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -216,13 +211,8 @@ def _gain_gradients(
         dalpha += mean_part
         if LEAKS:
             dleak -= delta * tl.load(p_mean_x + at, m, 0.0)
-    if TIED:
-        dalpha += dleak
     o_d = i * COLUMNS + tl.arange(0, COLUMNS)
-    m_d = o_d < D
-    tl.store(p_dbeta + o_d, tl.sum(dbeta, 0).to(p_dbeta.dtype.element_ty), mask=m_d)
-    tl.store(p_dalpha + o_d, tl.sum(dalpha, 0).to(p_dalpha.dtype.element_ty), mask=m_d)
-    tl.store(p_dleak + o_d, tl.sum(dleak, 0).to(p_dleak.dtype.element_ty), mask=m_d)
+    store_gain_gradients(p_dbeta, p_dalpha, p_dleak, dbeta, dalpha, dleak, o_d, D, TIED)
 
 
 @triton.jit(do_not_specialize=_VARYING)

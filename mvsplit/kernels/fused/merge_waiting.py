@@ -35,13 +35,14 @@ from mvsplit.kernels.fused.common import (
     rows_for,
     schedule,
     stages_for,
+    store_merged,
     tiles,
     tiles_before,
     total_tokens,
     wait_for,
     warps_for,
 )
-from mvsplit.kernels.fused.merge_parts import Gradients, Merged, Weights
+from mvsplit.kernels.fused.merge_parts import Gradients, Merged, Weights, store_gain_gradients
 
 _VARYING = ["batch", "chunk", "n_chunks", "n_apply", "lag"]
 _COLUMNS = 32  # that one gain task sums
@@ -131,13 +132,7 @@ def split_merge_waiting_fwd_kernel(
             f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0).to(tl.float32)
             z = tl.where(m, x + b_beta[None, :] * f + shift[None, :], 0.0)
             row += i_b * total_tokens(lengths)
-            inside = o_t < end
-            if NORM:
-                r = tl.rsqrt(tl.sum(z * z, 1) / D + eps)  # Eq. 49
-                z *= r[:, None]
-                tl.store(p_r + row, r, mask=inside)
-            m = inside[:, None] & m_d[None, :]
-            tl.store(p_y + row[:, None] * D + o_d[None, :], z.to(p_y.dtype.element_ty), mask=m)
+            store_merged(p_y, p_r, z, row, o_t < end, o_d, m_d, eps, D, NORM)
 
 
 @triton.jit
@@ -176,12 +171,7 @@ def _gain_gradients(
             dalpha += mean_part
             if LEAKS:
                 dleak -= delta * tl.load(p_mean_x + row * D + o_d[None, :], m, 0.0)
-    if TIED:
-        dalpha += dleak
-    m_d = o_d < D
-    tl.store(p_dbeta + o_d, tl.sum(dbeta, 0).to(p_dbeta.dtype.element_ty), mask=m_d)
-    tl.store(p_dalpha + o_d, tl.sum(dalpha, 0).to(p_dalpha.dtype.element_ty), mask=m_d)
-    tl.store(p_dleak + o_d, tl.sum(dleak, 0).to(p_dleak.dtype.element_ty), mask=m_d)
+    store_gain_gradients(p_dbeta, p_dalpha, p_dleak, dbeta, dalpha, dleak, o_d, D, TIED)
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "filled"])

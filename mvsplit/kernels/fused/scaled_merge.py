@@ -27,6 +27,7 @@ from mvsplit.kernels.fused.common import (
     register,
     rows_for,
     stages_for,
+    store_merged,
     tiles,
     unit_stride,
     warps_for,
@@ -55,13 +56,7 @@ def scaled_merge_fwd_kernel(
         f = tl.load(p_f + i_b * sf_b + row[:, None] * sf_t + o_d[None, :], m, 0.0).to(tl.float32)
         z += load_gain(p_gain, gain, s_gain, o_d, m_d)[None, :] * f
     row += i_b * total
-    inside = o_t < length
-    if NORM:
-        r = tl.rsqrt(tl.sum(z * z, 1) / D + eps)  # Eq. 49
-        z *= r[:, None]
-        tl.store(p_r + row, r, mask=inside)
-    m = inside[:, None] & m_d[None, :]
-    tl.store(p_y + row[:, None] * D + o_d[None, :], z.to(p_y.dtype.element_ty), mask=m)
+    store_merged(p_y, p_r, z, row, o_t < length, o_d, m_d, eps, D, NORM)
 
 
 @triton.jit(do_not_specialize=["n_apply", "n_tiles", "total"])

@@ -1,11 +1,7 @@
 // What the products for Hopper have in common: bulk copies, barriers, wgmma's operands, a thread's
 // share of a tile. The macros are those of product.cu.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
 struct alignas(64) Map { char bytes[128]; };
-struct alignas(16) Quad { u32 x, y, z, w; };
 
 #define WARPS (4 * WG)
 #define THREADS (32 * WARPS)
@@ -18,16 +14,6 @@ struct alignas(16) Quad { u32 x, y, z, w; };
 #define HALF_TOKENS (NT / 4)                     // tokens of a thread in one product
 #define GROUPS (CLUSTER / LOADERS)
 #define SLOTS (2 * WG)                           // of the rotation's table: 16 channels each
-
-__device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
 
 // Waits for a phase; a wait that never ends is a fault of this file, and ends the program.
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
@@ -106,32 +92,6 @@ __device__ __forceinline__ void load_a(u32 to, const Map *map, u32 bar, int step
 
 __device__ __forceinline__ u64 matrix(u32 address) {  // K-major, swizzled by 128 bytes
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 both;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ float low_half(u32 both) {
-#if BF16
-  return __uint_as_float(both << 16);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
-}
-
-__device__ __forceinline__ float high_half(u32 both) {
-#if BF16
-  return __uint_as_float(both & 0xFFFF0000u);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
 }
 
 __device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b) {

@@ -86,7 +86,8 @@ def source(cut: Cut, dtype: torch.dtype, segments: int, counts: str) -> str:
         "VALID": counts, "SHARED": cut.shared,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    files = ("merge_common.cu", f"merge_{'backward' if cut.f_slots else 'forward'}.cu")
+    direction = "backward" if cut.f_slots else "forward"
+    files = ("base.cu", "merge_common.cu", f"merge_{direction}.cu")
     return "\n".join((head, *((_FOLDER / name).read_text() for name in files)))
 
 

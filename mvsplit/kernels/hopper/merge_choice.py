@@ -1,6 +1,6 @@
 """Whether the merge in clusters serves: what it takes, and whether it is right on this machine.
 
-Before a kernel serves on a machine, its results are compared with the formula in fp32 and with
+Before a kernel serves on a machine, its results are compared with the reference in fp32 and with
 themselves, in a process of its own, for a kernel that faults takes the GPU from its process. The
 verdict is kept on the disk (merge.json, see `choices`): a run that goes on computes by the same
 kernels. Any other word there than "right" keeps a kernel from serving.
@@ -16,11 +16,12 @@ import logging
 import os
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from mvsplit.kernels import reference
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.fused.merge_parts import Merged, Weights, gradients, merged, weights
 from mvsplit.kernels.hopper import merge
@@ -173,12 +174,12 @@ def _off_by(kind: Class, device: torch.device) -> float:
     x, f, g = (torch.randn(shape, device=device, generator=noise).to(kind.dtype) for _ in range(3))
     beta, alpha = torch.rand(2, merge.WIDTH, device=device, generator=noise) + 0.5
     valid = _some_counts(kind, batch, lengths, device)
-    mask = Segments(tuple(lengths), valid).mask
-    if mask is None:
-        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
-    inputs = [t.float() * mask[..., None] for t in (x, f, g)]
-    forward, backward = _truth(inputs, beta, alpha, mask, lengths)
-    x, f, g = (t.masked_fill(~mask[..., None], float("nan")) for t in (x, f, g))
+    segments = Segments(tuple(lengths), valid)
+    clean = [reference.zero_padding(t.float(), segments) for t in (x, f, g)]
+    forward, backward = _truth(clean, beta, alpha, segments)
+    if segments.mask is not None:
+        padding = ~segments.mask[..., None]
+        x, f, g = (t.masked_fill(padding, float("nan")) for t in (x, f, g))
     gains = weights(beta, alpha, None, [0.0] * 3, tied=True)
     noted_before, merge.fault = merge.fault, torch.zeros(1, dtype=torch.int32, device=device)
     try:
@@ -206,28 +207,16 @@ def _some_counts(
 
 
 def _truth(
-    inputs: list[Tensor], beta: Tensor, alpha: Tensor, mask: Tensor, lengths: list[int]
+    inputs: list[Tensor], beta: Tensor, alpha: Tensor, segments: Segments
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Eq. 7–8 and 49–54 with λ = α, by plain sums: Y, 1/RMS, means of F and X; ∂L/∂X, ∂L/∂F, ∂L/∂β
-    and ∂L/∂α."""
-    parts: list[list[Tensor]] = []
-    for x, f, g, real in zip(*(t.split(lengths, 1) for t in (*inputs, mask)), strict=True):
-        real = real[..., None]
-        count = real.sum(1, keepdim=True).clamp(min=1)
-        mean_f, mean_x = f.sum(1, keepdim=True) / count, x.sum(1, keepdim=True) / count
-        z = (x + beta * (f - mean_f) + alpha * (mean_f - mean_x)) * real
-        r = torch.rsqrt(z.square().mean(-1, keepdim=True) + _EPS)
-        y = z * r
-        delta = r * (g - y * (g * y).mean(-1, keepdim=True))
-        total = delta.sum(1, keepdim=True)
-        dx = (delta - alpha * total / count) * real
-        df = (beta * delta + (alpha - beta) * total / count) * real
-        d_beta = (delta * f).sum((0, 1)) - (total * mean_f).sum((0, 1))
-        d_alpha = (total * (mean_f - mean_x)).sum((0, 1))
-        parts.append([y, r.squeeze(-1), mean_f, mean_x, dx, df, d_beta, d_alpha])
-    together = [torch.cat(p, 1) for p in list(zip(*parts, strict=True))[:6]]
-    gains = [sum(p[1:], start=p[0]) for p in list(zip(*parts, strict=True))[6:]]
-    return together[:4], [*together[4:], *gains]
+    """By the reference with λ = α: Y, 1/RMS, means of F and X; then ∂L/∂X, ∂L/∂F, ∂L/∂β and ∂L/∂α.
+    `inputs` X, F and ∂L/∂Y in fp32, zero on padding."""
+    x, f, g = inputs
+    out = reference.merge_forward(x, f, beta, alpha, alpha, segments, _EPS)
+    grads = reference.merge_backward(g, out, f, beta, alpha, alpha, segments)
+    y, r, *means = cast(tuple[Tensor, ...], out)  # a norm, means and gains: nothing is None
+    dx, df, d_beta, d_alpha, d_leak = cast(tuple[Tensor, ...], grads)
+    return [y, r.squeeze(-1), *means], [dx, df, d_beta, d_alpha + d_leak]
 
 
 def _forward(

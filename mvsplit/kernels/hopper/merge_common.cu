@@ -10,11 +10,6 @@
 //
 // Rows that do not fit (`passed`) are loaded a second time, soon after the first, from the L2 cache.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-struct alignas(16) Quad { u32 x, y, z, w; };
-
 #define SLICE (D / CLUSTER)           // columns whose sums a block adds up
 #define EACH (SLICE / 32)             // of a lane
 #define ROW_BYTES (2 * D)
@@ -26,16 +21,6 @@ struct alignas(16) Quad { u32 x, y, z, w; };
 #define FROM_APPLY 16                 // of the second, if the rows have one
 #define NOTED_AFTER 200000000ull      // ns that a wait may take
 #define ENDED_AFTER 10000000000ull
-
-__device__ __forceinline__ u32 shared(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
 
 __device__ __forceinline__ void barrier_arrive(u32 bar, u32 count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
@@ -164,32 +149,6 @@ __device__ __forceinline__ void add_blocks(const float (&sums)[CLUSTER][2][SLICE
 
 __device__ __forceinline__ void store_quad(u16 *to, const Quad &q) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
-}
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 both;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ float low_half(u32 both) {
-#if BF16
-  return __uint_as_float(both << 16);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
-}
-
-__device__ __forceinline__ float high_half(u32 both) {
-#if BF16
-  return __uint_as_float(both & 0xFFFF0000u);
-#else
-  float x;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(both));
-  return x;
-#endif
 }
 
 __device__ __forceinline__ void unpack(const Quad &q, float (&v)[8]) {

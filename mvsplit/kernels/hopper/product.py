@@ -95,8 +95,9 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype) -> s
         "SCRATCH": _scratch(cut, kind), "TURN": _turn(cut.tokens),
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    common, kernel = ((_FOLDER / file).read_text() for file in ("common.cu", "product.cu"))
-    return "\n".join((head, common, _mma(tokens, name), kernel))
+    files = ("base.cu", "common.cu", "product.cu")
+    *common, kernel = ((_FOLDER / file).read_text() for file in files)
+    return "\n".join((head, *common, _mma(tokens, name), kernel))
 
 
 def _scratch(cut: Cut, kind: int) -> int:

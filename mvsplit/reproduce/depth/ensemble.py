@@ -35,7 +35,15 @@ from mvsplit.models.block import Block
 from mvsplit.models.config import DiTConfig
 from mvsplit.models.patching import patchify, unpatchify
 from mvsplit.models.rope import rope_tables
-from mvsplit.residuals import Keel, PostNorm, PreNorm, Rule, Sandwich
+from mvsplit.residuals import (
+    Keel,
+    PostNorm,
+    PreNorm,
+    Rule,
+    RuleConfig,
+    Sandwich,
+    build_rule,
+)
 
 _ALIGNMENT = 16  # elements, so that every matrix starts where kernels can read it in one go
 SLOTS = 3  # the most parameters that a rule has
@@ -62,6 +70,11 @@ class Family:
             branch_normed=isinstance(rule, Sandwich),
             normalised=rule.normalised,
         )
+
+    @classmethod
+    def named(cls, rule: RuleConfig, *, width: int, depth: int) -> Family:
+        """Of the rule that a configuration asks for."""
+        return cls.of(build_rule(rule, width=width, depth=depth, branch="attention"))
 
 
 class Ensemble:

@@ -17,14 +17,12 @@ from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry
 from mvsplit.reproduce.depth.run import read_rows
 from mvsplit.reproduce.depth.study import MARGIN
 from mvsplit.reproduce.depth.together import room_for, run_together
-from mvsplit.residuals import build_rule
 from mvsplit.training.builders import resolve_device
 
 
 def family(run: BenchRun) -> Family:
     """Runs of one family can be trained as one."""
-    rule = run.entry.rule(run.depth)
-    return Family.of(build_rule(rule, width=run.width, depth=run.depth, branch="attention"))
+    return Family.named(run.entry.rule(run.depth), width=run.width, depth=run.depth)
 
 
 def wanted(

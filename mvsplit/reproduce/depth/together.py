@@ -34,7 +34,7 @@ from mvsplit.reproduce.depth.run import (
     windows,
     write_row,
 )
-from mvsplit.reproduce.runlog import LIVING_LOSS
+from mvsplit.reproduce.runlog import LIVING_LOSS, Array
 from mvsplit.reproduce.trial import token_floor
 from mvsplit.training import Experiment, TrainConfig
 from mvsplit.training.builders import build_loader, build_model, resolve_device
@@ -149,6 +149,15 @@ class Training:
                 if time.time() > end:
                     return False
         return True
+
+    def course(self, member: int) -> tuple[Array, Array, str]:
+        """Losses and gradient norms of the steps up to the first that is not finite, and how the
+        run of a member ended."""
+        losses, norms = (t[:, member].double().cpu().numpy() for t in (self.losses, self.norms))
+        broken = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))
+        taken = int(broken[0]) if len(broken) else len(losses)
+        ended = f"non-finite: step {taken + 1}" if len(broken) else FINISHED
+        return losses[:taken], norms[:taken], ended
 
     @torch.no_grad()
     def _look(self) -> Tensor:
@@ -329,7 +338,6 @@ def run_together(
     deepest = training.similarity[size.steps][:, -math.ceil(runs[0].depth / 4) :]
     scores["similarity"] = deepest.double().mean(1).numpy()
     floors = {r.seed: token_floor(r.experiment(size)) for r in runs}
-    losses, norms = training.losses.cpu().numpy(), training.norms.cpu().numpy()
     on_gpu = training.device.type == "cuda"
     common = {
         "together": len(runs),
@@ -342,7 +350,7 @@ def run_together(
         "peak_gib_together": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
     for member, run in enumerate(runs):
-        row = head(run, size) | _of_curve(losses[:, member], norms[:, member], floors[run.seed])
+        row = head(run, size) | _of_curve(training, member, floors[run.seed])
         row |= {
             name: six_digits(values[member]) for name, values in scores.items() if values.ndim == 1
         }
@@ -356,17 +364,15 @@ def run_together(
     return True
 
 
-def _of_curve(losses: Any, norms: Any, floor: float) -> dict[str, Any]:
-    """What the losses and gradient norms of the steps say of a run, as `run.from_logs` does."""
-    broken = np.flatnonzero(~(np.isfinite(losses) & np.isfinite(norms)))
-    taken = int(broken[0]) if len(broken) else len(losses)
-    curve = windows(losses[:taken].astype(float))
-    at = collapse(curve / floor, dead_at_end=bool(len(broken)))
-    ended = f"non-finite: step {taken + 1}" if len(broken) else FINISHED
+def _of_curve(training: Training, member: int, floor: float) -> dict[str, Any]:
+    """What the steps say of a run, as `run.from_logs` does."""
+    losses, _, ended = training.course(member)
+    curve = windows(losses)
+    at = collapse(curve / floor, dead_at_end=ended != FINISHED)
     return {
         "ended": ended,
         "floor": floor,
-        "steps_taken": taken,
+        "steps_taken": len(losses),
         "curve": [six_digits(v) for v in curve],
         "collapse_step": None if at is None else at * WINDOW,
     }
