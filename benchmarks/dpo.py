@@ -6,9 +6,13 @@ The world is small: one large object of four shapes and eight colours on black, 
 pixels a side on a GPU and 16 on a CPU. A model is pre-trained until it draws enough right, then
 fine-tuned at a tenth of the rate on other scenes (SFT). Then two pictures of each of many captions
 of further scenes, DPO on the pairs of which one shows what its caption says, and beside it, for as
-many steps, flow matching on real pictures and on the preferred ones. A quarter of the captions is
-in no pair. Scored before and after, on these and on the others: the share of captions drawn right,
-the Fréchet distance, and TCS, ρ, G_mean and G_ctr of every layer.
+many steps, flow matching on real pictures and on the preferred ones. Half of the captions is in no
+pair: a quarter is held out, another is the validation. Scored before and after, on both: the share
+of captions drawn right, the Fréchet distance, and TCS, ρ, G_mean and G_ctr of every layer.
+
+Of several settings, and of weights on the straight way between the SFT model and what was aligned,
+one is chosen by a rule that was written down before the runs, on the validation alone (`chosen` of
+dpo_page.py); the held-out captions are what it is reported on.
 
 Gate: the reader sees in rendered pictures what they show. Rows say whether DPO began at log 2, and
 `dpo_page.py` refuses those that did not. Each row is written when it is there.
@@ -38,18 +42,20 @@ import torch
 from dpo_parts import (
     DRAW,
     SIZE,
+    Hold,
     Store,
     Words,
     averaged,
     begin,
+    blended,
     draw,
     drawing,
     enlarged,
     experiment,
-    is_held_out,
     learn,
     learn_unwatched,
     load,
+    part_of,
     real_store,
     replace_options,
     save,
@@ -73,6 +79,7 @@ from mvsplit.training import Experiment, TuneConfig
 from mvsplit.training.objective import piece_losses
 from mvsplit.training.step import pieces
 
+OTHER_NOISE = (500, 600, 700)  # added to the seed, where only the noise is another
 LAYER_FIELDS = ("tcs", "rho", "g_mean_attn", "g_ctr_attn", "g_mean_ffn", "g_ctr_ffn")
 
 
@@ -86,20 +93,20 @@ class Drawn:
 
 
 def score(model: DiT, options: argparse.Namespace) -> dict[str, float]:
-    """Of held-out captions and of those that pairs are made of: the share drawn right, that is an
+    """Of held-out captions and of those of the validation: the share drawn right, that is an
     object of the shape and colour, and the share with nothing else beside it; and the Fréchet
     distance to rendered pictures. Always the same noise for a seed."""
     found: dict[str, float] = {}
     everything = world(SERIES, 0, 6 * options.pictures).scenes()
-    for name, held in (("held", True), ("seen", False)):
-        scenes = [s for s in everything if is_held_out(s) == held][: options.pictures]
+    for name in ("held", "valid"):
+        scenes = [s for s in everything if part_of(s) == name][: options.pictures]
         pictures = draw(model, [scene.caption for scene in scenes], seed=10_000 + options.seed)
         seen = read_pictures(enlarged(pictures))
         points = [points_of_shapes(s, q) for s, q in zip(seen, scenes, strict=True)]
         found |= dict(share(f"{name}_right", [p > 0 for p in points]))
         found |= dict(share(f"{name}_exact", [p > 1 for p in points]))
         table = world(SERIES + 1, 0, 6 * options.pictures)
-        rows = [k for k, s in enumerate(table.scenes()) if is_held_out(s) == held]
+        rows = [k for k, s in enumerate(table.scenes()) if part_of(s) == name]
         real = render(table, SIZE)[rows[: options.pictures]]
         distance = frechet_distance(fixed_features(pictures), fixed_features(real))
         found[f"{name}_frechet"] = distance
@@ -138,7 +145,7 @@ def pairs_of(model: DiT, options: argparse.Namespace) -> tuple[Drawn, dict[str, 
     """Pairs on captions of the training's series, and what they cost."""
     began = time.perf_counter()
     table = world(0, (3 + options.seed) * 10**8, 2 * options.captions)
-    scenes = [s for s in table.scenes() if not is_held_out(s)][: options.captions]
+    scenes = [s for s in table.scenes() if part_of(s) == "pairs"][: options.captions]
     captions = [scene.caption for scene in scenes]
     config = replace(DRAW, seed=options.seed)
     reader = judge_of_shapes(scenes)
@@ -159,7 +166,7 @@ def pairs_of(model: DiT, options: argparse.Namespace) -> tuple[Drawn, dict[str, 
 
 
 def base(options: argparse.Namespace) -> DiT:
-    """Pre-training until the model draws `--stop-at` of the held-out captions right, then SFT on
+    """Pre-training until the model draws `--stop-at` of the validation right, then SFT on
     other scenes at a tenth of the rate."""
     began = time.perf_counter()
     store, other = real_store(options, 0), real_store(options, 10**8)
@@ -196,10 +203,9 @@ def note(row: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def drawn_right(model: DiT, options: argparse.Namespace) -> float:
-    """The share of other held-out captions that is drawn right."""
-    scenes = [s for s in world(SERIES + 3, 0, 6 * options.pictures).scenes() if is_held_out(s)][
-        : options.pictures
-    ]
+    """The share of captions of the validation that is drawn right, of scenes of their own."""
+    everything = world(SERIES + 3, 0, 6 * options.pictures).scenes()
+    scenes = [s for s in everything if part_of(s) == "valid"][: options.pictures]
     pictures = draw(model, [scene.caption for scene in scenes], seed=20_000 + options.seed)
     seen = read_pictures(enlarged(pictures))
     right = [points_of_shapes(s, q) > 0 for s, q in zip(seen, scenes, strict=True)]
@@ -207,13 +213,15 @@ def drawn_right(model: DiT, options: argparse.Namespace) -> float:
 
 
 def ways(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is tried: `NAME:beta=…,lr=…,steps=…,every=…,what=lora|all,anchor=…`."""
+    """What is tried: `NAME:beta=…,lr=…,steps=…,every=…,what=lora|all,anchor=…,real=…,mix=…`; `real`
+    is the weight of flow matching on real pictures beside it, `mix` are the shares of the way from
+    the start that are scored too, as 0.25/0.5."""
     for given in options.ways:
         name, _, fields = given.partition(":")
         yield name, dict(field.split("=") for field in fields.split(",") if field)
 
 
-def machine(model: DiT) -> dict[str, Any]:
+def machine(model: DiT, options: argparse.Namespace) -> dict[str, Any]:
     """Where this was measured, and of what."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
@@ -222,6 +230,7 @@ def machine(model: DiT) -> dict[str, Any]:
         "gpu": gpu,
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
+        "note": options.note,
         "model": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "draw": asdict(DRAW),
@@ -231,10 +240,11 @@ def machine(model: DiT) -> dict[str, Any]:
 def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each way from the same weights; first what they score."""
     layers = look(start, options)
-    yield machine(start)
+    yield machine(start, options)
     yield {"way": "SFT", "scores": score(start, options), "layers": layers}
-    other = replace_options(options, seed=options.seed + 500)
-    yield {"way": "SFT, other noise", "scores": score(start, other), "layers": layers}
+    for more in OTHER_NOISE:
+        other = replace_options(options, seed=options.seed + more)
+        yield {"way": "SFT, other noise", "scores": score(start, other), "layers": layers}
     drawn, cost = pairs_of(start, options)
     yield {"way": "pairs", **cost}
     for name, fields in ways(options):
@@ -243,36 +253,41 @@ def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         for steps, row in aligned(start, drawn, name, fields, options):
             way = f"{name}, {steps} steps" if "every" in fields else name
-            yield {**row, **fields, "way": way, "steps": steps}
+            way += f", {row['share']:.0%} of the way" if "share" in row else ""
+            yield {**fields, **row, "way": way, "steps": steps}
 
 
 def aligned(
     start: DiT, drawn: Drawn, name: str, fields: dict[str, Any], options: argparse.Namespace
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """One way, DPO or flow matching on the preferred pictures or on real ones: after each `every`
-    of its steps how many these were, and what is known by then."""
+    of its steps how many these were, and what is known by then; then the same of each share of the
+    way from the start that `mix` names."""
     began = time.perf_counter()
     wanted, preference = settings(name, fields, options)
-    state = begin(
-        wanted, store_of(drawn, name, wanted.train.batch_size, options), start, preference
-    )
+    config = wanted.train
+    state = begin(wanted, store_of(drawn, name, config.batch_size, options), start, preference)
+    weight, hold = float(fields.get("real", 0.0)), None
+    if weight:
+        hold = Hold(state, config, store_of(drawn, "real", config.batch_size, options), weight)
     steps, kept = int(fields.get("steps", 400)), []
     every = int(fields.get("every", steps))
+    parts = [float(part) for part in fields.get("mix", "").split("/") if part]
     for until in range(every, steps + 1, every):
-        kept += learn(state, wanted.train, every)
+        began = began if until == every else time.perf_counter()
+        kept += learn(state, config, every, hold)
         spent = round(time.perf_counter() - began, 1)
         model = averaged(state)
-        yield (
-            until,
-            {
-                "seconds": spent,
-                "gate": preference is None
-                or abs(first_loss(kept, preference) - math.log(2)) < 0.01,
-                "curve": [{k: float(f"{v:.4g}") for k, v in line.items()} for line in kept],
-                "scores": score(model, options),
-                "layers": look(model, options),
-            },
-        )
+        gate = preference is None or abs(first_loss(kept, preference) - math.log(2)) < 0.01
+        curve = [{k: float(f"{v:.4g}") for k, v in line.items()} for line in kept]
+        yield until, {"seconds": spent, "gate": gate, "curve": curve, **known_of(model, options)}
+        for part in parts:
+            yield until, {"share": part, **known_of(blended(start, model, part), options)}
+
+
+def known_of(model: DiT, options: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a network."""
+    return {"scores": score(model, options), "layers": look(model, options)}
 
 
 def first_loss(kept: list[dict[str, Any]], preference: DPOConfig) -> float:
@@ -337,6 +352,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="weights that `base` has saved")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--json", type=Path, help="a line for each way")
+    parser.add_argument("--note", help="kept with the results: who else used the GPU, for example")
     options = parser.parse_args()
     options.until = time.perf_counter() + options.budget
     torch.set_num_threads(4 if options.device == "cuda" else 1)

@@ -36,7 +36,7 @@ from mvsplit.training import (
     train_step,
 )
 from mvsplit.training.finetune import begin_from
-from mvsplit.training.objective import Preference
+from mvsplit.training.objective import Preference, piece_losses
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.step import accumulate_gradients, pieces
 
@@ -68,10 +68,12 @@ def network(options: argparse.Namespace) -> DiTConfig:
 # The world: one large object of four shapes and eight colours on black, "a red ring".
 
 
-def is_held_out(scene: Scene) -> bool:
-    """Whether a caption is one of the quarter that no pair is made of."""
+def part_of(scene: Scene) -> str:
+    """A quarter of the captions is `held` out and another is for `valid`ation; pairs are made of
+    the rest. Each has all colours and all shapes."""
     thing = scene.objects[0]
-    return (COLOURS.index(thing.colour) + 2 * KINDS.index(thing.shape)) % 4 == 0
+    number = COLOURS.index(thing.colour) + 2 * KINDS.index(thing.shape)
+    return ("held", "valid", "pairs", "pairs")[number % 4]
 
 
 def world(series: int, first: int, count: int) -> SceneTable:
@@ -207,11 +209,28 @@ def begin(
     return state
 
 
-def learn(state: TrainState, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
+class Hold:
+    """Adds to the gradients of a step those of `weight` times the loss of flow matching (Eq. 2) on
+    real pictures: what a preference is not to lead away from."""
+
+    def __init__(self, state: TrainState, config: TrainConfig, store: Store, weight: float) -> None:
+        self._state, self._config, self._store, self._weight = state, config, store, weight
+
+    def __call__(self) -> None:
+        step = 10**6 + self._state.step  # noise and times that are not those of the pairs
+        batch = self._store.next_batch()
+        for piece in pieces(batch, step, self._config, self._state.device):
+            losses = piece_losses(self._state.model, piece, self._config)
+            (self._weight * losses.sum() / len(batch.latents)).backward()
+
+
+def learn(
+    state: TrainState, config: TrainConfig, steps: int, hold: Hold | None = None
+) -> list[dict[str, Any]]:
     """Takes `steps` steps; the numbers of every 25th."""
     kept = []
     for number in range(1, steps + 1):
-        metrics = train_step(state, config)
+        metrics = train_step(state, config, after_first=hold)
         if number == 1 or number % 25 == 0:
             kept.append({"step": state.step, **metrics})
     return kept
@@ -255,6 +274,15 @@ def averaged(state: TrainState) -> DiT:
             weights[name].copy_(average)
     merge_lora(model)
     return model.requires_grad_(False).eval()
+
+
+def blended(start: DiT, model: DiT, share: float) -> DiT:
+    """The network whose weights are start + share·(model − start)."""
+    between = copy.deepcopy(start)
+    with torch.no_grad():
+        for own, aligned in zip(between.parameters(), model.parameters(), strict=True):
+            own.lerp_(aligned, share)
+    return between
 
 
 def save(model: DiT, path: Path) -> None:

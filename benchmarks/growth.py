@@ -355,7 +355,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs of a size that begin in time; the file is written after each."""
     size, began = SIZES[options.size], time.perf_counter()
     rows: list[dict[str, Any]] = []
-    result = environment(options.size) | {"summary": [], "runs": rows}
+    result = environment(options.size) | {"note": options.note, "summary": [], "runs": rows}
     todo = [
         (seed, rate, way, stages)
         for seed in range(options.first_seed, options.first_seed + options.seeds)
@@ -398,6 +398,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=1e9, help="seconds for all runs")
+    parser.add_argument("--note", help="kept with the result: who else used the GPU, for example")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.sources:

@@ -205,6 +205,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--from", dest="known", action="store_true", help="only draw what is there")
     parser.add_argument("--plot", type=Path, help="also draw the curves of seed 0 here")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds to begin a run in")
+    parser.add_argument("--note", help="kept with the result: who else used the GPU, for example")
     return parser.parse_args(arguments)
 
 
@@ -223,7 +224,7 @@ def main() -> None:
             options.json.write_text(json.dumps(result) + "\n")
 
     for seed in () if options.known else options.seeds:
-        result["environment"].append(environment())
+        result["environment"].append(environment() | {"note": options.note})
         with tempfile.TemporaryDirectory() as folder:
             measure(options, seed, Path(folder), keep)
     print(table(result))

@@ -37,15 +37,16 @@ from video_gates import gates
 class Results:
     """What has been found so far, in a file."""
 
-    def __init__(self, path: Path | None, part: str, found: dict[str, Any]) -> None:
-        self._path = path
+    def __init__(self, args: argparse.Namespace, found: dict[str, Any]) -> None:
+        self._path = args.json
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         self._all = {
-            "part": part,
+            "part": args.part,
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,
             "gpu": gpu,
             "command": " ".join(["python", *sys.argv]),
+            "note": args.note,
             "gates": found,
             "runs": [],
         }
@@ -165,10 +166,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=list(video_frames.FRAMES))
     parser.add_argument("--size", choices=video_frames.SIZES, default="gpu")
     parser.add_argument("--variants", nargs="+", default=list(video_frames.VARIANTS))
+    parser.add_argument("--note", help="kept with the result: who else used the GPU, for example")
     args = parser.parse_args()
     if args.part == "times":
         torch.set_num_threads(1)
-    results = Results(args.json, args.part, gates(args.device))
+    results = Results(args, gates(args.device))
     PARTS[args.part](args, results)
 
 
