@@ -246,8 +246,12 @@ def _disturbed() -> Iterator[Run]:
             )
 
 
-def _unseen() -> Iterator[Run]:
+def _unseen() -> tuple[Run, ...]:
     """What the detector was not tuned on, small enough for a few minutes on one core."""
+    return (*_unseen_plain(), *_unseen_fronts(), *_unseen_jumps(), *_unseen_batches())
+
+
+def _unseen_plain() -> Iterator[Run]:
     for depth, width, lr, seed in (
         (48, 48, 2e-2, 5),
         (48, 48, 2e-3, 5),
@@ -270,6 +274,9 @@ def _unseen() -> Iterator[Run]:
             warmup=15,
             probe_every=4,
         )
+
+
+def _unseen_fronts() -> Iterator[Run]:
     for depth, lr in ((80, 4e-3), (100, 2e-3)):
         yield Run(
             name=f"unseen-front-l{depth}-lr{lr:g}",
@@ -281,6 +288,9 @@ def _unseen() -> Iterator[Run]:
             seed=11,
             steps=100,
         )
+
+
+def _unseen_jumps() -> Iterator[Run]:
     for rule, label, factor, seed in (
         (PLAIN, "plain", 40, 12),
         (PLAIN, "plain", 60, 13),
@@ -302,6 +312,9 @@ def _unseen() -> Iterator[Run]:
             probe_every=8,
             interventions=(Intervention(deed="lr", step=100 + seed, amount=factor),),
         )
+
+
+def _unseen_batches() -> Iterator[Run]:
     for name, lr, seed in (
         ("mvsplit", 2e-3, 19),
         ("layerscale", 2e-3, 20),

@@ -57,7 +57,7 @@ def check(size: BenchSize) -> None:
     print(check_training(run.experiment(replace(size, steps=40, warmup=5))), flush=True)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=[*SIZES], default="small")
     parser.add_argument("--out", type=Path, default=Path("runs/depth-bench"))
@@ -73,7 +73,11 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, help="docs/experiments: keeps rows and page there")
     parser.add_argument("--draw", action="store_true", help="runs nothing: --have, then --pages")
     parser.add_argument("--time", action="store_true", help="times steps, alone and side by side")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     size = get_size(options.size)
     if options.depths:
         size = replace(size, depths=tuple(options.depths))
