@@ -45,8 +45,26 @@ def of(result: dict[str, Any], way: str) -> list[Row]:
 
 
 def names(result: dict[str, Any]) -> list[str]:
-    """The ways in the order in which they were run."""
-    return list(dict.fromkeys(r["way"] for r in result["rows"] if "scores" in r))
+    """The ways that all seeds had time for, in the order in which they were run."""
+    seeds = {row["seed"] for row in of(result, SFT)}
+    ways = dict.fromkeys(r["way"] for r in result["rows"] if "scores" in r)
+    return [way for way in ways if {row["seed"] for row in of(result, way)} == seeds]
+
+
+def validated(result: dict[str, Any]) -> bool:
+    """Whether there are captions of which one way was chosen."""
+    return "valid_right" in of(result, SFT)[0]["scores"]
+
+
+def shown(result: dict[str, Any]) -> list[str]:
+    """The ways that the tables have: all, but of those part of the way the chosen one alone."""
+    best = reported(result)
+    return [way for way in names(result) if way == best or "share" not in of(result, way)[0]]
+
+
+def reported(result: dict[str, Any]) -> str:
+    """The way that is spoken of: the chosen one, or the last."""
+    return chosen(result) if validated(result) else names(result)[-1]
 
 
 def gains(result: dict[str, Any], way: str, score: str) -> list[float]:
@@ -82,14 +100,14 @@ def percent(value: float) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Each way: mean over the seeds, and in brackets least and most."""
+    """Each way: mean over the seeds, and in brackets least and most; the validation as means."""
     right, frechet = RIGHT[kind(result)], FRECHET[kind(result)]
     digits = DIGITS[kind(result)]
-    lines = [
-        "| way | drawn right, % | gain, points | Fréchet | its change | ℓ_θ − ℓ_ref, w | … l |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for way in names(result):
+    heads = ["way", "drawn right, %", "gain, points", "Fréchet", "its change"]
+    heads += ["ℓ_θ − ℓ_ref, w", "… l"]
+    heads += ["validation: gain", "Fréchet's change"] if validated(result) else []
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for way in shown(result):
         rows, later = of(result, way), way != SFT
         lasts = [last for row in rows if "margin" in (last := last_of(row))]
         moved = [
@@ -104,6 +122,12 @@ def table(result: dict[str, Any]) -> str:
             spread([row["scores"][frechet] for row in rows], f"{{:.{digits}f}}".format),
             spread(gains(result, way, frechet), f"{{:+.{digits}f}}".format) if later else "",
         ]
+        if validated(result):
+            gained, changed = (
+                statistics.mean(gains(result, way, f"valid_{score}"))
+                for score in ("right", "frechet")
+            )
+            moved += [f"{100 * gained:+.1f}", f"{changed:+.{digits}f}"] if later else ["", ""]
         lines.append(f"| {' | '.join([way, *cells, *moved])} |")
     return "\n".join(lines)
 
@@ -130,7 +154,7 @@ def layer_table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     number = "{:.3f}".format
-    for way in names(result):
+    for way in shown(result):
         cells = [
             spread([deep(row, *fields) for row in of(result, way)], number)
             for fields in (
@@ -213,9 +237,9 @@ def main() -> None:
     result = json.loads(options.json.read_text())
     for part in (table, layer_table, pair_line, cost_line):
         print(part(result), end="\n\n")
-    for way in names(result)[2:] if "SFT, other noise" in names(result) else ():
+    for way in shown(result)[2:] if "SFT, other noise" in names(result) else ():
         print(gain_line(result, way))
-    if "valid_right" in of(result, SFT)[0]["scores"]:
+    if validated(result):
         print(f"\nchosen on the validation: {chosen(result)}")
     if options.plot:
         plot(result, options.plot)

@@ -25,16 +25,18 @@ from video_frames import FRAMES, exponent
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GPU, CPU = RESULTS / "video_h200_2026-11-29.json", RESULTS / "video_cpu_2026-11-28.json"
-EARLIER = RESULTS / "video_h200_2026-11-28.json"  # a GPU too
+SHARED = RESULTS / "video_h200_2026-11-29_shared.json"  # beside a dozen of other processes
+EARLIER = RESULTS / "video_h200_2026-11-28.json"
 READER = RESULTS / "clips_reader_h200_2026-11-28.json"
 PAGE = ROOT / "docs" / "video.md"
 PLOT = ROOT / "docs" / "video" / "frames.png"
 WRITERS = {"attn": "W_O", "ffn": "W_2"}
+MEANS = ("clip", "frame", "sequence")
 ORDER = ("plain", "plain, standard writers", "mvsplit")
 STEPS = (1, 2, 4, 8, 16)
 Row = dict[str, Any]
-Results = tuple[Row, ...]  # of the GPU, of the GPU a day earlier, of the CPU
-WHERE = ("H200, D = 192", "H200, D = 192", "CPU, D = 64")
+Results = tuple[Row, ...]  # of the GPU, the last first, and of the CPU
+WHERE = ("H200, D = 192", "H200, D = 192", "H200, D = 192", "CPU, D = 64")
 
 
 def collect(paths: Sequence[Path], place: Path) -> None:
@@ -44,6 +46,7 @@ def collect(paths: Sequence[Path], place: Path) -> None:
     for name in {part["part"] for part in parts}:
         same = sorted((p for p in parts if p["part"] == name), key=lambda p: str(p["runs"][:1]))
         about = {key: same[0][key] for key in ("date", "torch", "gpu", "gates")}
+        about |= {"note": note} if (note := same[0].get("note")) else {}
         result[name] = about | {"runs": [run for part in same for run in part["runs"]]}
     place.write_text(compact(result) + "\n", encoding="utf-8")
 
@@ -58,6 +61,11 @@ def compact(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
+def runs_of(result: Row, part: str) -> list[Row]:
+    """The runs of a part, none where it was not run."""
+    return result.get(part, {"runs": []})["runs"]
+
+
 def look(row: Row, step: int) -> Row:
     return next(look for look in row["looks"] if look["step"] == step)
 
@@ -65,7 +73,7 @@ def look(row: Row, step: int) -> Row:
 def rows_of(results: Results, variant: str, frames: int) -> list[Row]:
     """The runs of all seeds, of the first result that has them of all frames."""
     for result in results:
-        runs = [run for run in result["frames"]["runs"] if run["variant"] == variant]
+        runs = [run for run in runs_of(result, "frames") if run["variant"] == variant]
         if {run["frames"] for run in runs} == set(FRAMES):
             found = {run["seed"]: run for run in runs if run["frames"] == frames}
             return [found[seed] for seed in sorted(found)]
@@ -134,7 +142,7 @@ def training_table(results: Results) -> str:
     ]
     known: set[tuple[str, str, int]] = set()
     for result, where in zip(results, WHERE, strict=True):
-        runs = [run for run in result["frames"]["runs"] if len(run["losses"]) >= STEPS[-1]]
+        runs = [run for run in runs_of(result, "frames") if len(run["losses"]) >= STEPS[-1]]
         for variant, frames in sorted({(run["variant"], run["frames"]) for run in runs}):
             if (where, variant, frames) in known:
                 continue
@@ -151,15 +159,17 @@ def training_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def means_table(result: Row) -> str:
-    """The validation loss with each choice of mean, of each seed."""
-    runs = result["means"]["runs"]
+def means_table(results: Results, size: str) -> str:
+    """The validation loss with each choice of mean, of each seed, after as many steps as the last
+    results have."""
+    runs = [r for result in results for r in runs_of(result, "means") if r["size"] == size]
+    runs = [run for run in runs if run["step"] == runs[0]["step"]]
     seeds = sorted({run["seed"] for run in runs})
     lines = [
         f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} |",
         "|---|" + "---|" * len(seeds),
     ]
-    for mean in ("clip", "frame", "sequence"):
+    for mean in MEANS:
         losses = {run["seed"]: run["validation_loss"] for run in runs if run["mean"] == mean}
         cells = [f"{losses[seed]:.4f}" if seed in losses else "not run" for seed in seeds]
         lines.append(f"| `{mean}` | {' | '.join(cells)} |")
@@ -169,12 +179,13 @@ def means_table(result: Row) -> str:
 def preset_table(results: Results) -> str:
     """What a preset has learned, in which time."""
     lines = [
-        "| preset | learning rate | steps | validation loss | guidance | objects | all right |",
-        "|---|---|---|---|---|---|---|",
+        "| preset | learning rate | steps | validation loss | guidance | objects | direction | "
+        "all right |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for run in (run for r in results for run in r.get("preset", {"runs": []})["runs"]):
+    for run in (run for result in results for run in runs_of(result, "preset")):
         for key in (key for key in run if key.startswith("guidance ")):
-            scores = (run[key][f"clip_{name}"] for name in ("objects", "exact"))
+            scores = (run[key][f"clip_{name}"] for name in ("objects", "direction", "exact"))
             lines.append(
                 f"| `{run['preset']}` | {run['lr']:g} | {run['step']:,} | "
                 f"{run['validation_loss']:.3f} | {key.removeprefix('guidance ')} | "
@@ -206,7 +217,8 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "start": start_table,
     "exponents": exponent_table,
     "training": training_table,
-    "means": lambda results: means_table(results[-1]),
+    "means": lambda results: means_table(results, "cpu"),
+    "means of 12 layers": lambda results: means_table(results, "gpu"),
     "presets": preset_table,
 }
 
@@ -224,7 +236,9 @@ def page(text: str, results: Results) -> str:
 
 def load() -> Results:
     """All results."""
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in (GPU, EARLIER, CPU))
+    return tuple(
+        json.loads(path.read_text(encoding="utf-8")) for path in (SHARED, GPU, EARLIER, CPU)
+    )
 
 
 def plot(results: Results, path: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_tables_are_those_of_the_results(path: Path) -> None:
     for part in (script.table, script.layer_table, script.pair_line, script.cost_line):
         assert part(result) in PAGE
     if "h200" in path.stem:
-        assert script.gain_line(result, script.names(result)[-1]) in PAGE
+        assert script.gain_line(result, script.reported(result)) in PAGE
 
 
 def test_what_the_page_links_to_is_there() -> None:
