@@ -109,9 +109,10 @@ def measure(
     options: argparse.Namespace, seed: int, folder: Path, keep: Callable[[dict[str, Any]], None]
 ) -> None:
     """Runs one seed: plain, split with each gain, plain from the checkpoint, the reference. `keep`
-    is handed each row when it is known."""
+    is handed each row when it is known. Where an earlier process has seen the plain network die, it
+    is trained only as far as the checkpoint lies."""
     name, known = options.regime, {trial.name: trial for trial in trials()}
-    regime, plain, reference = REGIMES[name], known["plain, record"], known[REFERENCE]
+    regime, plain, reference = options.wanted, known["plain, record"], known[REFERENCE]
 
     def note(way: str, trial: Trial, where: str, *start: Any) -> Any:
         if time.perf_counter() > options.until:
@@ -123,10 +124,13 @@ def measure(
         print(way, seed, json.dumps(shown), flush=True)
         return row
 
-    first = note(PLAIN, plain, "plain")
+    seen = [row for row in options.seen if (row["regime"], row["seed"]) == (name, seed)]
+    first = seen[0] if seen else note(PLAIN, plain, "plain")
     died = [at for at, _ in first["alarms"] if at > regime.jump]
     if not died:
         raise SystemExit(f"{name}, seed {seed}: the plain network did not collapse")
+    if seen:
+        run(replace(regime, steps=died[0] - BEFORE), plain, seed, folder / "plain")
     source = source_of(folder / "plain", died[0])
     since = step_of(source)
     kept = Origin(source=str(source), ema=False, optimizer="kept")
@@ -203,7 +207,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="adds its rows to this file")
     parser.add_argument("--from", dest="known", action="store_true", help="only draw what is there")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="FILEs of other processes")
     parser.add_argument("--plot", type=Path, help="also draw the curves of seed 0 here")
+    parser.add_argument("--steps", type=int, help="instead of those of the regime")
+    parser.add_argument("--have", type=Path, help="where the plain network is known to die, a FILE")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds to begin a run in")
     parser.add_argument("--note", help="kept with the result: who else used the GPU, for example")
     return parser.parse_args(arguments)
@@ -212,6 +219,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     options.until = time.perf_counter() + options.budget
+    options.wanted = REGIMES[options.regime]
+    if options.steps:
+        options.wanted = replace(options.wanted, steps=options.steps)
+    have = json.loads(options.have.read_text())["rows"] if options.have else []
+    options.seen = [row for row in have if row["way"] == PLAIN]
     torch.set_num_threads(1)
     there = options.json is not None and options.json.exists()
     result = json.loads(options.json.read_text()) if there else {"environment": [], "rows": []}
@@ -223,6 +235,10 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(result) + "\n")
 
+    for other in (json.loads(path.read_text()) for path in options.add):
+        result["environment"] += other["environment"]
+        for row in other["rows"]:
+            keep(row)
     for seed in () if options.known else options.seeds:
         result["environment"].append(environment() | {"note": options.note})
         with tempfile.TemporaryDirectory() as folder:
