@@ -213,8 +213,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 3.6))
-    for way in names(result)[1:]:
+    figure, axis = pyplot.subplots(figsize=(9, 3.6))
+    for way in shown(result)[1:]:
         right = [100 * v for v in gains(result, way, RIGHT[kind(result)])]
         axis.scatter(gains(result, way, FRECHET[kind(result)]), right, label=way, s=28)
     axis.axhline(0, color="gray", linewidth=0.6)

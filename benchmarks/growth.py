@@ -13,7 +13,8 @@ before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 1
 
 Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; thousand
 (2 → 10 → 100 → 400 → 1000 layers, the same data) a minute of one core for each of five ways; gpu
-(shapes, the same depths, width 128, bf16) needs a GPU and has not been timed.
+(shapes, the same depths, width 128, bf16) five minutes for each of five ways on an H200 that a
+dozen of other processes use too.
 The file is written at each point of a curve, so that a run that is stopped leaves what it had.
 """
 
@@ -313,9 +314,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def together(results: list[dict[str, Any]]) -> dict[str, Any]:
     """One result of those of several processes, of one size."""
     first = results[0]
-    differs = [k for k in ("size", "settings", "device") for r in results if r[k] != first[k]]
-    if differs:
-        raise SystemExit(f"these are results of different runs: {differs[0]} is not the same")
+
+    def same(result: dict[str, Any]) -> list[Any]:
+        settings = {k: v for k, v in result["settings"].items() if k != "deep"}
+        return [result["size"], result["device"], settings]
+
+    if any(same(result) != same(first) for result in results):
+        raise SystemExit("these are results of different runs: size, device or settings differ")
     rows = [row for result in results for row in result["runs"]]
     found = summary([r for r in rows if r["ended"]])
     commands = [r["command"] for r in results]
@@ -333,6 +338,18 @@ def table(result: dict[str, Any]) -> str:
         spread = f"{row['lowest']:.3f}, {row['highest']:.3f}"
         start = f"| {row['lr']:g} | {row['way']} | {row['loss']:.3f} |"
         lines.append(f"{start} {spread} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def stage_table(result: dict[str, Any]) -> str:
+    """Of the network that grows, the loss when the layers of each depth came and at the end of
+    their steps; of the first seed."""
+    losses = dict(next(run for run in result["runs"] if run["way"] == "grown")["points"])
+    lines = ["| layers | loss when they came | loss at the end of their steps |", "|---|---|---|"]
+    spent = 0
+    for depth, steps in result["stages"]:
+        before, spent = losses[spent], spent + depth * steps
+        lines.append(f"| {depth} | {before:.3f} | {losses[spent]:.3f} |")
     return "\n".join(lines)
 
 
@@ -408,6 +425,8 @@ def main() -> None:
     else:
         result = measure(options)
     print(table(result))
+    if any(row["way"] == "grown" and row["ended"] for row in result["runs"]):
+        print(stage_table(result))
     if options.plot:
         plot(result, options.plot)
 

@@ -162,7 +162,7 @@ def training_table(results: Results) -> str:
 def means_table(results: Results, size: str) -> str:
     """The validation loss with each choice of mean, of each seed, after as many steps as the last
     results have."""
-    runs = [r for result in results for r in runs_of(result, "means") if r["size"] == size]
+    runs = [r for result in results for r in runs_of(result, "means") if r.get("size") == size]
     runs = [run for run in runs if run["step"] == runs[0]["step"]]
     seeds = sorted({run["seed"] for run in runs})
     lines = [
@@ -185,13 +185,19 @@ def preset_table(results: Results) -> str:
     ]
     for run in (run for result in results for run in runs_of(result, "preset")):
         for key in (key for key in run if key.startswith("guidance ")):
-            scores = (run[key][f"clip_{name}"] for name in ("objects", "direction", "exact"))
+            scores = [run[key].get(f"clip_{name}") for name in ("objects", "direction", "exact")]
             lines.append(
                 f"| `{run['preset']}` | {run['lr']:g} | {run['step']:,} | "
                 f"{run['validation_loss']:.3f} | {key.removeprefix('guidance ')} | "
-                f"{' | '.join(f'{score:.0%}' for score in scores)} |"
+                f"{' | '.join('' if score is None else f'{score:.0%}' for score in scores)} |"
             )
     return "\n".join(lines)
+
+
+def prompts_line(results: Results) -> str:
+    """What the contact sheet shows, row by row."""
+    run = next(run for r in results for run in runs_of(r, "preset") if run["preset"] == "clips-12l")
+    return "\n".join(f"{row}. {prompt}" for row, prompt in enumerate(run["prompts"], start=1))
 
 
 def reader_table(_: Results) -> str:
@@ -218,7 +224,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "exponents": exponent_table,
     "training": training_table,
     "means": lambda results: means_table(results, "cpu"),
-    "means of 12 layers": lambda results: means_table(results, "gpu"),
+    "prompts": prompts_line,
     "presets": preset_table,
 }
 
