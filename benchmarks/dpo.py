@@ -42,7 +42,6 @@ import torch
 from dpo_parts import (
     DRAW,
     SIZE,
-    Hold,
     Store,
     Words,
     averaged,
@@ -214,7 +213,7 @@ def drawn_right(model: DiT, options: argparse.Namespace) -> float:
 
 def ways(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is tried: `NAME:beta=…,lr=…,steps=…,every=…,what=lora|all,anchor=…,real=…,mix=…`; `real`
-    is the weight of flow matching on real pictures beside it, `mix` are the shares of the way from
+    is the weight of real pictures beside the pairs, `mix` are the shares of the way from
     the start that are scored too, as 0.25/0.5."""
     for given in options.ways:
         name, _, fields = given.partition(":")
@@ -266,16 +265,16 @@ def aligned(
     began = time.perf_counter()
     wanted, preference = settings(name, fields, options)
     config = wanted.train
-    state = begin(wanted, store_of(drawn, name, config.batch_size, options), start, preference)
-    weight, hold = float(fields.get("real", 0.0)), None
-    if weight:
-        hold = Hold(state, config, store_of(drawn, "real", config.batch_size, options), weight)
+    store = store_of(drawn, name, config.batch_size, options)
+    if preference is not None and preference.real:
+        store.beside = store_of(drawn, "real", config.batch_size, options)
+    state = begin(wanted, store, start, preference)
     steps, kept = int(fields.get("steps", 400)), []
     every = int(fields.get("every", steps))
     parts = [float(part) for part in fields.get("mix", "").split("/") if part]
     for until in range(every, steps + 1, every):
         began = began if until == every else time.perf_counter()
-        kept += learn(state, config, every, hold)
+        kept += learn(state, config, every)
         spent = round(time.perf_counter() - began, 1)
         model = averaged(state)
         gate = preference is None or abs(first_loss(kept, preference) - math.log(2)) < 0.01
@@ -308,9 +307,8 @@ def settings(
         ema_decay=0.99,
         tune=TuneConfig(what=fields.get("what", "all"), lora=LoRAConfig(rank=16, alpha=32.0)),
     )
-    beta, anchor = float(fields.get("beta", 1000.0)), float(fields.get("anchor", 0.0))
-    dpo = name.lower().startswith("dpo")
-    return wanted, DPOConfig(beta=beta, anchor=anchor) if dpo else None
+    numbers = {key: float(fields[key]) for key in ("beta", "anchor", "real") if key in fields}
+    return wanted, DPOConfig(**numbers) if name.lower().startswith("dpo") else None
 
 
 def store_of(drawn: Drawn, name: str, batch: int, options: argparse.Namespace) -> Store:

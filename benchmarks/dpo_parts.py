@@ -36,7 +36,7 @@ from mvsplit.training import (
     train_step,
 )
 from mvsplit.training.finetune import begin_from
-from mvsplit.training.objective import Preference, piece_losses
+from mvsplit.training.objective import Preference
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.step import accumulate_gradients, pieces
 
@@ -128,6 +128,7 @@ class Store:
         data: Tensor,
         captions: list[str],
         rejected: Tensor | None = None,
+        beside: Store | None = None,
         *,
         width: int,
         batch_size: int,
@@ -136,6 +137,7 @@ class Store:
     ) -> None:
         self.data = data.to(device)
         self.rejected = None if rejected is None else rejected.to(device)
+        self.beside = beside
         self.embedder = Words(width)
         self.text = self.embedder.encode(captions)[0].to(device)
         self.batch_size, self.position = batch_size, 0
@@ -158,6 +160,7 @@ class Store:
             text_valid=None,
             indices=self._nowhere,  # to ask the device for them would wait for it
             rejected=None if self.rejected is None else self.rejected[chosen],
+            beside=None if self.beside is None else self.beside.next_batch(),
         )
 
 
@@ -209,28 +212,11 @@ def begin(
     return state
 
 
-class Hold:
-    """Adds to the gradients of a step those of `weight` times the loss of flow matching (Eq. 2) on
-    real pictures: what a preference is not to lead away from."""
-
-    def __init__(self, state: TrainState, config: TrainConfig, store: Store, weight: float) -> None:
-        self._state, self._config, self._store, self._weight = state, config, store, weight
-
-    def __call__(self) -> None:
-        step = 10**6 + self._state.step  # noise and times that are not those of the pairs
-        batch = self._store.next_batch()
-        for piece in pieces(batch, step, self._config, self._state.device):
-            losses = piece_losses(self._state.model, piece, self._config)
-            (self._weight * losses.sum() / len(batch.latents)).backward()
-
-
-def learn(
-    state: TrainState, config: TrainConfig, steps: int, hold: Hold | None = None
-) -> list[dict[str, Any]]:
+def learn(state: TrainState, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
     """Takes `steps` steps; the numbers of every 25th."""
     kept = []
     for number in range(1, steps + 1):
-        metrics = train_step(state, config, after_first=hold)
+        metrics = train_step(state, config)
         if number == 1 or number % 25 == 0:
             kept.append({"step": state.step, **metrics})
     return kept

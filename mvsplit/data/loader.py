@@ -34,6 +34,7 @@ class Loader:
         caption_dropout: share of captions replaced by "", for classifier-free guidance.
         position: samples consumed so far.
         prefetch: batches that a thread makes ahead of time; 0 makes each when it is asked for.
+        beside: of as large batches; its batch at a position comes with that of this one.
         rank, world: `next_batch` gives the rank-th of `world` equal runs of a batch's rows, a
             process's share; the position counts whole batches all the same.
 
@@ -50,6 +51,7 @@ class Loader:
         caption_dropout: float = 0.0,
         position: int = 0,
         prefetch: int = 0,
+        beside: Loader | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -69,6 +71,7 @@ class Loader:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.position = position
+        self.beside = beside
         buckets = dataset.buckets if isinstance(dataset, BucketedDataset) else []
         self._order = BucketOrder(buckets, batch_size, seed) if len(buckets) > 1 else None
         each = batch_size // world
@@ -104,6 +107,7 @@ class Loader:
             text_valid=None if bool((valid == text.shape[1]).all()) else valid,
             indices=torch.from_numpy(indices),
             rejected=examples.rejected,
+            beside=None if self.beside is None else self.beside.batch_at(position, rows),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,13 +129,15 @@ class Loader:
         self.position = state["position"]
 
     def _fixed(self) -> dict[str, Any]:
-        fixed = {
+        fixed: dict[str, Any] = {
             "seed": self.seed,
             "caption_dropout": self.caption_dropout,
             "dataset_size": self.dataset.size,
         }
         if isinstance(self.dataset, BucketedDataset):
             fixed |= self.dataset.identity
+        if self.beside is not None:
+            fixed["beside"] = self.beside._fixed()
         return fixed | ({"batch_size": self.batch_size} if self._order else {})
 
     def _fetch(self, indices: NDArray[np.int64], positions: NDArray[np.uint64]) -> Examples:

@@ -33,6 +33,7 @@ class Batch:
     text_valid: Tensor | None  # [B] int64, words of each sample; None: all have T
     indices: Tensor  # [B] int64, the samples' places in the data set
     rejected: Tensor | None = None  # as in `Examples`
+    beside: Batch | None = None  # as many samples of another data set, read at the same time
 
 
 class Dataset(Protocol):

@@ -37,16 +37,21 @@ class DPOConfig:
         beta: β, what a change of the loss is worth as a reward: the larger, the closer the network
             stays to the one that it started from.
         anchor: weight of the flow-matching loss of the preferred samples beside it.
+        real: weight of the flow-matching loss of as many samples of the data set beside it.
     """
 
     beta: float = 1000.0
     anchor: float = 0.0
+    real: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < math.inf:
             raise UserError(f"train.dpo.beta={self.beta}: must be greater than 0, for example 1000")
-        if not 0 <= self.anchor < math.inf:
-            raise UserError(f"train.dpo.anchor={self.anchor}: must not be negative; 0 is none")
+        for name in ("anchor", "real"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"train.dpo.{name}={getattr(self, name)}: must not be negative; 0 is none"
+                )
 
 
 def implicit_rewards(losses: Tensor, reference: Tensor, beta: float) -> Tensor:

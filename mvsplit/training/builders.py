@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -152,18 +153,20 @@ def build_loader(experiment: Experiment) -> Loader:
     dataset = build_data(config)
     check_fit(experiment.model, dataset)
     embedder = build_embedder(config, dataset, experiment.model.text_width)
-    if (pairs := build_pairs(experiment, dataset, embedder)) is not None:
-        check_fit(experiment.model, pairs)
-    return Loader(
-        dataset if pairs is None else pairs,
-        embedder,
+    loader = partial(
+        Loader,
+        embedder=embedder,
         batch_size=train.batch_size,
         seed=train.seed,
         caption_dropout=train.caption_dropout,
-        prefetch=config.prefetch,
         rank=rank(),
         world=world(),
     )
+    if (pairs := build_pairs(experiment, dataset, embedder)) is None:
+        return loader(dataset, prefetch=config.prefetch)
+    check_fit(experiment.model, pairs)
+    beside = loader(dataset) if train.dpo.real else None
+    return loader(pairs, prefetch=config.prefetch, beside=beside)
 
 
 def _check_policy(config: TrainConfig) -> None:

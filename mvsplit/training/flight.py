@@ -30,6 +30,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mvsplit.data import Batch
 from mvsplit.diagnostics.attribution import calm_norm
@@ -53,6 +54,7 @@ from mvsplit.training.step import Gradients
 
 FORMAT = "mvsplit-flight"
 VERSION = 1
+BESIDE = "beside."  # before the names of what comes beside the batch
 HISTORY = 32  # steps before it that a step of a run without a flight is compared with
 
 
@@ -213,11 +215,25 @@ def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
 
 
 def _write_batch(path: Path, batch: Batch) -> None:
-    tensors = {"latents": batch.latents, "text": batch.text, "indices": batch.indices}
-    for name, tensor in (("text_valid", batch.text_valid), ("rejected", batch.rejected)):
-        if tensor is not None:
-            tensors[name] = tensor
+    tensors = _tensors(batch)
+    if batch.beside is not None:
+        tensors |= {BESIDE + name: tensor for name, tensor in _tensors(batch.beside).items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    fields = ("latents", "text", "text_valid", "indices", "rejected")
+    return {name: found for name in fields if (found := getattr(batch, name)) is not None}
+
+
+def _read_batch(tensors: dict[str, Tensor]) -> Batch:
+    others = {
+        name.removeprefix(BESIDE): tensors.pop(name)
+        for name in [*tensors]
+        if name.startswith(BESIDE)
+    }
+    beside = _read_batch(others) if others else None
+    return Batch(text_valid=tensors.pop("text_valid", None), beside=beside, **tensors)
 
 
 def _before(folder: Path, step: int) -> list[Path]:
@@ -270,9 +286,7 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
         reason=flight["reason"],
         records=[record for record in flight["records"] if record["step"] <= step],
         world=flight["world"],
-        batch=Batch(text_valid=tensors.pop("text_valid", None), **tensors)
-        if step == last
-        else None,
+        batch=_read_batch(tensors) if step == last else None,
         checkpoints=_before(path / "state", step),
     )
 

@@ -33,10 +33,13 @@ class Objective(Protocol):
     """What is minimised.
 
     Attributes:
-        names: what is measured of each sample, what is minimised first.
+        names: what is measured of each sample, what is minimised first; last what `beside`
+            measures, but for what it minimises.
+        beside: what is minimised of the batch that comes beside that of the loader.
     """
 
     names: tuple[str, ...]
+    beside: Objective | None
 
     def __call__(self, model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
         """[B], or [B, len(names)] where there is more than one; in fp32."""
@@ -55,6 +58,7 @@ class FlowMatching:
     """The paper's own (Eq. 2)."""
 
     names: tuple[str, ...] = ("loss",)
+    beside: Objective | None = None
 
     def __call__(self, model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
         return piece_losses(model, piece, config)
@@ -72,11 +76,25 @@ class FlowMatching:
 FLOW = FlowMatching()
 
 
+class Held(FlowMatching):
+    """Flow matching of some weight beside another objective: what is minimised, and the loss."""
+
+    names: tuple[str, ...] = ("minimised", "loss_real")
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, model: DiT, piece: Piece, config: TrainConfig) -> Tensor:
+        losses = piece_losses(model, piece, config)
+        return torch.stack((self.weight * losses, losses), dim=1)
+
+
 class Preference:
     """Diffusion-DPO in its flow-matching form (`mvsplit.flow.preference`).
 
     The two samples of a pair share their time and their noise, as in the code of Diffusion-DPO:
-    what both losses owe to these goes out in their difference.
+    what both losses owe to these goes out in their difference. With `config.real` the network is
+    held to samples of the data set, in passes of their own.
 
     Args:
         model: the network that learns; it has its adapters, if any, and says what learns.
@@ -89,6 +107,8 @@ class Preference:
 
     def __init__(self, model: DiT, config: DPOConfig) -> None:
         self.config = config
+        self.beside: Objective | None = Held(config.real) if config.real else None
+        self.names = (*Preference.names, *(Held.names[1:] if self.beside else ()))
         self._model = model
         self.reference, self._copies = frozen_twin(model)
 

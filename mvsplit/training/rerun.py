@@ -38,7 +38,7 @@ from mvsplit.training.optimizer import global_norm
 from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.pieces import Piece, cut
 from mvsplit.training.state import TrainState
-from mvsplit.training.step import add_gradients, pieces, train_step
+from mvsplit.training.step import add_all_gradients, pieces, pieces_beside, train_step
 
 MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
 
@@ -131,6 +131,7 @@ class Rerun:
         self.batch = state.loader.next_batch() if flight.batch is None else flight.batch
         one = dataclasses.replace(self.config, accumulate=1)
         (self._whole,) = pieces(self.batch, flight.step, one, state.device)
+        self._beside = pieces_beside(self.batch, flight.step, one, state.device)
         self.rows = list(range(len(self.batch.latents)))
 
     def run(
@@ -143,11 +144,12 @@ class Rerun:
         state = self.state
         state.optimizer.zero_grad()
         with within or nullcontext():
-            measured = add_gradients(
+            measured = add_all_gradients(
                 state.model,
                 config or self.config,
                 list(self._parts(rows)),
-                objective=state.objective,
+                [part for whole in self._beside for part in self._parts(rows, whole)],
+                state.objective,
             )
         losses = measured.view(len(measured), -1)[:, 0]
         norms = family_norms(state.model, state.optimizer.groups)
@@ -161,12 +163,13 @@ class Rerun:
             loss=loss, grad_norm=norm, sample_losses=rest[: len(losses)], family_norms=families
         )
 
-    def _parts(self, rows: list[int]) -> Iterator[Piece]:
-        """The samples in pieces of the size that the run had."""
+    def _parts(self, rows: list[int], whole: Piece | None = None) -> Iterator[Piece]:
+        """The samples, of what comes beside them if that is `whole`, in pieces of the size that the
+        run had."""
+        whole = whole or self._whole
         count = -(-len(rows) * self.config.accumulate // len(self.rows))
         for part in cut(len(rows), count):
             chosen = torch.tensor(rows[part], device=self.state.device)
-            whole = self._whole
             yield Piece(
                 data=whole.data[chosen],
                 noise=whole.noise[chosen],

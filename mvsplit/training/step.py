@@ -37,15 +37,19 @@ from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import anneal
 
 
-def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -> Iterator[Piece]:
+def pieces(
+    batch: Batch, step: int, config: TrainConfig, device: torch.device, streams: str = ""
+) -> Iterator[Piece]:
     """Cuts this rank's share of the batch of a step; chance is drawn for the whole batch first, so
-    that neither this cut nor that into shares changes anything."""
+    that neither this cut nor that into shares changes anything. `streams` names other chance."""
     data = batch.latents.to(device)
     samples = len(data) * world()
     stream = partial(generator_for, config.seed, device=device)
-    noise = torch.randn((samples, *data.shape[1:]), generator=stream("noise", step), device=device)
+    noise = torch.randn(
+        (samples, *data.shape[1:]), generator=stream(f"noise{streams}", step), device=device
+    )
     times = sample_times(
-        samples, shift=config.time_shift, generator=stream("times", step), device=device
+        samples, shift=config.time_shift, generator=stream(f"times{streams}", step), device=device
     )
     if samples > len(data):
         share = slice(rank() * len(data), (rank() + 1) * len(data))
@@ -64,6 +68,15 @@ def pieces(batch: Batch, step: int, config: TrainConfig, device: torch.device) -
             text_valid=None if valid is None else valid[rows],
             rejected=None if rejected is None else rejected[rows],
         )
+
+
+def pieces_beside(
+    batch: Batch, step: int, config: TrainConfig, device: torch.device
+) -> list[Piece]:
+    """The pieces of what comes beside the batch, if anything does."""
+    if batch.beside is None:
+        return []
+    return list(pieces(batch.beside, step, config, device, streams=" beside"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +140,42 @@ def _counted(piece: Piece, samples: int) -> Piece:
     return replace(piece, parts=torch.full((), samples / len(piece.data), device=device))
 
 
+def add_all_gradients(
+    model: DiT,
+    config: TrainConfig,
+    parts: list[Piece],
+    beside: list[Piece],
+    objective: Objective,
+    graphs: Graphs | None = None,
+    after_first: Callable[[], None] | None = None,
+) -> Tensor:
+    """`add_gradients` of the pieces, and of as many samples beside them; what is measured of these
+    are the last columns."""
+    measured = add_gradients(model, config, parts, graphs, after_first, objective)
+    if not beside:
+        return measured
+    assert objective.beside is not None
+    others = add_gradients(model, config, beside, graphs, objective=objective.beside)
+    return torch.cat((measured, others[:, 1:]), dim=1)
+
+
 def accumulate_gradients(
     state: TrainState,
     config: TrainConfig,
     parts: list[Piece],
     after_first: Callable[[], None] | None = None,
+    beside: list[Piece] | None = None,
 ) -> Tensor:
-    """The gradients of the mean loss over all pieces instead of those that were there; returns what
-    the objective measures of each sample, [B] or [B, names]."""
+    """The gradients of the mean loss over all pieces, and of that over those beside them, instead
+    of those that were there; returns what the objective measures of each sample, [B] or
+    [B, names]."""
     if state.planner is not None:
-        state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in parts))
+        every = (*parts, *(beside or ()))
+        state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in every))
     state.optimizer.zero_grad()
-    measured = add_gradients(state.model, config, parts, state.graphs, after_first, state.objective)
+    measured = add_all_gradients(
+        state.model, config, parts, beside or [], state.objective, state.graphs, after_first
+    )
     at("the exchange of gradients")
     state.optimizer.collect_grads()
     return measured
@@ -169,7 +206,8 @@ def train_step(
     at(f"the batch of step {step}")
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
-    measured = accumulate_gradients(state, config, parts, after_first)
+    beside = pieces_beside(batch, step, config, state.device)
+    measured = accumulate_gradients(state, config, parts, after_first, beside)
     metrics, found = _read_all(state, measured, batch)
     lr = state.learning_rate(step)
     numbers = metrics | {"lr": lr, "tokens": found.tokens}
@@ -211,7 +249,11 @@ class _Whole:
 def _read_all(state: TrainState, measured: Tensor, batch: Batch) -> tuple[dict[str, float], _Whole]:
     """The numbers of a step: waits for the device, once where one process is alone."""
     indices = batch.indices
-    tokens = _tokens(state.model, batch.latents, batch.text, batch.rejected)
+    tokens = sum(
+        _tokens(state.model, b.latents, b.text, b.rejected)
+        for b in (batch, batch.beside)
+        if b is not None
+    )
     if world() > 1:
         measured, indices, tokens = _of_all_ranks(measured, indices, tokens)
     losses, *others = measured.view(len(measured), -1).unbind(1)
