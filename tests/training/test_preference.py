@@ -238,12 +238,18 @@ def test_it_starts_at_log_2_and_equal_samples_push_nothing(
 def test_on_a_gpu_it_starts_at_log_2_and_a_graph_changes_nothing(
     whole_run: Path, pairs: Path, tune: str
 ) -> None:
-    """Both networks run on the same kernels in bf16; the third time a graph is replayed."""
-    dpo = DPOConfig(beta=BETA)
+    """Both networks run on the same kernels in bf16; the third time graphs are replayed, of the
+    pairs and of what comes beside them."""
+    dpo = DPOConfig(beta=BETA, real=3.0)
     config = aligning(whole_run, pairs, tune, dpo=dpo, device="cuda", precision="bf16")
     state = begun(config)
-    parts = list(pieces(state.loader.next_batch(), 1, config.train, state.device))
-    written, _, replayed = (accumulate_gradients(state, config.train, parts) for _ in range(3))
+    batch = state.loader.next_batch()
+    parts = list(pieces(batch, 1, config.train, state.device))
+    beside = pieces_beside(batch, 1, config.train, state.device)
+    written, _, replayed = (
+        accumulate_gradients(state, config.train, parts, beside=beside) for _ in range(3)
+    )
+    assert state.graphs.recorded == 2
     assert written[:, 1].tolist() == [0.0] * 8
     assert torch.equal(replayed, written)
 
