@@ -343,13 +343,20 @@ def table(result: dict[str, Any]) -> str:
 
 def stage_table(result: dict[str, Any]) -> str:
     """Of the network that grows, the loss when the layers of each depth came and at the end of
-    their steps; of the first seed."""
-    losses = dict(next(run for run in result["runs"] if run["way"] == "grown")["points"])
-    lines = ["| layers | loss when they came | loss at the end of their steps |", "|---|---|---|"]
-    spent = 0
+    their steps, beside that of a network that was as deep from the start, where it was looked at
+    after most nearly as much compute; of the first seed."""
+    runs = {run["way"]: run["points"] for run in reversed(result["runs"])}
+    lines = [
+        "| layers | loss when they came | at the end of their steps | as deep from the start |",
+        "|---|---|---|---|",
+    ]
+    losses, spent = dict(runs["grown"]), 0
     for depth, steps in result["stages"]:
         before, spent = losses[spent], spent + depth * steps
-        lines.append(f"| {depth} | {before:.3f} | {losses[spent]:.3f} |")
+        beside = runs.get(f"{depth} layers throughout", [])
+        _, near = min(((abs(at - spent), loss) for at, loss in beside), default=(0, math.nan))
+        cells = [f"{loss:.3f}" for loss in (before, losses[spent], near)]
+        lines.append(f"| {depth} | {' | '.join(cells)} |".replace("nan", "–"))
     return "\n".join(lines)
 
 

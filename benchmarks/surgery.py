@@ -12,7 +12,8 @@ Gate: on samples of its own the network after the surgery has the loss that it h
 bit in fp32.
 
 Cost: digits-32-late a minute and a half of one core for each seed, digits-64-jump three minutes;
-shapes-400-jump six minutes for the plain network on an H200 that a dozen of others use too.
+shapes-400-jump six minutes for the plain network on an H200 that a dozen of others use too, three
+for each of what goes on from its checkpoint (in processes of their own with --have, then --add).
 """
 
 from __future__ import annotations

@@ -160,18 +160,21 @@ def training_table(results: Results) -> str:
 
 
 def means_table(results: Results, size: str) -> str:
-    """The validation loss with each choice of mean, of each seed, after as many steps as the last
-    results have."""
-    runs = [r for result in results for r in runs_of(result, "means") if r.get("size") == size]
-    runs = [run for run in runs if run["step"] == runs[0]["step"]]
+    """The validation loss with each choice of mean, of each seed, of the last results that compare
+    them at this size; and the share of clips whose direction the reader found to be as asked, where
+    samples were drawn."""
+    parts = [runs_of(result, "means") for result in results]
+    runs = next(p for p in parts if {r["mean"] for r in p if r.get("size") == size} == {*MEANS})
     seeds = sorted({run["seed"] for run in runs})
-    lines = [
-        f"| `model.mean` | {' | '.join(f'seed {seed}' for seed in seeds)} |",
-        "|---|" + "---|" * len(seeds),
-    ]
+    drawn = all("guidance 2" in run for run in runs)
+    heads = [*(f"seed {seed}" for seed in seeds), *(["direction as asked"] if drawn else [])]
+    lines = [f"| `model.mean` | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for mean in MEANS:
-        losses = {run["seed"]: run["validation_loss"] for run in runs if run["mean"] == mean}
-        cells = [f"{losses[seed]:.4f}" if seed in losses else "not run" for seed in seeds]
+        rows = sorted((r for r in runs if r["mean"] == mean), key=lambda run: run["seed"])
+        cells = [f"{row['validation_loss']:.4f}" for row in rows]
+        if drawn:
+            shares = [row["guidance 2"]["clip_direction"] for row in rows]
+            cells.append(f"{statistics.mean(shares):.0%} ({min(shares):.0%} … {max(shares):.0%})")
         lines.append(f"| `{mean}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -224,6 +227,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "exponents": exponent_table,
     "training": training_table,
     "means": lambda results: means_table(results, "cpu"),
+    "means of 12 layers": lambda results: means_table(results, "gpu"),
     "prompts": prompts_line,
     "presets": preset_table,
 }
