@@ -21,6 +21,7 @@ Gate: the reader sees in rendered pictures what they show. Rows say whether DPO 
     python benchmarks/dpo.py base --save BASE …; python benchmarks/dpo.py align --base BASE …
 
 Cost: 11 minutes of one core for a seed with nine rows, pictures of 16 pixels.
+On an H200 that a dozen of others use too, six minutes for a seed with twelve rows of 32 pixels.
 """
 
 from __future__ import annotations
