@@ -40,13 +40,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvsplit.kernels import forced_backend
+from mvsplit.kernels.choices import choice_file
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.init import initialise
 from mvsplit.residuals import RuleConfig
 from mvsplit.sampling import classifier_free, euler
 from mvsplit.sampling.engine import Engine
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Plan
-from mvsplit.sampling.engine_tune import Tuner, graph_time
+from mvsplit.sampling.engine_tune import Tuner, graph_time, save_plan
 
 STEPS, SHIFT, GUIDANCE = 35, 4.0, 2.0
 SIDE, TEXT = 16, 32  # 256 image tokens, 32 text tokens
@@ -212,6 +213,7 @@ def parts(report: Report, name: str, model: DiT, batch: int) -> None:
         tuner = Tuner(Network(model, noise.bfloat16(), text, padded=False))
         plan = tuner.best_plan()
         assert plan is not None
+        save_plan(tuner.network, plan, choice_file("engine"))  # pictures need not measure again
         print_table(tuner)
         found = {
             "rows": 2 * batch * (SIDE**2 + TEXT),
@@ -394,13 +396,13 @@ def main() -> None:
             20,
             lambda: gate(report, "gate", network(GATE_DEPTH), GATE_NOISES, reference=True),
         ),
-        "parts": (6, lambda: parts(report, "parts", network(16), 1)),
+        "parts": (10, lambda: parts(report, "parts", network(16), 1)),
         "pictures": (25, lambda: pictures(report, model())),
         "compiled": (30, lambda: compiled(report, model())),
         "plain": (10, lambda: plain(report, model())),
         "deep_gate": (35, lambda: gate(report, "deep_gate", model(), 1, reference=False)),
         "starts": (45, lambda: starts(report, args.depth)),
-        "parts8": (9, lambda: parts(report, "parts8", network(16), 8)),
+        "parts8": (10, lambda: parts(report, "parts8", network(16), 8)),
     }
     for name in args.stages.split(","):
         needs, run = stages[name]

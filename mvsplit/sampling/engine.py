@@ -17,10 +17,11 @@ What it cannot do it leaves to the model, and says so once:
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from mvsplit.errors import UserError
 from mvsplit.kernels.capture import capture
 from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.dispatch import HAS_TRITON
+from mvsplit.kernels.hopper.driver import check_waits
 from mvsplit.models import Attention, Block, DiT, SwiGLU
 from mvsplit.models.block import _is_a_plain_matrix, _is_just_gains, _is_watched
 
@@ -82,7 +84,9 @@ class Engine:
         self._say, self._said = say or _log, set[str]()
 
     def __call__(self, latents: Tensor, text: Tensor, text_valid: Tensor | None = None) -> Tensor:
-        """As `DiT.forward`: velocity [B, C, H, W]. Raises UserError as it does."""
+        """As `DiT.forward`: velocity [B, C, H, W]. Raises UserError as it does, and DriverError as
+        `check`, of earlier calls."""
+        self.check()
         obstacle = self._obstacle(latents, text)
         if obstacle is not None:
             self._announce(f"the model itself, because {obstacle}")
@@ -99,6 +103,11 @@ class Engine:
         graph = self._graphs[key]
         self._announce(graph.choice)
         return graph(latents, text, text_valid)
+
+    def check(self) -> None:
+        """Raises DriverError if kernels that have run by now waited in vain (a fault, or another
+        process on the same GPU): their velocities are wrong. Waits for nothing itself."""
+        check_waits()
 
     def _obstacle(self, latents: Tensor, text: Tensor) -> str | None:
         """Why a graph of the model is not possible, if so."""
@@ -130,7 +139,7 @@ class Engine:
             self._graphs.popitem(last=False)
         started = time.perf_counter()
         try:
-            with torch.no_grad(), _current(latents):
+            with torch.no_grad(), _current(latents), _in_turn(latents.device):
                 evaluation, choice = self._evaluation(latents, text, valid)
                 graph = _Graph(evaluation, choice, latents, text, valid)
         except torch.OutOfMemoryError:  # a smaller batch may fit; the model itself would not
@@ -279,6 +288,26 @@ class _Graph:
         for static, given in zip(self._inputs, inputs, strict=True):
             if static is not None and given is not None:
                 static.copy_(given)
-        with _current(self._output):
+        with _current(self._output), _in_turn(self._output.device):
             self._graph.replay()
             return self._output.clone()
+
+
+_turns: defaultdict[torch.device, threading.Lock] = defaultdict(threading.Lock)
+_ends: dict[torch.device, torch.cuda.Event] = {}  # of the last engine's work on each device
+
+
+@contextmanager
+def _in_turn(device: torch.device) -> Iterator[None]:
+    """Engines of this process take turns on a device, whatever streams and threads they are called
+    from: blocks of a kernel wait for each other, and must all find room."""
+    if device.type != "cuda":
+        yield
+        return
+    with _turns[device]:
+        stream = torch.cuda.current_stream(device)
+        if device in _ends:
+            stream.wait_event(_ends[device])
+        yield
+        _ends[device] = torch.cuda.Event()
+        _ends[device].record(stream)

@@ -25,7 +25,9 @@ from mvsplit.kernels.fused.stream import Stream
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper import attention as hopper_attention
 from mvsplit.kernels.hopper import product
+from mvsplit.kernels.hopper.attention import Heads
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block, DiT
 from mvsplit.models.patching import unpatchify
@@ -50,7 +52,7 @@ class Writing:
     """A writer and the merge after it, by the kernels for few rows; without a tile the product is
     the ordinary one, and the sums of F and X are a launch of their own."""
 
-    tile: Tile | None
+    tile: Tile | Cut | None
     rows: Rows
 
     def with_pdl(self, pdl: bool) -> Writing:
@@ -58,8 +60,8 @@ class Writing:
         return Writing(tile, self.rows.with_pdl(pdl))
 
 
-Choice = Ordinary | Tile | Blocks | Writing | Cut
-_CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks, "cut": Cut}
+Choice = Ordinary | Tile | Blocks | Writing | Cut | Heads
+_CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks, "cut": Cut, "heads": Heads}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _choice_to_json(choice: Choice) -> dict[str, Any]:
 def _choice_from_json(fields: dict[str, Any]) -> Choice:
     kind, rest = fields["kind"], {k: v for k, v in fields.items() if k != "kind"}
     if kind == "writing":
-        tile = None if rest["tile"] is None else Tile(**rest["tile"])
+        given = rest["tile"]
+        tile = None if given is None else (Cut if "tokens" in given else Tile)(**given)
         return Writing(tile, Rows(**rest["rows"]))
     return _CHOICES[kind](**rest)
 
@@ -141,9 +144,9 @@ class Network:
         )
         self.cos = self.stream.spread(tables[0], 1.0)
         self.sin = self.stream.spread(tables[1], 0.0)
-        self.rotation = product.rotation_table(self.cos, self.sin)
+        self.rotation = product.rotation(*tables, self.stream.image, patched[1])
         self.meeting = product.meeting(self.stream, config.width, weight.device)
-        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts: dict[object, tuple[Tensor, Tensor]] = {}
         self.x = self.trunk  # [N, D]; what a stage reads, and then what it wrote:
         self.q = self.k = self.v = self.packed  # [B, H or G, T, K]
         self.mixed, self.hidden = self.attended, self.activated  # [N, H·K], [N, F]
@@ -173,7 +176,7 @@ class Network:
         choice = getattr(plan, stage)
         ahead = self._ahead(stage, block, following) if plan.ahead else None
         if stage == "qkv":
-            self._qkv(block, choice, compile_only)
+            self._qkv(block, choice, ahead, compile_only)
         elif stage == "attention":
             self._attention(block, choice, plan.proj, ahead, compile_only)
         elif stage == "w13":
@@ -186,10 +189,11 @@ class Network:
             self._write(block.ffn.w2, self.hidden, rule, choice, ahead, compile_only)
 
     def _ahead(self, stage: str, block: Block, following: Block | None) -> Tensor | None:
-        """The weights that the L2 cache is to fetch while a stage runs."""
+        """The weights that the L2 cache is to fetch while a stage runs: those of w13, twice as
+        many as any other's, during attention, which needs none."""
         if stage == "w2":
             return None if following is None else following.attention.qkv.weight
-        product = {"attention": block.attention.proj, "proj": block.ffn.w13, "w13": block.ffn.w2}
+        product = {"qkv": block.attention.proj, "attention": block.ffn.w13, "w13": block.ffn.w2}
         return product[stage].weight if stage in product else None
 
     def result(self, stage: str) -> Tensor:
@@ -202,7 +206,7 @@ class Network:
     def _by_sample(self, rows: Tensor) -> Tensor:
         return rows.view(self.stream.batch, self.stream.sample_rows, -1)
 
-    def _qkv(self, block: Block, choice: Choice, compile_only: bool) -> None:
+    def _qkv(self, block: Block, choice: Choice, ahead: Tensor | None, compile_only: bool) -> None:
         c, w = self.config, block.attention.qkv.weight
         if isinstance(choice, Tile):
             stream_gemm.qkv(
@@ -213,7 +217,7 @@ class Network:
         elif isinstance(choice, Cut):
             product.qkv(
                 self.x, w, self.rotation, self.packed, self.stream, c.heads,
-                c.groups, c.qk_eps, choice, compile_only=compile_only,
+                c.groups, c.qk_eps, choice, ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
             self._take_heads()
         elif not compile_only:
@@ -233,6 +237,12 @@ class Network:
         if isinstance(choice, Blocks):
             self.mixed = self.attended
             stream_attention.attention(
+                self.q, self.k, self.v, self.mixed, self.valid, self.x, sums, self.stream, choice,
+                ahead=ahead, compile_only=compile_only,
+            )  # fmt: skip
+        elif isinstance(choice, Heads):
+            self.mixed = self.attended
+            hopper_attention.attention(
                 self.q, self.k, self.v, self.mixed, self.valid, self.x, sums, self.stream, choice,
                 ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
@@ -265,7 +275,7 @@ class Network:
             self.hidden = self.activated
             product.swiglu(
                 self.x, block.ffn.w13.weight, self.hidden, sums, self.valid, self.stream, choice,
-                compile_only=compile_only,
+                ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             self.hidden = swiglu(functional.linear(self.x, block.ffn.w13.weight))
@@ -287,7 +297,7 @@ class Network:
         elif isinstance(choice, Cut):
             product.write(
                 a, matrix.weight, self.x, self.x, gains, self.valid, self.stream, rule.eps,
-                self.meeting, choice, compile_only=compile_only,
+                self.meeting, choice, ahead=ahead, compile_only=compile_only,
             )  # fmt: skip
         elif not compile_only:
             f = functional.linear(self._by_sample(a), matrix.weight)
@@ -299,6 +309,13 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """F in parts, and the column sums that a merge with these gains needs."""
         means = stream_merge.takes_means(gains)
+        if isinstance(choice.tile, Cut):
+            out, partial = self._cut_buffers(choice.tile)
+            product.part(
+                a, weight, out, partial, self.valid, self.stream, choice.tile,
+                compile_only=compile_only,
+            )  # fmt: skip
+            return out, partial
         if choice.tile is not None:
             out, partial = self._writer_buffers(choice.tile.split)
             stream_gemm.writer(
@@ -314,7 +331,7 @@ class Network:
                 self.x, self.sums, self.valid, self.stream, out[0], self.sums_f,
                 pdl=choice.rows.pdl, compile_only=compile_only,
             )  # fmt: skip
-        return out, self.sums_f[None]
+        return out, self.sums_f[None, :, None]
 
     def _sums(self, gains: Gains, merge: Choice) -> Tensor | None:
         """Where the column sums of the trunk go, if the merge to come wants them from here."""
@@ -326,6 +343,13 @@ class Network:
             width = self.config.width
             self._parts[split] = stream_gemm.writer_buffers(self.stream, width, split, self.trunk)
         return self._parts[split]
+
+    def _cut_buffers(self, cut: Cut) -> tuple[Tensor, Tensor]:
+        key = (cut.tokens, cut.split)
+        if key not in self._parts:
+            width, device = self.config.width, self.trunk.device
+            self._parts[key] = product.part_buffers(self.stream, width, cut, device)
+        return self._parts[key]
 
 
 def _post(rule: nn.Module) -> PostNorm:

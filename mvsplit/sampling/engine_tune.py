@@ -26,12 +26,14 @@ from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
-from mvsplit.kernels.hopper import product
+from mvsplit.kernels.hopper import attention, product
+from mvsplit.kernels.hopper.attention import Heads
+from mvsplit.kernels.hopper.driver import check_waits
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordinary, Plan, Writing
 
-CACHE_VERSION = 4  # of what is kept; raise it when kernels or candidates change
+CACHE_VERSION = 5  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
@@ -67,12 +69,20 @@ _MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 _FINALISTS = 4  # of each stage, that are tried within a whole block
 
 
-# tokens, products along them, warpgroups, cluster, stages; measured and right on an H200
+# tokens, products along them, warpgroups, stages, parts along K, weights in registers
 _CUTS = [
     Cut(*row)
     for row in (
-        (288, 2, 2, 1, 4), (288, 2, 2, 1, 3), (192, 1, 3, 1, 4), (144, 1, 2, 1, 4),
-        (144, 1, 3, 1, 4),
+        (288, 2, 2, 4), (288, 2, 2, 3), (192, 1, 3, 4), (144, 1, 2, 4),
+        (144, 1, 3, 4), (288, 2, 2, 4, 1, True),
+    )
+]  # fmt: skip
+# the same, of writers of few rows, before a merge of its own
+_PARTS = [
+    Cut(*row)
+    for row in (
+        (144, 1, 2, 4, 2), (144, 1, 2, 4, 3), (144, 1, 2, 4, 4), (144, 1, 1, 4, 2),
+        (144, 1, 1, 6, 2), (288, 2, 1, 4, 4),
     )
 ]  # fmt: skip
 _KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
@@ -82,19 +92,34 @@ def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
     """The products in CUDA C++ that can do a stage at this shape."""
     if not product.runs_on(weight) or weight.data_ptr() % 16:
         return []
-    can = (cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight))
+    can = [cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight)]
     if stage == "qkv":
-        config = network.config
-        rotated = config.heads + config.groups
-        can = (c for c in can if c.columns == config.head_width and rotated % c.cluster == 0)
+        can = [cut for cut in can if cut.columns == network.config.head_width]
     return list[Choice](can)
+
+
+def parts(network: Network, weight: Tensor) -> list[Cut]:
+    """The products in CUDA C++ in parts along K that can do a writer of few rows."""
+    if not product.runs_on(weight) or weight.data_ptr() % 16 or network.stream.rows > 2048:
+        return []
+    return [cut for cut in _PARTS if product.suits(cut, product.PART, network.stream, weight)]
+
+
+def heads(network: Network) -> list[Choice]:
+    """The attention in CUDA C++, where it can do the samples of this shape."""
+    block = cast(Block, network.model.blocks[0])
+    config, stream = network.config, network.stream
+    fits = attention.suits(stream, config.head_width, network.trunk.dtype)
+    if not product.runs_on(block.attention.qkv.weight) or not fits:
+        return []
+    return [Heads(1), Heads(2)]
 
 
 def candidates(stage: str, network: Network) -> list[Choice]:
     """What is tried for a stage on this device, the ordinary ops first."""
     ordinary: list[Choice] = [Ordinary()]
     if stage == "attention":
-        return [*map(Ordinary, ("default", "cudnn", "flash")), *_BLOCKS]
+        return [*map(Ordinary, ("default", "cudnn", "flash")), *_BLOCKS, *heads(network)]
     block = cast(Block, network.model.blocks[0])
     weight = {
         "qkv": block.attention.qkv.weight, "w13": block.ffn.w13.weight,
@@ -111,7 +136,8 @@ def candidates(stage: str, network: Network) -> list[Choice]:
     deep = weight.shape[1] >= 2 * weight.shape[0]
     splits = ((1, 2, 3) if deep else (1, 2)) if network.stream.rows <= 2048 else (1,)
     tiles = [replace(tile, split=split) for tile in tiles for split in splits]
-    return [*ordinary, *(Writing(tile, Rows()) for tile in [None, *tiles]), *own]
+    by_tile = [None, *tiles, *parts(network, weight)]
+    return [*ordinary, *(Writing(tile, Rows()) for tile in by_tile), *own]
 
 
 def _worthwhile(tile: Tile, stage: str, network: Network) -> bool:
@@ -228,6 +254,7 @@ class Tuner:
                     self._note(stage, choice, None, f"off by {error:.1e}")
                     continue
                 micro = self._measure(stage, plan)
+                check_waits()
             except Exception as error:  # it does not fit on this device; another choice will
                 self._note(stage, choice, None, f"{type(error).__name__}: {str(error)[:200]}")
                 continue

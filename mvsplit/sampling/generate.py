@@ -152,7 +152,9 @@ def generate(
         except torch.OutOfMemoryError as error:
             size = _halved(len(indices), error)
             continue  # outside of the handler, whose traceback holds the tensors
-        _require_finite(latents, indices, model)
+        _require_finite(latents, indices, model)  # which waits for them
+        if isinstance(network, Engine):
+            network.check()
         yield Generated(indices=indices, latents=latents)
         start += len(indices)
 

@@ -178,17 +178,18 @@ def gains_of(kind, width):
     }[kind]
 
 
-@crossed(  # gains, width, parts of F, whether the sums of F are by segment, cut
-    ("tied", 64, 2, False, Rows(rows=4)),
-    ("free", 96, 1, True, Rows(rows=4)),
-    ("numbers", 40, 1, False, Rows(rows=2)),
-    ("plain", 64, 1, False, Rows(rows=8)),
-    ("scalar", 64, 2, False, Rows(rows=4)),
-    ("free", 5, 1, False, Rows(rows=1)),
-    ("free", 256, 1, False, Rows(rows=2)),
+@crossed(  # gains, width, parts of F, tiles of a sample with sums by segment (0: by chunk), cut
+    ("tied", 64, 2, 0, Rows(rows=4)),
+    ("free", 96, 1, 1, Rows(rows=4)),
+    ("tied", 96, 2, 3, Rows(rows=4)),
+    ("numbers", 40, 1, 0, Rows(rows=2)),
+    ("plain", 64, 1, 0, Rows(rows=8)),
+    ("scalar", 64, 2, 0, Rows(rows=4)),
+    ("free", 5, 1, 0, Rows(rows=1)),
+    ("free", 256, 1, 0, Rows(rows=2)),
 )
 def test_merge(case, shape):
-    kind, width, split, by_segment, cut = shape
+    kind, width, split, tiles, cut = shape
     x = case.tokens(width, 1)
     parts = [case.tokens(width, 2 + i, zero=False) for i in range(split)]
     gains = gains_of(kind, width)
@@ -200,8 +201,10 @@ def test_merge(case, shape):
     if stream_merge.takes_means(gains):
         masked = [case.rows(torch.where(case.mask[..., None], p, 0)) for p in parts]
         partial = torch.stack([m.view(-1, CHUNK, width).sum(1) for m in masked])
-        if by_segment:
-            partial = case.sums(parts[0]).to(case.device)[None]
+        if tiles:
+            whole = torch.stack([case.sums(p) for p in parts])[:, :, None]
+            share = torch.arange(1, tiles + 1)[:, None, None] * 2 / (tiles * (tiles + 1))
+            partial = (whole * share).to(case.device)
     if stream_merge.leaks(gains):
         sums = case.sums(x).to(case.device)
     given = Gains(*(g.to(case.device) if isinstance(g, torch.Tensor) else g for g in gains))

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
+from mvsplit.kernels.hopper import driver
+from mvsplit.kernels.hopper.attention import Heads
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.sampling import engine, engine_tune
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Ordinary, Plan, Writing
@@ -226,7 +228,9 @@ def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
     network = Network(model, latents, text, padded=False)
     path = tmp_path / "deep" / "engine.json"
     assert load_plan(network, path) is None
-    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 1, 5))
+    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 5))
+    plan = plan.with_choice("attention", Heads(1))
+    plan = plan.with_choice("w2", Writing(Cut(144, 1, 2, 4, 3, pdl=True), Rows()))
     save_plan(network, plan, path)
     assert load_plan(network, path) == plan
     longer = Network(model, latents, draw(model, text=40)[1], padded=False)
@@ -254,7 +258,7 @@ def test_a_plan_for_whole_images_is_none_for_padded_ones(tmp_path, monkeypatch):
         Network(model, *draw(model, side=side)[:2], padded=False) for side in ((16, 8), (20, 6))
     )
     assert whole.stream.sample_rows == padded.stream.sample_rows
-    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 1, 4)), tmp_path / "engine.json")
+    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 4)), tmp_path / "engine.json")
     assert load_plan(padded, tmp_path / "engine.json") is None
 
 
@@ -363,6 +367,25 @@ def test_a_capture_that_fails_leaves_the_model_and_memory_that_ends_the_caller(
             ]
 
 
+def test_a_wait_that_did_not_end_is_an_error_of_the_next_call_and_of_generate(
+    engine_of, embedder, model, monkeypatch
+):
+    word = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(driver, "_faults", [word])
+    small = make(device="cpu")
+    fast, _ = engine_of(small)
+    inputs = draw(small)
+    fast(*inputs)
+    word.fill_(1)
+    with pytest.raises(driver.DriverError, match="did not end within seconds"):
+        fast(*inputs)
+    assert torch.equal(fast(*inputs), small(*inputs))  # said once
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *args: (word.fill_(1), forward(*args))[1])
+    with pytest.raises(driver.DriverError):
+        next(generate(Engine(model), embedder, ["one"], (1, 4, 4), SamplingConfig(steps=1)))
+
+
 def test_on_a_cpu_the_model_runs_itself(embedder, model):
     fast = Engine(model, say=(said := []).append)
     config = SamplingConfig(steps=2)
@@ -396,6 +419,50 @@ def test_replays_are_the_model_at_alternating_shapes(tmp_path, tune, valid):
     assert len(fast._graphs) == 2
     assert "in one CUDA graph" in fast.choice
     assert fast.choice.startswith("fused" if tune else "the model's own")
+
+
+class Turns:
+    """Stands for the streams and events of a device, and writes down what is asked of them."""
+
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for {event.of}")
+
+    def record(self, stream):
+        self.of = stream.name
+
+
+def test_engines_take_turns_on_a_device_and_one_that_fails_lets_the_next_on(monkeypatch):
+    told, device = [], torch.device("cuda", 0)
+    streams = iter([Turns(name, told) for name in ("first", "failing", "second", "other")])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Turns("event", told))
+    monkeypatch.setattr(engine, "_ends", {})
+    with engine._in_turn(device):
+        assert engine._turns[device].locked()
+        assert not engine._turns[torch.device("cuda", 1)].locked()
+    with pytest.raises(RuntimeError), engine._in_turn(device):
+        raise RuntimeError
+    for at in (device, torch.device("cuda", 1), torch.device("cpu")):
+        with engine._in_turn(at):
+            pass
+    assert told == ["failing waits for first", "second waits for first"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_replays_of_one_device_wait_for_each_other_on_any_stream():
+    device = torch.device("cuda", torch.cuda.current_device())
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first), engine._in_turn(device):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+    assert not first.query()
+    with torch.cuda.stream(second), engine._in_turn(device):
+        pass
+    second.synchronize()
+    assert first.query()
 
 
 @pytest.mark.parametrize("rule", [pytest.param(r, marks=on_gpu) for r in ("keel", "prenorm")])

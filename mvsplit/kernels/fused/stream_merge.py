@@ -68,7 +68,7 @@ def merge_kernel(
     beta, alpha, leak, s_beta, s_alpha, s_leak, n_rows, n_lines, image, text, image_rows,
     sample_rows, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    MEANS: tl.constexpr, CHUNKED: tl.constexpr, LEAKS: tl.constexpr, PDL: tl.constexpr,
+    MEANS: tl.constexpr, TILES: tl.constexpr, LEAKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS
     o_row = row + tl.arange(0, ROWS)
@@ -93,13 +93,16 @@ def merge_kernel(
         f += tl.load(p_plane + o_x, m, 0.0).to(tl.float32)
     z += b_beta[None, :] * f
     if MEANS:
-        if CHUNKED:
+        if TILES == 0:  # by chunk
             sum_f = _mean_part(
                 p_partial, first // _CHUNK, rows // _CHUNK, n_rows // _CHUNK, o_d, m_d, D, BLOCK_D,
                 SPLIT,
             )  # fmt: skip
         else:
-            sum_f = tl.load(p_partial + i_bs * D + o_d, m_d, 0.0)
+            sum_f = tl.zeros([BLOCK_D], tl.float32)
+            for i in tl.static_range(SPLIT * TILES):
+                i_part = (i // TILES * (n_rows // sample_rows) + i_bs // 2) * TILES + i % TILES
+                sum_f += tl.load(p_partial + (2 * i_part + i_bs % 2) * D + o_d, m_d, 0.0)
         shift = (b_alpha - b_beta) * (sum_f / count)  # β⊙PF + α⊙JF = β⊙F + (α − β)⊙JF
         if LEAKS:
             shift -= b_leak * (tl.load(p_sum + i_bs * D + o_d, m_d, 0.0) / count)
@@ -150,8 +153,8 @@ def merge(
     Args:
         x: trunk [N, D], dense.
         f: branch in parts that add up, [split, N, D].
-        partial: column sums of every part by chunk, [split, C, D], or of F by segment,
-            [1, B, 2, D]; None where no mean is taken.
+        partial: column sums of every part by chunk, [split, C, D], or by segment in tiles of a
+            sample, [split, B, tiles, 2, D]; None where no mean is taken.
         sums: column sums of `x` by segment, [B, 2, D]; None where nothing leaks.
         valid: [B] int32, real text tokens of each sample; None: all.
         cut: its rows divide a chunk.
@@ -169,7 +172,8 @@ def merge(
     )  # fmt: skip
     constants = {
         "D": width, "BLOCK_D": block(width), "ROWS": cut.rows, "SPLIT": f.shape[0],
-        "MEANS": partial is not None, "CHUNKED": partial is not None and partial.dim() == 3,
+        "MEANS": partial is not None,
+        "TILES": partial.shape[2] if partial is not None and partial.dim() == 5 else 0,
         "LEAKS": sums is not None, "PDL": cut.pdl,
         "num_warps": cut.warps,
     }  # fmt: skip

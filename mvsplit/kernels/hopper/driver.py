@@ -23,7 +23,7 @@ from torch import Tensor
 _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
 _CLUSTER, _SERIALIZATION = 4, 6  # CUlaunchAttributeID
-_MAX_SHARED, _NON_PORTABLE = 8, 14  # CUfunction_attribute
+_REGISTERS, _MAX_SHARED, _NON_PORTABLE = 4, 8, 14  # CUfunction_attribute
 
 
 class DriverError(RuntimeError):
@@ -34,6 +34,30 @@ class DriverError(RuntimeError):
 def _driver() -> ctypes.CDLL:
     torch.cuda.init()
     return ctypes.CDLL("libcuda.so.1")
+
+
+_faults: list[Tensor] = []  # one word of the host, once there are kernels
+
+
+def _fault() -> Tensor:
+    """Where kernels of all devices write that a wait did not end."""
+    if not _faults:
+        _faults.append(torch.zeros(1, dtype=torch.int32).pin_memory())
+    return _faults[0]
+
+
+def check_waits() -> None:
+    """Looks, without waiting for any device, whether a wait in a kernel has not ended.
+
+    Raises:
+        DriverError: what the kernels wrote since the last look is wrong.
+    """
+    if _faults and _faults[0].item():
+        _faults[0].zero_()
+        raise DriverError(
+            "a kernel's wait for other blocks or for a copy did not end within seconds; its "
+            "outputs are wrong. Does another process draw on the same GPU?"
+        )
 
 
 @cache
@@ -173,6 +197,14 @@ class Kernel:
         return config
 
     @cached_property
+    def registers(self) -> int:
+        """Of a thread, as a block begins."""
+        count = ctypes.c_int()
+        code = _driver().cuFuncGetAttribute(ctypes.byref(count), _REGISTERS, self._function)
+        _check(code, "registers")
+        return count.value
+
+    @cached_property
     def most_clusters(self) -> int:
         """Clusters that this device holds at once."""
         count = ctypes.c_int()
@@ -185,12 +217,17 @@ class Kernel:
 
     def launch(self, clusters: int, arguments: Sequence[Any], *, pdl: bool) -> None:
         """On the current stream. Arguments are TensorMaps, tensors or None (pointers), and
-        ctypes numbers."""
-        values = [_value(argument) for argument in arguments]
+        ctypes numbers; where to tell of a fault comes after them."""
+        values = [_value(argument) for argument in (*arguments, _fault())]
         pointers = (ctypes.c_void_p * len(values))(*map(_place, values))
         config = self._config(clusters * self.cluster, pdl)
         code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(code, "launch")
+
+
+def to_fetch(weights: Tensor | None) -> tuple[Tensor | None, ctypes.c_uint64]:
+    """The arguments of a kernel that asks the L2 cache for dense weights."""
+    return weights, ctypes.c_uint64(0 if weights is None else weights.nbytes // 16 * 16)
 
 
 def _place(value: Any) -> int:

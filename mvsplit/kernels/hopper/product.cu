@@ -4,180 +4,174 @@
 // A block computes the transposed tile: 64·WG rows of W (output columns) by TOK rows of A (tokens).
 // 288 tokens are no power of two, but 4608 rows are 16 such tiles, so that 132 processors are busy
 // to 97 %, and one tile holds a whole sample: the means of the merge never leave the block. One warp
-// loads tiles with the bulk copy engine, WG warpgroups multiply. Blocks of a cluster share the
-// tokens: each loads a part and sends it to all.
+// loads tiles with the bulk copy engine, WG warpgroups multiply.
 //
-//   TOK, NI, NT   tokens of a tile; products along them, of NT = TOK / NI tokens
-//   WG            warpgroups that multiply, 64 weight rows each
-//   CLUSTER       blocks that share tokens; LOADERS of them load a step, by turns
-//   STAGES        steps along K that load at once; KS all steps, of 64
+//   TOK, W_ROWS   tokens and weight rows of a tile
+//   WG, NI, NT    warpgroups that multiply, each NI products of 64 weight rows and NT tokens: of its own
+//                 rows and all tokens, or, BY_TOKENS, of all rows and its own tokens
+//   HELD          whether a warpgroup holds its weights in registers during its products, which then
+//                 read them from shared memory once
+//   STAGES        steps along K that load at once; KS all steps, of 64; SPLIT  blocks along K
 //   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
-//                 for sums, after the stages;  TURN  bytes of a staged row of the rotation's table
-//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm
+//                 for sums, after the stages;  SIDE  tokens of a row of the image (EPI 1)
+//   WORKER_REGISTERS, LOADER_REGISTERS  of their threads
+//   EPI           0 plain; 1 rotation and QK-norm of a head; 2 SwiGLU; 3 merge and RMSNorm; 4 a part
+//                 along K in fp32 and its column sums by segment
 //   IMG           rows of the image in a sample (EPI 3), TOK being the sample's
 //   TYPE          bf16 or f16
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, const __grid_constant__ Map map_x,
         char *out, int n_rows, int n_w, int n_tok, int pitch_out,
-        const float4 *rotation, int sample_rows, int n_rotated, float eps,
+        const float2 *rotation, int sample_rows, int n_rotated, float eps,
         Gain g_beta, Gain g_alpha, Gain g_leak,
         const int *p_valid, int image, int text, int image_rows,
-        int products, const char *p_a, float *p_sum, int width, float *p_squares, u32 *p_arrived) {
+        const char *p_a, float *p_sum, int width, u64 *p_squares, u32 *p_launches,
+        const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
   const u32 base = shared(memory);
-  char *staging = memory + (EPI == 3 ? 0 : STAGES * STAGE);  // EPI 3 has no tile after this one
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  char *scratch = memory + STAGES * STAGE + (ALONE ? SCRATCH / WG * group : 0);
+  char *staging = EPI == 3 ? memory : scratch;  // EPI 3 has no tile after this one
   const u32 staged = shared(staging);
-  float *sums = (float *)(memory + STAGES * STAGE);  // [WARPS, TOK]
-  float *scale = sums + WARPS * TOK;                 // [TOK]
+  [[maybe_unused]] const int worker = ALONE ? threadIdx.x % 128 : threadIdx.x;
   const u32 full = base + STAGES * STAGE + SCRATCH, empty = full + 8 * STAGES;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  u32 rank = 0;
-#if CLUSTER > 1
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WARPS * CLUSTER);
+      barrier_init(empty + 8 * s, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  cluster_start();
-  const int cluster = blockIdx.x / CLUSTER, clusters = products;
-  const int n_tiles = cluster < products ? n_w / CLUSTER * n_tok : 0;
+  const int n_tiles = n_w * n_tok * SPLIT;
 
   if (warp >= WARPS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (warp == WARPS && lane == 0) {
       int step = 0;
-      for (int tile = cluster; tile < n_tiles; tile += clusters) {
-        const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
+      for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+        const int i_w = tile / SPLIT / n_tok, row = tile / SPLIT % n_tok * TOK, from = tile % SPLIT * KS;
         const int early = step == 0 ? (STAGES < KS ? STAGES : KS) : 0;  // weights need not wait
         for (int k = 0; k < early; ++k) {
           barrier_expect(full + 8 * k, STAGE);
-          load_w(base + k * STAGE, &map_w, full + 8 * k, 64 * k, i_w);
+          load_w(base + k * STAGE, &map_w, full + 8 * k, 64 * (from + k), i_w);
         }
         if (step == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
         for (int k = 0; k < KS; ++k, ++step) {
           const int s = step % STAGES;
           const u32 to = base + s * STAGE, bar = full + 8 * s;
-          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
+          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1, fault);
           if (k >= early) {
             barrier_expect(bar, STAGE);
-            load_w(to, &map_w, bar, 64 * k, i_w);
+            load_w(to, &map_w, bar, 64 * (from + k), i_w);
           }
-          load_a(to + W_BYTES, &map_a, bar, step, 64 * k, row, rank);
+          load_a(to + W_BYTES, &map_a, bar, 64 * (from + k), row);
         }
-#if EPI == 1  // the rotation's table, row by row; a tile begins where a sample's tile does
-        if (i_w < n_rotated)
-          for (int p = 0; p < SLOTS; ++p, ++step) {
-            const int s = step % STAGES;
-            if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
-            barrier_expect(full + 8 * s, 16 * 8 * TOK);
-            for (int c = 0; c < 16; ++c)
-              asm volatile(
-                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-                      "r"(base + s * STAGE + c * TURN),
-                  "l"(rotation + (p * 16 + c) * (sample_rows / 2) + row % sample_rows / 2), "r"(8 * TOK),
-                  "r"(full + 8 * s) : "memory");
-          }
-#endif
 #if EPI == 3  // the trunk comes last, into stages that are free again
         for (int g = 0; g < WG; ++g, ++step) {
           const int s = step % STAGES;
           const u32 to = base + s * STAGE + W_BYTES, bar = full + 8 * s;
-          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1);
+          if (step >= STAGES) barrier_wait(empty + 8 * s, (step / STAGES - 1) & 1, fault);
           barrier_expect(bar, A_BYTES);
           load2(to, &map_x, bar, (i_w * WG + g) * 64, row);
           load2(to + TOK / 2 * 128, &map_x, bar, (i_w * WG + g) * 64, row + TOK / 2);
         }
 #endif
       }
-#if CLUSTER > 1  // nobody's shared memory goes while another block still signals it
-      const int released = EPI == 3 ? KS : step;
-      for (int q = released > STAGES ? released - STAGES : 0; q < released; ++q)
-        barrier_wait(empty + 8 * (q % STAGES), q / STAGES & 1);
-#endif
     }
+    if (warp == WARPS + 1 && lane == 0 && ahead) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      fetch_ahead(ahead, ahead_bytes);
+    }
+    __syncwarp();
+#if EPI == 2
+    // The other warps add up the columns of A by segment meanwhile, for the merge to come.
+    if (warp > WARPS && p_sum) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      for (int task = blockIdx.x; task < n_rows / sample_rows * (width / SLAB); task += gridDim.x)
+        column_sums<96, 6, 2>(task, threadIdx.x - THREADS - 32, p_a, p_sum, (float *)(memory + STAGES * STAGE + SCRATCH + 16 * STAGES),
+                           p_valid, image, text, image_rows, sample_rows, width);
+    }
+#endif
     __syncwarp();
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 2 ? 240 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const int group = warp / 4, lane_row = lane / 4, lane_token = lane % 4 * 2;
+    [[maybe_unused]] const int lane_row = lane / 4, lane_token = lane % 4 * 2;
+#if ALONE && WG > 1  // one goes ahead, so that they do not come to what follows at the same time
+    if (group > 0 && blockIdx.x < n_tiles) barrier_wait(full + 8 * (group * ((STAGES < KS ? STAGES : KS) - 1) / (WG - 1)), 0, fault);
+#endif
     int step = 0;
-    for (int tile = cluster; tile < n_tiles; tile += clusters) {
-      const int i_w = tile / n_tok * CLUSTER + rank, row = tile % n_tok * TOK;
+    for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
+      const int i_w = tile / SPLIT / n_tok, row = tile / SPLIT % n_tok * TOK;
+#if EPI == 3
+      const u32 launch = *(volatile u32 *)(p_launches + row / TOK) / n_w + 1;
+#endif
       float acc[NI][NT / 2];
+#if HELD
+      u32 held[2][4][4];  // of this step, and of the one that is still multiplied
+#pragma unroll 2
+#endif
       for (int k = 0; k < KS; ++k, ++step) {
         const int s = step % STAGES;
-        barrier_wait(full + 8 * s, step / STAGES & 1);
-        const u64 w = matrix(base + s * STAGE + group * 8192);
+        barrier_wait(full + 8 * s, step / STAGES & 1, fault);
+        const u32 w = base + s * STAGE + (BY_TOKENS ? 0 : group * 8192), a = base + s * STAGE + W_BYTES + (BY_TOKENS ? group * NT * 128 : 0);
 #pragma unroll
         for (int i = 0; i < NI; ++i)
 #pragma unroll
           for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
+#if HELD
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk)
+          load_four(w + (warp % 4 * 16 + lane % 16) * 128 + ((kk * 2 + lane / 16) ^ (lane & 7)) * 16, held[k % 2][kk]);
+#endif
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
           for (int i = 0; i < NI; ++i)
-            multiply(acc[i], w + 2 * kk, matrix(base + s * STAGE + W_BYTES + i * NT * 128) + 2 * kk, k + kk > 0);
+#if HELD
+            multiply_held(acc[i], held[k % 2][kk], matrix(a + i * NT * 128) + 2 * kk, k + kk > 0);
+#else
+            multiply(acc[i], matrix(BY_TOKENS ? w + i * 8192 : w) + 2 * kk, matrix(BY_TOKENS ? a : a + i * NT * 128) + 2 * kk, k + kk > 0);
+#endif
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (k > 0 && lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+        if (k > 0 && lane == 0) barrier_arrive(empty + 8 * ((step - 1) % STAGES));
       }
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < NI; ++i)
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
-      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * ((step - 1) % STAGES), lane);
+      if (lane == 0) barrier_arrive(empty + 8 * ((step - 1) % STAGES));
 
       // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
 #if EPI == 1
-      if (i_w < n_rotated) {
-        for (int p = 0; p < SLOTS; ++p, ++step) {
-          const int s = step % STAGES;
-          barrier_wait(full + 8 * s, step / STAGES & 1);
-          if (p == warp / 2) {
-            const float4 *table = (const float4 *)(memory + s * STAGE + (warp % 2 * 8 + lane_row) * TURN) + lane % 4;
+      if (i_w < n_rotated) {  // one or two channels a thread, whose tokens' turns differ by row or by column
+        float *sums = (float *)scratch, *scale = sums + (BY_TOKENS ? 4 * NT : WARPS * TOK), squares[HALF_TOKENS] = {};
 #pragma unroll
-            for (int i = 0; i < NI; ++i) {
-              float squares[HALF_TOKENS];
+        for (int i = 0; i < NI; ++i) {
+          const int slot = BY_TOKENS ? i * 4 + warp % 4 : warp, at = row % sample_rows + (BY_TOKENS ? group : i) * NT;
+          turn(acc[i], squares, rotation + slot * 8 + lane_row, slot >= SLOTS / 2, at, image_rows, lane_token);
+          if (!BY_TOKENS || i == NI - 1) sum_over_lanes(squares, sums + (BY_TOKENS ? warp % 4 * NT : warp * TOK + i * NT), lane);
+          if (!BY_TOKENS)
 #pragma unroll
-              for (int j = 0; j < NT / 8; ++j) {
-                const float4 turn = table[i * NT / 2 + j * 4];
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                  const float c = e ? turn.z : turn.x, s = e ? turn.w : turn.y;
-                  const float x1 = acc[i][4 * j + e], x2 = acc[i][4 * j + 2 + e];
-                  const float y1 = x1 * c + x2 * s, y2 = x2 * c - x1 * s;
-                  acc[i][4 * j + e] = y1;
-                  acc[i][4 * j + 2 + e] = y2;
-                  squares[2 * j + e] = y1 * y1 + y2 * y2;
-                }
-              }
-              sum_over_lanes(squares, sums + warp * TOK + i * NT, lane);
-            }
-          }
-          __syncwarp();
-          if (lane < CLUSTER) barrier_arrive_at(empty + 8 * s, lane);
+            for (int t = 0; t < HALF_TOKENS; ++t) squares[t] = 0.f;
         }
-        consumers_sync();
-        for (int t = threadIdx.x; t < TOK; t += THREADS) {
+        workers_sync(group);
+        for (int t = worker; t < (BY_TOKENS ? NT : TOK); t += WORKERS) {
           float total = 0.f;
 #pragma unroll
-          for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
-          scale[t] = rsqrtf(total / (64 * WG) + eps);
+          for (int w = 0; w < (BY_TOKENS ? 4 : WARPS); ++w) total += sums[w * (BY_TOKENS ? NT : TOK) + t];
+          scale[t] = rsqrtf(total / W_ROWS + eps);
         }
-        consumers_sync();
+        workers_sync(group);
         scale_tokens(acc, scale, lane_token);
       }
-      const int first = warp * 8, second = 32 * WG + warp * 8;
 #elif EPI == 2
 #pragma unroll
       for (int i = 0; i < NI; ++i)
@@ -185,20 +179,18 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         for (int j = 0; j < NT / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float g = acc[i][4 * j + e];
-            acc[i][4 * j + e] = __fdividef(g, 1.f + __expf(-g)) * acc[i][4 * j + 2 + e];
+            acc[i][4 * j + e] = silu(acc[i][4 * j + e]) * acc[i][4 * j + 2 + e];
           }
-#else
-      const int first = warp * 16, second = warp * 16 + 8;
 #endif
 #if EPI == 3
       {
+        float *sums = (float *)(memory + STAGES * STAGE), *scale = sums + WARPS * TOK;
         const int c0 = i_w * 64 * WG + warp * 16 + lane_row;
         const int count = p_valid ? p_valid[row / TOK] : text;
         float beta[2], shift[2][2], sum_f[2][2] = {}, sum_x[2][2] = {};  // [row, segment]
         for (int g = 0; g < WG; ++g) {
           const int s = (step + g) % STAGES;
-          barrier_wait(full + 8 * s, (step + g) / STAGES & 1);
+          barrier_wait(full + 8 * s, (step + g) / STAGES & 1, fault);
         }
         const u32 trunk = base + (step + group) % STAGES * STAGE + W_BYTES;
         const int chunk = warp % 4 * 2 + (lane / 8 & 1);  // 16 bytes; a row of 128 has eight
@@ -262,84 +254,83 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
           float total = 0.f;
 #pragma unroll
           for (int w = 0; w < WARPS; ++w) total += sums[w * TOK + t];
-          __stcg(p_squares + i_w * n_rows + row + t, total);
+          tell(p_squares + i_w * n_rows + row + t, total, launch);
         }
-        __threadfence();
+        for (int t = threadIdx.x; t < TOK; t += THREADS)
+          scale[t] = rsqrtf(hear(p_squares + row + t, n_w, n_rows, launch, fault) / (n_w * W_ROWS) + eps);
         consumers_sync();
-        if (threadIdx.x == 0) sums[0] = meet(p_arrived + row / TOK, n_w);
-        consumers_sync();
-        for (int t = threadIdx.x; t < TOK; t += THREADS) {
-          float total = sums[0];
-          for (int c = 0; c < n_w; ++c) total += __ldcg(p_squares + c * n_rows + row + t);
-          scale[t] = rsqrtf(total / (n_w * 64 * WG) + eps);
-        }
-        consumers_sync();
+        if (threadIdx.x == 0) atomicAdd(p_launches + row / TOK, 1);  // all of the sample have come, and know the number before
         scale_tokens(acc, scale, lane_token);
       }
 #endif
 
+#if EPI == 4
+      {
+        const int c = i_w * W_ROWS + warp * 16 + lane_row, split = tile % SPLIT, n_tiles_of_sample = sample_rows / TOK;
+        const int sample = row / sample_rows, from = row % sample_rows, count = p_valid ? p_valid[sample] : text;
+        float sum[2][2] = {}, *to = (float *)(out + (long long)(split * n_rows + row + lane_token) * pitch_out) + c;
+#pragma unroll
+        for (int i = 0; i < NI; ++i)
+#pragma unroll
+          for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int block = from + i * NT + j * 8, t = block + lane_token + e;
+              const bool in_text = block >= image_rows, real = in_text ? t - image_rows < count : t < image;
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                const float f = acc[i][4 * j + 2 * h + e];
+                *(float *)((char *)(to + 8 * h) + (long long)(i * NT + j * 8 + e) * pitch_out) = f;
+                sum[h][0] += real && !in_text ? f : 0.f;
+                sum[h][1] += real && in_text ? f : 0.f;
+              }
+            }
+        float *sums = p_sum + (long long)((split * (n_rows / sample_rows) + sample) * n_tiles_of_sample + from / TOK) * 2 * width + c;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int seg = 0; seg < 2; ++seg) {
+            sum[h][seg] += __shfl_xor_sync(~0u, sum[h][seg], 1);
+            sum[h][seg] += __shfl_xor_sync(~0u, sum[h][seg], 2);
+            if (lane_token == 0) sums[seg * width + 8 * h] = sum[h][seg];
+          }
+      }
+#else
       // Out through shared memory, turned over: rows of tokens, 16 bytes a thread.
 #pragma unroll
-      for (int part = 0; part < TOK / CHUNK; ++part) {
-        const int i = part * CHUNK / NT, from = part * CHUNK % NT / 8;  // known when this is unrolled
-        consumers_sync();
-#if EPI == 2
+      for (int part = 0; part < (BY_TOKENS ? NT : TOK) / CHUNK; ++part) {
+        workers_sync(group);
 #pragma unroll
-        for (int b = 0; b < CHUNK / 8; b += 2) {
-          const u32 at = staged + ((b + (lane / 8 & 1)) * 8 + lane % 8) * PITCH + warp * 16;
-          const float *v = acc[i] + 4 * (from + b);
-          store_transposed(at, pack(v[0], v[1]), pack(v[4], v[5]));
-        }
+        for (int b = 0; b < CHUNK / 8; b += EPI == 2 ? 2 : 1) {
+          const int block = part * CHUNK / 8 + b;  // known when this is unrolled
+#if EPI == 2
+          const float *v = acc[block / (NT / 8)] + 4 * (block % (NT / 8));
+          const float *u = acc[(block + 1) / (NT / 8)] + 4 * ((block + 1) % (NT / 8));
+          store_transposed(staged + (b * 8 + lane % 16) * PITCH + warp % 4 * 16, pack(v[0], v[1]), pack(u[0], u[1]));
+#elif BY_TOKENS
+#pragma unroll
+          for (int i = 0; i < NI; ++i) {
+            const float *v = acc[i] + 4 * block;
+            const int column = (lane & 8 ? W_ROWS / 2 : 0) + i * 32 + warp % 4 * 8;
+            store_transposed(staged + (b * 8 + lane % 8) * PITCH + 2 * column, pack(v[0], v[1]), pack(v[2], v[3]));
+          }
 #else
-#pragma unroll
-        for (int b = 0; b < CHUNK / 8; ++b) {
-          const u32 at = staged + (b * 8 + lane % 8) * PITCH + 2 * (lane & 8 ? second : first);
-          const float *v = acc[i] + 4 * (from + b);
-          store_transposed(at, pack(v[0], v[1]), pack(v[2], v[3]));
-        }
+          const float *v = acc[block / (NT / 8)] + 4 * (block % (NT / 8));
+          const int column = EPI == 1 ? warp * 8 + (lane & 8 ? W_ROWS / 2 : 0) : warp * 16 + (lane & 8);
+          store_transposed(staged + (b * 8 + lane % 8) * PITCH + 2 * column, pack(v[0], v[1]), pack(v[2], v[3]));
 #endif
-        consumers_sync();
-        for (int c = threadIdx.x; c < CHUNK * (COLUMNS / 8); c += THREADS) {
-          const int t = c / (COLUMNS / 8), piece = c % (COLUMNS / 8), to = row + part * CHUNK + t;
-          if (to < n_rows)
-            *(Quad *)(out + (long long)to * pitch_out + (i_w * COLUMNS + piece * 8) * 2) =
-                *(const Quad *)(staging + t * PITCH + piece * 16);
+        }
+        workers_sync(group);
+        char *to = out + (i_w * COLUMNS + (EPI == 2 ? group * COLUMNS_OUT : 0)) * 2;
+        const int first = row + (BY_TOKENS ? group * NT : 0) + part * CHUNK;
+        for (int c = worker; c < CHUNK * (COLUMNS_OUT / 8); c += WORKERS) {
+          const int t = c / (COLUMNS_OUT / 8), piece = c % (COLUMNS_OUT / 8);
+          if (first + t < n_rows)
+            *(Quad *)(to + (long long)(first + t) * pitch_out + piece * 16) = *(const Quad *)(staging + t * PITCH + piece * 16);
         }
       }
-      consumers_sync();
-    }
-#if EPI == 2
-    // Clusters beyond those that multiply add up the columns of A by segment, for the merge to come.
-    const int helpers = gridDim.x - products * CLUSTER, slabs = width / 64;
-    for (int task = blockIdx.x - products * CLUSTER; cluster >= products && task < slabs * 2 * (n_rows / sample_rows);
-         task += helpers) {
-      const int sample = task / slabs / 2, in_text = task / slabs % 2, chunk = threadIdx.x % 8;
-      const int count = in_text ? (p_valid ? p_valid[sample] : text) : image;
-      const char *from = p_a + (long long)(sample * sample_rows + in_text * image_rows) * width * 2 + (task % slabs * 64 + chunk * 8) * 2;
-      float total[8] = {};
-      for (int t = threadIdx.x / 8; t < count; t += THREADS / 8) {
-        const Quad q = *(const Quad *)(from + (long long)t * width * 2);
-        const u32 both[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total[2 * i] += low_half(both[i]);
-          total[2 * i + 1] += high_half(both[i]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        total[i] += __shfl_xor_sync(~0u, total[i], 8);
-        total[i] += __shfl_xor_sync(~0u, total[i], 16);
-        if (lane < 8) sums[warp * 64 + lane * 8 + i] = total[i];
-      }
-      consumers_sync();
-      if (threadIdx.x < 64) {
-        float all = 0.f;
-        for (int w = 0; w < WARPS; ++w) all += sums[w * 64 + threadIdx.x];
-        p_sum[(sample * 2 + in_text) * width + task % slabs * 64 + threadIdx.x] = all;
-      }
-      consumers_sync();
-    }
+      workers_sync(group);
 #endif
+    }
   }
 }

@@ -5,8 +5,11 @@
     write    W_O and W_2 with the whole merge after them: Z = X + β⊙PF + α⊙JF − λ⊙JX, then RMSNorm
              (paper Eq. 7–8); a block holds all rows of a sample, so the means stay in it, and the
              blocks of a sample tell each other the norms
+    part     W_O and W_2 in parts along K, for the merge of few rows: sums in fp32 and, beside them,
+             their columns' sums by segment
 
-All read the weights where they lie, [out, in]. Sums are in fp32, outputs are rounded once.
+All read the weights where they lie, [out, in], and can ask the L2 cache for those that are needed
+after them (`ahead`, dense). Sums are in fp32, outputs are rounded once.
 
 Shapes: N rows of the stream, D width, H query heads, G key/value heads, F hidden width of the FFN.
 """
@@ -25,15 +28,16 @@ from torch import Tensor
 
 from mvsplit.kernels.choices import cache_folder
 from mvsplit.kernels.fused.common import gain_stride
-from mvsplit.kernels.fused.stream import Stream
-from mvsplit.kernels.hopper.driver import Kernel, TensorMap, compiled
+from mvsplit.kernels.fused.stream import CHUNK, Stream
+from mvsplit.kernels.hopper.driver import DriverError, Kernel, TensorMap, compiled, to_fetch
+from mvsplit.kernels.hopper.wgmma import multiply
 from mvsplit.kernels.reference import Gain, Gains
 
-PLAIN, QKV, SWIGLU, WRITE = range(4)
+PLAIN, QKV, SWIGLU, WRITE, PART = range(5)
 _FOLDER = Path(__file__).parent
 _DEPTH = 64  # of a step along K
+_SLAB = 16  # columns of a task of sums (common.cu)
 _SHARED = 232_448  # bytes that a block may have
-_CHUNK = 48  # tokens that are turned over at once on their way out
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,22 @@ class Cut:
         tokens: rows of A, of one block.
         parts: products along them.
         groups: warpgroups that multiply, of 64 output columns each.
-        cluster: blocks that share their tokens.
         stages: steps that load at once.
+        split: blocks that share a tile, each with a part of K (`part` only).
+        held: whether weights are held in registers for the products along the tokens.
         pdl: whether the kernel starts before the one before it has ended.
     """
 
     tokens: int = 288
     parts: int = 2
     groups: int = 2
-    cluster: int = 2
     stages: int = 4
+    split: int = 1
+    held: bool = False
     pdl: bool = False
 
     def with_pdl(self, pdl: bool) -> Cut:
         return replace(self, pdl=pdl)
-
-    @property
-    def loaders(self) -> int:
-        """Blocks of a cluster that share the loading of a step: whole swizzled runs of 8 rows."""
-        return max(n for n in (1, 2, 4, 8) if n <= self.cluster and self.tokens % (8 * n) == 0)
 
     @property
     def columns(self) -> int:
@@ -70,49 +71,63 @@ class Cut:
         return 64 * self.groups
 
 
-def _mma(tokens: int, dtype: str) -> str:
-    """The function around wgmma, whose operands have to be written out."""
-    n = tokens // 2
-    registers = ", ".join(f"%{i}" for i in range(n))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(n))
-    return (
-        f"__device__ __forceinline__ void multiply(float (&d)[{n}], u64 a, u64 b, int add) {{\n"
-        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 2}, 0; wgmma.mma_async.sync.aligned'
-        f'.m64n{tokens}k16.f32.{dtype}.{dtype} {{{registers}}}, %{n}, %{n + 1}, p, 1, 1, 0, 0; }}"'
-        f' : {operands} : "l"(a), "l"(b), "r"(add));\n}}'
-    )
+def _by_tokens(cut: Cut, kind: int) -> bool:
+    """Whether warpgroups share the weight rows and have tokens of their own: then one of them alone
+    knows the norm of a head."""
+    return kind == QKV and cut.parts == cut.groups
 
 
-def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype) -> str:
-    """The CUDA C++ of a kernel, for a product along `depth` columns of A."""
+def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side: int = 1) -> str:
+    """The CUDA C++ of a kernel, for a product along `depth` columns of A; `side` tokens are a row
+    of the image, where they are to be turned."""
     name = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     tokens = cut.tokens // cut.parts
     macros = {
-        "TOK": cut.tokens, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
-        "CLUSTER": cut.cluster, "LOADERS": cut.loaders, "STAGES": cut.stages,
-        "KS": math.ceil(depth / _DEPTH), "EPI": kind, "IMG": image, "TYPE": f'"{name}"',
-        "BF16": int(name == "bf16"), "CHUNK": tokens if kind == WRITE else _CHUNK,
-        "SCRATCH": _scratch(cut, kind), "TURN": _turn(cut.tokens),
+        "TOK": cut.tokens, "W_ROWS": cut.columns, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
+        "BY_TOKENS": int(_by_tokens(cut, kind)), "HELD": int(cut.held),
+        "STAGES": cut.stages, "SPLIT": cut.split, "KS": math.ceil(depth / _DEPTH / cut.split),
+        "EPI": kind, "IMG": image, "TYPE": f'"{name}"', "BF16": int(name == "bf16"),
+        "WORKER_REGISTERS": _registers(cut)[0], "LOADER_REGISTERS": _registers(cut)[1],
+        "CHUNK": _chunk(cut, kind), "SCRATCH": _scratch(cut, kind), "SIDE": side,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    files = ("base.cu", "common.cu", "product.cu")
-    *common, kernel = ((_FOLDER / file).read_text() for file in files)
-    return "\n".join((head, *common, _mma(tokens, name), kernel))
+    files = ("base.cu", "common.cu", "tile.cu", "product.cu")
+    *parts, kernel = ((_FOLDER / file).read_text() for file in files)
+    products = (
+        multiply("multiply", tokens, name),
+        multiply("multiply_held", tokens, name, registers=True),
+    )
+    return "\n".join((head, *parts, *products, kernel))
+
+
+def _chunk(cut: Cut, kind: int) -> int:
+    """Tokens that are turned over at once on their way out."""
+    if kind == SWIGLU:
+        return 96 if cut.tokens % 96 == 0 else 48
+    if kind == WRITE:
+        return cut.tokens // cut.parts
+    return 24 if _by_tokens(cut, kind) else 48
 
 
 def _scratch(cut: Cut, kind: int) -> int:
     """Bytes beside the stages: rows on their way out, and before them sums."""
-    columns = cut.columns // 2 if kind == SWIGLU else cut.columns
-    staged = 0 if kind == WRITE else _CHUNK * (2 * columns + 16)
+    if kind in (WRITE, PART):  # rows go out through the stages, or past shared memory
+        staged = 0
+    elif kind == SWIGLU:
+        staged = cut.groups * _chunk(cut, kind) * 80
+    else:
+        shares = cut.groups if _by_tokens(cut, kind) else 1
+        staged = shares * _chunk(cut, kind) * (2 * cut.columns + 16)
     warps = 4 * cut.groups
-    sums = {QKV: cut.tokens * (warps + 1), SWIGLU: 64 * warps, WRITE: cut.tokens * (warps + 1)}
+    sums = {QKV: cut.tokens * (warps + 1), WRITE: cut.tokens * (warps + 1)}
     return max(staged, 4 * sums.get(kind, 0))
 
 
 def shared_bytes(cut: Cut, kind: int) -> int:
     """Of one block."""
     stage = 128 * (cut.columns + cut.tokens)
-    return cut.stages * stage + _scratch(cut, kind) + 16 * cut.stages
+    beside = 4 * 3 * _SLAB if kind == SWIGLU else 0
+    return cut.stages * stage + _scratch(cut, kind) + 16 * cut.stages + beside
 
 
 def runs_on(weight: Tensor) -> bool:
@@ -128,34 +143,44 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
     """Whether a kernel so cut can do a product with `weight` [out, in] on a stream: whole tiles of
     columns, tiles that begin where samples do, shared memory that is there. A writer's tile is a
     sample without padding between image and text, and all its blocks run at once."""
-    if shared_bytes(cut, kind) > _SHARED or weight.shape[0] % (cut.columns * cut.cluster):
+    if shared_bytes(cut, kind) > _SHARED or cut.tokens % 16 or weight.shape[0] % cut.columns:
         return False
     if kind == WRITE:
         whole = stream.image == stream.image_rows and cut.tokens == stream.sample_rows
         blocks = weight.shape[0] // cut.columns * stream.batch
         processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
         return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
-    if kind == QKV and (stream.sample_rows % cut.tokens or cut.groups != 2):
+    if kind in (QKV, PART) and stream.sample_rows % cut.tokens:
+        return False
+    if kind == QKV and (cut.groups != 2 or cut.held):
+        return False
+    if kind == PART and weight.shape[1] % (_DEPTH * cut.split):
         return False
     return cut.tokens <= stream.rows and weight.shape[1] % 64 == 0
 
 
 @cache
-def _kernel(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, device: int) -> Kernel:
-    binary = compiled(source(cut, kind, depth, image, dtype), cache_folder() / "cuda")
-    return Kernel(
-        binary, "product", threads=128 * (cut.groups + 1), shared=shared_bytes(cut, kind),
-        cluster=cut.cluster,
-    )  # fmt: skip
+def _kernel(
+    cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side: int, device: int
+) -> Kernel:
+    binary = compiled(source(cut, kind, depth, image, dtype, side), cache_folder() / "cuda")
+    threads, shared = 128 * (cut.groups + 1), shared_bytes(cut, kind)
+    kernel = Kernel(binary, "product", threads=threads, shared=shared, cluster=1)
+    workers, loader = _registers(cut)
+    if kernel.registers * threads < 128 * (cut.groups * workers + loader):
+        raise DriverError(f"{cut} begins with {kernel.registers} registers a thread, too few")
+    return kernel
+
+
+def _registers(cut: Cut) -> tuple[int, int]:
+    """Of a thread that multiplies, and of one that loads, once each has what it needs. In all a
+    block must not ask for more than it begins with, or the device faults."""
+    return (232, 40) if cut.groups < 3 else (160, 32)
 
 
 def _rows_map(a: Tensor, tokens: int) -> TensorMap:
     """Of a matrix [rows, columns], by boxes of 64 columns."""
     return TensorMap(a, (a.shape[1], a.shape[0]), (a.stride(0),), (_DEPTH, tokens))
-
-
-def _box(cut: Cut) -> int:
-    return cut.tokens // max(2, cut.loaders)
 
 
 def _weight_map(w: Tensor, cut: Cut, kind: int) -> TensorMap:
@@ -193,47 +218,41 @@ def _run(
     a: Tensor, w: Tensor, out: Tensor, cut: Cut, kind: int, *, rotation: tuple = _NO_ROTATION,
     gains: tuple = _NO_GAINS, valid: Tensor | None = None, stream: Stream | None = None,
     trunk: Tensor | None = None, sums: Tensor | None = None, meeting: Meeting | None = None,
-    compile_only: bool = False,
+    side: int = 1, ahead: Tensor | None = None, compile_only: bool = False,
 ) -> None:  # fmt: skip
     image = stream.image_rows if kind == WRITE and stream is not None else 0
-    kernel = _kernel(cut, kind, a.shape[1], image, a.dtype, a.device.index or 0)
+    kernel = _kernel(cut, kind, a.shape[1], image, a.dtype, side, a.device.index or 0)
     if compile_only:
         return
     layout = stream.layout if stream is not None else (0, 0, 0, 1)
     n_w, n_tok = w.shape[0] // cut.columns, math.ceil(a.shape[0] / cut.tokens)
-    tiles = n_w // cut.cluster * n_tok
-    clusters = tiles if kind == WRITE else min(tiles, kernel.most_clusters)
-    if kind == WRITE and clusters > kernel.most_clusters:
-        raise RuntimeError(
-            f"{clusters} clusters that meet, {kernel.most_clusters} fit on the device"
-        )
-    helpers = 0
-    if sums is not None:  # one task for each 64 columns of each segment
-        tasks = a.shape[1] // 64 * 2 * sums.shape[0]
-        helpers = max(1, min(-(-tasks // cut.cluster), kernel.most_clusters - clusters))
-    a_map = _rows_map(a, _box(cut))
+    tiles = n_w * n_tok * cut.split
+    if kind == WRITE and tiles > kernel.most_clusters:
+        raise RuntimeError(f"{tiles} blocks that meet, {kernel.most_clusters} fit on the device")
+    a_map = _rows_map(a, cut.tokens // 2)
     trunk_map = a_map if trunk is None else _rows_map(trunk, cut.tokens // 2)
     arguments = (
         _weight_map(w, cut, kind), a_map, trunk_map, out, ctypes.c_int(a.shape[0]),
-        ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(0) * out.element_size()),
-        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), ctypes.c_int(clusters), a, sums,
-        ctypes.c_int(a.shape[1]), *(meeting or (None, None)),
+        ctypes.c_int(n_w), ctypes.c_int(n_tok), ctypes.c_int(out.stride(-2) * out.element_size()),
+        *rotation, *gains, valid, *map(ctypes.c_int, layout[:3]), a, sums,
+        ctypes.c_int(w.shape[0] if kind == PART else a.shape[1]), *(meeting or (None, None)),
+        *to_fetch(ahead),
     )  # fmt: skip
-    kernel.launch(clusters + helpers, arguments, pdl=cut.pdl)
+    kernel.launch(min(tiles, kernel.most_clusters), arguments, pdl=cut.pdl)
 
 
 class Meeting(NamedTuple):
-    """Where the blocks that share rows put sums of squares, and count that they have: [D/128, N]
-    and [B]. One serves all layers of a stream."""
+    """Where the blocks that share rows put sums of squares, each with the number of the launch, and
+    count the launches: [D/128, N] and [B]. One serves all layers of a stream."""
 
     squares: Tensor
-    arrived: Tensor
+    launches: Tensor
 
 
 def meeting(stream: Stream, width: int, device: torch.device) -> Meeting:
     """A meeting place for writers of `width` columns."""
     return Meeting(
-        torch.zeros(width // 128, stream.rows, device=device),
+        torch.zeros(width // 128, stream.rows, device=device, dtype=torch.int64),
         torch.zeros(stream.batch, device=device, dtype=torch.int32),
     )
 
@@ -243,41 +262,52 @@ def plain(a: Tensor, w: Tensor, out: Tensor, cut: Cut, *, compile_only: bool = F
     _run(a, w, out, cut, PLAIN, compile_only=compile_only)
 
 
-def rotation_table(cos: Tensor, sin: Tensor) -> Tensor:
-    """cos, sin [rows of a sample, K/2] as the kernel reads them: [K/2, rows/2] of (cos, sin, cos,
-    sin) of two neighbouring rows."""
-    both = torch.stack((cos, sin), -1).transpose(0, 1)
-    return both.reshape(cos.shape[1], cos.shape[0] // 2, 4).float().contiguous()
+class Rotation(NamedTuple):
+    """Turns of image tokens, as the kernel reads them: (cos, sin) of each place and channel,
+    [places, K/2, 2], the first half of the channels by row, the others by column, of an image
+    `side` wide."""
+
+    table: Tensor
+    side: int
 
 
-def _turn(tokens: int) -> int:
-    """Bytes of a staged row of the rotation's table: half a run of all banks more than a multiple,
-    so that lanes of two rows read from different banks."""
-    return -(-8 * tokens // 128) * 128 + 64
+def rotation(cos: Tensor, sin: Tensor, image: int, side: int) -> Rotation:
+    """From cos, sin [rows of a sample, K/2], whose first `image` rows are an image `side` wide."""
+    half, down = cos.shape[1] // 2, torch.arange(0, image, side, device=cos.device)
+    across = torch.arange(side, device=cos.device)
+    places = max(-(-image // CHUNK) * CHUNK // side + 1, side)
+    table = cos.new_zeros(places, 2 * half, 2)
+    for i, values in enumerate((cos, sin)):
+        table[: len(down), :half, i] = values[down, :half]
+        table[:side, half:, i] = values[across, half:]
+    return Rotation(table.float().contiguous(), side)
 
 
 def qkv(
-    x: Tensor, w: Tensor, rotation: Tensor, out: Tensor, stream: Stream, heads: int, kv_heads: int,
-    eps: float, cut: Cut, *, compile_only: bool = False,
+    x: Tensor, w: Tensor, rotation: Rotation, out: Tensor, stream: Stream, heads: int,
+    kv_heads: int, eps: float, cut: Cut, *, ahead: Tensor | None = None, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """`out` [N, (H + 2G)·128] ← X·W_qkvᵀ with queries and keys rotated, then normalised.
 
     Args:
         x: [N, D].
         w: [(H + 2G)·128, D], rows of queries, then keys, then values.
-        rotation: of `rotation_table`, for the rows of a sample.
+        rotation: of the image; text is not turned.
         cut: two groups, a head.
     """
     turn = (
-        rotation, ctypes.c_int(stream.sample_rows), ctypes.c_int(heads + kv_heads),
+        rotation.table, ctypes.c_int(stream.sample_rows), ctypes.c_int(heads + kv_heads),
         ctypes.c_float(eps),
     )  # fmt: skip
-    _run(x, w, out, cut, QKV, rotation=turn, compile_only=compile_only)
+    _run(
+        x, w, out, cut, QKV, rotation=turn, stream=stream, side=rotation.side,
+        ahead=ahead, compile_only=compile_only,
+    )  # fmt: skip
 
 
 def swiglu(
     x: Tensor, w: Tensor, out: Tensor, sums: Tensor | None, valid: Tensor | None, stream: Stream,
-    cut: Cut, *, compile_only: bool = False,
+    cut: Cut, *, ahead: Tensor | None = None, compile_only: bool = False,
 ) -> None:  # fmt: skip
     """`out` [N, F] ← silu(gate)⊙value of X·W₁₃ᵀ; `sums` [B, 2, D] ← column sums of X by segment.
 
@@ -290,19 +320,20 @@ def swiglu(
     rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
     _run(
         x, w, out, cut, SWIGLU, rotation=rows, valid=valid, stream=stream, sums=sums,
-        compile_only=compile_only,
+        ahead=ahead, compile_only=compile_only,
     )  # fmt: skip
 
 
 def write(
     a: Tensor, w: Tensor, x: Tensor, y: Tensor, gains: Gains, valid: Tensor | None, stream: Stream,
-    eps: float, place: Meeting, cut: Cut, *, compile_only: bool = False,
+    eps: float, place: Meeting, cut: Cut, *, ahead: Tensor | None = None,
+    compile_only: bool = False,
 ) -> None:  # fmt: skip
     """`y` [N, D] ← the next trunk, from the trunk `x` and F = A·Wᵀ; it may be `x` itself.
 
     The blocks of a sample wait for each other. All fit on the device at once, which is checked; but
-    where another such kernel runs beside this one, they may not. A wait ends after seconds, then
-    with NaN.
+    where another such kernel runs beside this one, they may not (engines take turns for that). A
+    wait ends after seconds, then with NaN, and `driver.check_waits` tells of it.
 
     Args:
         a: [N, E].
@@ -315,5 +346,36 @@ def write(
     _run(
         a, w, y, cut, WRITE, rotation=(None, ctypes.c_int(2), ctypes.c_int(0), ctypes.c_float(eps)),
         gains=tuple(map(_gain, full)), valid=valid, stream=stream, trunk=x,
-        meeting=place, compile_only=compile_only,
+        meeting=place, ahead=ahead, compile_only=compile_only,
+    )  # fmt: skip
+
+
+def part_buffers(
+    stream: Stream, width: int, cut: Cut, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`out` [split, N, D] and `partial` [split, B, tiles of a sample, 2, D] of `part`, in fp32."""
+    tiles = stream.sample_rows // cut.tokens
+    return (
+        torch.empty(cut.split, stream.rows, width, device=device),
+        torch.empty(cut.split, stream.batch, tiles, 2, width, device=device),
+    )
+
+
+def part(
+    a: Tensor, w: Tensor, out: Tensor, partial: Tensor, valid: Tensor | None, stream: Stream,
+    cut: Cut, *, ahead: Tensor | None = None, compile_only: bool = False,
+) -> None:  # fmt: skip
+    """`out` [split, N, D] ← A·Wᵀ in parts along K that add up to the branch's output F; `partial`
+    ← the column sums of each, over the real rows of a segment that lie in one tile.
+
+    Args:
+        a: [N, E], E a multiple of 64 in each part.
+        w: [D, E].
+        valid: [B] int32, real text tokens of each sample; None: all.
+        cut: whole tiles are a sample.
+    """
+    rows = (None, ctypes.c_int(stream.sample_rows), ctypes.c_int(0), ctypes.c_float(0.0))
+    _run(
+        a, w, out, cut, PART, rotation=rows, valid=valid, stream=stream, sums=partial,
+        ahead=ahead, compile_only=compile_only,
     )  # fmt: skip

@@ -1,0 +1,154 @@
+// softmax(Q·Kᵀ/√128)·V of one head, for a sample whose keys and values fit into shared memory: all
+// are loaded at once and read from there, the scores of 64 queries stay in registers. Queries and
+// keys are normalised (‖q‖² ≤ 128), so that exp of a score is at most e^11.4 and no maximum is needed.
+//
+//   TOK     rows of a sample, NI·NT: the keys are taken in NI parts of NT
+//   WG      warpgroups of a block, each with 64 queries at a time
+//   QUERIES rows of a block, PARTS blocks for a head; QBOX of one bulk copy
+//   MASKED  whether some rows are no keys
+//   TYPE    bf16
+
+#define THREADS (128 * WG)
+#define HEAD 128
+#define Q_HALF (128 * ((QUERIES + QBOX - 1) / QBOX * QBOX))  // bytes of 64 channels of the queries
+#define HALF (128 * TOK)                                     // of the keys, of the values
+
+__device__ __forceinline__ void load4(u32 to, const Map *map, u32 bar, int channel, int row, int head, int sample) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(channel), "r"(row), "r"(head),
+      "r"(sample) : "memory");
+}
+
+__device__ __forceinline__ u64 values(u32 address) {  // as they lie: channels run fastest
+  return (u64)((address & 0x3FFFF) >> 4) | ((u64)(HALF >> 4) << 16) | (64ull << 32) | (1ull << 62);
+}
+
+__device__ __forceinline__ void store_four(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+template <int N> __device__ __forceinline__ void products_sync() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+template <int N> __device__ __forceinline__ void in_flight(float (&v)[N]) {  // not to be moved past here
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, const __grid_constant__ Map map_v,
+          char *out, int pitch_out, int heads, int share, int n_blocks, float scale,
+          const int *p_valid, int image, int text, int image_rows, const char *p_x, float *p_sum, int width,
+          const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
+  extern __shared__ __align__(1024) char memory[];
+  const u32 q = shared(memory), k = q + 2 * Q_HALF, v = k + 2 * HALF, bar = v + 2 * HALF;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i <= NI; ++i) barrier_init(bar + 8 * i, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (threadIdx.x == THREADS - 1 && ahead) fetch_ahead(ahead, ahead_bytes);
+  if (blockIdx.x >= n_blocks) {  // blocks beside these add up the columns of the trunk
+    const int samples = n_blocks / (heads * PARTS);
+    for (int task = blockIdx.x - n_blocks; task < samples * width / SLAB; task += gridDim.x - n_blocks)
+      column_sums<THREADS, 1, 5>(task, threadIdx.x, p_x, p_sum, (float *)memory, p_valid, image, text, image_rows, TOK, width);
+    return;
+  }
+  const int part = blockIdx.x % PARTS, head = blockIdx.x / PARTS % heads, sample = blockIdx.x / PARTS / heads;
+  if (threadIdx.x == 0) {
+    barrier_expect(bar, 2 * Q_HALF + 256 * NT);
+    for (int c = 0; c < 2; ++c) {
+      for (int at = 0; at < QUERIES; at += QBOX)
+        load4(q + c * Q_HALF + at * 128, &map_q, bar, 64 * c, part * QUERIES + at, head, sample);
+      load4(k + c * HALF, &map_k, bar, 64 * c, 0, head / share, sample);
+    }
+    for (int i = 1; i < NI; ++i) {
+      barrier_expect(bar + 8 * i, 256 * NT);
+      for (int c = 0; c < 2; ++c) load4(k + c * HALF + i * NT * 128, &map_k, bar + 8 * i, 64 * c, i * NT, head / share, sample);
+    }
+    barrier_expect(bar + 8 * NI, 256 * TOK);
+    for (int i = 0; i < NI; ++i)
+      for (int c = 0; c < 2; ++c)
+        load4(v + c * HALF + i * NT * 128, &map_v, bar + 8 * NI, 64 * c, i * NT, head / share, sample);
+  }
+  const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  [[maybe_unused]] const int count = p_valid ? p_valid[sample] : text;
+
+  for (int tile = group; tile * 64 < QUERIES; tile += WG) {
+    if (part * QUERIES + tile * 64 >= TOK) break;
+    float s[NI][NT / 2], o[HEAD / 2], sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < NI; ++i) {
+      barrier_wait(bar + 8 * i, 0, fault);
+      in_flight(s[i]);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int c = 0; c < HEAD / 16; ++c)
+        multiply(s[i], matrix(q + c / 4 * Q_HALF + tile * 8192) + c % 4 * 2,
+                 matrix(k + c / 4 * HALF + i * NT * 128) + c % 4 * 2, c > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+    u32 p[NI][NT / 4];  // rows lane / 4 and 8 below it, as wgmma takes its left operand
+#pragma unroll
+    for (int i = 0; i < NI; ++i) {
+      products_sync<(NI > 1 ? 1 : 0)>();  // the other part's scores, or the product with its values, may go on
+      in_flight(s[i]);
+#pragma unroll
+      for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float y[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            y[e] = exp2(s[i][4 * j + 2 * h + e] * scale);
+#if MASKED
+            const int t = i * NT + j * 8 + lane % 4 * 2 + e;
+            if (t >= image && (t < image_rows || t - image_rows >= count)) y[e] = 0.f;
+#endif
+            sum[h] += y[e];
+          }
+          p[i][2 * j + h] = pack(y[0], y[1]);
+        }
+      if (i == 0) barrier_wait(bar + 8 * NI, 0, fault);
+      in_flight(o);
+#pragma unroll
+      for (int j = 0; j < NT / 4; ++j) asm volatile("" : "+r"(p[i][j])::"memory");
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int b = 0; b < NT / 16; ++b)
+        weigh(o, p[i] + 4 * b, values(v + (i * NT + 16 * b) * 128), i + b > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+    products_sync<0>();
+    in_flight(o);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+      sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+      sum[h] = __fdividef(1.f, sum[h]);
+    }
+    // Out through the place of the queries, which nobody reads any more.
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+    const int first = tile * 64 + warp * 16;
+    if (part * QUERIES + first >= TOK) continue;
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; j += 2) {
+      const int at = first + lane % 16, chunk = j + lane / 16;
+      const float *w = o + 4 * j;
+      store_four(q + chunk / 8 * Q_HALF + at * 128 + ((chunk ^ at) % 8 << 4), pack(w[0] * sum[0], w[1] * sum[0]),
+                 pack(w[2] * sum[1], w[3] * sum[1]), pack(w[4] * sum[0], w[5] * sum[0]), pack(w[6] * sum[1], w[7] * sum[1]));
+    }
+    __syncwarp();
+    char *to = out + (long long)(sample * TOK + part * QUERIES + first) * pitch_out + head * (2 * HEAD);
+#pragma unroll
+    for (int piece = lane; piece < 16 * 16; piece += 32) {
+      const int r = piece / 16, chunk = piece % 16, at = first + r;
+      *(Quad *)(to + (long long)r * pitch_out + chunk * 16) =
+          *(const Quad *)(memory + chunk / 8 * Q_HALF + at * 128 + ((chunk ^ at) % 8 << 4));
+    }
+  }
+}

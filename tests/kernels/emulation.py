@@ -1,0 +1,176 @@
+"""The kernels in CUDA C++ on a CPU: their sources are translated to C++, whose threads are fibers.
+
+What is found so: wrong indices, layouts and addresses, values that are never written, waits that
+never end. What is not: waits that are missing, and what a device refuses.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvsplit.kernels.hopper import attention, product
+
+HEADER = Path(__file__).with_name("emulation.h")
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+NOTHING = ("setmaxnreg", "griddepcontrol", "wgmma.", "fence.", "prefetch", "cvt.f32.f16")
+# What PTX contains → C++ of its operands, by number
+CALLS = {
+    "mbarrier.init": "barrier_begin({0}, {1})",
+    "expect_tx": "barrier_expects({0}, {1})",
+    "try_wait": "{0} = barrier_tries({1}, {2})",
+    "mbarrier.arrive.shared": "barrier_arrives({0})",
+    "cvt.rn.": "{0} = rounded({2}) | rounded({1}) << 16",
+    "ex2.": "{0} = exp2f({1})",
+    "rcp.": "{0} = 1.f / ({1})",
+    "stmatrix.sync.aligned.m8n8.x2.trans": "store_matrices(2, true, {0}, {{{1}, {2}}})",
+    "stmatrix.sync.aligned.m8n8.x4.shared": "store_matrices(4, false, {0}, {{{1}, {2}, {3}, {4}}})",
+    "ldmatrix.sync.aligned.m8n8.x4.shared": (
+        "Word *m = load_matrices(4, false, {4}); {0} = m[0], {1} = m[1], {2} = m[2], {3} = m[3]"
+    ),
+    "ldmatrix.sync.aligned.m8n8.x2.trans": (
+        "Word *m = load_matrices(2, true, {2}); {0} = m[0], {1} = m[1]"
+    ),
+    "st.relaxed": "*{0} = {1}; ++progress",
+    "ld.relaxed": "yield(); {0} = *{1}",
+}
+
+
+def closing(text, start):
+    """Behind the parenthesis that closes the one before `start`."""
+    depth, quoted = 1, False
+    while depth:
+        quoted ^= text[start] == '"'
+        depth += 0 if quoted else {"(": 1, ")": -1}.get(text[start], 0)
+        start += 1
+    return start
+
+
+def operands(text):
+    """The expressions of an asm statement, in the order of their numbers."""
+    found = []
+    for each in re.finditer(r'"[=+]?[rlfhn]"\s*\(', text):
+        found.append(f"({text[each.end() : closing(text, each.end()) - 1]})")
+    return found
+
+
+def emulated(statement):
+    """C++ for the inside of an asm statement."""
+    template = re.match(r'\s*(?:"[^"]*"|TYPE|\s)+', statement).group()
+    given = operands(statement[len(template) :])
+    if template.strip() == '""' or any(name in template for name in NOTHING):
+        return ""
+    if "cp.async.bulk.tensor" in template:
+        places = re.search(r"\{(%\d(?:, %\d)+)\}", template).group(1)
+        coordinates = ", ".join(given[int(n)] for n in re.findall(r"%(\d)", places))
+        return f"copy({given[0]}, {given[1]}, {given[2]}, {{{coordinates}}})"
+    if "bar.sync" in template:
+        numbers = re.search(r"bar\.sync (\S+), (\S+);", template).groups()
+        barrier, count = (given[int(n[1:])] if n[0] == "%" else n for n in numbers)
+        return f"meet({barrier}, {count})"
+    (call,) = [call for name, call in CALLS.items() if name in template]
+    return call.format(*given)
+
+
+def translated(source):
+    out, at = [], 0
+    around = r"__device__ __forceinline__ void (\w+)\((float \(&d\).*?)\) \{\n.*?\n\}"
+
+    def multiplied(match):
+        name, parameters = match.groups()
+        size, transposed = re.search(r"m64n(\d+)k16.*, (\d); }", match.group()).groups()
+        left = "0, a" if "*a" in parameters else "a, nullptr"
+        call = f"multiply_together<{size}, {transposed}>(d, {left}, b, add)"
+        return f"static void {name}({parameters}) {{ {call}; }}"
+
+    source = re.sub(around, multiplied, source, flags=re.S)
+    for each in re.finditer(r"\basm(?: volatile)?\(", source):
+        end = closing(source, each.end())
+        out += [source[at : each.start()], f"{{ {emulated(source[each.end() : end - 1])}; }}"]
+        at = source.index(";", end) + 1
+    text = "".join([*out, source[at:]])
+    return re.sub(r"extern __shared__ .*? char memory\[\];", "char *memory = block().memory;", text)
+
+
+def library(source, name, folder):
+    """The emulated kernel `name`, built in `folder`."""
+    text = translated(source)
+    signature = re.search(rf"\b{name}\((.*?)\) \{{", text, re.S).group(1)
+    types = [re.sub(r"\w+$", "", p.replace("__grid_constant__", "")) for p in signature.split(",")]
+    given = ", ".join(f"*({kind.strip()} *)given[{i}]" for i, kind in enumerate(types))
+    text = f"""#include "{HEADER}"
+{text}
+static void **given;
+static void call() {{ {name}({given}); now->ended = true; }}
+extern "C" int run(int grid, int threads, int shared, void **arguments) {{
+  given = arguments;
+  return run_all(grid, threads, shared, call);
+}}
+"""
+    path = folder / f"{name}{len(list(folder.iterdir()))}.cpp"
+    path.write_text(text)
+    command = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", str(path)]
+    subprocess.run([*command, "-o", str(path.with_suffix(".so"))], check=True)
+    return ctypes.CDLL(str(path.with_suffix(".so")))
+
+
+class EmulatedTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("rank", ctypes.c_int), ("sizes", ctypes.c_long * 5),
+        ("strides", ctypes.c_long * 5), ("box", ctypes.c_int * 5),
+    )  # fmt: skip
+
+
+class EmulatedMap:
+    """Stands for a TensorMap: 128 bytes, of which the first are the address of a tensor."""
+
+    def __init__(self, tensor, sizes, strides, box):
+        rank, bytes_ = len(sizes), [2, *(2 * s for s in strides)]
+        axes = ctypes.c_long * 5
+        self.tensor = EmulatedTensor(
+            tensor.data_ptr(), rank, axes(*sizes), axes(*bytes_), (ctypes.c_int * 5)(*box)
+        )
+        self.memory = ctypes.create_string_buffer(192)
+        self.address = (ctypes.addressof(self.memory) + 63) // 64 * 64
+        ctypes.c_void_p.from_address(self.address).value = ctypes.addressof(self.tensor)
+
+
+@pytest.fixture
+def emulation(monkeypatch, tmp_path):
+    """Kernels of `product` and `attention` are emulated; returns the class of their launcher, whose
+    `most_clusters` is how many blocks the device holds."""
+
+    class Kernel:
+        most_clusters, registers = 132, 255
+
+        def __init__(self, source, name, *, threads, shared, cluster):
+            self.run = library(source, name, tmp_path).run
+            self.threads, self.shared = threads, shared
+
+        def launch(self, grid, arguments, *, pdl):
+            fault = torch.zeros(1, dtype=torch.int32)
+            values = []
+            for a in (*arguments, fault):
+                tensor = a.data_ptr() if isinstance(a, torch.Tensor) else 0
+                plain = a is None or isinstance(a, torch.Tensor)
+                values.append(ctypes.c_void_p(tensor) if plain else a)
+            maps = [v.address if isinstance(v, EmulatedMap) else None for v in values]
+            places = [m or ctypes.addressof(v) for m, v in zip(maps, values, strict=True)]
+            pointers = (ctypes.c_void_p * len(places))(*places)
+            assert self.run(grid, self.threads, self.shared, pointers) == 0, "waits never end"
+            assert fault.item() == 0
+
+    for module in (product, attention):
+        monkeypatch.setattr(module, "compiled", lambda source, folder: source)
+        monkeypatch.setattr(module, "Kernel", Kernel)
+        monkeypatch.setattr(module, "TensorMap", EmulatedMap)
+        module._kernel.cache_clear()
+    yield Kernel
+    for module in (product, attention):
+        module._kernel.cache_clear()
