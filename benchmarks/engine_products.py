@@ -55,20 +55,21 @@ SILENCE = 20.0  # seconds after which a variant hangs
 # kind, samples, depth, then tokens, products along them, warpgroups, stages, parts along
 # K, whether weights are held in registers; of attention, the warpgroups
 VARIANTS: list[tuple[str, int, int, tuple[int, ...]]] = [
-    *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 4),)),
-    *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 4), (288, 2, 2, 4, 1, True))),
-    *(("swiglu", 16, 1024, cut) for cut in ((192, 1, 3, 4),)),
-    *(("write", 16, 3072, cut) for cut in ((288, 2, 2, 4), (288, 2, 2, 4, 1, True))),
-    *(("write", 16, 1024, cut) for cut in ((288, 2, 2, 4), (288, 2, 2, 4, 1, True))),
-    *(("swiglu", 2, 1024, cut) for cut in ((144, 1, 3, 4),)),
-    *(("part", 2, 3072, cut) for cut in ((144, 1, 2, 4, 4), (144, 1, 1, 4, 2))),
-    *(("qkv", 2, 1024, cut) for cut in ((144, 1, 2, 4),)),
-    *(("part", 2, 1024, cut) for cut in ((144, 1, 2, 4, 4), (144, 1, 1, 4, 2))),
     *(("attention", 16, 3072, cut) for cut in ((2,),)),
     *(("attention", 2, 3072, cut) for cut in ((1,),)),
-    *(("part", 2, 3072, cut) for cut in ((144, 1, 2, 4, 3), (288, 2, 1, 4, 4))),
-    *(("part", 2, 1024, cut) for cut in ((144, 1, 2, 4, 2), (288, 2, 1, 4, 4))),
-    *(("swiglu", 2, 1024, cut) for cut in ((288, 2, 2, 4), (144, 1, 3, 5))),
+    *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 4),)),
+    *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 4), (192, 1, 3, 4))),
+    *(("write", 16, 3072, cut) for cut in ((288, 2, 2, 4),)),
+    *(("write", 16, 1024, cut) for cut in ((288, 2, 2, 4),)),
+    *(("swiglu", 2, 1024, cut) for cut in ((144, 1, 3, 4), (288, 2, 2, 4))),
+    *(("part", 2, 3072, cut) for cut in ((144, 1, 2, 4, 4), (96, 1, 2, 5, 2))),
+    *(("part", 2, 1024, cut) for cut in ((144, 1, 2, 4, 4), (96, 1, 2, 5, 2))),
+    *(("qkv", 2, 1024, cut) for cut in ((144, 1, 2, 4), (288, 2, 2, 4))),
+    *(("part", 2, 3072, cut) for cut in ((144, 1, 2, 4, 3), (144, 1, 1, 4, 2), (288, 2, 1, 4, 4))),
+    *(("part", 2, 1024, cut) for cut in ((144, 1, 2, 4, 2), (144, 1, 1, 4, 2), (288, 2, 1, 4, 4))),
+    *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 4, 1, True),)),
+    *(("write", 16, 3072, cut) for cut in ((288, 2, 2, 4, 1, True),)),
+    *(("write", 16, 1024, cut) for cut in ((288, 2, 2, 4, 1, True),)),
 ]
 
 

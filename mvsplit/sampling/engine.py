@@ -160,8 +160,9 @@ class Engine:
         obstacle = "it draws clips" if latents.ndim == 5 else fused_obstacle(self.model)
         if obstacle is not None:
             return self.model, f"the model's own ops in one CUDA graph, because {obstacle}"
+        from mvsplit.sampling.engine_apart import best_plan
         from mvsplit.sampling.engine_plan import Network
-        from mvsplit.sampling.engine_tune import Tuner, load_plan, save_plan
+        from mvsplit.sampling.engine_tune import load_plan, save_plan
 
         path = self._cache or choice_file("engine")
         network = Network(self.model, latents, text, padded=valid is not None)
@@ -170,7 +171,7 @@ class Engine:
             return self.model, "the model's own ops in one CUDA graph, because it is small"
         if plan is None:
             self._announce("measuring what is fastest at this shape")
-            plan = Tuner(network).best_plan()
+            plan = best_plan(network, self._tell)
             if plan is None:
                 return self.model, "the model's own ops in one CUDA graph: values are not finite"
             save_plan(network, plan, path)
@@ -180,9 +181,12 @@ class Engine:
     def _announce(self, choice: str) -> None:
         """Says a choice, the first time that it is made."""
         self.choice = choice
-        if choice not in self._said:
-            self._said.add(choice)
-            self._say(choice)
+        self._tell(choice)
+
+    def _tell(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(what)
 
 
 def _log(choice: str) -> None:

@@ -11,10 +11,10 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -23,17 +23,14 @@ from torch import Tensor
 
 from mvsplit.kernels.choices import keep_choice, read_choices
 from mvsplit.kernels.fused.stream import TRITON_VERSION
-from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
-from mvsplit.kernels.hopper import attention, product
-from mvsplit.kernels.hopper.attention import Heads
 from mvsplit.kernels.hopper.driver import check_waits
-from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models import Block
-from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Ordinary, Plan, Writing
+from mvsplit.sampling.engine_candidates import MERGES, candidates, cuts, in_cuda, is_hopper
+from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Plan, Writing
 
-CACHE_VERSION = 5  # of what is kept; raise it when kernels or candidates change
+CACHE_VERSION = 6  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
@@ -42,151 +39,44 @@ NOISE = 0.003  # of a block's time; what is not faster by more does not replace 
 TOGETHER, AGREEMENT_TOGETHER = 4, 5e-2  # blocks; rounding adds up, what is wrong is off by more
 AGREEMENT = 1e-2  # ‖ours − ordinary‖/‖ordinary‖; either rounds by 2⁻⁹, and once more inside
 
-_logger = logging.getLogger(__name__)
-
-
-def _tiles(*rows: tuple[int, int, int, int, int]) -> list[Tile]:
-    return [Tile(*row) for row in rows]
-
-
-# rows, columns, depth, warps, stages
-_WIDE = _tiles(
-    (64, 128, 64, 4, 4), (64, 128, 64, 4, 5), (64, 256, 64, 8, 4), (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
-)  # fmt: skip
-_WRITERS = _tiles(
-    (64, 64, 64, 4, 4), (64, 64, 64, 4, 6), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4),
-    (64, 128, 128, 4, 3), (128, 128, 64, 8, 4),
-)  # fmt: skip
-_BLOCKS = [
-    Blocks(*row)
-    for row in (
-        (64, 32, 4, 2), (64, 32, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 1),
-        (64, 128, 4, 2), (64, 256, 8, 1), (128, 32, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2),
-    )
-]  # fmt: skip
-_MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 _FINALISTS = 4  # of each stage, that are tried within a whole block
 
-
-# tokens, products along them, warpgroups, stages, parts along K, weights in registers
-_CUTS = [
-    Cut(*row)
-    for row in (
-        (288, 2, 2, 4), (288, 2, 2, 3), (192, 1, 3, 4), (144, 1, 2, 4),
-        (144, 1, 3, 4), (288, 2, 2, 4, 1, True),
-    )
-]  # fmt: skip
-# the same, of writers of few rows, before a merge of its own
-_PARTS = [
-    Cut(*row)
-    for row in (
-        (144, 1, 2, 4, 2), (144, 1, 2, 4, 3), (144, 1, 2, 4, 4), (144, 1, 1, 4, 2),
-        (144, 1, 1, 6, 2), (288, 2, 1, 4, 4),
-    )
-]  # fmt: skip
-_KINDS = {"qkv": product.QKV, "w13": product.SWIGLU, "proj": product.WRITE, "w2": product.WRITE}
-
-
-def cuts(stage: str, network: Network, weight: Tensor) -> list[Choice]:
-    """The products in CUDA C++ that can do a stage at this shape."""
-    if not product.runs_on(weight) or weight.data_ptr() % 16:
-        return []
-    can = [cut for cut in _CUTS if product.suits(cut, _KINDS[stage], network.stream, weight)]
-    if stage == "qkv":
-        can = [cut for cut in can if cut.columns == network.config.head_width]
-    return list[Choice](can)
-
-
-def parts(network: Network, weight: Tensor) -> list[Cut]:
-    """The products in CUDA C++ in parts along K that can do a writer of few rows."""
-    if not product.runs_on(weight) or weight.data_ptr() % 16 or network.stream.rows > 2048:
-        return []
-    return [cut for cut in _PARTS if product.suits(cut, product.PART, network.stream, weight)]
-
-
-def heads(network: Network) -> list[Choice]:
-    """The attention in CUDA C++, where it can do the samples of this shape."""
-    block = cast(Block, network.model.blocks[0])
-    config, stream = network.config, network.stream
-    fits = attention.suits(stream, config.head_width, network.trunk.dtype)
-    if not product.runs_on(block.attention.qkv.weight) or not fits:
-        return []
-    return [Heads(1), Heads(2)]
-
-
-def candidates(stage: str, network: Network) -> list[Choice]:
-    """What is tried for a stage on this device, the ordinary ops first."""
-    ordinary: list[Choice] = [Ordinary()]
-    if stage == "attention":
-        return [*map(Ordinary, ("default", "cudnn", "flash")), *_BLOCKS, *heads(network)]
-    block = cast(Block, network.model.blocks[0])
-    weight = {
-        "qkv": block.attention.qkv.weight, "w13": block.ffn.w13.weight,
-        "proj": block.attention.proj.weight, "w2": block.ffn.w2.weight,
-    }[stage]  # fmt: skip
-    tiles = _WRITERS if stage in ("proj", "w2") else _WIDE
-    tiles = [tile for tile in tiles if _worthwhile(tile, stage, network)]
-    if _is_hopper(weight) and tiles[0].fits_tma(weight):  # the copy engine was faster every time
-        copied = [replace(t, tma=True) for t in tiles if _tma_fits(t, stage, network)]
-        tiles = copied or tiles
-    own = cuts(stage, network, weight)
-    if stage not in ("proj", "w2"):
-        return [*ordinary, *tiles, *own]
-    deep = weight.shape[1] >= 2 * weight.shape[0]
-    splits = ((1, 2, 3) if deep else (1, 2)) if network.stream.rows <= 2048 else (1,)
-    tiles = [replace(tile, split=split) for tile in tiles for split in splits]
-    by_tile = [None, *tiles, *parts(network, weight)]
-    return [*ordinary, *(Writing(tile, Rows()) for tile in by_tile), *own]
-
-
-def _worthwhile(tile: Tile, stage: str, network: Network) -> bool:
-    return tile.rows >= 128 or network.stream.rows <= 2048
-
-
-def _is_hopper(x: Tensor) -> bool:
-    """Whether the device has the bulk copy engine and programmatic dependent launch."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
-def _tma_fits(tile: Tile, stage: str, network: Network) -> bool:
-    """The copy engine takes heads and hidden units as they lie: whole heads of a power of two."""
-    if stage == "qkv":
-        width = network.config.head_width
-        return width & (width - 1) == 0 and tile.columns % width == 0
-    return True
+_logger = logging.getLogger(__name__)
 
 
 class Tuner:
     """Measures the stages of one network at one shape.
+
+    Args:
+        network: at that shape.
+        cuda: whether kernels in CUDA C++ are among the candidates.
+        about: told the name of everything that is about to run for the first time.
+        banned: names of what is not to run.
 
     Attributes:
         table: for each stage, (choice as text, microseconds or None, what was wrong).
         seconds: spent compiling and measuring.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(
+        self, network: Network, *, cuda: bool = True,
+        about: Callable[[str], object] = lambda name: None, banned: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.network, self.cuda, self._about, self._banned = network, cuda, about, banned
         blocks = list(network.model.blocks)[:LAYERS]
         self.blocks = [cast(Block, block) for block in blocks]
-        own = cuts("w2", network, self.blocks[0].ffn.w2.weight)
-        self.whole = network.stream.rows > 2048 and bool(own)  # a writer finds the means itself
+        own = cuda and bool(cuts("w2", network, self.blocks[0].ffn.w2.weight))
+        self.whole = network.stream.rows > 2048 and own  # a writer finds the means itself
         self.table: dict[str, list[tuple[str, float | None, str]]] = {}
         self.seconds: dict[str, float] = {}
 
     def best_plan(self) -> Plan | None:
         """The fastest choice of every stage, and whether kernels start early; None where weights
         that are not finite leave nothing to compare."""
-        generator = torch.Generator(self.network.trunk.device).manual_seed(0)
-        start = self.network.trunk.clone().normal_(generator=generator)
-        mask = self.network.segments.mask
-        self.start = start if mask is None else start * mask.flatten()[:, None]
         started = time.perf_counter()
-        self._prepare(ORDINARY)
-        if not self.network.x.isfinite().all():
-            _logger.warning("engine: values are not finite; nothing is compared or chosen")
+        if not self.is_finite():
             return None
-        options = {stage: candidates(stage, self.network) for stage in STAGES}
+        options = {stage: self._candidates(stage) for stage in STAGES}
         self._compile((s, self._alone(s, choice)) for s in STAGES for choice in options[s])
         self.seconds["compile"] = time.perf_counter() - started
         plan, finalists = ORDINARY, {}
@@ -200,23 +90,47 @@ class Tuner:
         plan = self._best_block(self._overlaps(plan), lambda p: f"pdl={_early(p)} ahead={p.ahead}")
         plan = self._in_a_block(plan, finalists)
         self.seconds["block"] = time.perf_counter() - started
-        return self._checked(plan)
+        return self.checked(plan)
 
-    def _checked(self, plan: Plan) -> Plan:
+    @cached_property
+    def start(self) -> Tensor:
+        """A trunk of random numbers, zero on padding."""
+        generator = torch.Generator(self.network.trunk.device).manual_seed(0)
+        start = self.network.trunk.clone().normal_(generator=generator)
+        mask = self.network.segments.mask
+        return start if mask is None else start * mask.flatten()[:, None]
+
+    def is_finite(self) -> bool:
+        """Whether the ordinary ops make finite numbers of this model's weights; if not, it is
+        said."""
+        self._prepare(ORDINARY)
+        finite = bool(self.network.x.isfinite().all())
+        if not finite:
+            _logger.warning("engine: values are not finite; nothing is compared or chosen")
+        return finite
+
+    def _candidates(self, stage: str) -> list[Choice]:
+        found = candidates(stage, self.network)
+        return [choice for choice in found if self.cuda or not in_cuda(choice)]
+
+    def checked(self, plan: Plan) -> Plan:
         """A plan if some blocks after each other, with whatever starts before its time, give what
         the ordinary ops give; else these, which is said. Stages alone were compared before."""
+        error = self._off_together(plan)
+        if error < AGREEMENT_TOGETHER:
+            return plan
+        _logger.warning("engine: blocks by the plan are off by %.1e; ordinary ops instead", error)
+        self._note("block", "together", None, f"off by {error:.1e}")
+        return ORDINARY
+
+    def _off_together(self, plan: Plan) -> float:
         found = []
         for each in (plan, ORDINARY):
             self.network.trunk.copy_(self.start)
             self.network.x = self.network.trunk
             self.network.run_blocks(self.blocks[:TOGETHER], each)
             found.append(self.network.x.clone())
-        error = _relative(*found)
-        if error < AGREEMENT_TOGETHER:
-            return plan
-        _logger.warning("engine: blocks by the plan are off by %.1e; ordinary ops instead", error)
-        self._note("block", "together", None, f"off by {error:.1e}")
-        return ORDINARY
+        return _relative(*found)
 
     def _compile(self, jobs: Iterable[tuple[str, Plan]]) -> None:
         """All kernels at once: ptxas and LLVM run beside each other. What cannot be compiled is
@@ -248,6 +162,7 @@ class Tuner:
         for i, choice in enumerate(choices):
             plan = self._alone(stage, choice)
             try:
+                self._begin(f"{stage} {choice}")
                 error = _relative(self._output(stage, plan), truth)
                 if not error < AGREEMENT:
                     _logger.warning("engine: %s %s is off by %.1e; not used", stage, choice, error)
@@ -257,12 +172,24 @@ class Tuner:
                 check_waits()
             except Exception as error:  # it does not fit on this device; another choice will
                 self._note(stage, choice, None, f"{type(error).__name__}: {str(error)[:200]}")
+                self._survive()
                 continue
             self._note(stage, choice, micro)
             timed.append((micro, i, choice))
         micro, _, choice = min(timed, key=lambda row: row[:2])
         _logger.info("engine: %s by %s, %.1f µs", stage, choice, micro)
         return [choice for _, _, choice in sorted(timed, key=lambda row: row[:2])[:_FINALISTS]]
+
+    def _begin(self, name: str) -> None:
+        """Says what is about to run. Raises RuntimeError if it must not."""
+        if name in self._banned:
+            raise RuntimeError("it ended a process before")
+        self._about(name)
+
+    def _survive(self) -> None:
+        """Raises what makes the device of no use to this process any more, as a kernel's fault."""
+        if self.network.trunk.is_cuda:
+            torch.cuda.synchronize()
 
     def _note(self, stage: str, choice: object, micro: float | None, reason: str = "") -> None:
         self.table.setdefault(stage, []).append((str(choice), micro, reason))
@@ -303,28 +230,41 @@ class Tuner:
 
     def block_times(self, plans: Sequence[Plan]) -> list[float | Exception]:
         """Microseconds of a whole block by each of several plans, measured in turns; why not, where
-        this Triton or driver has no such launch."""
+        this Triton or driver has no such launch, or what comes out is wrong."""
         graphs: list[torch.cuda.CUDAGraph | Exception] = []
-        inputs = []  # that graphs read, where a plan's trunk is not always in the same place
-
-        def run(plan: Plan) -> None:
-            inputs.append(self.network.x)
-            self.network.run_blocks(self.blocks, plan)
-
+        self._inputs: list[Tensor] = []
         for plan in plans:
             try:
-                self._prepare(plan)
-                graphs.append(capture(partial(run, plan)))
+                graphs.append(self._proven_graph(plan))
             except Exception as error:
                 graphs.append(error)
+                self._survive()
         good = [graph for graph in graphs if not isinstance(graph, Exception)]
         times = iter(times_in_turns(good))
         layers = len(self.blocks)
         return [g if isinstance(g, Exception) else next(times) / layers * 1e6 for g in graphs]
 
+    def _proven_graph(self, plan: Plan) -> torch.cuda.CUDAGraph:
+        """All blocks by a plan, that was compared with the ordinary ops and replayed once."""
+        self._begin(f"block {plan}")
+        error = self._off_together(plan)
+        if not error < AGREEMENT_TOGETHER:
+            raise RuntimeError(f"off by {error:.1e}")
+        self._prepare(plan)
+
+        def run() -> None:
+            self._inputs.append(self.network.x)  # not always in the same place; graphs read it
+            self.network.run_blocks(self.blocks, plan)
+
+        graph = capture(run)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_waits()
+        return graph
+
     def _overlaps(self, plan: Plan) -> list[Plan]:
         """Without and with kernels that start early and weights that are fetched ahead."""
-        new = (False, True) if _is_hopper(self.network.trunk) else (False,)
+        new = (False, True) if is_hopper(self.network.trunk) else (False,)
         return [replace(plan.with_pdl(pdl), ahead=ahead) for pdl in new for ahead in new]
 
     def _in_a_block(self, plan: Plan, finalists: dict[str, list[Choice]]) -> Plan:
@@ -333,7 +273,7 @@ class Tuner:
         for stage in STAGES:
             own = getattr(plan, stage)
             if isinstance(own, Writing):
-                choices[stage] += [replace(own, rows=cut.with_pdl(_early(plan))) for cut in _MERGES]
+                choices[stage] += [replace(own, rows=cut.with_pdl(_early(plan))) for cut in MERGES]
         self._compile((s, plan.with_choice(s, choice)) for s in STAGES for choice in choices[s])
         for stage in STAGES:
             others = [c for c in choices[stage] if c != getattr(plan, stage)]

@@ -27,6 +27,7 @@ CALLS = {
     "try_wait": "{0} = barrier_tries({1}, {2})",
     "mbarrier.arrive.shared": "barrier_arrives({0})",
     "cvt.rn.": "{0} = rounded({2}) | rounded({1}) << 16",
+    "globaltimer": "{0} = 0",
     "ex2.": "{0} = exp2f({1})",
     "rcp.": "{0} = 1.f / ({1})",
     "stmatrix.sync.aligned.m8n8.x2.trans": "store_matrices(2, true, {0}, {{{1}, {2}}})",

@@ -43,14 +43,19 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
           const int *p_valid, int image, int text, int image_rows, const char *p_x, float *p_sum, int width,
           const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
+  MARK(0);
   const u32 q = shared(memory), k = q + 2 * Q_HALF, v = k + 2 * HALF, bar = v + 2 * HALF;
   if (threadIdx.x == 0) {
     for (int i = 0; i <= NI; ++i) barrier_init(bar + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    prefetch(&map_q);
+    prefetch(&map_k);
+    prefetch(&map_v);
   }
   __syncthreads();
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  MARK(1);
   if (threadIdx.x == THREADS - 1 && ahead) fetch_ahead(ahead, ahead_bytes);
   if (blockIdx.x >= n_blocks) {  // blocks beside these add up the columns of the trunk
     const int samples = n_blocks / (heads * PARTS);
@@ -84,6 +89,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
 #pragma unroll
     for (int i = 0; i < NI; ++i) {
       barrier_wait(bar + 8 * i, 0, fault);
+      MARK(2);
       in_flight(s[i]);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -125,6 +131,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
     }
     products_sync<0>();
     in_flight(o);
+    MARK(3);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -151,4 +158,5 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
           *(const Quad *)(memory + chunk / 8 * Q_HALF + at * 128 + ((chunk ^ at) % 8 << 4));
     }
   }
+  MARK(5);
 }

@@ -2,18 +2,45 @@
 
 struct alignas(64) Map { char bytes[128]; };
 
-// Waits for a phase. A wait that does not end in seconds is a fault of these files: the host is told at
-// `fault`, all other waits end too, and what is written is wrong.
+// When a block's first thread came to a place, for benchmarks/engine_trace.py; else nothing.
+#ifdef TRACE
+__device__ u64 marks[256 * 8];
+#define MARK(place) if (threadIdx.x == 0) marks[blockIdx.x * 8 + (place)] = nanoseconds()
+#else
+#define MARK(place)
+#endif
+
+// Counts the tries of a wait. One that lasts for two seconds is a fault of these files, or of a GPU that
+// others draw on: the host is told at `fault`, all other waits end too, and what is written is wrong.
+struct Patience {
+  u64 began = 0;
+  u32 tries = 0;
+  __device__ __forceinline__ bool ends(volatile u32 *fault) {
+    if (++tries % 1024) return false;
+    if (*fault) return true;
+    const u64 now = nanoseconds();
+    if (!began) began = now;
+    if (now - began < 2000000000ull) return false;
+    *fault = 1;
+    return true;
+  }
+};
+
+// Waits for a phase.
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity, volatile u32 *fault) {
+  Patience patience;
 #pragma unroll 1
-  for (u32 tries = 0; tries < (1u << 22); ++tries) {
+  do {
     u32 done;
     asm volatile(
         "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
         : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    if (done || (tries % 4096 == 4095 && *fault)) return;
-  }
-  *fault = 1;
+    if (done) return;
+  } while (!patience.ends(fault));
+}
+
+__device__ __forceinline__ void prefetch(const Map *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 __device__ __forceinline__ void load2(u32 to, const Map *map, u32 bar, int k, int row) {

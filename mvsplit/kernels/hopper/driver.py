@@ -175,10 +175,11 @@ class Kernel:
         self, binary: bytes, name: str, *, threads: int, shared: int, cluster: int
     ) -> None:
         self.threads, self.shared, self.cluster = threads, shared, cluster
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
-        _check(driver.cuModuleLoadData(ctypes.byref(module), binary), "load")
-        found = driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
+        _check(driver.cuModuleLoadData(ctypes.byref(self.module), binary), "load")
+        name_ = name.encode()
+        found = driver.cuModuleGetFunction(ctypes.byref(self._function), self.module, name_)
         _check(found, name)
         _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"{shared} bytes")
         if cluster > 8:

@@ -30,12 +30,6 @@ __device__ __forceinline__ void barrier_arrive(u32 bar, u32 count) {
 __shared__ u32 *fault;
 __shared__ volatile u32 faulty;
 
-__device__ __forceinline__ u64 nanoseconds() {
-  u64 now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
-
 // Whether a wait that began then has lasted too long: a fault of these files.
 __device__ __noinline__ bool give_up(u64 began) {
   if (faulty) return true;

@@ -29,6 +29,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
         const char *p_a, float *p_sum, int width, u64 *p_squares, u32 *p_launches,
         const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
+  MARK(0);
   const u32 base = shared(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   char *scratch = memory + STAGES * STAGE + (ALONE ? SCRATCH / WG * group : 0);
@@ -42,12 +43,15 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
       barrier_init(empty + 8 * s, WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    prefetch(&map_w);
+    prefetch(&map_a);
   }
   __syncthreads();
   const int n_tiles = n_w * n_tok * SPLIT;
 
   if (warp >= WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // in effect once the others do so too
     if (warp == WARPS && lane == 0) {
       int step = 0;
       for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
@@ -94,12 +98,11 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
                            p_valid, image, text, image_rows, sample_rows, width);
     }
 #endif
-    __syncwarp();
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    MARK(1);
     [[maybe_unused]] const int lane_row = lane / 4, lane_token = lane % 4 * 2;
 #if ALONE && WG > 1  // one goes ahead, so that they do not come to what follows at the same time
     if (group > 0 && blockIdx.x < n_tiles) barrier_wait(full + 8 * (group * ((STAGES < KS ? STAGES : KS) - 1) / (WG - 1)), 0, fault);
@@ -118,6 +121,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
       for (int k = 0; k < KS; ++k, ++step) {
         const int s = step % STAGES;
         barrier_wait(full + 8 * s, step / STAGES & 1, fault);
+        if (step == 0) MARK(2);
         const u32 w = base + s * STAGE + (BY_TOKENS ? 0 : group * 8192), a = base + s * STAGE + W_BYTES + (BY_TOKENS ? group * NT * 128 : 0);
 #pragma unroll
         for (int i = 0; i < NI; ++i)
@@ -148,6 +152,7 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
       if (lane == 0) barrier_arrive(empty + 8 * ((step - 1) % STAGES));
+      if (step == KS) MARK(3);
 
       // acc[i][4j + 2h + e]: row lane_row + 8h of the warp's 16, token i·NT + 8j + lane_token + e.
 #if EPI == 1
@@ -331,6 +336,8 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
       }
       workers_sync(group);
 #endif
+      if (step == KS) MARK(4);
     }
+    MARK(5);
   }
 }

@@ -127,10 +127,10 @@ __device__ __forceinline__ float hear(const u64 *place, int n, int pitch, u32 la
 #pragma unroll
     for (int c = 0; c < 8; ++c)
       if (first + c < n) {
-        for (u32 tries = 0; (u32)(both[c] >> 32) != launch && tries < (1u << 22); ++tries) both[c] = look(place + (first + c) * pitch);
-        if ((u32)(both[c] >> 32) != launch) {
-          *fault = 1;
-          return __int_as_float(0x7FC00000);
+        Patience patience;
+        while ((u32)(both[c] >> 32) != launch) {
+          if (patience.ends(fault)) return __int_as_float(0x7FC00000);
+          both[c] = look(place + (first + c) * pitch);
         }
         total += __uint_as_float((u32)both[c]);
       }
