@@ -13,6 +13,15 @@
 #define Q_HALF (128 * ((QUERIES + QBOX - 1) / QBOX * QBOX))  // bytes of 64 channels of the queries
 #define HALF (128 * TOK)                                     // of the keys, of the values
 
+struct Operands {  // in shared memory: channels 0 … 63 of all rows, then the others; barriers
+  u32 q, k, v, bar;
+  __device__ __forceinline__ explicit Operands(char *memory)
+      : q(shared(memory)), k(q + 2 * Q_HALF), v(k + 2 * HALF), bar(v + 2 * HALF) {}
+};
+
+struct Head { int part, query, key, sample; };   // of a block: which queries of which head, whose keys
+struct Keys { int image, image_rows, text; };    // real ones; rows of the image, padding included
+
 __device__ __forceinline__ void load4(u32 to, const Map *map, u32 bar, int channel, int row, int head, int sample) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -37,6 +46,102 @@ template <int N> __device__ __forceinline__ void in_flight(float (&v)[N]) {  // 
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
 }
 
+// One thread: the queries of a block and the first part of the keys arrive together at the first barrier,
+// each further part of the keys at its own, all values at the last.
+__device__ __forceinline__ void load_head(const Map *map_q, const Map *map_k, const Map *map_v, const Operands &ops, const Head &head) {
+  barrier_expect(ops.bar, 2 * Q_HALF + 256 * NT);
+  for (int c = 0; c < 2; ++c) {
+    for (int row = 0; row < QUERIES; row += QBOX)
+      load4(ops.q + c * Q_HALF + row * 128, map_q, ops.bar, 64 * c, head.part * QUERIES + row, head.query, head.sample);
+    load4(ops.k + c * HALF, map_k, ops.bar, 64 * c, 0, head.key, head.sample);
+  }
+  for (int i = 1; i < NI; ++i) {
+    barrier_expect(ops.bar + 8 * i, 256 * NT);
+    for (int c = 0; c < 2; ++c) load4(ops.k + c * HALF + i * NT * 128, map_k, ops.bar + 8 * i, 64 * c, i * NT, head.key, head.sample);
+  }
+  barrier_expect(ops.bar + 8 * NI, 256 * TOK);
+  for (int i = 0; i < NI; ++i)
+    for (int c = 0; c < 2; ++c)
+      load4(ops.v + c * HALF + i * NT * 128, map_v, ops.bar + 8 * NI, 64 * c, i * NT, head.key, head.sample);
+}
+
+// exp of a part of the scores, rows lane / 4 and 8 below it, as wgmma takes its left operand; `sum` grows.
+__device__ __forceinline__ void exponentials(u32 (&p)[NT / 4], float (&sum)[2], const float (&s)[NT / 2], float scale, int first, int lane,
+                                             const Keys &keys) {
+#pragma unroll
+  for (int j = 0; j < NT / 8; ++j)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float y[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        y[e] = exp2(s[4 * j + 2 * h + e] * scale);
+#if MASKED
+        const int t = first + j * 8 + lane % 4 * 2 + e;
+        if (t >= keys.image && (t < keys.image_rows || t - keys.image_rows >= keys.text)) y[e] = 0.f;
+#endif
+        sum[h] += y[e];
+      }
+      p[2 * j + h] = pack(y[0], y[1]);
+    }
+}
+
+// `o`, `sum` ← exp(scores)·values and Σ exp(scores) of 64 queries from `tile`·64 on.
+__device__ __forceinline__ void attend(float (&o)[HEAD / 2], float (&sum)[2], int tile, const Operands &ops, float scale, int lane,
+                                       const Keys &keys, volatile u32 *fault) {
+  float s[NI][NT / 2];
+#pragma unroll
+  for (int i = 0; i < NI; ++i) {
+    barrier_wait(ops.bar + 8 * i, 0, fault);
+    MARK(2);
+    in_flight(s[i]);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int c = 0; c < HEAD / 16; ++c)
+      multiply(s[i], matrix(ops.q + c / 4 * Q_HALF + tile * 8192) + c % 4 * 2,
+               matrix(ops.k + c / 4 * HALF + i * NT * 128) + c % 4 * 2, c > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  u32 p[NI][NT / 4];
+#pragma unroll
+  for (int i = 0; i < NI; ++i) {
+    products_sync<(NI > 1 ? 1 : 0)>();  // the other part's scores, or the product with its values, may go on
+    in_flight(s[i]);
+    exponentials(p[i], sum, s[i], scale, i * NT, lane, keys);
+    if (i == 0) barrier_wait(ops.bar + 8 * NI, 0, fault);
+    in_flight(o);
+#pragma unroll
+    for (int j = 0; j < NT / 4; ++j) asm volatile("" : "+r"(p[i][j])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int b = 0; b < NT / 16; ++b) weigh(o, p[i] + 4 * b, values(ops.v + (i * NT + 16 * b) * 128), i + b > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  products_sync<0>();
+  in_flight(o);
+  MARK(3);
+}
+
+// The 16 rows of a warp, from `first` on in the block, out through the place of its queries, which nobody
+// reads any more.
+__device__ __forceinline__ void write_head(const float (&o)[HEAD / 2], float (&sum)[2], int first, const Operands &ops, const char *memory, char *to,
+                                           int pitch_out, int lane) {
+#pragma unroll
+  for (int j = 0; j < HEAD / 8; j += 2) {
+    const int row = first + lane % 16, chunk = j + lane / 16;
+    const float *w = o + 4 * j;
+    store_four(ops.q + chunk / 8 * Q_HALF + row * 128 + ((chunk ^ row) % 8 << 4), pack(w[0] * sum[0], w[1] * sum[0]),
+               pack(w[2] * sum[1], w[3] * sum[1]), pack(w[4] * sum[0], w[5] * sum[0]), pack(w[6] * sum[1], w[7] * sum[1]));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int piece = lane; piece < 16 * 16; piece += 32) {
+    const int r = piece / 16, chunk = piece % 16, row = first + r;
+    *(Quad *)(to + (long long)r * pitch_out + chunk * 16) =
+        *(const Quad *)(memory + chunk / 8 * Q_HALF + row * 128 + ((chunk ^ row) % 8 << 4));
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, const __grid_constant__ Map map_v,
           char *out, int pitch_out, int heads, int share, int n_blocks, float scale,
@@ -44,9 +149,9 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
           const char *ahead, u64 ahead_bytes, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
   MARK(0);
-  const u32 q = shared(memory), k = q + 2 * Q_HALF, v = k + 2 * HALF, bar = v + 2 * HALF;
+  const Operands ops(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i <= NI; ++i) barrier_init(bar + 8 * i, 1);
+    for (int i = 0; i <= NI; ++i) barrier_init(ops.bar + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     prefetch(&map_q);
     prefetch(&map_k);
@@ -63,100 +168,26 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
       column_sums<THREADS, 1, 5>(task, threadIdx.x, p_x, p_sum, (float *)memory, p_valid, image, text, image_rows, TOK, width);
     return;
   }
-  const int part = blockIdx.x % PARTS, head = blockIdx.x / PARTS % heads, sample = blockIdx.x / PARTS / heads;
-  if (threadIdx.x == 0) {
-    barrier_expect(bar, 2 * Q_HALF + 256 * NT);
-    for (int c = 0; c < 2; ++c) {
-      for (int at = 0; at < QUERIES; at += QBOX)
-        load4(q + c * Q_HALF + at * 128, &map_q, bar, 64 * c, part * QUERIES + at, head, sample);
-      load4(k + c * HALF, &map_k, bar, 64 * c, 0, head / share, sample);
-    }
-    for (int i = 1; i < NI; ++i) {
-      barrier_expect(bar + 8 * i, 256 * NT);
-      for (int c = 0; c < 2; ++c) load4(k + c * HALF + i * NT * 128, &map_k, bar + 8 * i, 64 * c, i * NT, head / share, sample);
-    }
-    barrier_expect(bar + 8 * NI, 256 * TOK);
-    for (int i = 0; i < NI; ++i)
-      for (int c = 0; c < 2; ++c)
-        load4(v + c * HALF + i * NT * 128, &map_v, bar + 8 * NI, 64 * c, i * NT, head / share, sample);
-  }
+  const int query = blockIdx.x / PARTS % heads;
+  const Head head{(int)(blockIdx.x % PARTS), query, query / share, (int)(blockIdx.x / PARTS / heads)};
+  if (threadIdx.x == 0) load_head(&map_q, &map_k, &map_v, ops, head);
   const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32;
-  [[maybe_unused]] const int count = p_valid ? p_valid[sample] : text;
-
+  const Keys keys{image, image_rows, p_valid ? p_valid[head.sample] : text};
   for (int tile = group; tile * 64 < QUERIES; tile += WG) {
-    if (part * QUERIES + tile * 64 >= TOK) break;
-    float s[NI][NT / 2], o[HEAD / 2], sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < NI; ++i) {
-      barrier_wait(bar + 8 * i, 0, fault);
-      MARK(2);
-      in_flight(s[i]);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int c = 0; c < HEAD / 16; ++c)
-        multiply(s[i], matrix(q + c / 4 * Q_HALF + tile * 8192) + c % 4 * 2,
-                 matrix(k + c / 4 * HALF + i * NT * 128) + c % 4 * 2, c > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-    u32 p[NI][NT / 4];  // rows lane / 4 and 8 below it, as wgmma takes its left operand
-#pragma unroll
-    for (int i = 0; i < NI; ++i) {
-      products_sync<(NI > 1 ? 1 : 0)>();  // the other part's scores, or the product with its values, may go on
-      in_flight(s[i]);
-#pragma unroll
-      for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float y[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            y[e] = exp2(s[i][4 * j + 2 * h + e] * scale);
-#if MASKED
-            const int t = i * NT + j * 8 + lane % 4 * 2 + e;
-            if (t >= image && (t < image_rows || t - image_rows >= count)) y[e] = 0.f;
-#endif
-            sum[h] += y[e];
-          }
-          p[i][2 * j + h] = pack(y[0], y[1]);
-        }
-      if (i == 0) barrier_wait(bar + 8 * NI, 0, fault);
-      in_flight(o);
-#pragma unroll
-      for (int j = 0; j < NT / 4; ++j) asm volatile("" : "+r"(p[i][j])::"memory");
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int b = 0; b < NT / 16; ++b)
-        weigh(o, p[i] + 4 * b, values(v + (i * NT + 16 * b) * 128), i + b > 0);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-    products_sync<0>();
-    in_flight(o);
-    MARK(3);
+    if (head.part * QUERIES + tile * 64 >= TOK) break;
+    float o[HEAD / 2], sum[2] = {};
+    attend(o, sum, tile, ops, scale, lane, keys, fault);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
       sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
       sum[h] = __fdividef(1.f, sum[h]);
     }
-    // Out through the place of the queries, which nobody reads any more.
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");  // all have read the queries
     const int first = tile * 64 + warp * 16;
-    if (part * QUERIES + first >= TOK) continue;
-#pragma unroll
-    for (int j = 0; j < HEAD / 8; j += 2) {
-      const int at = first + lane % 16, chunk = j + lane / 16;
-      const float *w = o + 4 * j;
-      store_four(q + chunk / 8 * Q_HALF + at * 128 + ((chunk ^ at) % 8 << 4), pack(w[0] * sum[0], w[1] * sum[0]),
-                 pack(w[2] * sum[1], w[3] * sum[1]), pack(w[4] * sum[0], w[5] * sum[0]), pack(w[6] * sum[1], w[7] * sum[1]));
-    }
-    __syncwarp();
-    char *to = out + (long long)(sample * TOK + part * QUERIES + first) * pitch_out + head * (2 * HEAD);
-#pragma unroll
-    for (int piece = lane; piece < 16 * 16; piece += 32) {
-      const int r = piece / 16, chunk = piece % 16, at = first + r;
-      *(Quad *)(to + (long long)r * pitch_out + chunk * 16) =
-          *(const Quad *)(memory + chunk / 8 * Q_HALF + at * 128 + ((chunk ^ at) % 8 << 4));
-    }
+    if (head.part * QUERIES + first >= TOK) continue;
+    char *to = out + (long long)(head.sample * TOK + head.part * QUERIES + first) * pitch_out + head.query * (2 * HEAD);
+    write_head(o, sum, first, ops, memory, to, pitch_out, lane);
   }
   MARK(5);
 }

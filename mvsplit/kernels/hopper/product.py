@@ -35,6 +35,7 @@ from mvsplit.kernels.reference import Gain, Gains
 
 PLAIN, QKV, SWIGLU, WRITE, PART = range(5)
 _FOLDER = Path(__file__).parent
+_EPILOGUES = ("epilogue_qkv.cu", "epilogue_merge.cu", "epilogue.cu")
 _DEPTH = 64  # of a step along K
 _SLAB = 16  # columns of a task of sums (common.cu)
 _SHARED = 232_448  # bytes that a block may have
@@ -91,7 +92,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
         "CHUNK": _chunk(cut, kind), "SCRATCH": _scratch(cut, kind), "SIDE": side,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
-    files = ("base.cu", "common.cu", "tile.cu", "product.cu")
+    files = ("base.cu", "common.cu", "tile.cu", *_EPILOGUES, "product.cu")
     *parts, kernel = ((_FOLDER / file).read_text() for file in files)
     products = (
         multiply("multiply", tokens, name),
