@@ -19,7 +19,7 @@ from mvsplit.errors import UserError, needs_extra
 from mvsplit.hub.diffusers_model import MVSplitDiTTransformer2DModel
 from mvsplit.hub.model_card import write_card
 from mvsplit.models import DiT
-from mvsplit.sampling import classifier_free
+from mvsplit.sampling import Velocity, classifier_free
 
 with needs_extra("hub"):
     from diffusers import (
@@ -150,14 +150,7 @@ class MVSplitPipeline(DiffusionPipeline):
         text = _repeat(text, num_images_per_prompt)
         shape = (len(text.states), self.transformer.config.channels, *self._side(height, width))
         latents = self._noise(latents, shape, generator)
-        velocity = classifier_free(
-            lambda z, states, valid: self.transformer(z, states, valid, return_dict=False)[0],
-            text.states,
-            text.states[:1] if null is None else null.states,
-            guidance_scale,
-            text_valid=text.valid,
-            null_valid=None if null is None else null.valid,
-        )
+        velocity = self._velocity(text, null, guidance_scale)
         latents = self._denoise(velocity, latents, num_inference_steps, callback_on_step_end)
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -169,6 +162,17 @@ class MVSplitPipeline(DiffusionPipeline):
             raise UserError(f"save_directory={save_directory}: is a file; give a folder")
         write_card(Path(save_directory), self.transformer.dit, pipeline=True)
         super().save_pretrained(str(save_directory), *args, **kwargs)
+
+    def _velocity(self, text: Text, null: Text | None, guidance: float) -> Velocity:
+        """The transformer's, guided where there is an unconditional text."""
+        return classifier_free(
+            lambda z, states, valid: self.transformer(z, states, valid, return_dict=False)[0],
+            text.states,
+            text.states[:1] if null is None else null.states,
+            guidance,
+            text_valid=text.valid,
+            null_valid=None if null is None else null.valid,
+        )
 
     def _denoise(
         self,
