@@ -10,6 +10,7 @@ graph. For each kernel of the last block, in µs after the end of the kernel bef
     ends     its first block ends, and its last
 
     python benchmarks/engine_trace.py [--pictures 1] [--json FILE]
+    python benchmarks/engine_trace.py --table FILE    # of docs/sampling.md, of the products
 
 Cost: one Hopper GPU, half a minute.
 """
@@ -116,12 +117,40 @@ def row(stage: str, marks: list[list[int]], before: int | None) -> dict[str, Any
     return found
 
 
+NAMES = {
+    "qkv": "qkv, rotation, QK-norm", "proj": "W_O and the merge", "w13": "w13 and SwiGLU",
+    "w2": "W_2 and the merge",
+}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What a block waits for, from the middle one of each product's blocks, in Markdown."""
+    lines = [
+        "| µs | until loads are there | the first tile's products | its way out | in all |",
+        "|---|---|---|---|---|",
+    ]
+    for found in rows:
+        if found["stage"] in NAMES:
+            start = found["waited"][0] if found is rows[0] else 0.0  # the first has none before it
+            loaded, multiplied, written, ends = (
+                found[place][1] - start for place in ("loaded", "multiplied", "written", "ends")
+            )
+            times = (loaded, multiplied - loaded, written - multiplied, ends)
+            figures = " | ".join(f"{micro:.1f}" for micro in times)
+            lines.append(f"| {NAMES[found['stage']]} | {figures} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--plan", type=Path, help="as benchmarks/engine.py writes one")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path)
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())["pictures_8"]["rows"]))
+        return
     noise, text, _ = inputs(2 * args.pictures, torch.bfloat16)
     with torch.no_grad():
         shape = Network(network(LAYERS), noise.bfloat16(), text, padded=False)

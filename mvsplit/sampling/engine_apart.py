@@ -107,16 +107,23 @@ class _Child:
             [*command, json.dumps(task)], env={**os.environ, "PYTHONPATH": paths}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        silent = _Alarm(SILENCE, process.kill)
+        try:
+            self._listen(process, silent)
+        finally:  # an interrupt must not leave it behind
+            process.kill()
+            silent.stop()
+
+    def _listen(self, process: subprocess.Popen[str], silent: _Alarm) -> None:
+        """To its end."""
         assert process.stdout is not None
         errors: list[str] = []
         listener = threading.Thread(target=lambda: errors.extend(process.stderr or ()))
         listener.start()
-        silent = _Alarm(SILENCE, process.kill)
         for line in process.stdout:
             silent.again()
             self._hear(line.rstrip("\n"))
         status = process.wait()
-        silent.stop()
         listener.join()
         self.end = f"was silent for {SILENCE:.0f} s" if silent.rang else f"ended with {status}"
         self.last_words = (errors or [""])[-1].strip()
