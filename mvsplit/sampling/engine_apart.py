@@ -58,6 +58,8 @@ def best_plan(network: Network, say: Callable[[str], None]) -> Plan | None:
     tuner = Tuner(network, cuda=False)
     if not tuner.is_finite():
         return None
+    if network.trunk.is_cuda:  # nothing of this process runs beside what is measured
+        torch.cuda.synchronize(network.trunk.device)
     try:
         found = measured(network)
     except ApartError as error:
