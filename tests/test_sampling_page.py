@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -28,49 +29,100 @@ def benchmark(name, monkeypatch):
     return module
 
 
+NOW = "2026-11-29_second"
+
+
 def test_the_tables_are_those_of_the_results(monkeypatch):
     products = benchmark("engine_products", monkeypatch)
-    assert products.table(result("engine_products_h200_2026-11-29")["rows"]) in PAGE
+    assert products.table(result(f"engine_products_h200_{NOW}")["rows"]) in PAGE
     pictures = benchmark("engine", monkeypatch)
-    names = ("2026-11-24_first", "2026-11-24", "2026-11-29")
-    found = {}
-    for name in names:
-        found |= result(f"engine_h200_{name}")
+    found = result("engine_h200_2026-11-24_first") | result(f"engine_h200_{NOW}")
     assert pictures.table(found) in PAGE
-    before = result("engine_h200_2026-11-24")["pictures_8"]["seconds"]
-    assert f"from {before:.2f} s to {found['pictures_8']['seconds']:.2f}" in PAGE
-    assert f"{found['pictures_8']['memory_gb']:.1f} GB for eight" in PAGE
+    memory = [f"{found[f'pictures_{n}']['memory_gb']:.1f} GB" for n in (1, 8)]
+    assert f"{memory[0]} for one picture, {memory[1]} for eight" in PAGE
+    trace = benchmark("engine_trace", monkeypatch)
+    clock = result("engine_trace_h200_2026-11-29")
+    assert trace.table(clock["pictures_8"]["rows"]) in PAGE
 
 
-def test_what_is_quoted_is_in_the_results():
-    block = result("engine_h200_2026-11-29")
-    assert f"**{block['parts8']['block_us']:.0f} µs**" in PAGE
-    assert f"the ordinary ops' {block['parts8']['ordinary_block_us']:.0f}" in PAGE
-    gate = block["gate"]
+def test_what_is_quoted_of_the_engine_is_in_the_results():
+    page = " ".join(PAGE.split())
+    found, starts = result(f"engine_h200_{NOW}"), result("engine_h200_2026-11-29_starts")
+    gate = found["gate"]
     alone, together = gate["1_at_a_time"], gate["8_at_a_time"]
-    assert f"{alone['engine']:.6f} drawn one by one" in PAGE
-    assert f"{together['engine']:.6f} drawn together" in PAGE
-    assert f"bf16 ops {alone['plain_bf16']:.6f}" in PAGE
-    for found in (alone, together):
-        assert found["passes"]
-        assert abs(found["difference"]) < found["difference_stderr"]
-    evaluations = 35 * 1000
-    left = " ".join(PAGE.partition("### What is left")[2].split())
-    for name, wanted, words in (
-        ("pictures_1", 2.0, "{:.1f} µs a block and step where {:.1f} are needed"),
-        ("pictures_8", 8.4, "and {:.0f} where {:.0f} are"),
+    assert (
+        f"{alone['engine']:.6f} drawn one by one, {together['engine']:.6f} drawn together" in page
+    )
+    assert f"bf16 ops {alone['plain_bf16']:.6f}" in page
+    for each in (alone, together):
+        assert each["passes"]
+        assert abs(each["difference"]) < each["difference_stderr"]
+    deep = starts["deep_gate"]["1_at_a_time"]
+    assert f"1000 layers, one noise: {deep['engine']:.5f} ({deep['plain_bf16']:.5f})" in page
+    assert deep["passes"]
+    cold, warm = (starts[f"{name}_first_step_seconds"] for name in ("cold", "warm"))
+    assert f"{cold:.0f} s without any cache" in page
+    assert f"{warm:.1f} s in a new process" in page
+    one, eight = (
+        [found[name][key] for key in ("block_us", "ordinary_block_us")]
+        for name in ("parts", "parts8")
+    )
+    assert f"one picture {one[0]:.1f} µs instead of the ordinary ops' {one[1]:.1f}" in page
+    assert f"eight {eight[0]:.0f} µs instead of {eight[1]:.0f}" in page
+    for name in ("parts", "parts8"):
+        assert found[name]["plan"]["attention"]["pdl"]
+    assert found["parts"]["plan"]["ahead"]
+    took = found["pictures_8"]["seconds"] / 35e3 * 1e6
+    assert f"a block takes {took:.0f} µs then" in page
+    assert f"{took:.0f} µs a block and step where {8.4 / 35e3 * 1e6:.0f} are needed" in page
+    drawing = result("engine_trace_h200_2026-11-29")["drawing"]
+    for name, words in (
+        ("pictures_8", "takes {:.0f} W of its 700 and runs at {:.0f} MHz instead of 1980"),
+        ("pictures_1", "takes {:.0f} W, at {:.0f} MHz"),
     ):
-        took = block[name]["seconds"]
-        assert words.format(took / evaluations * 1e6, wanted / evaluations * 1e6) in left
-    blocks = re.findall(r"a block in ([\d.]+) µs by pdl=", "\n".join(block["log"]))
-    assert f"the same blocks took {blocks[0]} and {blocks[1]} µs in graphs of 16" in left
-    ours = result("engine_attention_h200_2026-11-29")["rows"]
-    for rows, words in (
-        (4608, "takes {:.1f} µs at eight pictures where cuDNN's takes {:.1f}"),
-        (576, "and {:.1f} where the ordinary ops take {:.1f} at one"),
+        row = drawing[name]
+        assert (
+            words.format(statistics.median(row["power_w"]), statistics.median(row["clock_mhz"]))
+            in page
+        )
+
+
+def test_what_did_not_help_is_in_the_results():
+    page = " ".join(PAGE.split())
+    found = result(f"engine_h200_{NOW}")
+    for stage, words in (("parts", "{:.1f} → {:.1f} µs a block"), ("parts8", "{:.0f} → {:.0f}")):
+        blocks = {row[0]: row[1] for row in found[stage]["table"]["block"]}
+        later, early = (blocks[f"pdl={pdl} ahead=False"] for pdl in (False, True))
+        assert words.format(later, early) in page
+    rows = result(f"engine_products_h200_{NOW}")["rows"]
+    held = {
+        (r["kind"], r["depth"], r["cut"][5:] == [1, True] or r["cut"][5:] == [True]): r["us_early"]
+        for r in rows
+        if r["rows"] == 4608 and r["cut"][:4] == [288, 2, 2, 4]
+    }
+    for kind, depth, words in (
+        ("swiglu", 1024, "w13 {:.1f} instead of {:.1f} µs"),
+        ("write", 3072, "W_2 {:.1f} instead of {:.1f}"),
+        ("write", 1024, "W_O {:.1f} instead of {:.1f}"),
     ):
-        best = min((r for r in ours if r["rows"] == rows), key=lambda r: r["us_early"])
-        assert words.format(best["us_early"], best["cublas_us"]) in left
+        assert words.format(held[kind, depth, True], held[kind, depth, False]) in page
+    proj = found["parts"]["table"]["proj"]
+    cut, tile = (
+        min(us for name, us, _ in proj if kind in name) for kind in ("tile=Cut", "tile=Tile")
+    )
+    assert f"{cut:.1f} µs with its merge, {tile:.1f} by Triton" in page
+    pairs = {
+        (r["kind"], r["depth"], r["cut"][3]): r["us_early"]
+        for r in result("engine_products_h200_2026-11-29")["rows"]
+        if r["rows"] == 4608 and r["cut"][:3] == [288, 2, 2]
+    }
+    qkv, w2 = (
+        [pairs[kind, depth, n] for n in (2, 1)] for kind, depth in (("qkv", 1024), ("write", 3072))
+    )
+    assert (
+        "{:.1f} and {:.1f} µs for qkv, ".format(*qkv) + "{:.1f} and {:.1f} for W_2".format(*w2)
+        in page
+    )
     block = result("engine_h200_2026-11-28")
     stages = {
         choice: micro for choice, micro, _ in block["parts8"]["table"]["w2"] if "Cut" in choice

@@ -32,6 +32,7 @@ _NEEDS: dict[str, Needs] = {
     "eight_gpus": "GPU",
     "engine": "GPU",
     "engine_products": "GPU",
+    "engine_trace": "GPU",
     "fused_ops": "GPU",
     "merge_forms": "GPU",
     "masked_attention": "GPU",
