@@ -58,12 +58,19 @@ class Sample:
         row, index: its place in the batch and in the data set.
         loss: its own.
         unusual: its loss or the RMS of its data over the median of the batch, the larger of both.
+        beside: whether it is one of those that come beside the batch; its places are there.
     """
 
     row: int
     index: int
     loss: float
     unusual: float
+    beside: bool = False
+
+    @property
+    def name(self) -> str:
+        """Which it is."""
+        return f"{self.index} of what comes beside" if self.beside else f"{self.index}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +204,7 @@ def _further_sentences(
 
 def _samples(dropped: Sequence[Sample]) -> str:
     rows = [
-        f"sample {s.index} (row {s.row} of the batch, loss {s.loss:.3g}, {s.unusual:.3g} times as "
+        f"sample {s.name} (row {s.row} of the batch, loss {s.loss:.3g}, {s.unusual:.3g} times as "
         f"large as usual)"
         for s in dropped
     ]
@@ -214,6 +221,6 @@ def _how(trial: str, dropped: Sequence[Sample]) -> str:
 
 def _short(name: str, dropped: Sequence[Sample]) -> str:
     if name == "without-samples":
-        samples = " and ".join(str(sample.index) for sample in dropped)
+        samples = " and ".join(sample.name for sample in dropped)
         return f"without sample {samples} alone, though it is not unusual"
     return "in fp32" if name == "fp32" else f"with MV-Split on {CENTERED[name]}"

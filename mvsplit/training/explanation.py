@@ -74,7 +74,7 @@ def explain(
     state, start = state_before(flight, device, say)
     again = Rerun(flight, state)
     say("running the step as it was")
-    whole = again.run(again.rows)
+    whole = again.run(again.samples)
     not_finite = again.not_finite()
     reproduction = _compare(flight, whole)
     calm = calm_norm([r["grad_norm"] for r in flight.records if r["step"] < flight.step])
@@ -82,7 +82,7 @@ def explain(
     say("dropping samples")
     dropped, without = again.without_samples(whole, calm)
     if without is not None:
-        label = "without sample " + ", ".join(str(s.index) for s in dropped)
+        label = "without sample " + ", ".join(s.name for s in dropped)
         trials.append(again.trial("without-samples", label, without))
     say("changing precision and backward")
     trials += again.other_trials()

@@ -50,7 +50,7 @@ from mvsplit.training.observer import Observer
 from mvsplit.training.randomness import derive_seed
 from mvsplit.training.run_folder import read_experiment
 from mvsplit.training.state import TrainState
-from mvsplit.training.step import Gradients
+from mvsplit.training.step import STREAMS, Gradients
 
 FORMAT = "mvsplit-flight"
 VERSION = 1
@@ -202,12 +202,14 @@ class FlightRecorder(Observer):
 def record_of(gradients: Gradients, experiment: Experiment) -> dict[str, Any]:
     """What is kept of a step, as JSON can hold it."""
     config, norm = experiment.train, gradients.metrics["grad_norm"]
+    chance = ["noise", "times"]
+    chance += [] if gradients.batch.beside is None else [f"{name}{STREAMS}" for name in chance]
     return {
         "step": gradients.step,
         **gradients.metrics,
         "clip_factor": min(1.0, config.clip / norm) if norm > 0 else 1.0,
         "position": gradients.position,
-        "seeds": {n: derive_seed(config.seed, n, gradients.step) for n in ("noise", "times")},
+        "seeds": {name: derive_seed(config.seed, name, gradients.step) for name in chance},
         "indices": gradients.indices,
         "sample_losses": gradients.sample_losses,
         "family_norms": gradients.family_norms,

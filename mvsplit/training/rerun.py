@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -34,11 +35,12 @@ from mvsplit.training.config import TrainConfig
 from mvsplit.training.flight import Flight
 from mvsplit.training.gradient_families import family_norms
 from mvsplit.training.nonfinite import first_in_activations, first_in_gradients, first_in_weights
+from mvsplit.training.objective import Objective
 from mvsplit.training.optimizer import global_norm
 from mvsplit.training.parallelize import raised_weights
 from mvsplit.training.pieces import Piece, cut
 from mvsplit.training.state import TrainState
-from mvsplit.training.step import add_all_gradients, pieces, pieces_beside, train_step
+from mvsplit.training.step import add_gradients, pieces, pieces_beside, train_step
 
 MOST_SAMPLES = 3  # that are dropped together before the data are acquitted
 
@@ -51,7 +53,8 @@ _BRANCHES: dict[str, tuple[BranchName, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient:
-    """The numbers of one pass over some samples of the step."""
+    """The numbers of one pass over some samples of the step: `loss` is that of the batch, and
+    behind its `sample_losses` are those of the samples beside it."""
 
     loss: float
     grad_norm: float
@@ -70,7 +73,7 @@ class Trace:
     Attributes:
         rank_losses: the loss of each process's share of the batch.
         worst_samples: the samples with the largest loss.
-        output_gradient_rms: of ∂L/∂v over the batch, v the network's output.
+        output_gradient_rms: of ∂L/∂v over the batch and what comes beside, v the network's output.
         not_finite: the first place among weights, activations and gradients that is not finite.
         family_norms: of every layer, by family.
         calm_family_norms: the medians of the recorded steps before, empty where none was recorded.
@@ -124,36 +127,41 @@ def _restore(state: TrainState, flight: Flight) -> None:
 
 
 class Rerun:
-    """A step that can be run again on any of its samples."""
+    """A step that can be run again on any of its samples. These go by numbers: first the `rows` of
+    the batch, then as many of what comes beside it, if anything does."""
 
     def __init__(self, flight: Flight, state: TrainState) -> None:
         self.flight, self.state, self.config = flight, state, flight.experiment.train
         self.batch = state.loader.next_batch() if flight.batch is None else flight.batch
         one = dataclasses.replace(self.config, accumulate=1)
-        (self._whole,) = pieces(self.batch, flight.step, one, state.device)
-        self._beside = pieces_beside(self.batch, flight.step, one, state.device)
+        self._wholes: list[tuple[Objective | None, Piece]] = [
+            *((state.objective, p) for p in pieces(self.batch, flight.step, one, state.device)),
+            *(
+                (state.objective.beside, p)
+                for p in pieces_beside(self.batch, flight.step, one, state.device)
+            ),
+        ]
         self.rows = list(range(len(self.batch.latents)))
+        self.samples = list(range(len(self.rows) * len(self._wholes)))
 
     def run(
         self,
-        rows: list[int],
+        samples: list[int],
         config: TrainConfig | None = None,
         within: AbstractContextManager[Any] | None = None,
     ) -> Gradient:
-        """The gradient of the mean loss over the samples in `rows`."""
-        state = self.state
+        """The gradient of the mean loss over some samples, and of that over those beside."""
+        state, found = self.state, []
         state.optimizer.zero_grad()
         with within or nullcontext():
-            measured = add_all_gradients(
-                state.model,
-                config or self.config,
-                list(self._parts(rows)),
-                [part for whole in self._beside for part in self._parts(rows, whole)],
-                state.objective,
-            )
-        losses = measured.view(len(measured), -1)[:, 0]
+            for objective, parts in self._passes(samples):
+                measured = add_gradients(
+                    state.model, config or self.config, parts, objective=objective
+                )
+                found.append(measured.view(len(measured), -1)[:, 0])
+        losses = torch.cat(found)
         norms = family_norms(state.model, state.optimizer.groups)
-        scalars = [losses.mean(), global_norm(state.optimizer.groups)]
+        scalars = [found[0].mean(), global_norm(state.optimizer.groups)]
         loss, norm, *rest = read([*scalars, losses, *norms.values()])
         families, at = {}, len(losses)
         for name, values in norms.items():
@@ -163,10 +171,22 @@ class Rerun:
             loss=loss, grad_norm=norm, sample_losses=rest[: len(losses)], family_norms=families
         )
 
-    def _parts(self, rows: list[int], whole: Piece | None = None) -> Iterator[Piece]:
-        """The samples, of what comes beside them if that is `whole`, in pieces of the size that the
-        run had."""
-        whole = whole or self._whole
+    def _passes(self, samples: list[int]) -> Iterator[tuple[Objective, list[Piece]]]:
+        """What is minimised of the samples, in pieces of the size that the run had."""
+        for number, (objective, whole) in enumerate(self._wholes):
+            rows = [self._row(n) for n in samples if self._kind(n) == number]
+            if rows:
+                assert objective is not None
+                yield objective, list(self._parts(whole, rows))
+
+    def _kind(self, sample: int) -> int:
+        """0 in the batch, 1 beside it."""
+        return sample // len(self.rows)
+
+    def _row(self, sample: int) -> int:
+        return sample % len(self.rows)
+
+    def _parts(self, whole: Piece, rows: list[int]) -> Iterator[Piece]:
         count = -(-len(rows) * self.config.accumulate // len(self.rows))
         for part in cut(len(rows), count):
             chosen = torch.tensor(rows[part], device=self.state.device)
@@ -196,11 +216,11 @@ class Rerun:
             fp32 = dataclasses.replace(self.config, precision="fp32", weights="fp32")
             networks = (self.state.model, *self.state.objective.networks())
             raised = raised_weights(nn.ModuleList(networks))
-            yield self.trial("fp32", "in fp32", self.run(self.rows, fp32, raised))
+            yield self.trial("fp32", "in fp32", self.run(self.samples, fp32, raised))
         for name, branches in _BRANCHES.items():
             within = CenteredAdjoints(self.state.taps, branches)
             label = f"MV-Split on {CENTERED[name]}"
-            yield self.trial(name, label, self.run(self.rows, within=within))
+            yield self.trial(name, label, self.run(self.samples, within=within))
 
     def without_samples(
         self, whole: Gradient, calm: float | None
@@ -213,12 +233,12 @@ class Rerun:
         """
         found: list[tuple[list[Sample], Gradient]] = []
         dropped: list[Sample] = []
-        rows = list(self.rows)
+        left = list(self.samples)
         for _ in range(min(MOST_SAMPLES, len(self.rows) - 1)):
-            row = self._largest(rows)
-            rows.remove(row)
-            dropped = [*dropped, self._sample(row, whole)]
-            found.append((dropped, self.run(rows)))
+            largest = self._largest(left)
+            left.remove(largest)
+            dropped = [*dropped, self._sample(largest, whole)]
+            found.append((dropped, self.run(left)))
             share = removed_share(whole.grad_norm, found[-1][1].grad_norm, calm)
             if share is None:
                 break
@@ -226,24 +246,37 @@ class Rerun:
                 return found[-1]
         return found[0] if found else ([], None)
 
-    def _largest(self, rows: list[int]) -> int:
-        """The sample with the largest gradient by halving: of n samples, 2n are run."""
-        while len(rows) > 1:
-            halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-            rows = max(halves, key=self._contribution)
-        return rows[0]
+    def _largest(self, samples: list[int]) -> int:
+        """The sample with the largest gradient by halving, first of those in the batch, then of
+        those beside it: of n samples, 2n are run."""
+        largest = []
+        for kind in range(len(self._wholes)):
+            left = [n for n in samples if self._kind(n) == kind]
+            while len(left) > 1:
+                halves = left[: len(left) // 2], left[len(left) // 2 :]
+                left = max(halves, key=self._contribution)
+            largest += left
+        return max(largest, key=self._contribution) if len(largest) > 1 else largest[0]
 
-    def _contribution(self, rows: list[int]) -> float:
-        """The norm of what the samples add to the sum of all gradients."""
-        norm = self.run(rows).grad_norm
-        return len(rows) * norm if math.isfinite(norm) else math.inf
+    def _contribution(self, samples: list[int] | int) -> float:
+        """The norm of what samples of one kind add to the sum of all gradients."""
+        samples = [samples] if isinstance(samples, int) else samples
+        norm = self.run(samples).grad_norm
+        return len(samples) * norm if math.isfinite(norm) else math.inf
 
-    def _sample(self, row: int, whole: Gradient) -> Sample:
-        index = int(self.batch.indices[row])
-        loss = whole.sample_losses
-        sizes = self._whole.data.square().flatten(1).mean(1).sqrt().tolist()
-        unusual = max(_over_median(values, row) for values in (loss, sizes))
-        return Sample(row=row, index=index, loss=loss[row], unusual=unusual)
+    def _sample(self, number: int, whole: Gradient) -> Sample:
+        row, kind = self._row(number), self._kind(number)
+        batch = self.batch.beside if kind else self.batch
+        assert batch is not None
+        loss = whole.sample_losses[kind * len(self.rows) :][: len(self.rows)]
+        sizes = self._wholes[kind][1].data.square().flatten(1).mean(1).sqrt().tolist()
+        return Sample(
+            row=row,
+            index=int(batch.indices[row]),
+            loss=loss[row],
+            unusual=max(_over_median(values, row) for values in (loss, sizes)),
+            beside=kind == 1,
+        )
 
     # The trace of App. F
 
@@ -251,10 +284,11 @@ class Rerun:
         """Where the first value that is not finite lies; asks the gradients of the last run."""
         model = self.state.model
         gradients = first_in_gradients(model)
-        parts = self._parts(self.rows)
-        objective = self.state.objective
-        runs = (lambda part=part: objective(model, part, self.config) for part in parts)
-        activations = (first_in_activations(model, run) for run in runs)
+        activations = (
+            first_in_activations(model, partial(objective, model, part, self.config))
+            for objective, parts in self._passes(self.samples)
+            for part in parts
+        )
         return {
             "weights": first_in_weights(model),
             "activations": next((place for place in activations if place), None),
@@ -288,15 +322,15 @@ class Rerun:
             velocity.register_hook(lambda grad: squares.append(grad.float().square().sum()))
 
         splits = []
-        parts = list(self._parts(self.rows))
         self.state.optimizer.zero_grad()
         handle = self.state.model.register_forward_hook(look)
-        for part in parts:
-            with LayerProbe(self.state.taps, fields=CHEAP_FIELDS) as probe:
-                measured = self.state.objective(self.state.model, part, self.config)
-                losses = measured.view(len(measured), -1)[:, 0]
-                (losses.sum() / len(self.rows)).backward()
-            splits.append(probe.arrays())
+        for objective, parts in self._passes(self.samples):
+            for part in parts:
+                with LayerProbe(self.state.taps, fields=CHEAP_FIELDS) as probe:
+                    measured = objective(self.state.model, part, self.config)
+                    losses = measured.view(len(measured), -1)[:, 0]
+                    (losses.sum() / len(self.rows)).backward()
+                splits.append(probe.arrays())
         handle.remove()
         largest = max(splits, key=lambda s: sum(_size(g) for _, _, g, _ in writers(s)))
         return largest, math.sqrt(sum(read(squares)) / numbers)

@@ -36,6 +36,8 @@ from mvsplit.training.randomness import generator_for
 from mvsplit.training.state import TrainState
 from mvsplit.training.surgery import anneal
 
+STREAMS = " beside"  # behind the names of the chance of what comes beside a batch
+
 
 def pieces(
     batch: Batch, step: int, config: TrainConfig, device: torch.device, streams: str = ""
@@ -76,7 +78,7 @@ def pieces_beside(
     """The pieces of what comes beside the batch, if anything does."""
     if batch.beside is None:
         return []
-    return list(pieces(batch.beside, step, config, device, streams=" beside"))
+    return list(pieces(batch.beside, step, config, device, streams=STREAMS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,25 +142,6 @@ def _counted(piece: Piece, samples: int) -> Piece:
     return replace(piece, parts=torch.full((), samples / len(piece.data), device=device))
 
 
-def add_all_gradients(
-    model: DiT,
-    config: TrainConfig,
-    parts: list[Piece],
-    beside: list[Piece],
-    objective: Objective,
-    graphs: Graphs | None = None,
-    after_first: Callable[[], None] | None = None,
-) -> Tensor:
-    """`add_gradients` of the pieces, and of as many samples beside them; what is measured of these
-    are the last columns."""
-    measured = add_gradients(model, config, parts, graphs, after_first, objective)
-    if not beside:
-        return measured
-    assert objective.beside is not None
-    others = add_gradients(model, config, beside, graphs, objective=objective.beside)
-    return torch.cat((measured, others[:, 1:]), dim=1)
-
-
 def accumulate_gradients(
     state: TrainState,
     config: TrainConfig,
@@ -168,14 +151,17 @@ def accumulate_gradients(
 ) -> Tensor:
     """The gradients of the mean loss over all pieces, and of that over those beside them, instead
     of those that were there; returns what the objective measures of each sample, [B] or
-    [B, names]."""
+    [B, names]; the last columns are of the samples beside."""
     if state.planner is not None:
         every = (*parts, *(beside or ()))
         state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in every))
     state.optimizer.zero_grad()
-    measured = add_all_gradients(
-        state.model, config, parts, beside or [], state.objective, state.graphs, after_first
-    )
+    model, graphs, objective = state.model, state.graphs, state.objective
+    measured = add_gradients(model, config, parts, graphs, after_first, objective)
+    if beside:
+        assert objective.beside is not None
+        others = add_gradients(model, config, beside, graphs, objective=objective.beside)
+        measured = torch.cat((measured, others[:, 1:]), dim=1)
     at("the exchange of gradients")
     state.optimizer.collect_grads()
     return measured
@@ -224,7 +210,7 @@ def train_step(
         if before_update(gradients) is False:
             return numbers
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        raise NonFiniteError(_explain(state, config, parts, step, metrics))
+        raise NonFiniteError(_explain(state, config, parts, beside, step, metrics))
     at("the update")
     clip_gradients_(state.optimizer.groups, metrics["grad_norm"], config.clip)
     state.optimizer.step(lr)
@@ -286,7 +272,12 @@ def _tokens(model: DiT, latents: Tensor, text: Tensor, rejected: Tensor | None) 
 
 
 def _explain(
-    state: TrainState, config: TrainConfig, parts: list[Piece], step: int, metrics: dict[str, float]
+    state: TrainState,
+    config: TrainConfig,
+    parts: list[Piece],
+    beside: list[Piece],
+    step: int,
+    metrics: dict[str, float],
 ) -> str:
     """Which value is not finite, and where it began: in a weight, else an activation, else a
     gradient."""
@@ -294,8 +285,10 @@ def _explain(
     weight = first_in_weights(model)
     if weight is not None:
         origin = f"the weights of {weight} are not finite"
-    elif not math.isfinite(metrics["loss"]):
-        found = [first_in_activations(model, partial(objective, model, p, config)) for p in parts]
+    elif not all(math.isfinite(metrics[name]) for name in objective.names):
+        passes = [(objective, p) for p in parts]
+        passes += [(o, p) for p in beside if (o := objective.beside) is not None]
+        found = [first_in_activations(model, partial(o, model, p, config)) for o, p in passes]
         place = next((p for places in from_each(found) for p in places if p), None)
         origin = f"first in the output of {place}" if place else "every activation is finite"
     else:

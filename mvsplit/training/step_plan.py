@@ -183,7 +183,11 @@ def _notes(experiment: Experiment, gpus: int, layout: Layout) -> Iterator[str]:
     if gpus > 1 and layout.name == "shard":
         yield "sharded: kernels are launched one by one; a run on two H200 took 1.4 times as long"
     if experiment.train.objective == "dpo":
-        yield "of flow matching; pairs are twice the samples, and the reference a forward pass more"
+        real = ", and samples of the data set beside them as many again"
+        yield (
+            "of flow matching; pairs are twice the samples, and the reference a forward pass more"
+            + (real if experiment.train.dpo.real else "")
+        )
     yield "time is that of the step on a GPU: loading, looks into the layers and saves come on top"
 
 

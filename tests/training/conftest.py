@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvsplit.data.digits import NAMES
+from mvsplit.data.pairs import write_pairs
 from mvsplit.training import train
 from tests.training import runs
 
@@ -30,6 +32,15 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(runs.experiment(), run)
     torch.set_num_threads(threads)
     return run
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pairs of noise in the size of digits. Not to be written to."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    draws = torch.rand(20, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    write_pairs(path, ((NAMES[k % 10], *pair) for k, pair in enumerate(draws)))
+    return path
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def fly(
     happens: Callable[[TrainState], None],
     *,
     calm: int = 4,
-    trained: Experiment | None = None,
+    begin: Callable[[Experiment], TrainState] = build_state,
 ) -> Path:
     """`calm` steps, then one to which something happens; an alarm before its update.
 
@@ -41,7 +41,7 @@ def fly(
         The flight of the last step.
     """
     run.mkdir(exist_ok=True)
-    state = build_state(experiment)
+    state = begin(experiment)
     recorder = FlightRecorder(run)
     recorder.on_start(state, experiment)
     look = partial(recorder.on_gradients, state)

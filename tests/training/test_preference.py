@@ -11,102 +11,31 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mvsplit.cli.start import starter
-from mvsplit.data.digits import NAMES, Digits
 from mvsplit.data.pairs import write_pairs
 from mvsplit.diagnostics.probe import FIELDS, LayerProbe
 from mvsplit.errors import UserError
 from mvsplit.flow import DPOConfig
 from mvsplit.hub import load_weights
-from mvsplit.models import DiT
-from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import (
     DataConfig,
-    Experiment,
     NonFiniteError,
     Origin,
-    TrainState,
-    TuneConfig,
-    build_state,
     load_run,
     train,
     train_step,
 )
-from mvsplit.training.builders import build_loader
 from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
 from mvsplit.training.explanation import explain
-from mvsplit.training.finetune import begin_from
-from mvsplit.training.flight import _read_batch, _write_batch, flight_of_run
+from mvsplit.training.flight import flight_of_run
 from mvsplit.training.objective import Preference
 from mvsplit.training.pieces import Piece
 from mvsplit.training.step import accumulate_gradients, pieces, pieces_beside
 from tests.training import runs
-
-TUNES = {
-    "all": TuneConfig(),
-    "layers": TuneConfig(only=("blocks.1.*", "head.*")),
-    "lora": TuneConfig(what="lora", lora=LoRAConfig(rank=2, alpha=4.0)),
-}
-BETA, ANCHOR = 30.0, 0.2
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty pairs of noise in the size of digits."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
-    draws = torch.rand(20, 2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    write_pairs(path, ((NAMES[k % 10], *pair) for k, pair in enumerate(draws)))
-    return path
-
-
-def aligning(whole: Path, pairs: Path, tune: str = "all", **changes: Any) -> Experiment:
-    """Four steps on the pairs from the weights of the run `whole`."""
-    dpo = DPOConfig(beta=BETA, anchor=ANCHOR)
-    fields = {"steps": 4, "seed": 1, "dpo": dpo, "tune": TUNES[tune], **changes}
-    return Experiment(
-        model=runs.MODEL,
-        train=replace(runs.TRAIN, objective="dpo", **fields),
-        data=DataConfig(pairs=str(pairs)),
-        origin=Origin(source=str(whole)),
-    )
-
-
-def begun(experiment: Experiment) -> TrainState:
-    state = build_state(experiment)
-    begin_from(state, experiment, starter(experiment))
-    return state
-
-
-def moved_away(model: DiT) -> None:
-    """So that the network is no longer its reference."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter += 0.05 * noise
-
-
-def by_hand(model: DiT, reference: DiT, piece: Piece) -> Tensor:
-    """The mean of what is minimised, sample after sample, from the formula as it is printed."""
-    total = torch.zeros((), dtype=torch.float64)
-    for k in range(len(piece.data)):
-        error: dict[tuple[str, str], Tensor] = {}
-        assert piece.rejected is not None
-        for which, x0 in (("w", piece.data[k]), ("l", piece.rejected[k])):
-            t, x1 = piece.times[k], piece.noise[k]
-            for name, network in (("θ", model), ("ref", reference)):
-                z = (1 - t) * x0 + t * x1
-                velocity = network(z[None], piece.text[k : k + 1], None)[0]
-                error[which, name] = (x0 - x1 - velocity).square().sum() / x0.numel()
-        inside = (error["w", "θ"] - error["w", "ref"]) - (error["l", "θ"] - error["l", "ref"])
-        total = total - torch.log(1 / (1 + torch.exp(BETA / 2 * inside)))
-        total = total + ANCHOR * error["w", "θ"]
-    return total / len(piece.data)
+from tests.training.preferences import ANCHOR, BETA, TUNES, aligning, begun, by_hand, moved_away
 
 
 @pytest.mark.parametrize("tune", TUNES)
@@ -141,76 +70,6 @@ def test_loss_and_gradients_in_fp64(whole_run: Path, pairs: Path, tune: str) -> 
     dpo = measured[:, 0] - ANCHOR * measured[:, 3]
     torch.testing.assert_close(dpo, -torch.log(torch.sigmoid(measured[:, 1])))
     assert measured[:, 2].tolist() == [float(m > 0) for m in measured[:, 1]]
-
-
-def test_it_is_held_to_samples_of_the_data_set(whole_run: Path, pairs: Path) -> None:
-    """Gradients and what is measured, in pieces, against the formula in fp64."""
-    dpo = DPOConfig(beta=BETA, anchor=ANCHOR, real=3.0)
-    experiment = aligning(whole_run, pairs, dpo=dpo, accumulate=2)
-    state = begun(experiment)
-    moved_away(state.model)
-    batch = state.loader.next_batch()
-    digits = Digits().fetch(batch.beside.indices.tolist())
-    assert torch.equal(batch.beside.latents, digits.latents)
-    one = replace(experiment.train, accumulate=1)
-    (piece,), (real,) = (
-        pieces(batch, 1, one, state.device),
-        pieces_beside(batch, 1, one, state.device),
-    )
-    assert not torch.equal(piece.noise, real.noise)
-    assert not torch.equal(piece.times, real.times)
-    parts = list(pieces(batch, 1, experiment.train, state.device))
-    beside = pieces_beside(batch, 1, experiment.train, state.device)
-    assert len(parts) == len(beside) == 2
-    measured = accumulate_gradients(state, experiment.train, parts, beside=beside)
-    assert state.objective.names[-1] == "loss_real"
-    found = {n: p.grad.clone() for n, p in state.model.named_parameters()}
-    model = copy.deepcopy(state.model).double()
-    model.zero_grad()
-    whole, real = (
-        Piece(**{n: v.double() for n, v in vars(p).items() if v is not None}, text_valid=None)
-        for p in (piece, real)
-    )
-    t = real.times[:, None, None, None]
-    velocity = model((1 - t) * real.data + t * real.noise, real.text, None)
-    errors = (real.data - real.noise - velocity).square().flatten(1).mean(1)
-    expected = by_hand(model, load_weights(whole_run).double(), whole) + 3 * errors.mean()
-    expected.backward()
-    torch.testing.assert_close(measured[:, -1].double(), errors.detach(), rtol=1e-5, atol=0)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name].double(), parameter.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_a_held_run_goes_on_and_is_explained(whole_run: Path, pairs: Path, tmp_path: Path) -> None:
-    dpo = DPOConfig(beta=BETA, real=3.0)
-    whole = aligning(whole_run, pairs, steps=6, dpo=dpo)
-    train(whole, tmp_path / "one", start=starter(whole))
-    half = aligning(whole_run, pairs, steps=3, dpo=dpo)
-    train(half, tmp_path / "two", start=starter(half))
-    train(whole, tmp_path / "two", start=None)
-    runs.assert_same_run(tmp_path / "one", tmp_path / "two")
-    log = runs.log_of(tmp_path / "one")
-    assert log[0]["loss"] == pytest.approx(math.log(2))
-    assert 0 < log[-1]["loss_real"] < 5
-    assert explain(flight_of_run(tmp_path / "one", 4)).reproduction.exact
-    batch = begun(whole).loader.next_batch()
-    _write_batch(tmp_path / "batch.safetensors", batch)
-    read = _read_batch(load_file(tmp_path / "batch.safetensors"))
-    for one, other in ((read, batch), (read.beside, batch.beside)):
-        for name in ("latents", "text", "indices"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
-    assert torch.equal(read.rejected, batch.rejected)
-    assert read.beside.rejected is None
-    assert read.beside.beside is None
-
-
-def test_other_data_beside_the_pairs_are_noticed(whole_run: Path, pairs: Path) -> None:
-    first = aligning(whole_run, pairs, dpo=DPOConfig(beta=BETA, real=3.0))
-    other = replace(first, data=replace(first.data, split="train"))
-    loader = build_loader(first)
-    loader.load_state_dict(loader.state_dict())
-    with pytest.raises(UserError, match="beside: the loader has"):
-        build_loader(other).load_state_dict(loader.state_dict())
 
 
 @pytest.mark.parametrize("tune", TUNES)
