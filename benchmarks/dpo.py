@@ -8,7 +8,8 @@ fine-tuned at a tenth of the rate on other scenes (SFT). Then two pictures of ea
 of further scenes, DPO on the pairs of which one shows what its caption says, and beside it, for as
 many steps, flow matching on real pictures and on the preferred ones. Half of the captions is in no
 pair: a quarter is held out, another is the validation. Scored before and after, on both: the share
-of captions drawn right, the Fréchet distance, and TCS, ρ, G_mean and G_ctr of every layer.
+of captions drawn right, the Fréchet distance, and TCS, ρ, G_mean and G_ctr of every layer. Real
+pictures have all captions, in pre-training, SFT and beside the pairs.
 
 Of several settings, and of weights on the straight way between the SFT model and what was aligned,
 one is chosen by a rule that was written down before the runs, on the validation alone (`chosen` of
@@ -250,6 +251,7 @@ def align(start: DiT, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, fields in ways(options):
         if time.perf_counter() > options.until:
             say(left_out=name)
+            yield {"way": "left out", "name": name, **fields}
             continue
         for steps, row in aligned(start, drawn, name, fields, options):
             way = f"{name}, {steps} steps" if "every" in fields else name
@@ -272,6 +274,8 @@ def aligned(
     state = begin(wanted, store, start, preference)
     steps, kept = int(fields.get("steps", 400)), []
     every = int(fields.get("every", steps))
+    if steps % every:
+        raise SystemExit(f"{name}: {steps} steps are no multiple of every={every}")
     parts = [float(part) for part in fields.get("mix", "").split("/") if part]
     for until in range(every, steps + 1, every):
         began = began if until == every else time.perf_counter()
@@ -341,7 +345,7 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=10**6)
     parser.add_argument("--seconds", type=float, default=math.inf, help="of pre-training, at most")
     parser.add_argument("--sft-seconds", type=float, default=math.inf)
-    parser.add_argument("--stop-at", type=float, default=0.4, help="of held-out captions")
+    parser.add_argument("--stop-at", type=float, default=0.4, help="of the validation")
     parser.add_argument("--check", type=int, default=500, help="steps between two looks at that")
     parser.add_argument("--pictures", type=int, default=1536, help="that are scored")
     parser.add_argument("--captions", type=int, default=8192, help="that are drawn twice")

@@ -24,12 +24,14 @@ DIGITS = {"digits": 3, "shapes": 4}  # behind the point of a Fréchet distance
 def collected(files: Iterable[Path]) -> dict[str, Any]:
     """One result of the lines that each seed of `dpo.py` has written.
 
-    Raises AssertionError where DPO did not begin at log 2.
+    Raises AssertionError where DPO did not begin at log 2, or the seeds are no repeats of one run.
     """
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    machine = next(row for row in rows if row["way"] == "machine")
     assert all(row.get("gate", True) for row in rows), "DPO did not begin at log 2"
-    fields = {name: v for name, v in machine.items() if name not in ("way", "seed")}
+    every = [row for row in rows if row["way"] == "machine"]
+    fields = {name: v for name, v in every[0].items() if name not in ("way", "seed")}
+    for name in fields.keys() - {"command", "date"}:
+        assert all(other.get(name) == fields[name] for other in every), f"{name} differs"
     return {**fields, "rows": [row for row in rows if row["way"] != "machine"]}
 
 

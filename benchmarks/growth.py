@@ -317,10 +317,10 @@ def together(results: list[dict[str, Any]]) -> dict[str, Any]:
 
     def same(result: dict[str, Any]) -> list[Any]:
         settings = {k: v for k, v in result["settings"].items() if k != "deep"}
-        return [result["size"], result["device"], settings]
+        return [result["size"], result["device"], result.get("note"), settings]
 
     if any(same(result) != same(first) for result in results):
-        raise SystemExit("these are results of different runs: size, device or settings differ")
+        raise SystemExit("these are other runs: size, device, its other users or settings differ")
     rows = [row for result in results for row in result["runs"]]
     found = summary([r for r in rows if r["ended"]])
     commands = [r["command"] for r in results]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -94,8 +95,8 @@ def source_of(folder: Path, alarm: int) -> Path:
     return good[-1]
 
 
-def gate(regime: Regime, trial: Trial, source: Path, folder: Path) -> None:
-    """Exits where the network after the surgery, before its first step, has another loss."""
+def gate(regime: Regime, trial: Trial, source: Path, folder: Path) -> list[float]:
+    """The loss before the surgery and after it, before a step; exits where it is another."""
     wanted = regime.experiment(trial, 0)
     before = final_loss(wanted, source.parent.parent, source)
     split = folder / "checkpoints" / "step_00000000"
@@ -104,6 +105,7 @@ def gate(regime: Regime, trial: Trial, source: Path, folder: Path) -> None:
     if before != after if exact else abs(after / before - 1) > 1e-3:
         raise SystemExit(f"gate failed: the surgery took the loss from {before} to {after}")
     print(f"gate: {before} before and {after} after the surgery", flush=True)
+    return [before, after]
 
 
 def measure(
@@ -119,8 +121,9 @@ def measure(
         if time.perf_counter() > options.until:
             print("no time for", way, seed, flush=True)
             return None
-        row = run(regime, trial, seed, folder / where, *start)
-        keep({"regime": name, "way": way, "seed": seed, **row})
+        found = run(regime, trial, seed, folder / where, *start)
+        row = {"regime": name, "way": way, "seed": seed, **found}
+        keep(row)
         shown = {k: v for k, v in row.items() if k != "losses"}
         print(way, seed, json.dumps(shown), flush=True)
         return row
@@ -138,8 +141,9 @@ def measure(
     for gain in options.gains:
         trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
         where = f"split-{gain:g}"
-        if note(f"surgery, gain {gain:g}", trial, where, since, replace(kept, split=True)):
-            gate(regime, trial, source, folder / where)
+        row = note(f"surgery, gain {gain:g}", trial, where, since, replace(kept, split=True))
+        if row:
+            keep(row | {"gate": gate(regime, trial, source, folder / where)})
     for gain in options.slow:
         trial = replace(plain, reaction=replace(plain.reaction, gain=gain))
         way = f"surgery, gain {gain:g}, gains at {gain:g} of the rate"
@@ -166,6 +170,16 @@ def table(result: dict[str, Any]) -> str:
             cells.append(", ".join(shown) or "–")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def before_jump(result: dict[str, Any], regime: str, seed: int = 0) -> str:
+    """Of each way the mean loss of the batch over the ten steps before the rate jumps, in words."""
+    rows = [r for r in result["rows"] if (r["regime"], r["seed"]) == (regime, seed)]
+    found = []
+    for row in rows:
+        until = REGIMES[regime].jump - row["since"]
+        found.append(f"{row['way']} {statistics.mean(row['losses'][until - 10 : until]):.2f}")
+    return "; ".join(found)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -32,6 +32,14 @@ PAGE = ROOT / "docs" / "video.md"
 PLOT = ROOT / "docs" / "video" / "frames.png"
 WRITERS = {"attn": "W_O", "ffn": "W_2"}
 MEANS = ("clip", "frame", "sequence")
+READ = {
+    "objects": "objects",
+    "direction": "direction",
+    "speed": "speed",
+    "bounce": "bounce",
+    "in front": "occlusion",
+    "all right": "exact",
+}
 ORDER = ("plain", "plain, standard writers", "mvsplit")
 STEPS = (1, 2, 4, 8, 16)
 Row = dict[str, Any]
@@ -46,6 +54,8 @@ def collect(paths: Sequence[Path], place: Path) -> None:
     for name in {part["part"] for part in parts}:
         same = sorted((p for p in parts if p["part"] == name), key=lambda p: str(p["runs"][:1]))
         about = {key: same[0][key] for key in ("date", "torch", "gpu", "gates")}
+        if any(p["gpu"] != about["gpu"] or p.get("note") != same[0].get("note") for p in same):
+            raise SystemExit(f"{name}: on other GPUs, or beside other processes on them")
         about |= {"note": note} if (note := same[0].get("note")) else {}
         result[name] = about | {"runs": [run for part in same for run in part["runs"]]}
     place.write_text(compact(result) + "\n", encoding="utf-8")
@@ -182,13 +192,12 @@ def means_table(results: Results, size: str) -> str:
 def preset_table(results: Results) -> str:
     """What a preset has learned, in which time."""
     lines = [
-        "| preset | learning rate | steps | validation loss | guidance | objects | direction | "
-        "all right |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| preset | learning rate | steps | validation loss | guidance | {' | '.join(READ)} |",
+        "|---" * (5 + len(READ)) + "|",
     ]
     for run in (run for result in results for run in runs_of(result, "preset")):
         for key in (key for key in run if key.startswith("guidance ")):
-            scores = [run[key].get(f"clip_{name}") for name in ("objects", "direction", "exact")]
+            scores = [run[key].get(f"clip_{name}") for name in READ.values()]
             lines.append(
                 f"| `{run['preset']}` | {run['lr']:g} | {run['step']:,} | "
                 f"{run['validation_loss']:.3f} | {key.removeprefix('guidance ')} | "

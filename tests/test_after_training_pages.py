@@ -64,6 +64,28 @@ def test_the_table_is_that_of_the_results(name: str, monkeypatch: pytest.MonkeyP
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 
 
+def test_the_surgery_at_400_layers_is_that_of_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss before the rate jumps, and that the surgery itself moved nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    path = ROOT / "benchmarks" / "results" / "surgery_h200_2026-11-29.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert benchmark("surgery").before_jump(result, "shapes-400-jump") in PAGES["surgery"]
+    ((before, after),) = (row["gate"] for row in result["rows"] if "gate" in row)
+    assert before == after
+    assert next(row for row in result["rows"] if row["way"] == "no surgery")["alarms"]
+    assert not next(row for row in result["rows"] if "gate" in row)["alarms"]
+
+
+def test_growth_alone_and_beside_others_is_not_put_together() -> None:
+    path = ROOT / "benchmarks" / "results" / "growth_gpu_h200_2026-11-29.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    together = benchmark("growth").together
+    result["command"] = "one"
+    assert len(together([result, result])["runs"]) == 2 * len(result["runs"])
+    with pytest.raises(SystemExit, match="other users"):
+        together([result, result | {"note": None}])
+
+
 def test_what_the_pages_say_of_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

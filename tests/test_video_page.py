@@ -71,6 +71,10 @@ def test_results_are_put_together_run_by_run(
     page["collect"]([part("frames", 7)], place)
     seeds = {n: [r["seed"] for r in p["runs"]] for n, p in json.loads(place.read_text()).items()}
     assert seeds == {"means": [0, 1, 2], "frames": [7]}
+    beside = tmp_path / "beside.json"
+    beside.write_text(json.dumps(json.loads(part("means", 3).read_text()) | {"note": "shared"}))
+    with pytest.raises(SystemExit, match="means: on other GPUs, or beside other processes"):
+        page["collect"]([part("means", 4), beside], place)
 
 
 def test_the_exponent_of_a_power_law(monkeypatch: pytest.MonkeyPatch) -> None:
