@@ -273,7 +273,7 @@ def short(choice: str) -> str:
 # Pictures
 
 
-def pictures(report: Report, model: DiT) -> None:
+def pictures(report: Report, model: DiT, batches: str) -> None:
     """Seconds from noise to latents, and to the end of the first step: without caches, if this is
     the first stage."""
     engine, latents = Engine(model), [torch.empty(0)]
@@ -281,9 +281,9 @@ def pictures(report: Report, model: DiT) -> None:
     def draw(batch: int, steps: int = STEPS) -> None:
         latents[0] = sample(engine, batch, torch.bfloat16, steps)
 
-    for batch, repeats in ((1, 3), (8, 2)):
+    for batch in map(int, batches.split(",")):
         first = timed(lambda b=batch: draw(b, 1))
-        times = [timed(lambda b=batch: draw(b)) for _ in range(repeats)]
+        times = [timed(lambda b=batch: draw(b)) for _ in range(3 if batch == 1 else 2)]
         report.add(f"pictures_{batch}", {
             "seconds": statistics.median(times), "all": times, "first_step_seconds": first,
             "finite": bool(latents[0].isfinite().all()), "ran": engine.choice,
@@ -372,6 +372,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=220.0)
     parser.add_argument("--depth", type=int, default=1000)
     parser.add_argument("--stages", default=",".join(STAGE_NAMES))
+    parser.add_argument("--pictures", default="1,8", help="at a time, in the stage of that name")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, nargs="+", help="later reports replace earlier ones")
@@ -399,7 +400,7 @@ def main() -> None:
             lambda: gate(report, "gate", network(GATE_DEPTH), GATE_NOISES, reference=True),
         ),
         "parts": (10, lambda: parts(report, "parts", network(16), 1)),
-        "pictures": (25, lambda: pictures(report, model())),
+        "pictures": (25, lambda: pictures(report, model(), args.pictures)),
         "compiled": (30, lambda: compiled(report, model())),
         "plain": (10, lambda: plain(report, model())),
         "deep_gate": (35, lambda: gate(report, "deep_gate", model(), 1, reference=False)),

@@ -3,9 +3,18 @@
 // squares of rows.
 #if EPI == WRITE
 
-__device__ __forceinline__ float gain(Gain g, int at) {
-  return g.p ? low_half((u32)g.p[at * g.stride]) : g.number;
-}
+// The gains of a thread's two columns, asked for before the products: they come from far.
+struct Gains {
+  float beta[2], alpha[2], leak[2];
+  __device__ __forceinline__ static float at(Gain g, int column) { return g.p ? low_half((u32)g.p[column * g.stride]) : g.number; }
+  __device__ __forceinline__ Gains(const Tile &tile, const Worker &me, const Given &given) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = tile.i_w * W_ROWS + me.warp * 16 + me.row + 8 * h;
+      beta[h] = at(given.beta, column), alpha[h] = at(given.alpha, column), leak[h] = at(given.leak, column);
+    }
+  }
+};
 
 // The blocks that share rows are all on the device at once, and tell each other a number for each row,
 // together with which launch it is of: then one trip through memory is enough.
@@ -53,8 +62,8 @@ struct Trunk {
 };
 
 // (α − β)⊙JF − λ⊙JX of a thread's two columns, by segment.
-__device__ __forceinline__ void shifts(float (&shift)[2][2], float (&beta)[2], const Acc &acc, const Trunk &trunk, const Tile &tile,
-                                       const Worker &me, int count, const Given &given) {
+__device__ __forceinline__ void shifts(float (&shift)[2][2], const Gains &gains, const Acc &acc, const Trunk &trunk, const Worker &me,
+                                       int count) {
   float sum_f[2][2] = {}, sum_x[2][2] = {};  // [row, segment]
 #pragma unroll
   for (int i = 0; i < NI; ++i)
@@ -73,11 +82,8 @@ __device__ __forceinline__ void shifts(float (&shift)[2][2], float (&beta)[2], c
         }
       }
     }
-  const int column = tile.i_w * W_ROWS + me.warp * 16 + me.row;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    beta[h] = gain(given.beta, column + 8 * h);
-    const float alpha = gain(given.alpha, column + 8 * h), leak = gain(given.leak, column + 8 * h);
+  for (int h = 0; h < 2; ++h)
 #pragma unroll
     for (int seg = 0; seg < 2; ++seg) {
       for (int bit = 1; bit <= 2; bit <<= 1) {
@@ -85,13 +91,12 @@ __device__ __forceinline__ void shifts(float (&shift)[2][2], float (&beta)[2], c
         sum_x[h][seg] += __shfl_xor_sync(~0u, sum_x[h][seg], bit);
       }
       const float n = seg ? (float)(count > 1 ? count : 1) : (float)IMG;
-      shift[h][seg] = ((alpha - beta[h]) * sum_f[h][seg] - leak * sum_x[h][seg]) / n;
+      shift[h][seg] = ((gains.alpha[h] - gains.beta[h]) * sum_f[h][seg] - gains.leak[h] * sum_x[h][seg]) / n;
     }
-  }
 }
 
 // `acc`, F, becomes Z; `sums` [warp, token] its squares, over a warp's columns.
-__device__ __forceinline__ void merge_rows(Acc &acc, const Trunk &trunk, const float (&shift)[2][2], const float (&beta)[2],
+__device__ __forceinline__ void merge_rows(Acc &acc, const Trunk &trunk, const float (&shift)[2][2], const Gains &gains,
                                            float *sums, const Worker &me, int count) {
 #pragma unroll
   for (int i = 0; i < NI; ++i) {
@@ -108,7 +113,7 @@ __device__ __forceinline__ void merge_rows(Acc &acc, const Trunk &trunk, const f
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float old = e ? high_half(x[h]) : low_half(x[h]);
-          const float z = real ? old + beta[h] * acc[i][4 * j + 2 * h + e] + shift[h][seg] : 0.f;
+          const float z = real ? old + gains.beta[h] * acc[i][4 * j + 2 * h + e] + shift[h][seg] : 0.f;
           acc[i][4 * j + 2 * h + e] = z;
           square += z * z;
         }
@@ -119,16 +124,15 @@ __device__ __forceinline__ void merge_rows(Acc &acc, const Trunk &trunk, const f
   }
 }
 
-// `launch` is which one it is, as the blocks of this sample count.
-__device__ __forceinline__ void merge_and_normalise(Acc &acc, const Tile &tile, const Worker &me, const Stages &stages, int step,
-                                                    u32 launch, const Given &given) {
+// `count` real text tokens; `launch` is which one it is, as the blocks of this sample count.
+__device__ __forceinline__ void merge_and_normalise(Acc &acc, const Tile &tile, const Worker &me, const Gains &gains, int count, const Stages &stages,
+                                                    int step, u32 launch, const Given &given) {
   float *sums = (float *)stages.scratch(0), *scale = sums + WARPS * TOK;
-  const int count = given.p_valid ? given.p_valid[tile.row / TOK] : given.text;
   for (int g = 0; g < WG; ++g) stages.wait_full(step + g, given);
   const Trunk trunk{stages.a(step + me.group), me.warp % 4 * 2 + (me.lane / 8 & 1)};
-  float shift[2][2], beta[2];
-  shifts(shift, beta, acc, trunk, tile, me, count, given);
-  merge_rows(acc, trunk, shift, beta, sums, me, count);
+  float shift[2][2];
+  shifts(shift, gains, acc, trunk, me, count);
+  merge_rows(acc, trunk, shift, gains, sums, me, count);
   workers_sync(me);
   u64 *squares = given.squares + tile.row;
   for (int t = threadIdx.x; t < TOK; t += THREADS) {
@@ -141,6 +145,6 @@ __device__ __forceinline__ void merge_and_normalise(Acc &acc, const Tile &tile, 
     scale[t] = rsqrtf(hear(squares + t, given.n_w, given.n_rows, launch, given.fault) / (given.n_w * W_ROWS) + given.eps);
   workers_sync(me);
   if (threadIdx.x == 0) atomicAdd(given.launches + tile.row / TOK, 1);  // all of the sample have come, and know the number before
-  scale_tokens(acc, scale, me.token);
+  scale_tokens<0, NI>(acc, scale, me.token);
 }
 #endif
