@@ -29,14 +29,20 @@ def benchmark(name, monkeypatch):
     return module
 
 
-NOW = "2026-11-29_second"
+# Every candidate, one picture and the gate; eight pictures after the last change.
+NOW, EIGHT = "2026-11-29_second", "2026-11-29_third"
+
+
+def engine_now():
+    """The report of today's engine, later stages in place of earlier ones."""
+    return result(f"engine_h200_{NOW}") | result(f"engine_h200_{EIGHT}")
 
 
 def test_the_tables_are_those_of_the_results(monkeypatch):
     products = benchmark("engine_products", monkeypatch)
     assert products.table(result(f"engine_products_h200_{NOW}")["rows"]) in PAGE
     pictures = benchmark("engine", monkeypatch)
-    found = result("engine_h200_2026-11-24_first") | result(f"engine_h200_{NOW}")
+    found = result("engine_h200_2026-11-24_first") | engine_now()
     assert pictures.table(found) in PAGE
     memory = [f"{found[f'pictures_{n}']['memory_gb']:.1f} GB" for n in (1, 8)]
     assert f"{memory[0]} for one picture, {memory[1]} for eight" in PAGE
@@ -47,7 +53,7 @@ def test_the_tables_are_those_of_the_results(monkeypatch):
 
 def test_what_is_quoted_of_the_engine_is_in_the_results():
     page = " ".join(PAGE.split())
-    found, starts = result(f"engine_h200_{NOW}"), result("engine_h200_2026-11-29_starts")
+    found, starts = engine_now(), result("engine_h200_2026-11-29_starts")
     gate = found["gate"]
     alone, together = gate["1_at_a_time"], gate["8_at_a_time"]
     assert (
@@ -75,7 +81,7 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
     took = found["pictures_8"]["seconds"] / 35e3 * 1e6
     assert f"a block takes {took:.0f} µs then" in page
     assert f"{took:.0f} µs a block and step where {8.4 / 35e3 * 1e6:.0f} are needed" in page
-    drawing = result("engine_trace_h200_2026-11-29")["drawing"]
+    drawing = found["drawing"] | result("engine_trace_h200_2026-11-29")["drawing"]
     for name, words in (
         ("pictures_8", "takes {:.0f} W of its 700 and runs at {:.0f} MHz instead of 1980"),
         ("pictures_1", "takes {:.0f} W, at {:.0f} MHz"),
@@ -87,13 +93,39 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
         )
 
 
+def test_what_was_mended_is_in_the_results():
+    page = " ".join(PAGE.split())
+    reports = [result(f"engine_h200_{name}") for name in (NOW, EIGHT)]
+    for stage, words in (
+        ("qkv", "µs: qkv {:.1f} and {:.1f}"), ("proj", "W_O {:.1f} and {:.1f}"),
+        ("w2", "W_2 {:.1f} and {:.1f};"),
+    ):  # fmt: skip
+        times = []
+        for report in reports:
+            rows = report["parts8"]["table"][stage]
+            cut = "Cut(tokens=288, parts=2, groups=2, stages=4, split=1, held=False"
+            times.append(
+                next(
+                    us for name, us, _ in rows if name.startswith(cut) and "apart=True" not in name
+                )
+            )
+        assert words.format(*times) in page
+    seconds = [report["pictures_8"]["seconds"] for report in reports]
+    assert "eight pictures {:.2f} and {:.2f} s".format(*seconds) in page
+
+
 def test_what_did_not_help_is_in_the_results():
     page = " ".join(PAGE.split())
-    found = result(f"engine_h200_{NOW}")
+    found = engine_now()
     for stage, words in (("parts", "{:.1f} → {:.1f} µs a block"), ("parts8", "{:.0f} → {:.0f}")):
         blocks = {row[0]: row[1] for row in found[stage]["table"]["block"]}
         later, early = (blocks[f"pdl={pdl} ahead=False"] for pdl in (False, True))
         assert words.format(later, early) in page
+    w13 = found["parts8"]["table"]["w13"]
+    apart, best = (
+        min(us for name, us, _ in w13 if f"apart={apart}" in name) for apart in (True, False)
+    )
+    assert f"{apart:.0f} µs instead of {best:.1f}" in page
     rows = result(f"engine_products_h200_{NOW}")["rows"]
     held = {
         (r["kind"], r["depth"], r["cut"][5:] == [1, True] or r["cut"][5:] == [True]): r["us_early"]

@@ -76,7 +76,6 @@ def test_heads_are_turned_and_normalised(cut, side):
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cut", [
     Cut(288, 2, 2, 4), Cut(192, 1, 3, 4), Cut(144, 1, 3, 2), Cut(288, 2, 2, 4, held=True),
-    Cut(288, 2, 2, 4, apart=True),
 ])  # fmt: skip
 def test_swiglu_and_the_sums_beside_it(cut):
     a, w, out = exact(ROWS, 192, seed=1), exact(384, 192, seed=2) / 8, unwritten(ROWS, 192)

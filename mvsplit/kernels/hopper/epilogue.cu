@@ -2,10 +2,9 @@
 // rows of half precision, turned over in shared memory.
 
 #if EPI == SWIGLU
-// A gate and its value are in one thread.
-template <int FROM, int TO> __device__ __forceinline__ void activate(Acc &acc) {
+__device__ __forceinline__ void activate(Acc &acc) {  // a gate and its value are in one thread
 #pragma unroll
-  for (int i = FROM; i < TO; ++i)
+  for (int i = 0; i < NI; ++i)
 #pragma unroll
     for (int j = 0; j < NT / 8; ++j)
 #pragma unroll
@@ -69,12 +68,11 @@ __device__ __forceinline__ void stage_tokens(const Acc &acc, int block, int b, u
 #endif
 }
 
-// The products FROM … TO − 1 go out through shared memory, CHUNK tokens at once, 16 bytes a thread.
-template <int FROM, int TO>
+// Out through shared memory, CHUNK tokens at once, 16 bytes a thread.
 __device__ __forceinline__ void write_rows(const Acc &acc, const Tile &tile, const Worker &me, char *staging, const Given &given) {
   const u32 staged = shared(staging);
 #pragma unroll
-  for (int part = BY_TOKENS ? 0 : FROM * NT / CHUNK; part < (BY_TOKENS ? NT : TO * NT) / CHUNK; ++part) {
+  for (int part = 0; part < (BY_TOKENS ? NT : TOK) / CHUNK; ++part) {
     workers_sync(me);
 #pragma unroll
     for (int b = 0; b < CHUNK / 8; b += EPI == SWIGLU ? 2 : 1) stage_tokens(acc, part * CHUNK / 8 + b, b, staged, me);

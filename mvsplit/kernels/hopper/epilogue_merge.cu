@@ -145,6 +145,6 @@ __device__ __forceinline__ void merge_and_normalise(Acc &acc, const Tile &tile, 
     scale[t] = rsqrtf(hear(squares + t, given.n_w, given.n_rows, launch, given.fault) / (given.n_w * W_ROWS) + given.eps);
   workers_sync(me);
   if (threadIdx.x == 0) atomicAdd(given.launches + tile.row / TOK, 1);  // all of the sample have come, and know the number before
-  scale_tokens<0, NI>(acc, scale, me.token);
+  scale_tokens(acc, scale, me.token);
 }
 #endif

@@ -50,17 +50,15 @@ __device__ __forceinline__ void fetch_table(const Given &given) {
 
 // A thread holds one or two channels, whose tokens' turns differ by row or by column; the norm of a token
 // is that of all warps' channels.
-// Of the products FROM … TO − 1.
-template <int FROM, int TO>
 __device__ __forceinline__ void rotate_and_normalise(Acc &acc, const Tile &tile, const Worker &me, float *scratch, const Given &given) {
   if (tile.i_w >= given.n_rotated) return;  // values
-  const int tokens = BY_TOKENS ? NT : (TO - FROM) * NT, warps = BY_TOKENS ? 4 : WARPS;
+  const int tokens = BY_TOKENS ? NT : TOK, warps = BY_TOKENS ? 4 : WARPS;
   float *sums = scratch, *scale = sums + warps * tokens, squares[HALF_TOKENS] = {};
 #pragma unroll
-  for (int i = FROM; i < TO; ++i) {
+  for (int i = 0; i < NI; ++i) {
     const int slot = BY_TOKENS ? i * 4 + me.warp % 4 : me.warp, at = tile.row % given.sample_rows + (BY_TOKENS ? me.group : i) * NT;
     turn(acc[i], squares, given.rotation + slot * 8 + me.row, slot >= SLOTS / 2, at, given.image_rows, me.token);
-    if (!BY_TOKENS || i == TO - 1) sum_over_lanes(squares, sums + (BY_TOKENS ? me.warp % 4 * NT : me.warp * tokens + (i - FROM) * NT), me.lane);
+    if (!BY_TOKENS || i == NI - 1) sum_over_lanes(squares, sums + (BY_TOKENS ? me.warp % 4 * NT : me.warp * tokens + i * NT), me.lane);
     if (!BY_TOKENS)
 #pragma unroll
       for (int t = 0; t < HALF_TOKENS; ++t) squares[t] = 0.f;
@@ -73,6 +71,6 @@ __device__ __forceinline__ void rotate_and_normalise(Acc &acc, const Tile &tile,
     scale[t] = rsqrtf(total / W_ROWS + given.eps);
   }
   workers_sync(me);
-  scale_tokens<FROM, TO>(acc, scale, me.token);
+  scale_tokens(acc, scale, me.token);
 }
 #endif

@@ -9,7 +9,6 @@
 //   TOK, W_ROWS   tokens and weight rows of a tile
 //   WG, NI, NT    warpgroups that multiply, each NI products of 64 weight rows and NT tokens: of its own
 //                 rows and all tokens, or, BY_TOKENS, of all rows and its own tokens
-//   APART         whether the two products of a warpgroup leave one after the other
 //   HELD          whether a warpgroup holds its weights in registers during its products, which then
 //                 read them from shared memory once
 //   STAGES        steps along K that load at once; KS all steps, of 64; SPLIT  blocks along K
@@ -52,22 +51,18 @@ __device__ __forceinline__ void load_tiles(const Map *map_w, const Map *map_a, c
   }
 }
 
-__device__ __forceinline__ void one_in_flight(float (&acc)[NT / 2]) {  // not to be moved past here
+__device__ __forceinline__ void in_flight(Acc &acc) {  // not to be moved past here
 #pragma unroll
-  for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[j])::"memory");
-}
-
-__device__ __forceinline__ void in_flight(Acc &acc) {
+  for (int i = 0; i < NI; ++i)
 #pragma unroll
-  for (int i = 0; i < NI; ++i) one_in_flight(acc[i]);
+    for (int j = 0; j < NT / 2; ++j) asm volatile("" : "+f"(acc[i][j])::"memory");
 }
 
 __device__ __forceinline__ void release(const Stages &stages, const Worker &me, int step) {
   if (me.lane == 0) barrier_arrive(stages.empty(step));
 }
 
-// Asks for the products FROM … TO − 1 of a step, the k-th of its tile, which is there.
-template <int FROM, int TO>
+// Asks for the products of a step, the k-th of its tile, which is there.
 __device__ __forceinline__ void multiply_step(Acc &acc, const Stages &stages, const Worker &me, int step, int k, [[maybe_unused]] u32 (*held)[4]) {
   const u32 w = stages.w(step) + (BY_TOKENS ? 0 : me.group * 8192), a = stages.a(step) + (BY_TOKENS ? me.group * NT * 128 : 0);
 #if HELD
@@ -79,20 +74,13 @@ __device__ __forceinline__ void multiply_step(Acc &acc, const Stages &stages, co
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
-    for (int i = FROM; i < TO; ++i)
+    for (int i = 0; i < NI; ++i)
 #if HELD
       multiply_held(acc[i], held[kk], matrix(a + i * NT * 128) + 2 * kk, k + kk > 0);
 #else
       multiply(acc[i], matrix(BY_TOKENS ? w + i * 8192 : w) + 2 * kk, matrix(BY_TOKENS ? a : a + i * NT * 128) + 2 * kk, k + kk > 0);
 #endif
 }
-
-template <int N> __device__ __forceinline__ void commit_and_wait() {  // until N groups are left
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // The sums of a tile, from `step` on. One step is multiplied while the one before it ends, whose stage
 // is empty then.
@@ -107,80 +95,31 @@ __device__ __forceinline__ void multiply_tile(Acc &acc, const Stages &stages, co
     stages.wait_full(step, given);
     if (step == 0) MARK(2);
     in_flight(acc);
-    multiply_step<0, NI>(acc, stages, me, step, k, HELD ? held[k % 2] : nullptr);
-    commit_and_wait<1>();
+    multiply_step(acc, stages, me, step, k, HELD ? held[k % 2] : nullptr);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
     if (k > 0) release(stages, me, step - 1);
   }
-  wait_for_all();
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   in_flight(acc);
   release(stages, me, step - 1);
   if (step == KS) MARK(3);
 }
 
-// What follows the products FROM … TO − 1 of a tile, down to memory.
-template <int FROM, int TO>
+// What follows the products of a tile, down to memory.
 __device__ __forceinline__ void finish(Acc &acc, const Tile &tile, const Worker &me, const Stages &stages, const Given &given) {
 #if EPI == QKV
-  rotate_and_normalise<FROM, TO>(acc, tile, me, (float *)stages.scratch(me.group), given);
+  rotate_and_normalise(acc, tile, me, (float *)stages.scratch(me.group), given);
 #elif EPI == SWIGLU
-  activate<FROM, TO>(acc);
+  activate(acc);
 #endif
 #if EPI == PART
   write_part(acc, tile, me, given);
 #else  // a writer has no tile after this one: its stages are free
-  write_rows<FROM, TO>(acc, tile, me, EPI == WRITE ? stages.start : stages.scratch(me.group), given);
+  write_rows(acc, tile, me, EPI == WRITE ? stages.start : stages.scratch(me.group), given);
 #endif
 }
 
-#if APART
-// Two products a warpgroup, the first LEAD steps ahead of the second: while the second leaves, the first
-// of the next tile is multiplied. (The first cannot leave while the second is multiplied, too: the
-// compiler then makes all products wait for each other.)
-#define LEAD 2
-
-template <int I>
-__device__ __forceinline__ void ask_for_steps(Acc &acc, const Stages &stages, const Worker &me, int step, int k, const Given &given) {
-#pragma unroll
-  for (int ahead = 0; ahead < LEAD; ++ahead) {
-    if (I == 0) stages.wait_full(step + ahead, given);
-    multiply_step<I, I + 1>(acc, stages, me, step + ahead, k + ahead, nullptr);
-  }
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void multiply_and_finish(const Stages &stages, const Worker &me, int n_tiles, const Given &given) {
-  Acc acc;
-  int step = 0, n = blockIdx.x;  // `step` is the tile's first
-  in_flight(acc);
-  ask_for_steps<0>(acc, stages, me, 0, 0, given);
-  while (true) {
-    const Tile tile(n, given);
-    for (int k = LEAD; k < KS; ++k) {
-      stages.wait_full(step + k, given);
-      in_flight(acc);
-      multiply_step<0, 1>(acc, stages, me, step + k, k, nullptr);
-      multiply_step<1, 2>(acc, stages, me, step + k - LEAD, k - LEAD, nullptr);
-      commit_and_wait<1>();
-      if (k > LEAD) release(stages, me, step + k - LEAD - 1);
-    }
-    in_flight(acc);
-    ask_for_steps<1>(acc, stages, me, step + KS - LEAD, KS - LEAD, given);
-    wait_for_all();
-    in_flight(acc);
-    for (int k = KS - LEAD - 1; k < KS; ++k) release(stages, me, step + k);
-    finish<0, 1>(acc, tile, me, stages, given);
-    n += gridDim.x;
-    if (n >= n_tiles) break;
-    one_in_flight(acc[0]);
-    step += KS;
-    ask_for_steps<0>(acc, stages, me, step, 0, given);
-    finish<1, 2>(acc, tile, me, stages, given);
-    wait_for_all();
-  }
-  finish<1, 2>(acc, Tile(n - gridDim.x, given), me, stages, given);
-}
-
-#else
 __device__ __forceinline__ void multiply_and_finish(const Stages &stages, const Worker &me, int n_tiles, const Given &given) {
 #if ALONE && WG > 1  // one goes ahead, so that they do not come to what follows at the same time
   if (me.group > 0) stages.wait_full(me.group * ((STAGES < KS ? STAGES : KS) - 1) / (WG - 1), given);
@@ -190,11 +129,10 @@ __device__ __forceinline__ void multiply_and_finish(const Stages &stages, const 
     const Tile tile(n, given);
     Acc acc;
     multiply_tile(acc, stages, me, step, given);
-    finish<0, NI>(acc, tile, me, stages, given);
+    finish(acc, tile, me, stages, given);
     if (step == KS) MARK(4);
   }
 }
-#endif
 
 // A writer's block has one tile.
 #if EPI == WRITE
@@ -206,7 +144,7 @@ __device__ __forceinline__ void multiply_and_merge(const Stages &stages, const W
   Acc acc;
   multiply_tile(acc, stages, me, step, given);
   merge_and_normalise(acc, tile, me, gains, count, stages, step, launch, given);
-  finish<0, NI>(acc, tile, me, stages, given);
+  finish(acc, tile, me, stages, given);
   MARK(4);
 }
 #endif

@@ -52,8 +52,6 @@ class Cut:
         stages: steps that load at once.
         split: blocks that share a tile, each with a part of K (`part` only).
         held: whether weights are held in registers for the products along the tokens.
-        apart: whether the two products of a warpgroup leave one after the other, so that one is
-            multiplied meanwhile.
         pdl: whether the kernel starts before the one before it has ended.
     """
 
@@ -63,7 +61,6 @@ class Cut:
     stages: int = 4
     split: int = 1
     held: bool = False
-    apart: bool = False
     pdl: bool = False
 
     def with_pdl(self, pdl: bool) -> Cut:
@@ -88,7 +85,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
     tokens = cut.tokens // cut.parts
     macros = {
         "TOK": cut.tokens, "W_ROWS": cut.columns, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
-        "BY_TOKENS": int(_by_tokens(cut, kind)), "HELD": int(cut.held), "APART": int(cut.apart),
+        "BY_TOKENS": int(_by_tokens(cut, kind)), "HELD": int(cut.held),
         "STAGES": cut.stages, "SPLIT": cut.split, "KS": math.ceil(depth / _DEPTH / cut.split),
         "EPI": kind, "IMG": image, "TYPE": f'"{name}"', "BF16": int(name == "bf16"),
         "WORKER_REGISTERS": _registers(cut)[0], "LOADER_REGISTERS": _registers(cut)[1],
@@ -107,7 +104,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
 def _chunk(cut: Cut, kind: int) -> int:
     """Tokens that are turned over at once on their way out."""
     if kind == SWIGLU:
-        return 96 if cut.tokens % 96 == 0 and not cut.apart else 48
+        return 96 if cut.tokens % 96 == 0 else 48
     if kind == WRITE:
         return cut.tokens // cut.parts
     return 24 if _by_tokens(cut, kind) else 48
@@ -157,11 +154,6 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
     if kind in (QKV, PART) and stream.sample_rows % cut.tokens:
         return False
     if kind == QKV and (cut.groups != 2 or cut.held):
-        return False
-    if cut.apart and (
-        kind != SWIGLU or cut.parts != 2 or cut.held
-        or cut.stages < 4 or weight.shape[1] < 4 * _DEPTH
-    ):  # fmt: skip
         return False
     if kind == PART and weight.shape[1] % (_DEPTH * cut.split):
         return False

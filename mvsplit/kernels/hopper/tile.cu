@@ -16,7 +16,7 @@
 #define HALF_TOKENS (NT / 4)                           // tokens of a thread in one product
 
 // A warpgroup whose epilogue needs no other goes on alone, so that one multiplies while the other does
-// what follows (APART: see product.cu). It writes COLUMNS_OUT columns, WORKERS threads at once.
+// what follows. It writes COLUMNS_OUT columns, WORKERS threads at once.
 #define ALONE (EPI == SWIGLU || BY_TOKENS)
 #define WORKERS (ALONE ? 128 : THREADS)
 #define COLUMNS_OUT (EPI == SWIGLU ? 32 : COLUMNS)
@@ -143,13 +143,13 @@ __device__ __forceinline__ void sum_over_lanes(float (&v)[HALF_TOKENS], float *s
     }
 }
 
-// Multiplies each token of a thread's output columns by its own factor, in the products FROM … TO − 1.
-template <int FROM, int TO> __device__ __forceinline__ void scale_tokens(Acc &acc, const float *scale, int token) {
+// Multiplies each token of a thread's output columns by its own factor.
+__device__ __forceinline__ void scale_tokens(Acc &acc, const float *scale, int token) {
 #pragma unroll
-  for (int i = FROM; i < TO; ++i)
+  for (int i = 0; i < NI; ++i)
 #pragma unroll
     for (int j = 0; j < NT / 8; ++j) {
-      const float2 r = *(const float2 *)(scale + (BY_TOKENS ? 0 : (i - FROM) * NT) + j * 8 + token);
+      const float2 r = *(const float2 *)(scale + (BY_TOKENS ? 0 : i * NT) + j * 8 + token);
       acc[i][4 * j] *= r.x;
       acc[i][4 * j + 1] *= r.y;
       acc[i][4 * j + 2] *= r.x;
