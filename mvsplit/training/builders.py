@@ -26,6 +26,7 @@ from mvsplit.data.pairs import Pairs
 from mvsplit.data.types import Dataset, WordDataset
 from mvsplit.diagnostics.taps import taps_for_dit
 from mvsplit.errors import UserError
+from mvsplit.flow import DPOConfig
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.init import initialise
 from mvsplit.training.checkpoint import copy_tensors
@@ -228,6 +229,8 @@ def build_pairs(
     """
     path, objective = experiment.data.pairs, experiment.train.objective
     if objective == "flow":
+        if (dpo := experiment.train.dpo) != DPOConfig():
+            raise UserError(f"train.dpo={dpo}: flow matching has no pairs; add --objective dpo")
         if path is not None:
             raise UserError(f"data.pairs={path}: flow matching reads none; add --objective dpo")
         return None

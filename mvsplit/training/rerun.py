@@ -96,8 +96,15 @@ def state_before(
     """The run as it was before the step, and the step of the state that it was reached from.
 
     Raises:
-        UserError: a checkpoint is damaged, or the run cannot be rebuilt here.
+        UserError: a checkpoint is damaged, none is left of a run that began with trained weights,
+            or the run cannot be rebuilt here.
     """
+    origin = flight.experiment.origin
+    if origin is not None and not flight.checkpoints:
+        raise UserError(
+            f"step={flight.step}: the run began with the weights of {origin.source}, and no "
+            f"checkpoint before this step is left; name a step after one that is"
+        )
     train = flight.experiment.train
     train = train if device is None else dataclasses.replace(train, device=device)
     state = build_state(dataclasses.replace(flight.experiment, train=train))

@@ -28,7 +28,7 @@ from mvsplit.training import (
     train,
     train_step,
 )
-from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
+from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint, step_of
 from mvsplit.training.explanation import explain
 from mvsplit.training.flight import flight_of_run
 from mvsplit.training.objective import Preference
@@ -234,6 +234,17 @@ def test_a_step_is_explained_as_it_was(whole_run: Path, pairs: Path, tmp_path: P
     assert found.reproduction.recorded["loss"] == runs.log_of(tmp_path / "run")[3]["loss"]
 
 
+def test_a_start_that_is_gone_is_not_drawn_anew(
+    whole_run: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of step 0 is pruned: step 2 cannot be run again."""
+    experiment = aligning(whole_run, pairs, steps=6)
+    train(experiment, tmp_path / "run", start=starter(experiment))
+    assert [step_of(p) for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3, 6]
+    with pytest.raises(UserError, match=r"step=2: the run began with the weights of .*whole"):
+        explain(flight_of_run(tmp_path / "run", 2))
+
+
 def test_a_value_that_is_not_finite_is_named(whole_run: Path, pairs: Path) -> None:
     experiment = aligning(whole_run, pairs)
     state = begun(experiment)
@@ -251,6 +262,10 @@ def test_a_value_that_is_not_finite_is_named(whole_run: Path, pairs: Path) -> No
         (
             lambda whole, pairs: replace(aligning(whole, pairs), data=DataConfig()),
             "objective='dpo' learns from pairs: name a parquet file with --data.pairs",
+        ),
+        (
+            lambda whole, pairs: runs.experiment(dpo=DPOConfig(real=3.0)),
+            r"train.dpo=DPOConfig\(.*real=3.0\): flow matching has no pairs; add --objective dpo",
         ),
         (
             lambda whole, pairs: replace(aligning(whole, pairs), train=runs.TRAIN),
