@@ -137,7 +137,13 @@ def _draw(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, seed: int) -> list[Tens
     """Inputs and the gradient of the output."""
     chance = torch.Generator(q.device).manual_seed(seed)
     with torch.no_grad():
-        drawn = [torch.empty_like(t).normal_(generator=chance) for t in (q, k, v, q)]
+        drawn = [
+            torch.empty_strided(
+                t.shape, t.stride(), dtype=t.dtype, device=t.device
+            ).normal_(generator=chance)
+            for t in (q, k, v)
+        ]  # fmt: skip
+        drawn.append(torch.empty_like(q).normal_(generator=chance))  # dense, as attention's output
         for t, sign in ((drawn[0], 1), (drawn[1], -1)):
             t[:, -1] = t[:, -1] / 4 + sign * _AWAY / t.shape[-1] ** 0.25
         return [t.mul_(mask[:, None, :, None]) for t in drawn]

@@ -56,6 +56,34 @@ def test_qk_norm_rope(case, device):
     assert worst_error(op, [qkv], upstream, device) < tolerance(dtype)
 
 
+@pytest.mark.parametrize("case", HEADS, ids=str)
+def test_qk_norm_rope_in_place(case, device):
+    """Bit for bit what the other kernel writes, where the projection was; the rest of a larger
+    tensor stays as it is."""
+    from mvsplit.kernels.fused.qk_norm_rope import _forward_op, qk_norm_rope_
+
+    heads, kv_heads, half, tokens, dtype = case
+    tables = [t.to(device) for t in rotation(tokens, half)]
+    packed = (heads + 2 * kv_heads) * 2 * half
+    whole = draw(2, tokens, packed + 8, seed=5, dtype=dtype).to(device)
+    wanted = _forward_op(whole[..., :packed], *tables, heads, kv_heads, 1e-6)
+    beside = whole[..., packed:].clone()
+    qkv = whole[..., :packed]
+    found = qk_norm_rope_(qkv, *tables, heads, kv_heads, 1e-6)
+    assert all(map(torch.equal, found, wanted))
+    assert all(t.untyped_storage().data_ptr() == whole.data_ptr() for t in found[:3])
+    assert torch.equal(whole[..., packed:], beside)
+
+
+def test_in_place_wants_a_dense_axis(device):
+    from mvsplit.kernels.fused.qk_norm_rope import qk_norm_rope_
+
+    cos, sin = (t.to(device) for t in rotation(3, 4))
+    qkv = draw(1, 3, 48, seed=1).to(device)[..., ::2]
+    with pytest.raises(ValueError, match="dense"):
+        qk_norm_rope_(qkv, cos, sin, 1, 1, 1e-6)
+
+
 def test_qk_norm_rope_of_a_slice_with_token_major_gradients(device):
     """A projection that also holds other columns; gradients in the layout attention returns."""
     cos, sin = rotation(6, 8)
@@ -101,6 +129,7 @@ def test_registered_ops(device):
     qkv = draw(2, 3, 32, seed=1).to(device).requires_grad_()
     cos, sin = (t.to(device) for t in rotation(3, 4))
     torch.library.opcheck(rope._forward_op, (qkv, cos, sin, 2, 1, 1e-6))
+    torch.library.opcheck(rope._in_place_op, (qkv.detach().clone(), cos, sin, 2, 1, 1e-6))
     q, k, v, r = (t.detach() for t in rope._forward_op(qkv, cos, sin, 2, 1, 1e-6))
     torch.library.opcheck(rope._backward_op, (q, k, v, q, k, r, cos, sin))
     packed = draw(2, 3, 10, seed=2).to(device).requires_grad_()

@@ -73,7 +73,7 @@ class _Kept(NamedTuple):
 
 def _attention_branch(x: Tensor, weights: BlockWeights, s: BlockSettings) -> _Attended:
     qkv = linear(x, weights.qkv)
-    q, k, v, r = qk_norm_rope._forward_op(qkv, s.cos, s.sin, s.heads, s.heads, s.qk_eps)
+    q, k, v, r = qk_norm_rope.qk_norm_rope_(qkv, s.cos, s.sin, s.heads, s.heads, s.qk_eps)
     learns = not torch.is_inference_mode_enabled()  # where nothing can be differentiated
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_(learns) for t in (q, k, v))
