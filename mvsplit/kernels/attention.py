@@ -23,14 +23,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvsplit.kernels.capture import capture
+from mvsplit.kernels.capture import milliseconds
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.dispatch import HAS_TRITON
 from mvsplit.kernels.masked_attention import in_sequences, off_by, with_zero_keys
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
-_REPEATS = 20
 # Of `off_by`. A way that is right differs from another by its roundings: an output that is rounded
 # twice is √2 times as far off; 1.25 … 1.46 were found on an H200, of zero keys and of the library's
 # own.
@@ -155,7 +154,7 @@ def _fastest(
                 warnings.simplefilter("ignore", UserWarning)
                 if name not in _WAYS:
                     _require_right(name, way, q, k, v, segments)
-                times[name] = _milliseconds(_trial(q, k, v, segments, way))
+                times[name] = milliseconds(_trial(q, k, v, segments, way))
         except Exception as error:  # it does not take such inputs, or its kernels do not compile
             _logger.debug("attention %s: %s", name, error)
             refused[name] = error
@@ -191,24 +190,3 @@ def _trial(q: Tensor, k: Tensor, v: Tensor, segments: Segments, way: Way) -> Cal
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    """Of one run, by a CUDA graph of it: launching takes longer than these kernels do."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with capture(graph):
-        kept = run()
-    graph.replay()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(_REPEATS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    del kept
-    return start.elapsed_time(end) / _REPEATS

@@ -1,4 +1,5 @@
-"""Recording a CUDA graph, so that a recording that fails leaves the process as it was.
+"""Recording a CUDA graph, so that a recording that fails leaves the process as it was; and timing
+by one.
 
 Where a recording is broken off, `torch.cuda.graph` (2.11) leaves the current stream changed, the
 allocator in the belief that it is still recording, so that no freed memory is ever given back, and
@@ -8,7 +9,7 @@ the default generator so that it refuses to draw. All three are put right here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 _one_at_a_time = threading.Lock()
+_REPEATS = 20
 
 
 @contextmanager
@@ -59,3 +61,24 @@ def _clean_up(pool: Any, stream: Any) -> None:
     # A copy of the state has its seed and its place, and does not wait for a recording to end.
     default = torch.cuda.default_generators[device]
     default.graphsafe_set_state(default.clone_state())
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one run, by a CUDA graph of it: launching may take longer than what is launched."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph):
+        kept = run()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_REPEATS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    del kept
+    return start.elapsed_time(end) / _REPEATS

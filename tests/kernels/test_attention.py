@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
     monkeypatch.setattr(attention, "_chosen", {})
     monkeypatch.setattr(attention, "_trial", trial)
-    monkeypatch.setattr(attention, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention, "milliseconds", milliseconds)
     monkeypatch.setattr(attention, "off_by", lambda *inputs: 0.0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

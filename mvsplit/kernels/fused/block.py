@@ -41,6 +41,7 @@ from mvsplit.kernels.block_parts import (
 )
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
+from mvsplit.kernels.fused.swiglu_product import swiglu_product_backward
 from mvsplit.kernels.reference import Gain, Gains
 
 
@@ -214,7 +215,7 @@ def _ffn_backward(
     assert kept.packed is not None
     assert kept.y is not None
     of = merge_backward(grad, out, kept.f, kept.second, merge)
-    grad_packed, hidden = swiglu.swiglu_backward(of.f @ low.w2, kept.packed)
+    grad_packed, hidden = swiglu_product_backward(of.f, low.w2, kept.packed)
     grad_w2 = _weight_gradient(weights.w2, of.f, hidden, s.adds)
     grad_w13 = _weight_gradient(weights.w13, grad_packed, kept.y, s.adds)
     return _add_input_gradient(of.x, grad_packed, low.w13), of[2:], grad_w13, grad_w2
