@@ -4,7 +4,7 @@ Blocks of D = 1024 with writers that are not zero run forward and backward from 
 seconds, so that the card is as warm and as short of power as in training; then the time of a block,
 the card's clock and power, and its kernels by kind. Pieces of several sizes, captions of unequal
 lengths masked, and every level of what is computed again. `zero writers`: the network as it starts,
-half of whose products multiply zeros.
+half of whose products multiply zeros. Last, what each of several changes gives, left out by itself.
 
     python benchmarks/step_classes.py [--only NAME…] [--budget 100] [--json FILE]
     python benchmarks/step_classes.py --small        (a trial of the code on a CPU)
@@ -19,16 +19,22 @@ import datetime
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from card_load import CardLoad
 from step_parts import Size, Trainer, free, keep_busy, synchronise
 
 from mvsplit.kernels.block_parts import Recompute
+from mvsplit.kernels.fused import qk_norm_rope, swiglu_product
+from mvsplit.kernels.fused.block import _Aside
+from mvsplit.kernels.hopper import merge_choice
 from mvsplit.training import TrainConfig
 from mvsplit.training.step import add_gradients
 from mvsplit.training.step_time import model_flops
@@ -46,6 +52,30 @@ KINDS = {  # the first whose word is in a kernel's name
 }
 
 
+def _two_launches(*_: Any) -> str:
+    return "left out to see what it gives"
+
+
+# What can be left out, or tried: the attribute that is replaced, and what by.
+WAYS: dict[str, tuple[Any, str, Any]] = {
+    "merge without clusters": (merge_choice, "obstacle", _two_launches),
+    "SwiGLU apart from products": (swiglu_product, "candidates", lambda *_: {}),
+    "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
+    "gradients of matrices beside": (_Aside, "on", True),
+}
+
+
+@contextmanager
+def changed(way: str) -> Iterator[None]:
+    """With one of `WAYS`."""
+    if not way:
+        yield
+        return
+    owner, name, value = WAYS[way]
+    with mock.patch.object(owner, name, value), mock.patch.object(swiglu_product, "_chosen", {}):
+        yield
+
+
 @dataclass(frozen=True)
 class Row:
     """What is measured."""
@@ -55,12 +85,14 @@ class Row:
     masked: bool
     level: Recompute = "nothing"
     writers: str = "standard"
+    way: str = ""
 
     @property
     def name(self) -> str:
         zero = ", zero writers" if self.writers == "zero" else ""
         mask = " masked" if self.masked else ""
-        return f"{self.samples} × (256+{self.text}{mask}), {self.level}{zero}"
+        way = f", {self.way}" if self.way else ""
+        return f"{self.samples} × (256+{self.text}{mask}), {self.level}{zero}{way}"
 
 
 def rows() -> list[Row]:
@@ -69,7 +101,13 @@ def rows() -> list[Row]:
     found += [short(14, level="packed"), short(14, level="attention"), short(29, level="trunk")]
     found += [short(22), short(16), short(12), short(29, level="packed"), short(8), short(44)]
     found += [short(18, level="packed")]
+    found += [long(way=way) for way in WAYS]
+    found += [short(16, level="packed"), short(16, level="attention")]
     return found
+
+
+def small_rows() -> list[Row]:
+    return [*rows()[:2], *(Row(2, 5, False, way=way) for way in WAYS)]
 
 
 def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
@@ -143,14 +181,15 @@ def main() -> None:
         "depth": 2 if args.small else DEPTH,
         "rows": {},
     }
-    for row in rows()[:2] if args.small else rows():
+    for row in small_rows() if args.small else rows():
         if args.only and row.name not in args.only:
             continue
         if time.perf_counter() - began > args.budget:
             print(f"not run, beyond the budget: {row.name}", flush=True)
             continue
         width = 64 if args.small else 1024
-        found = measure(row, result["depth"], width, device)
+        with changed(row.way):
+            found = measure(row, result["depth"], width, device)
         result["rows"][row.name] = found
         kinds = {k: round(v) for k, v in found.get("by_kind_us", {}).items()}
         print(f"[{time.perf_counter() - began:5.1f} s] {row.name}: {found['us']:.0f} µs a block, "
