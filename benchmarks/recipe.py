@@ -171,7 +171,7 @@ def main() -> None:
     whole = found["steps"] == args.steps and len(found["gaps"]) == wanted
     model = experiment("fp32", 0, args.steps, args.small).model
     result = {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),

@@ -44,6 +44,7 @@ WARM, MEASURED = 1.0, 1.4  # seconds under load
 KINDS = {  # the first whose word is in a kernel's name
     "zero keys": ("zero_keys", "lost_rows"),
     "attention": ("sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
+    "product with SwiGLU": ("swiglu_product",),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk"),
     "merges": ("merge",),
     "SwiGLU": ("swiglu",),
@@ -103,6 +104,7 @@ def rows() -> list[Row]:
     found += [short(18, level="packed")]
     found += [long(way=way) for way in WAYS]
     found += [short(16, level="packed"), short(16, level="attention")]
+    found += [short(16, level="packed", way="merge without clusters")]
     return found
 
 
@@ -174,7 +176,7 @@ def main() -> None:
     device = "cpu" if args.small else "cuda"
     began = time.perf_counter()
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "command": " ".join(["python", *sys.argv]),
         "device": "cpu" if args.small else torch.cuda.get_device_name(),
         "torch": torch.__version__,

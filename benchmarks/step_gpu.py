@@ -1,14 +1,15 @@
 """What of the training step has not been measured yet, in one command, most telling first.
 
-    python benchmarks/step_gpu.py [--minutes 12] [--only NAME …] [--out FOLDER] [--json FILE]
+    python benchmarks/step_gpu.py [--minutes 15] [--only NAME …] [--out FOLDER] [--json FILE]
     python benchmarks/step_gpu.py --small --out FOLDER         (a trial of the code on a CPU)
 
-First the kernels against fp64 on the GPU; where that fails, nothing is timed. Then one script after
-the other, each within its seconds, as long as the minutes last; what a script has written stays
-when it is stopped. `mvsplit bench page` puts the results into docs/performance.md.
+First the kernels against fp64 on the GPU; what fails there is named at the end, and the scripts
+have gates of their own. Then one script after the other, each within its seconds and as long as the
+minutes last; what a script has written stays when it is stopped. `mvsplit bench page` puts the
+results into docs/performance.md.
 
-Cost: twelve minutes of one H200 for all, six for the first three. None of the scripts here outlives
-this one.
+Cost: fifteen minutes of one H200 for all, eight up to the merge's rows. None of the scripts here
+outlives this one.
 """
 
 from __future__ import annotations
@@ -22,42 +23,77 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+NO_SMALL = ("masked_attention", "fused_ops_merge")  # run on a GPU only
 ROOT = Path(__file__).parents[1]
-GATE = (
-    "tests/kernels/test_capture.py",
-    "tests/kernels/test_gpu_block.py",
+TESTS = (
+    "tests/kernels/test_hopper_merge.py",
+    "tests/kernels/test_swiglu_product.py",
+    "tests/kernels/test_triton_attention_ffn.py",
     "tests/kernels/test_low_adamw.py",
-    "tests/kernels/test_masked_attention.py",
     "tests/kernels/test_split_adamw.py",
-    "tests/training/test_graphs.py",
+    "tests/kernels/test_gpu_block.py",
 )
-# Name of the result, seconds it may take, script and its arguments.
-WORK: dict[str, tuple[int, tuple[str, ...]]] = {
-    "train_step": (
-        150,
-        ("train_step.py", "--stages", "gate", "rounding", "step bf16", "step split", "step fp32",
-         "compiled", "--budget", "145"),
+
+
+@dataclass(frozen=True)
+class Work:
+    """A script that is run.
+
+    Attributes:
+        least, most: seconds without which it is not begun, and that it may take.
+        command: script and arguments.
+        budget: whether the script takes `--budget`.
+    """
+
+    least: int
+    most: int
+    command: tuple[str, ...]
+    budget: bool = True
+
+
+_LONG = "26 × (256+64), nothing"
+_WAYS = (
+    "SwiGLU apart from products",
+    "gradients of matrices beside",
+    "merge without clusters",
+    "q, k, v copied",
+)
+_SHORT = "16 × (256+32 masked), packed"
+WORK: dict[str, Work] = {
+    "train_step": Work(
+        60, 110, ("train_step.py", "--stages", "gate", "step bf16", "compiled")
     ),
-    "thousand_layers": (115, ("thousand_layers.py", "--stages", "learn", "--budget", "105")),
-    "step_classes": (80, ("step_classes.py", "--budget", "65")),
-    "train_step_layers": (105, ("train_step.py", "--stages", "per layer", "rival gate")),
-    "recipe": (180, ("recipe.py", "--seeds", "0", "--budget", "170")),
-    "thousand_layers_resume": (
-        50,
-        ("thousand_layers.py", "--stages", "resume", "--resume-depth", "24"),
+    "step_classes": Work(
+        15, 60,
+        ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS), _SHORT,
+         f"{_SHORT}, merge without clusters"),
     ),
-    "masked_attention": (
-        35,
+    "thousand_layers": Work(85, 190, ("thousand_layers.py", "--stages", "learn")),
+    "train_step_weights": Work(30, 60, ("train_step.py", "--stages", "step split", "step fp32")),
+    "fused_ops_merge": Work(15, 70, ("fused_ops.py", "--ops", "merge"), budget=False),
+    "recipe": Work(120, 185, ("recipe.py", "--seeds", "0")),
+    "train_step_layers": Work(70, 105, ("train_step.py", "--stages", "per layer")),
+    "train_step_rounding": Work(15, 25, ("train_step.py", "--stages", "rounding")),
+    "thousand_layers_resume": Work(
+        25, 50, ("thousand_layers.py", "--stages", "resume", "--resume-depth", "24"), budget=False
+    ),
+    "masked_attention": Work(
+        20, 35,
         ("masked_attention.py", "--ways", "cudnn, no mask", "cudnn with zero keys"),
+        budget=False,
     ),
 }  # fmt: skip
 
 
 def run(command: list[str], limit: float) -> int:
     """The exit status of a command, 124 where it took too long. All that it has started ends."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return process.wait(limit)
@@ -73,46 +109,72 @@ def run(command: list[str], limit: float) -> int:
 
 def result_of(name: str, folder: Path, small: bool) -> Path:
     """NAME_h200_DATE.json, where NAME up to its script's comes first, for the page reads it so."""
-    scripts = ("masked_attention", "thousand_layers", "train_step", "step_classes", "recipe")
-    script = next(script for script in scripts if name.startswith(script))
+    script = WORK[name].command[0].removesuffix(".py")
     rest = name.removeprefix(script)
     device = "cpu" if small else "h200"
-    return folder / f"{script}_{device}_{datetime.date.today().isoformat()}_again{rest}.json"
+    return folder / f"{script}_{device}_{datetime.date.today().isoformat()}_late{rest}.json"
+
+
+def run_tests(limit: float) -> dict[str, Any]:
+    """The kernels against fp64 on the GPU, eight processes at a time."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    parallel = ["-n", "8"] if find_spec("xdist") else []
+    status = run([*command, *parallel, *TESTS], limit)
+    return {"status": status, "seconds": time.monotonic() - began}
+
+
+def run_work(name: str, out: Path, left: float, small: bool) -> dict[str, Any]:
+    """Runs a script as long as there is time for; how it ended."""
+    work = WORK[name]
+    script, *options = work.command
+    given = [str(ROOT / "benchmarks" / script), *options, "--json", str(out)]
+    limit = min(work.most, left)
+    if work.budget:
+        given += ["--budget", f"{limit - 8:.0f}"]
+    if small:
+        given += ["--small", *(["--steps", "50"] if script == "recipe.py" else [])]
+    began = time.monotonic()
+    status = run([sys.executable, *given], limit)
+    took = time.monotonic() - began
+    there = str(out) if out.exists() else None
+    print(f"{name}: status {status} after {took:.0f} s, {there or 'no result'}", flush=True)
+    return {"status": status, "seconds": took, "result": there}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=12.0)
-    parser.add_argument("--only", nargs="*", choices=WORK)
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--only", nargs="*", choices=["tests", *WORK])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--json", type=Path, help="what was run, and how it ended")
     parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + 60 * args.minutes
-    said: dict[str, object] = {"date": datetime.date.today().isoformat()}
-    if not args.small:
-        gate = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *GATE]
-        if status := run(gate, min(90, end - time.monotonic())):
-            raise SystemExit(f"the gate failed with status {status}: nothing is timed")
-    for name, (seconds, command) in WORK.items():
-        if (args.only and name not in args.only) or (args.small and name == "masked_attention"):
-            continue
-        if end - time.monotonic() < seconds:
-            print(f"{name}: not begun, {seconds} s do not fit", flush=True)
-            continue
-        out = result_of(name, args.out.resolve(), args.small)
-        script, *options = command
-        small = ["--small", *(["--steps", "50"] if name == "recipe" else [])] if args.small else []
-        given = [str(ROOT / "benchmarks" / script), *options, *small, "--json", str(out)]
-        began = time.monotonic()
-        status = run([sys.executable, *given], seconds)
-        took = time.monotonic() - began
-        there = str(out) if out.exists() else None
-        said[name] = {"status": status, "seconds": took, "result": there}
-        print(f"{name}: status {status} after {took:.0f} s, {there or 'no result'}", flush=True)
+    said: dict[str, Any] = {"date": datetime.date.today().isoformat()}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        said[name] = found
         if args.json:
             args.json.write_text(json.dumps(said, indent=1) + "\n")
+
+    wanted = args.only or ["tests", *WORK]
+    if "tests" in wanted and not args.small:
+        keep("tests", run_tests(min(90, end - time.monotonic())))
+        print(f"tests: {said['tests']}", flush=True)
+    for name, work in WORK.items():
+        if name not in wanted or (args.small and name in NO_SMALL):
+            continue
+        left = end - time.monotonic()
+        if left < work.least:
+            print(f"{name}: not begun, {left:.0f} s are left of {work.least}", flush=True)
+            continue
+        keep(
+            name, run_work(name, result_of(name, args.out.resolve(), args.small), left, args.small)
+        )
+    if failed := [n for n, e in said.items() if isinstance(e, dict) and e["status"]]:
+        raise SystemExit(f"not as they should be: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

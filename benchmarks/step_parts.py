@@ -99,10 +99,14 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = add_gradients(self.model, self.config, parts, self.graphs)
         self.optimizer.collect_grads()
-        loss, norm = torch.stack([losses.mean(), global_norm(self.groups)]).tolist()
+        return self.update(losses.mean(), lr)
+
+    def update(self, loss: Tensor, lr: float = 0.0) -> tuple[float, float]:
+        """What follows the gradients in a step; the loss and the norm."""
+        mean, norm = torch.stack([loss, global_norm(self.groups)]).tolist()
         clip_gradients_(self.groups, norm, self.config.clip)
         self.optimizer.step(lr)
-        return loss, norm
+        return mean, norm
 
     def flops(self, samples: int) -> float:
         """Of the model for an optimiser step: 6N and attention."""

@@ -1,9 +1,9 @@
 """Claim: one H200 trains 13.64 billion parameters, all of them; and how near to its peak.
 
 The preset `mvsplit-1000l-h200` by the run's own step: true global clipping, 6 bytes a parameter, as
-little computed again as memory allows. 30 steps whose loss has to fall (warm-up of 10 steps instead
-of 1,000), for time all but the last of one piece; the last is of the whole batch, from which time
-and MFU are taken. Then the time of a layer under load, against that at a tenth of the depth. MFU
+little computed again as memory allows. 31 steps whose loss has to fall (warm-up of 10 steps instead
+of 1,000), for time all but the last 5 of one piece; these are of the whole batch, and time and MFU
+are their median. Then the time of a layer under load, against that at a tenth of the depth. MFU
 counts 6N and attention, nothing that is computed again, of 989 TFLOP/s; of all tokens that are
 computed, and of the real ones. Captions are padded to 32 tokens, so that all pieces have one shape.
 
@@ -48,7 +48,8 @@ from mvsplit.training.state import TrainState
 from mvsplit.training.step import add_gradients, pieces, train_step
 from mvsplit.training.step_time import model_flops
 
-STEPS, WHOLE = 29, 1
+STEPS, WHOLE = 26, 5
+AFTER = 25.0  # seconds for the time of a layer, at both depths
 UNDER_LOAD = 3.0  # seconds
 TEXT = 32  # captions are padded to a multiple of so many tokens
 Found = dict[str, Any]
@@ -79,7 +80,8 @@ def of_pieces(experiment: Experiment, pieces: int) -> Experiment:
 
 
 def learn(experiment: Experiment, deadline: float, keep: Callable[[Found], None]) -> Found:
-    """The steps of one piece, then whole ones, then a piece at a tenth of the depth."""
+    """The steps of one piece, then whole ones, then a piece at a tenth of the depth; `deadline` of
+    all."""
     one = of_pieces(experiment, 1)
     found, levels, (deep, deep_load) = deepest(experiment, one, deadline, keep)
     free()
@@ -102,7 +104,10 @@ def deepest(
     found: Found = {"build_seconds": time.perf_counter() - began, "losses": [], "norms": []}
     found["parameters"] = sum(p.numel() for p in state.model.parameters())
     took: list[float] = []
-    while len(took) < STEPS and time.perf_counter() < deadline:
+    parts = experiment.train.accumulate
+    while len(took) < STEPS and (
+        len(took) < 3 or time.perf_counter() + WHOLE * parts * took[-1] + AFTER < deadline
+    ):
         numbers: dict[str, float] = {}
         took.append(seconds(lambda n=numbers: n.update(train_step(state, one.train))))
         found["losses"].append(numbers["loss"])
@@ -113,46 +118,59 @@ def deepest(
             print(f"step {len(took)}: {numbers}, {took[-1]:.2f} s, {memory()}", flush=True)
             keep(found)
     found |= {"first_step_seconds": took[0], "step_seconds_of_a_piece": statistics.median(took)}
-    found |= whole_steps(state, experiment, found)
-    keep(found)
+    whole_steps(state, experiment, found, deadline - AFTER, keep)
     levels = [block.recompute for block in state.model.blocks]  # type: ignore[union-attr]
     took, load = piece_seconds(state, one)
     return found, levels, (took / len(levels), load)
 
 
-def whole_steps(state: TrainState, experiment: Experiment, found: Found) -> Found:
-    """Time and MFU of steps of the whole batch, which go on where the others have ended."""
+def whole_steps(
+    state: TrainState, experiment: Experiment, found: Found, deadline: float,
+    keep: Callable[[Found], None],
+) -> None:  # fmt: skip
+    """Steps of the whole batch, which go on where the others have ended: at least one, and as many
+    as there is time for. What they give is added to `found` after each."""
     state.loader = build_loader(experiment)
-    text, real = text_lengths(experiment, WHOLE)
-    took = []
-    for _ in range(WHOLE):
+    took: list[float] = []
+    loads = []
+    while not took or (len(took) < WHOLE and time.perf_counter() + took[-1] < deadline):
         numbers: dict[str, float] = {}
         with CardLoad() as load:
             took.append(seconds(lambda n=numbers: n.update(train_step(state, experiment.train))))
+        loads.append(load.found)
         found["losses"].append(numbers["loss"])
         found["norms"].append(numbers["grad_norm"])
-    losses = found["losses"]
+        print(f"whole step {len(took)}: {numbers['loss']:.4f}, {took[-1]:.2f} s", flush=True)
+        found |= summary(state, experiment, found["losses"], took) | {"load": loads[len(took) // 2]}
+        keep(found)
+
+
+def summary(
+    state: TrainState, experiment: Experiment, losses: list[float], took: list[float]
+) -> Found:
+    """Of the steps so far, the last of which were of the whole batch and took so long."""
+    text, real = text_lengths(experiment, len(took))
     first, last = statistics.fmean(losses[:5]), statistics.fmean(losses[-5:])
     model, batch = experiment.model, experiment.train.batch_size
     image = found_image_tokens(experiment)
-    length, best = image + text, min(took)
+    length, each = image + text, statistics.median(took)
     levels = [block.recompute for block in state.model.blocks]  # type: ignore[union-attr]
     return {
         "mean_of_first_5": first,
         "mean_of_last_5": last,
         "falls": last < 0.95 * first,
         "steps": len(losses),
-        "all": took,
-        "seconds": best,
+        "whole_steps": len(took),
+        "all": list(took),
+        "seconds": each,
         "samples": batch,
         "piece": batch // experiment.train.accumulate,
         "length": length,
-        "tokens_per_second": batch * length / best,
-        "mfu": model_flops(model, batch * length, length) / best / PEAK,
-        "mfu_of_real_tokens": real_flops(experiment, image, real) / best / PEAK,
+        "tokens_per_second": batch * length / each,
+        "mfu": model_flops(model, batch * length, length) / each / PEAK,
+        "mfu_of_real_tokens": real_flops(experiment, image, real) / each / PEAK,
         "recompute": {level: levels.count(level) for level in sorted(set(levels))},
         "bytes_a_parameter": 6,
-        "load": load.found,
         **memory(),
     }
 
@@ -262,7 +280,7 @@ def main() -> None:
     known.TEXT_LENGTHS = TEXT
     experiment = preset(args.small, args.pieces)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
@@ -279,7 +297,7 @@ def main() -> None:
     if "learn" in args.stages:
         try:
             said = partial(keep, "thousand")
-            keep("thousand", learn(experiment, began + 0.75 * args.budget, said))
+            keep("thousand", learn(experiment, began + args.budget, said))
         except torch.OutOfMemoryError as error:
             keep("thousand", {"out_of_memory": str(error)[:600], **memory()})
     if "resume" in args.stages:

@@ -51,8 +51,9 @@ RELEASED = {"400 layers, batch 128": 6865}  # tokens/s, paper's released code on
 # Gates
 
 
-def gate(size: Size, device: str) -> dict[str, Any]:
-    """Gradients of six layers: the node in bf16 is as near to fp32 as the parts in bf16 are."""
+def gate(size: Size, device: str, samples: int) -> dict[str, Any]:
+    """Gradients of six layers from pieces as large as those that are timed, for the size decides
+    on the kernels: the node in bf16 is as near to fp32 as the parts in bf16 are."""
     config = TrainConfig(steps=1, batch_size=1, precision="fp32")
     model = size.model(6, 0.5)
     found: dict[str, list[Tensor]] = {}
@@ -68,7 +69,9 @@ def gate(size: Size, device: str) -> dict[str, Any]:
         if parts:
             for block in trainer.model.blocks:
                 block.ffn.register_forward_hook(lambda *_: None)
-        add_gradients(trainer.model, trainer.config, [trainer.piece(4), trainer.piece(4, 1)])
+        add_gradients(
+            trainer.model, trainer.config, [trainer.piece(samples), trainer.piece(samples, 1)]
+        )
         found[name] = [p.grad.double().cpu() for p in trainer.model.parameters()]
     names = [n for n, _ in trainer.model.named_parameters()]
     errors = {
@@ -176,8 +179,11 @@ def step(
     seconds(lambda: trainer.step(parts))
     with CardLoad() as load:
         took = [seconds(lambda: trainer.step(parts)) for _ in range(3)]
+    loss = torch.zeros((), device=device)
+    update = statistics.median(seconds(lambda: trainer.update(loss)) for _ in range(3))
     return {
         "parameters": trainer.parameters,
+        "update_seconds": update,
         "samples": samples * pieces,
         "piece": samples,
         "build_seconds": built,
@@ -306,7 +312,7 @@ def stages(size: Size, device: str, small: bool) -> Iterator[tuple[str, int, Cal
     full: dict[str, Any] = {"weights": "fp32", "depth": deep, "samples": max(piece // 2, 1)}
     low: dict[str, Any] = {"weights": "bf16", "depth": deep, "samples": piece}
     split: dict[str, Any] = {"weights": "split", "depth": deep, "samples": piece}
-    yield "gate", 12, lambda: gate(size, device)
+    yield "gate", 20, lambda: gate(size, device, piece)
     yield "rounding", 12, lambda: rounding(size, device)
     yield "curves", 40, lambda: curves(size, device)
     yield "step bf16", 25, lambda: step(size, device, pieces=4, **low)
@@ -333,7 +339,7 @@ def main() -> None:
     size = Size(64, 2, 4, 8) if args.small else Size()
     began = time.perf_counter()
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -13,10 +13,10 @@ PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mvsplit.kernels.fused import low_adamw, split_adamw, zero_keys
+from mvsplit.kernels.fused import low_adamw, qk_norm_rope, split_adamw, swiglu_product, zero_keys
 
 
-def check(kernel, types, constants, warps=4):
+def check(kernel, types, constants, warps=4, stages=3):
     names = kernel.arg_names
     kinds = {name: types.get(name, "i32") for name in names}
     kinds |= dict.fromkeys(constants, "constexpr")
@@ -24,7 +24,8 @@ def check(kernel, types, constants, warps=4):
     pointers = [name for name, kind in kinds.items() if "*" in kind]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=values, attrs=aligned)
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, len(compiled.asm["cubin"]))
 
 
@@ -42,6 +43,15 @@ codes = {"p_code": "*u8", "p_scale": "*fp32", "p_power": "*u8", "p_base": "*i16"
 blocks = {"BLOCK": 128, "ROWS": 16, "LARGEST": 480.0}
 blocks |= {"LEAST": 2.0**-126, "SPOILT": 32767, "STEPS": 12}
 check(low_adamw.low_adamw_kernel, types | codes, blocks)
+types |= dict.fromkeys(("p_qkv", "p_packed", "p_dpacked"), "*bf16")
+types |= dict.fromkeys(("p_cos", "p_sin", "p_r"), "*fp32") | {"eps": "fp32"}
+tile = {"HEADS": 16, "HALF": 64, "BLOCK_T": 8, "BLOCK_H": 8, "BLOCK_HALF": 64}
+check(qk_norm_rope.qk_norm_rope_in_place_kernel, types, tile)
+for t in swiglu_product.TILES:
+    types["grad"] = f"tensordesc<bf16[{t.rows}, {t.depth}]>"
+    types["w"] = f"tensordesc<bf16[{t.depth}, {t.columns}]>"
+    sizes = {"D": 1024, "F": 3072, "ROWS": t.rows, "COLUMNS": t.columns, "DEPTH": t.depth}
+    check(swiglu_product.swiglu_product_bwd_kernel, types, sizes, t.warps, t.stages)
 """
 
 
@@ -52,6 +62,7 @@ def test_kernels_of_the_step_compile() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    kernels = ("zero_keys", "lost_rows", "split_adamw", "low_adamw")
+    kernels = ("zero_keys", "lost_rows", "split_adamw", "low_adamw", "qk_norm_rope_in_place")
+    kernels = (*kernels, "swiglu_product_bwd")
     assert tuple(sizes) == tuple(f"{name}_kernel" for name in kernels)
     assert all(int(size) > 1000 for size in sizes.values())

@@ -180,7 +180,7 @@ def _choose(grad: Tensor, w2: Tensor, packed: Tensor, found: dict[str, Way]) -> 
     known = recall("swiglu_product", kept)
     if known == _SEPARATE or known in found:
         return known
-    inputs = (torch.randn_like(grad), torch.randn_like(w2), packed)  # a fresh network has zeros
+    inputs = (*map(_noise, (grad, w2)), packed)  # a fresh network has zeros
     times = {_SEPARATE: _time(separate, inputs)}
     lasting = True
     for name, way in found.items():
@@ -199,6 +199,12 @@ def _choose(grad: Tensor, w2: Tensor, packed: Tensor, found: dict[str, Way]) -> 
     if lasting:
         remember("swiglu_product", kept, best)
     return best
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Random numbers, of which nobody else's are drawn."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.empty_like(like).normal_(generator=generator)
 
 
 def _time(way: Way, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
