@@ -31,6 +31,7 @@ import torch
 from card_load import CardLoad
 from step_parts import Size, Trainer, free, keep_busy, synchronise
 
+from mvsplit.kernels import attention
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.kernels.fused import qk_norm_rope, swiglu_product
 from mvsplit.kernels.fused.block import _Aside
@@ -43,7 +44,7 @@ DEPTH, BETA = 40, 0.03
 WARM, MEASURED = 1.0, 1.4  # seconds under load
 KINDS = {  # the first whose word is in a kernel's name
     "zero keys": ("zero_keys", "lost_rows"),
-    "attention": ("sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
+    "attention": ("unit_attention", "sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
     "product with SwiGLU": ("swiglu_product",),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk"),
     "merges": ("merge",),
@@ -61,6 +62,7 @@ def _two_launches(*_: Any) -> str:
 WAYS: dict[str, tuple[Any, str, Any]] = {
     "merge without clusters": (merge_choice, "obstacle", _two_launches),
     "SwiGLU apart from products": (swiglu_product, "candidates", lambda *_: {}),
+    "attention by libraries": (attention, "_UNIT_HEADS", {}),
     "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
     "gradients of matrices beside": (_Aside, "on", True),
 }
@@ -73,7 +75,12 @@ def changed(way: str) -> Iterator[None]:
         yield
         return
     owner, name, value = WAYS[way]
-    with mock.patch.object(owner, name, value), mock.patch.object(swiglu_product, "_chosen", {}):
+    with (
+        mock.patch.object(owner, name, value),
+        mock.patch.object(swiglu_product, "_chosen", {}),
+        mock.patch.object(attention, "_chosen", {}),
+        mock.patch.object(attention, "remember"),  # no choice for later processes
+    ):
         yield
 
 
@@ -104,7 +111,7 @@ def rows() -> list[Row]:
     found += [short(18, level="packed")]
     found += [long(way=way) for way in WAYS]
     found += [short(16, level="packed"), short(16, level="attention")]
-    found += [short(16, level="packed", way="merge without clusters")]
+    found += [short(16, level="packed", way=way) for way in (*WAYS,)[:3]]
     return found
 
 
@@ -168,7 +175,7 @@ def kind_of(kernel: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="*", help="rows by name")
+    parser.add_argument("--only", nargs="*", help="rows by name, in this order")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--small", action="store_true", help="a trial of the code on a CPU")
     parser.add_argument("--json", type=Path)
@@ -183,9 +190,8 @@ def main() -> None:
         "depth": 2 if args.small else DEPTH,
         "rows": {},
     }
-    for row in small_rows() if args.small else rows():
-        if args.only and row.name not in args.only:
-            continue
+    known = {row.name: row for row in (small_rows() if args.small else rows())}
+    for row in [known[name] for name in args.only or known if name in known or not args.small]:
         if time.perf_counter() - began > args.budget:
             print(f"not run, beyond the budget: {row.name}", flush=True)
             continue

@@ -37,6 +37,7 @@ TESTS = (
     "tests/kernels/test_low_adamw.py",
     "tests/kernels/test_split_adamw.py",
     "tests/kernels/test_gpu_block.py",
+    "tests/kernels/test_masked_attention.py",
 )
 
 
@@ -59,6 +60,7 @@ class Work:
 _LONG = "26 × (256+64), nothing"
 _WAYS = (
     "SwiGLU apart from products",
+    "attention by libraries",
     "gradients of matrices beside",
     "merge without clusters",
     "q, k, v copied",
@@ -69,9 +71,9 @@ WORK: dict[str, Work] = {
         60, 110, ("train_step.py", "--stages", "gate", "step bf16", "compiled")
     ),
     "step_classes": Work(
-        15, 60,
+        15, 70,
         ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS), _SHORT,
-         f"{_SHORT}, merge without clusters"),
+         f"{_SHORT}, attention by libraries", f"{_SHORT}, merge without clusters"),
     ),
     "thousand_layers": Work(85, 190, ("thousand_layers.py", "--stages", "learn")),
     "train_step_weights": Work(30, 60, ("train_step.py", "--stages", "step split", "step fp32")),

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mvsplit.kernels.capture import milliseconds
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.dispatch import HAS_TRITON
-from mvsplit.kernels.masked_attention import in_sequences, off_by, with_zero_keys
+from mvsplit.kernels.masked_attention import in_sequences, off_by, with_unit_heads, with_zero_keys
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +62,11 @@ _ANY: Way = partial(_by_library, list(_LIBRARIES.values()))
 _WAYS: dict[str, Way] = {name: partial(_by_library, b) for name, b in _LIBRARIES.items()}
 _SEQUENCES: dict[str, Way] = {"flash in sequences": in_sequences}
 _ZERO_KEYS: dict[str, Way] = {"cudnn with zero keys": with_zero_keys} if HAS_TRITON else {}
-_ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _WAYS
+_TILES = ("128 queries", "64 queries", "64 queries, 32 keys")  # of `unit_attention`
+_UNIT_HEADS: dict[str, Way] = {
+    f"unit heads, {tile}": partial(with_unit_heads, tile=tile) for tile in _TILES if HAS_TRITON
+}
+_ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _UNIT_HEADS | _WAYS
 _chosen: dict[_Key, Way] = {}
 
 
@@ -98,10 +102,11 @@ def attention_backend(
 
 def ways(segments: Segments, zero_padding: bool = False) -> dict[str, Way]:
     """What may serve, by name; with padding, those first that need no mask."""
+    unit = _UNIT_HEADS if zero_padding else {}
     if segments.mask is None:
-        return _WAYS
+        return unit | _WAYS
     first = _SEQUENCES if segments.real_first else {}
-    return first | (_ZERO_KEYS if zero_padding else {}) | _WAYS
+    return first | (_ZERO_KEYS if zero_padding else {}) | unit | _WAYS
 
 
 def _key(q: Tensor, k: Tensor, segments: Segments, zero_padding: bool) -> _Key:
@@ -109,7 +114,7 @@ def _key(q: Tensor, k: Tensor, segments: Segments, zero_padding: bool) -> _Key:
     padding = "none"
     if segments.mask is not None:
         padding = "last" if segments.real_first else "anywhere"
-        padding += ", zero" if zero_padding else ""
+    padding += ", zero" if zero_padding else ""
     padding += "; deterministic" if torch.are_deterministic_algorithms_enabled() else ""
     return shape, q.dtype, padding, q.requires_grad, q.device.index or 0
 
@@ -136,7 +141,7 @@ def _name(key: _Key) -> str:
     shape, dtype, padding, differentiated, device = key
     gpu = torch.cuda.get_device_name(device)
     parts = (gpu, torch.__version__, list(shape), dtype, f"{padding=}", f"{differentiated=}")
-    return "; ".join(map(str, (*parts, "checked head by head")))
+    return "; ".join(map(str, (*parts, "unit heads tried")))
 
 
 def _fastest(

@@ -1,4 +1,5 @@
-"""Attention where padding is no key, in ways that do not add a mask to the scores.
+"""Attention where padding is no key, in ways that do not add a mask to the scores, and attention of
+heads that are normalised.
 
 **In sequences.** Where the real tokens of each sample come first, the padded batch is, without a
 byte moved, a packed batch of twice as many sequences: the real tokens of a sample, its padding, and
@@ -17,7 +18,12 @@ exp(score − lse), and a zero key passes nothing to q. Rows whose Z is nearly a
 a projection without bias, for padding leaves every merge as zero; and where no score is far below
 zero, for backward sees exp(−lse) at zero keys: heads of unit RMS have none below −√K.
 
-Both call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them. So
+**Unit heads.** Queries and keys of unit RMS have no score above √K. So a kernel of ours sums the
+exponentials as they come, in which it leaves padding out (`kernels/fused/unit_attention.py`), and
+backward is cuDNN's, from its log-sum-exp. It serves where padded rows of k and v are zero, and
+without padding too.
+
+All call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them. So
 before one of them serves on a machine, it is compared there with attention in fp32, and with how
 far a mask is from that (`off_by`).
 
@@ -71,6 +77,23 @@ def with_zero_keys(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
     return _ZeroKeys.apply(q, k, v, segments.mask, padding)
 
 
+def with_unit_heads(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, tile: str = "64 queries"
+) -> Tensor:
+    """The same where heads of q and k have unit RMS and padded rows of k and v are zero.
+
+    Args:
+        tile: one of `unit_attention.TILES`.
+
+    Raises:
+        RuntimeError: cuDNN or the kernel does not take such inputs.
+    """
+    _check(q, k, v, can_use_cudnn_attention)
+    _require_narrow(q)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return _UnitHeads.apply(q, k, v, segments.mask, tile)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, takes: Callable[..., bool]) -> None:
     """Raises RuntimeError for inputs that a library does not take, which PyTorch asks above the
     operators that are called here."""
@@ -85,6 +108,14 @@ def _require_half(q: Tensor) -> None:
     """cuDNN's operator reads the bytes of fp32 as those of fp16, and returns NaN."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise RuntimeError(f"it takes bf16 and fp16, not {q.dtype}")
+
+
+def _require_narrow(q: Tensor) -> None:
+    """fp16 does not hold e^√K, and wide heads do not stay in registers."""
+    from mvsplit.kernels.fused.unit_attention import WIDEST
+
+    if q.dtype != torch.bfloat16 or q.shape[-1] > WIDEST:
+        raise RuntimeError(f"it takes bf16 and heads up to {WIDEST}, not {q.dtype} {q.shape[-1]}")
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -120,13 +151,15 @@ def off_by(
     Raises:
         RuntimeError: `way` does not take such inputs.
     """
-    assert segments.mask is not None
-    drawn = [_draw(q, k, v, segments.mask, seed) for seed in range(_DRAWS)]
+    mask = segments.mask
+    if mask is None:
+        mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+    drawn = [_draw(q, k, v, mask, seed) for seed in range(_DRAWS)]
     ours = [_with_gradients(way, given, q.requires_grad, segments) for given in drawn]
-    right = [_right(given, q.requires_grad, segments.mask) for given in drawn]
+    right = [_right(given, q.requires_grad, mask) for given in drawn]
     theirs = [_with_gradients(known, given, q.requires_grad, segments) for given in drawn]
     found, least = (
-        torch.stack([_distances(*pair, segments.mask) for pair in zip(of, right, strict=True)])
+        torch.stack([_distances(*pair, mask) for pair in zip(of, right, strict=True)])
         for of in (ours, theirs)
     )
     ratios = found.amax(0) / least.amax(0).clamp(min=torch.finfo(torch.float32).eps)
@@ -213,6 +246,35 @@ class _InSequences(torch.autograd.Function):
         return *(_unpacked(g, ctx.batch) for g in grads), None, None
 
 
+class _UnitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tile: str
+    ) -> Tensor:
+        from mvsplit.kernels.fused.unit_attention import TILES, unit_attention
+
+        out, lse = unit_attention(q, k, v, mask, TILES[tile])
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        chance = torch.empty((), dtype=torch.int64, device=q.device)  # not read without dropout
+        return *_cudnn_backward(grad, q, k, v, out, lse, chance, chance), None, None
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *chance: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v by cuDNN, from the output and the log-sum-exp; no dropout."""
+    sizes = (q.shape[2], k.shape[2])
+    return _aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse, *chance, None, None, None, *sizes, 0.0, False
+    )
+
+
 class _ZeroKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
@@ -227,9 +289,4 @@ class _ZeroKeys(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, seed, offset = ctx.saved_tensors
-        grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse, seed, offset, None, None, None, q.shape[2], k.shape[2], 0.0,
-            False,
-        )  # fmt: skip
-        return *grads, None, None
+        return *_cudnn_backward(grad, *ctx.saved_tensors), None, None

@@ -13,7 +13,8 @@ PROGRAM = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mvsplit.kernels.fused import low_adamw, qk_norm_rope, split_adamw, swiglu_product, zero_keys
+from mvsplit.kernels.fused import low_adamw, qk_norm_rope, split_adamw, swiglu_product
+from mvsplit.kernels.fused import unit_attention, zero_keys
 
 
 def check(kernel, types, constants, warps=4, stages=3):
@@ -43,6 +44,11 @@ codes = {"p_code": "*u8", "p_scale": "*fp32", "p_power": "*u8", "p_base": "*i16"
 blocks = {"BLOCK": 128, "ROWS": 16, "LARGEST": 480.0}
 blocks |= {"LEAST": 2.0**-126, "SPOILT": 32767, "STEPS": 12}
 check(low_adamw.low_adamw_kernel, types | codes, blocks)
+for mask in ("*u8", "constexpr"):
+    for t in unit_attention.TILES.values():
+        sizes = {"H": 8, "K": 128, "BLOCK_K": 128, "ROWS": t.rows, "KEYS": t.keys}
+        sizes |= {"p_mask": None} if mask == "constexpr" else {}
+        check(unit_attention.unit_attention_kernel, types, sizes, t.warps, t.stages)
 types |= dict.fromkeys(("p_qkv", "p_packed", "p_dpacked"), "*bf16")
 types |= dict.fromkeys(("p_cos", "p_sin", "p_r"), "*fp32") | {"eps": "fp32"}
 tile = {"HEADS": 16, "HALF": 64, "BLOCK_T": 8, "BLOCK_H": 8, "BLOCK_HALF": 64}
@@ -63,6 +69,6 @@ def test_kernels_of_the_step_compile() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     kernels = ("zero_keys", "lost_rows", "split_adamw", "low_adamw", "qk_norm_rope_in_place")
-    kernels = (*kernels, "swiglu_product_bwd")
+    kernels = (*kernels[:4], "unit_attention", kernels[4], "swiglu_product_bwd")
     assert tuple(sizes) == tuple(f"{name}_kernel" for name in kernels)
     assert all(int(size) > 1000 for size in sizes.values())

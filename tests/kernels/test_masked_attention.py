@@ -12,7 +12,7 @@ from torch import Tensor
 from mvsplit.kernels import Segments
 from mvsplit.kernels import masked_attention as masked
 from mvsplit.kernels.attention import AGREEMENT
-from mvsplit.kernels.masked_attention import in_sequences, off_by, with_zero_keys
+from mvsplit.kernels.masked_attention import in_sequences, off_by, with_unit_heads, with_zero_keys
 
 BATCH, HEADS, IMAGE, TEXT, HEAD = 3, 2, 5, 4, 8
 VALID = torch.tensor([2, 4, 0])
@@ -88,6 +88,7 @@ def flash_backward(grad, q, k, v, out, lse):
 def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked, "_aten", Libraries())
     monkeypatch.setattr(masked, "_require_half", lambda q: None)  # these are exact
+    monkeypatch.setattr(masked, "_require_narrow", lambda q: None)
 
 
 def test_sequences_are_attention_over_the_real_tokens() -> None:
@@ -133,12 +134,59 @@ def test_real_keys_that_are_next_to_nothing_are_not_lost(away: float) -> None:
         assert error < 2e-4, float(error)
 
 
+def test_every_tile_of_unit_heads_may_serve() -> None:
+    pytest.importorskip("triton")
+    from mvsplit.kernels import attention
+    from mvsplit.kernels.fused.unit_attention import TILES
+
+    assert set(attention._UNIT_HEADS) == {f"unit heads, {tile}" for tile in TILES}
+    assert set(attention._UNIT_HEADS) < set(attention.ways(SEGMENTS, True))
+    assert not set(attention._UNIT_HEADS) & set(attention.ways(SEGMENTS, False))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_unit_heads_need_no_maximum(masked: bool) -> None:
+    """The kernel is fp32; heads in the packed projection, as a block has them."""
+    pytest.importorskip("triton")
+    q, k, v, grad = (t.float() for t in draw(8))
+    packed = torch.cat([t.transpose(1, 2).flatten(-2) for t in (q, k, v)], -1)
+    heads = packed.unflatten(-1, (3 * HEADS, HEAD)).transpose(1, 2).split(HEADS, 1)
+    if masked:
+        found = with_gradients(with_unit_heads, [*heads, grad])
+        wanted = with_gradients(truth, [t.double() for t in (q, k, v, grad)])
+    else:
+        whole = Segments((IMAGE, TEXT))
+        found = with_gradients(lambda *t: with_unit_heads(*t[:3], whole), [*heads, grad])
+        plain = [t.double() for t in (q, k, v, grad)]
+        wanted = with_gradients(
+            lambda q, k, v, _: torch.softmax(q @ k.mT / HEAD**0.5, -1) @ v, plain
+        )
+    for value, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_without_a_real_token_stays_finite() -> None:
+    pytest.importorskip("triton")
+    q, k, v, _ = (t.float() for t in draw(9))
+    mask = SEGMENTS.mask.clone()  # type: ignore[union-attr]
+    mask[0] = False
+    out, lse = masked_unit(q, k, v, mask)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+def masked_unit(*given: Any) -> tuple[Tensor, Tensor]:
+    from mvsplit.kernels.fused.unit_attention import TILES, unit_attention
+
+    return unit_attention(*given, TILES["128 queries"])
+
+
 def half(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     """Right but for what rounding to half precision does."""
     return truth(*(t + (t.bfloat16() - t).detach() for t in (q, k, v)))
 
 
-@pytest.mark.parametrize("way", [in_sequences, with_zero_keys])
+@pytest.mark.parametrize("way", [in_sequences, with_zero_keys, with_unit_heads])
 @pytest.mark.parametrize("learns", [False, True])
 def test_ways_that_are_right_pass_the_check(way: Callable[..., Tensor], learns: bool) -> None:
     pytest.importorskip("triton")
@@ -219,7 +267,7 @@ def test_bounds_and_padding_count_the_tokens() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", [in_sequences, with_zero_keys])
+@pytest.mark.parametrize("way", [in_sequences, with_zero_keys, with_unit_heads])
 def test_what_a_library_does_not_take_is_refused(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's operator reads fp32 as half precision, and says nothing."""
     segments = Segments.image_and_text(IMAGE, TEXT, VALID.cuda())

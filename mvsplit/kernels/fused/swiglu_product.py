@@ -180,7 +180,7 @@ def _choose(grad: Tensor, w2: Tensor, packed: Tensor, found: dict[str, Way]) -> 
     known = recall("swiglu_product", kept)
     if known == _SEPARATE or known in found:
         return known
-    inputs = (*map(_noise, (grad, w2)), packed)  # a fresh network has zeros
+    inputs = (_noise(grad), _noise(w2), packed)  # a fresh network has zeros
     times = {_SEPARATE: _time(separate, inputs)}
     lasting = True
     for name, way in found.items():
