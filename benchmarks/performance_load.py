@@ -16,7 +16,7 @@ def under_load(found: Found) -> str:
     """A block of the training step after seconds of work."""
     if not found.get("rows"):
         return ""
-    rows = [_row(name, row) for name, row in found["rows"].items()]
+    rows = [_row(name, row) for name, row in found["rows"].items() if not _way(name)]
     head = ("samples × tokens, computed again", "µs a block", "µs a 1,000 tokens", "MHz", "W")
     zero, full = (_of(found, ", zero writers"), _of(found, "(256+64), nothing"))
     gpu = GPUS["h200"]
@@ -31,7 +31,34 @@ numbers a block takes {full["us"] / zero["us"] - 1:.0%} longer than where the wr
 half of backward's products multiply zeros. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
 whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of times gain little
 (29 samples at 1000 layers were no faster than 32), and what takes energy takes time.
-"""  # noqa: E501
+{_changes(found)}"""  # noqa: E501
+
+
+def _way(name: str) -> str:
+    """What is left out of a row or tried in it, after what is measured and what is computed again."""
+    _, _, *rest = name.split(", ", 2)
+    return rest[0] if rest and rest[0] != "zero writers" else ""
+
+
+def _changes(found: Found) -> str:
+    """What each change gives, of rows of one run: with everything, and with one thing otherwise."""
+    rows = found["rows"]
+    lines = []
+    for name, row in rows.items():
+        way = _way(name)
+        base = rows.get(name.removesuffix(f", {way}"))
+        if way and base:
+            more = row["us"] / base["us"] - 1
+            lines.append(
+                [*name.split(", ", 2), f"{base['us']:.0f}", f"{row['us']:.0f}", f"{more:+.1%}"]
+            )
+    if not lines:
+        return ""
+    head = ("samples × tokens", "computed again", "otherwise", "µs as it is", "µs otherwise", "")
+    return f"""
+What a change gives, under load: a block as it is, and with one thing otherwise.
+
+{markdown(head, lines)}"""
 
 
 def _of(found: Found, end: str) -> Found:

@@ -87,7 +87,8 @@ def training(found: Found, reference: Found, watch: Found | None = None) -> str:
     real = {stage: "load" in found[stage] for stage in STEPS if _has(found, stage)}
     rows = []
     for stage, each in real.items():
-        name = STEPS[stage] if all(real.values()) else f"{STEPS[stage]}{_MARK[each]}"
+        name = STEPS[stage].format(bytes=found[stage].get("bytes_a_parameter", 7))
+        name += "" if all(real.values()) else _MARK[each]
         comparable = rival if each == real.get("compiled", each) else None
         rows.append(_step(name, found[stage], comparable))
     if watch and not real["step bf16"]:
@@ -125,7 +126,7 @@ def _of_watch(watch: Found, stage: Found) -> list[str]:
 
 
 STEPS = {
-    "step bf16": "ours, bf16 weights (7 bytes a parameter)",
+    "step bf16": "ours, bf16 weights ({bytes} bytes a parameter)",
     "step split": "ours, fp32 weights in two halves (14 bytes)",
     "step fp32": "ours, fp32 weights (16 bytes)",
     "compiled": "torch.compile",

@@ -119,12 +119,18 @@ def thousand(found: Found) -> str:
         ["MFU", f"{stage['mfu']:.1%}; of the real tokens {stage['mfu_of_real_tokens']:.1%}"],
         ["peak, GiB", f"{stage['peak_gib']:.1f} ({stage['reserved_gib']:.1f} held by PyTorch)"],
         ["computed again", again],
-        ["loss", f"{fall}, first and last 5 of {stage['steps']} steps of one piece"],
+        ["loss", f"{fall}, first and last 5 of {stage['steps']} steps{_sizes(stage)}"],
         [
             "cold start",
             f"{stage['cold_start_seconds']:.0f} s from the process to the second step, as a graph",
         ],
     ]
+    if "seconds_per_layer" in stage:
+        each = stage["seconds_per_layer"].items()
+        shown = ", ".join(f"{1e6 * s:.0f} µs at {depth}" for depth, s in each)
+        ratio = stage["per_layer_ratio"] - 1
+        burst = "" if "loads_per_layer" in stage else ", a short burst"
+        rows.append(["a layer, forward and backward", f"{shown} layers: {ratio:+.1%}{burst}"])
     saved = found.get("resume")
     if saved:
         same = "the same bits" if saved["same"] else _OTHER_BITS
@@ -143,6 +149,13 @@ def thousand(found: Found) -> str:
 norm, {_bytes(stage)} bytes a parameter. Captions are padded to the longest of the batch, masked.
 
 {markdown(("", ""), rows)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
+
+
+def _sizes(stage: Found) -> str:
+    """Of the batches that the steps were of."""
+    if "whole_steps" not in stage:
+        return " of one piece"
+    return f", the last {stage['whole_steps']} of the whole batch, the others of a piece"
 
 
 def _bytes(stage: Found) -> int:

@@ -77,6 +77,23 @@ def _sum_columns(
         tl.store(p_partial + D, tl.sum(b_x, 0), mask=o_d < D)
 
 
+@triton.jit
+def _merge_rows(
+    p_x, p_f, p_y, p_r, b_beta, shift, first, end, count, start, before, sx_t, sf_t, o_d, m_d, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Z = X + β⊙F + shift and its norm for tokens first … end − 1 of a segment that starts at
+    `start`; `before`: tokens of the samples before this one."""
+    for t in tl.range(first, end, ROWS, num_stages=STAGES):
+        o_t = t + tl.arange(0, ROWS)
+        m = (o_t < count)[:, None] & m_d[None, :]
+        row = (start + o_t).to(tl.int64)
+        x = tl.load(p_x + row[:, None] * sx_t + o_d[None, :], m, 0.0).to(tl.float32)
+        f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0).to(tl.float32)
+        z = tl.where(m, x + b_beta[None, :] * f + shift[None, :], 0.0)
+        store_merged(p_y, p_r, z, row + before, o_t < end, o_d, m_d, eps, D, NORM)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def split_merge_waiting_fwd_kernel(
     p_x, p_f, p_y, p_r, p_beta, p_alpha, p_leak, p_valid, p_partial, p_mean_f, p_mean_x, p_count,
@@ -123,16 +140,11 @@ def split_merge_waiting_fwd_kernel(
         if LEAKS:
             b_leak = load_gain(p_leak, leak, s_leak, o_d, m_d)
             shift -= b_leak * tl.load(p_mean_x + i_bs * D + o_d, m_d, 0.0)
-        end = tl.minimum(local + ROWS * STEPS, length)
-        for t in tl.range(local, end, ROWS, num_stages=STAGES):
-            o_t = t + tl.arange(0, ROWS)
-            m = (o_t < count)[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            x = tl.load(p_x + row[:, None] * sx_t + o_d[None, :], m, 0.0).to(tl.float32)
-            f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0).to(tl.float32)
-            z = tl.where(m, x + b_beta[None, :] * f + shift[None, :], 0.0)
-            row += i_b * total_tokens(lengths)
-            store_merged(p_y, p_r, z, row, o_t < end, o_d, m_d, eps, D, NORM)
+        _merge_rows(
+            p_x, p_f, p_y, p_r, b_beta, shift, local, tl.minimum(local + ROWS * STEPS, length),
+            count, start, i_b * total_tokens(lengths), sx_t, sf_t, o_d, m_d, eps,
+            D, ROWS, STAGES, NORM,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +157,51 @@ def _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D: tl.constexpr, NORM: tl.con
         along = tl.sum(delta * y, 1) / D
         delta = (delta - y * along[:, None]) * r[:, None]
     return delta
+
+
+@triton.jit
+def _sum_deltas(
+    p_g, p_y, p_f, p_r, p_sums, first, end, start, sg_t, sf_t, o_d, m_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SUB: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, GAINS: tl.constexpr,
+):  # fmt: skip
+    """Column sums of Δ and, where gains learn, of Δ⊙F over tokens first … end − 1 of a segment."""
+    b_delta = tl.zeros([SUB, BLOCK_D], tl.float32)
+    b_delta_f = tl.zeros([SUB, BLOCK_D], tl.float32)
+    for t in tl.range(first, end, SUB, num_stages=STAGES):
+        o_t = t + tl.arange(0, SUB)
+        real = o_t < end
+        m = real[:, None] & m_d[None, :]
+        row = (start + o_t).to(tl.int64)
+        delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
+        b_delta += delta
+        if GAINS:
+            f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0)
+            b_delta_f += delta * f.to(tl.float32)
+    tl.store(p_sums + o_d, tl.sum(b_delta, 0), mask=m_d)
+    if GAINS:
+        tl.store(p_sums + D + o_d, tl.sum(b_delta_f, 0), mask=m_d)
+
+
+@triton.jit
+def _store_deltas(
+    p_g, p_y, p_r, p_dx, p_df, b_beta, shift, leaked, first, end, count, start, sg_t, o_d, m_d,
+    D: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂F = β⊙Δ + shift (Eq. 53) and ∂L/∂X = Δ − leaked (Eq. 52) for tokens first … end − 1 of a
+    segment; zero on padding."""
+    for t in tl.range(first, end, ROWS, num_stages=STAGES):
+        o_t = t + tl.arange(0, ROWS)
+        real = o_t < count
+        m = real[:, None] & m_d[None, :]
+        row = (start + o_t).to(tl.int64)
+        delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
+        df = b_beta * delta + shift
+        out = row[:, None] * D + o_d[None, :]
+        inside = (o_t < end)[:, None] & m_d[None, :]
+        dx = tl.where(m, delta - leaked, 0.0)
+        tl.store(p_dx + out, dx.to(p_dx.dtype.element_ty), mask=inside)
+        tl.store(p_df + out, tl.where(m, df, 0.0).to(p_df.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -204,22 +261,11 @@ def split_merge_waiting_bwd_kernel(
     elif reduces:
         i_s, start, local, length = locate(i, lengths, chunk)
         end = tl.minimum(local + chunk, real_tokens(p_valid, i_b, i_s, length, S))
-        b_delta = tl.zeros([SUB, BLOCK_D], tl.float32)
-        b_delta_f = tl.zeros([SUB, BLOCK_D], tl.float32)
-        for t in tl.range(local, end, SUB, num_stages=STAGES):
-            o_t = t + tl.arange(0, SUB)
-            real = o_t < end
-            m = real[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
-            b_delta += delta
-            if GAINS:
-                f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0)
-                b_delta_f += delta * f.to(tl.float32)
         p_partial += i_b * n_chunks * 2 * D
-        tl.store(p_partial + i * 2 * D + o_d, tl.sum(b_delta, 0), mask=m_d)
-        if GAINS:
-            tl.store(p_partial + (i * 2 + 1) * D + o_d, tl.sum(b_delta_f, 0), mask=m_d)
+        _sum_deltas(
+            p_g, p_y, p_f, p_r, p_partial + i * 2 * D, local, end, start, sg_t, sf_t, o_d, m_d,
+            D, BLOCK_D, SUB, STAGES, NORM, GAINS,
+        )  # fmt: skip
         i_bs = i_b * S + i_s
         n = tl.cdiv(length, chunk)
         if announce(p_count + 1 + i_bs) == n - 1:
@@ -240,19 +286,11 @@ def split_merge_waiting_bwd_kernel(
         wait_for(p_count + 1 + i_bs, tl.cdiv(length, chunk) + 1)
         mean = tl.load(p_sum + i_bs * 2 * D + o_d, mask=m_d, other=0.0)
         mean = (mean / tl.maximum(count, 1))[None, :]  # Eq. 51
-        end = tl.minimum(local + ROWS * STEPS, length)
-        for t in tl.range(local, end, ROWS, num_stages=STAGES):
-            o_t = t + tl.arange(0, ROWS)
-            real = o_t < count
-            m = real[:, None] & m_d[None, :]
-            row = (start + o_t).to(tl.int64)
-            delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
-            df = b_beta * delta + (b_alpha - b_beta) * mean  # Eq. 53
-            delta -= b_leak * mean  # Eq. 52
-            out = (tokens + row)[:, None] * D + o_d[None, :]
-            inside = (o_t < end)[:, None] & m_d[None, :]
-            tl.store(p_dx + out, tl.where(m, delta, 0.0).to(p_dx.dtype.element_ty), mask=inside)
-            tl.store(p_df + out, tl.where(m, df, 0.0).to(p_df.dtype.element_ty), mask=inside)
+        _store_deltas(
+            p_g, p_y, p_r, p_dx + tokens * D, p_df + tokens * D, b_beta, (b_alpha - b_beta) * mean,
+            b_leak * mean, local, tl.minimum(local + ROWS * STEPS, length), count, start, sg_t,
+            o_d, m_d, D, ROWS, STAGES, NORM,
+        )  # fmt: skip
 
 
 def _is_small(x: Tensor) -> bool:
