@@ -35,7 +35,7 @@ whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of tim
 
 
 def _way(name: str) -> str:
-    """What is left out of a row or tried in it, after what is measured and what is computed again."""
+    """What is otherwise in a row, the third part of its name."""
     _, _, *rest = name.split(", ", 2)
     return rest[0] if rest and rest[0] != "zero writers" else ""
 

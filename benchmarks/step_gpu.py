@@ -38,6 +38,7 @@ TESTS = (
     "tests/kernels/test_split_adamw.py",
     "tests/kernels/test_gpu_block.py",
     "tests/kernels/test_masked_attention.py",
+    "tests/kernels/test_triton_split_merge.py",
 )
 
 

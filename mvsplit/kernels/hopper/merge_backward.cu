@@ -135,13 +135,9 @@ __device__ __forceinline__ void mean_role(Shared &at, const Layout &layout, cons
                                           const Gain &g_beta, const Gain &g_alpha, const Gain &g_leak,
                                           const Means &means, float *share) {
   const int lane = threadIdx.x % 32, local = EACH * lane, column = rank * SLICE + local;
-  const u32 sums = shared(&at.bars.sums), shift = shared(&at.bars.shift);
+  const u32 shift = shared(&at.bars.shift);
   float weight[EACH], leak[EACH], d_beta[EACH] = {}, d_alpha[EACH] = {}, d_leak[EACH] = {};
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    weight[i] = gain(g_alpha, column + i) - gain(g_beta, column + i);
-    leak[i] = gain(g_leak, column + i);
-  }
+  mean_gains(g_beta, g_alpha, g_leak, column, weight, leak);
   each_unit(layout, valid, rank, [&](const Unit &u) {
     const long long from = ((long long)u.b * SEGMENTS + u.s) * D + column;
     float mean_f[EACH], mean_x[EACH], delta[EACH] = {}, delta_f[EACH] = {};
@@ -150,12 +146,7 @@ __device__ __forceinline__ void mean_role(Shared &at, const Layout &layout, cons
       mean_f[i] = means.f[from + i];
       mean_x[i] = means.x[from + i];
     }
-    if (u.n) barrier_wait(shift, (u.n - 1) & 1);  // before the next phase is announced
-    if (lane == 0) {
-      barrier_expect(sums, sizeof(at.sums));
-      barrier_expect(shift, sizeof(at.shift));
-    }
-    barrier_wait(sums, u.n & 1);
+    await_sums(at, u);
     add_blocks(at.sums, 0, local, delta);
     add_blocks(at.sums, 1, local, delta_f);
     const float portion = 1.f / max(u.count, 1);
@@ -247,24 +238,14 @@ split_merge_backward(const u16 *g, const u16 *y, const u16 *f, const float *r, c
   const int warp = threadIdx.x / 32;
   asm volatile("griddepcontrol.launch_dependents;");  // of split_merge_gains
   if (threadIdx.x == 0) {
-    fault = fault_at;
-    faulty = 0;
-    for (int i = 0; i < SLOTS; ++i) {
-      barrier_init(shared(&at.bars.full[i]), 1);
-      barrier_init(shared(&at.bars.dotted[i]), ROWS);
-      barrier_init(shared(&at.bars.empty[i]), ARRIVALS);
-    }
+    prepare(at.bars, fault_at);
+    for (int i = 0; i < SLOTS; ++i) barrier_init(shared(&at.bars.dotted[i]), ROWS);
     for (int i = 0; i < F_SLOTS; ++i) {
       barrier_init(shared(&at.bars.f_full[i]), 1);
       barrier_init(shared(&at.bars.f_empty[i]), SUM_WARPS);
     }
-    barrier_init(shared(&at.bars.sums), 1);
-    barrier_init(shared(&at.bars.shift), 1);
-    barrier_init(shared(&at.bars.taken), APPLY_WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncthreads();
-  cluster_sync();
+  begin_together();
   if (warp < SUM_FIRST) {
     apply_role(at, layout, valid, rank, beta, dx, df, tokens);
   } else if (warp < DOT_FIRST) {

@@ -173,6 +173,37 @@ __device__ __forceinline__ float gain(const Gain &g, int at) {
   return low_half(((const u16 *)g.p)[at * g.stride]);
 }
 
+// What both directions begin with; by one thread, before `begin_together`.
+template <class Barriers>
+__device__ __forceinline__ void prepare(Barriers &bars, u32 *fault_at) {
+  fault = fault_at;
+  faulty = 0;
+  for (int i = 0; i < SLOTS; ++i) {
+    barrier_init(shared(&bars.full[i]), 1);
+    barrier_init(shared(&bars.empty[i]), ARRIVALS);
+  }
+  barrier_init(shared(&bars.sums), 1);
+  barrier_init(shared(&bars.shift), 1);
+  barrier_init(shared(&bars.taken), APPLY_WARPS);
+}
+
+// Once every barrier of the cluster is ready.
+__device__ __forceinline__ void begin_together() {
+  if (threadIdx.x == 0) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncthreads();
+  cluster_sync();
+}
+
+// A lane of the mean's warp: what it weighs its columns by, (α − β) and λ.
+__device__ __forceinline__ void mean_gains(const Gain &beta, const Gain &alpha, const Gain &leak, int column,
+                                           float (&weight)[EACH], float (&leaks)[EACH]) {
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    weight[i] = gain(alpha, column + i) - gain(beta, column + i);
+    leaks[i] = gain(leak, column + i);
+  }
+}
+
 // Which samples each cluster has, of each segment: first[s][c] … first[s][c + 1] − 1.
 struct Layout { int length[SEGMENTS]; u16 first[SEGMENTS][CLUSTERS + 1]; };
 
@@ -184,6 +215,18 @@ struct Unit {
   int slots, passed;  // that its rows take; the first of them, which are loaded twice
   u32 fill;      // slots filled before
 };
+
+// The mean's warp: announces the sums of a unit and what follows from them, then waits for the sums.
+template <class Shared>
+__device__ __forceinline__ void await_sums(Shared &at, const Unit &u) {
+  const u32 sums = shared(&at.bars.sums), shift = shared(&at.bars.shift);
+  if (u.n) barrier_wait(shift, (u.n - 1) & 1);  // before the next phase is announced
+  if (threadIdx.x % 32 == 0) {
+    barrier_expect(sums, sizeof(at.sums));
+    barrier_expect(shift, sizeof(at.shift));
+  }
+  barrier_wait(sums, u.n & 1);
+}
 
 __device__ __forceinline__ int within(int x, int low, int high) { return min(max(x, low), high); }
 

@@ -76,20 +76,11 @@ __device__ __forceinline__ void mean_role(Shared &at, const Layout &layout, cons
                                           const Gain &g_beta, const Gain &g_alpha, const Gain &g_leak,
                                           float *mean_f, float *mean_x) {
   const int lane = threadIdx.x % 32, local = EACH * lane, column = rank * SLICE + local;
-  const u32 sums = shared(&at.bars.sums), shift = shared(&at.bars.shift);
+  const u32 shift = shared(&at.bars.shift);
   float weight[EACH], leak[EACH];
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    weight[i] = gain(g_alpha, column + i) - gain(g_beta, column + i);
-    leak[i] = gain(g_leak, column + i);
-  }
+  mean_gains(g_beta, g_alpha, g_leak, column, weight, leak);
   each_unit(layout, valid, rank, [&](const Unit &u) {
-    if (u.n) barrier_wait(shift, (u.n - 1) & 1);  // before the next phase is announced
-    if (lane == 0) {
-      barrier_expect(sums, sizeof(at.sums));
-      barrier_expect(shift, sizeof(at.shift));
-    }
-    barrier_wait(sums, u.n & 1);
+    await_sums(at, u);
     float f[EACH] = {}, x[EACH] = {};
     add_blocks(at.sums, 0, local, f);
     add_blocks(at.sums, 1, local, x);
@@ -175,20 +166,8 @@ split_merge_forward(const u16 *x, const u16 *f, u16 *y, float *r, const VALID *v
   Shared &at = *reinterpret_cast<Shared *>(memory);
   const u32 rank = cluster_rank();
   const int warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) {
-    fault = fault_at;
-    faulty = 0;
-    for (int i = 0; i < SLOTS; ++i) {
-      barrier_init(shared(&at.bars.full[i]), 1);
-      barrier_init(shared(&at.bars.empty[i]), ARRIVALS);
-    }
-    barrier_init(shared(&at.bars.sums), 1);
-    barrier_init(shared(&at.bars.shift), 1);
-    barrier_init(shared(&at.bars.taken), APPLY_WARPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
-  cluster_sync();
+  if (threadIdx.x == 0) prepare(at.bars, fault_at);
+  begin_together();
   if (warp < APPLY_WARPS) {
     apply_role(at, layout, valid, rank, beta, eps, y, r, tokens);
   } else if (warp < LOAD_WARP) {
