@@ -15,6 +15,7 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.gpus import GIB, GPUS
+from mvsplit.training.kernel_times import FIRST, KERNELS, Kernels
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import count_parameters, step_memory
 from mvsplit.training.step_time import Shape, step_time
@@ -222,8 +223,14 @@ def foretold(
         shards = ranks if ranks > 1 else 1
         kept += each * count_parameters(model).low / shards
     peak = memory.allocated - memory.parts["activations"] + kept
-    time = step_time(model, config, shape, levels, gpu, graph=graph, ranks=ranks)
+    ran = kernels_of(stage)
+    time = step_time(model, config, shape, levels, gpu, graph=graph, ranks=ranks, kernels=ran)
     return time.seconds, peak / GIB
+
+
+def kernels_of(stage: Found) -> Kernels:
+    """Those that ran, by what only later runs note."""
+    return KERNELS if {"update_seconds", "whole_steps"} & stage.keys() else FIRST
 
 
 def plans(graphs: Found, eager: Found, deep: Found) -> str:
@@ -332,7 +339,7 @@ def _split(graphs: Found) -> str:
     if "load" not in stage:  # zero writers
         gpu = replace(gpu, under_load=gpu.products)
     levels = [level for level, count in stage["recompute"].items() for _ in range(count)]
-    time = step_time(network(400), config, shape, levels, gpu)
+    time = step_time(network(400), config, shape, levels, gpu, kernels=kernels_of(stage))
     ideal = stage["mfu"] * stage["seconds"]
     products = time.parts["matrix products"]
     best = products * gpu.products / gpu.peak

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from performance_parts import markdown
+from performance_parts import kernels_of, markdown
 
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.presets import get_preset
@@ -177,7 +177,8 @@ def _pieces(stage: Found, plan: StepPlan, wrong: bool) -> str:
         length=stage["length"],
         pieces=stage["samples"] // stage["piece"],
     )
-    time = step_time(preset.model, preset.train, shape, levels, GPUS["h200"])
+    ran = kernels_of(stage)
+    time = step_time(preset.model, preset.train, shape, levels, GPUS["h200"], kernels=ran)
     attention = (
         "Attention ran with the kernel for zero keys that was wrong ([below](#padded-text)), in "
         "the same time.\n"
@@ -272,7 +273,8 @@ def _recompute_seconds(stage: Found, levels: list[Recompute] | None) -> float:
     preset = get_preset("mvsplit-1000l-h200")
     pieces = stage["samples"] // stage["piece"]
     shape = Shape(samples=stage["piece"], length=stage["length"], pieces=pieces)
-    time = step_time(preset.model, preset.train, shape, found, GPUS["h200"])
+    ran = kernels_of(stage)
+    time = step_time(preset.model, preset.train, shape, found, GPUS["h200"], kernels=ran)
     return time.parts["recompute"]
 
 

@@ -1,7 +1,7 @@
 """The time of a training step by part, on a GPU: a model of a block's kernels, added up.
 
-Where its constants come from (files of benchmarks/results, all of one NVIDIA H200). None is fitted
-to the time of a step; that is what the model is tested against.
+How long the kernels take is in `kernel_times`, and what a GPU can do in `gpus`. Of the constants
+here and there none is fitted to the time of a step; that is what the model is tested against.
 
 | constant | from |
 |---|---|
@@ -9,11 +9,6 @@ to the time of a step; that is what the model is tested against.
 | `Gpu.under_load` | the same of a block that has been running for seconds, of what its other kernels and nodes leave, `step_classes_h200`: random numbers, clock held down by the card's power |
 | `_TILE` | the same profile: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
-| `_ATTENTION` | cuDNN's attention, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
-| `_ROUNDED` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
-| `_MERGE` | merges in the profile (8,320 tokens) and in `fused_ops_merge_h200` |
-| `_PASSES` | the other element-wise kernels: bytes that have to move, times what the profile took more |
-| `_KERNELS` | counts of the profile |
 | `LAUNCH` | wall time of a block in the profile, where it is longer than its kernels |
 | `_NODE` | an assumption: what a kernel in a CUDA graph costs beside its work |
 | `_UNIT` | an assumption: what FSDP2 costs the CPU, a unit and pass (pytorch issue 173680) |
@@ -34,36 +29,18 @@ from mvsplit.models import DiTConfig
 from mvsplit.residuals import PostNorm, build_rule
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.gpus import Gpu
+from mvsplit.training.kernel_times import COPY, KERNELS, Kernels
 from mvsplit.training.memory_plan import cast_bytes
 from mvsplit.training.step_memory import count_parameters, runs_as_one_node
 
-_COPY = 4.25e12  # bytes/s of the GPU that all of this was measured on
 _WIDTH = 1024
 
 # Rate of a block's products over that at 8,448 tokens; below, it falls with the tokens.
 _FEW_TOKENS = ((576, 0.43), (1024, 0.64), (4224, 0.95), (8448, 1.0))
 _PROFILED = 8320  # tokens of the profile
 _TILE = (256, 128)  # of its products, as the names of their kernels say
-_ROUNDED = 64
-# For each token of D = 1024 forward and backward; FLOP/s of long samples (T = 512).
-_ATTENTION = {"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)}
-# (n at D = 1024, forward, backward) of one merge with means.
-_MERGE = (
-    (288, 8.0e-6, 11.4e-6),
-    (8320, 41.0e-6, 46.9e-6),
-    (20480, 57.4e-6, 82.3e-6),
-    (32768, 85.1e-6, 125.0e-6),
-)
-# Passes over [n, D] or [n, F] in bf16, and the time over that of a copy of as many bytes.
-_PASSES = {
-    "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
-    "rotation": {"forward": (6, 1.20), "backward": (8, 1.30)},
-    "swiglu": {"forward": (3, 1.07), "backward": (6, 1.02)},
-    "other": {"forward": (2, 1.0), "backward": (5, 1.0)},
-}
 _CAST = 1.32  # time of the casts of fp32 weights over that of their bytes
-_KERNELS = {"forward": 11, "backward": 27, "casts": 8}
-_AGAIN = {"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": _KERNELS["forward"] - 2}
+_CASTS = 8  # kernels that cast the fp32 weights of a block
 _NODE = 1.3e-6
 LAUNCH = 2.65e-3  # of a block, forward and backward, kernels launched one by one
 _FORWARD_SHARE = 1 / 3  # of `LAUNCH`: backward has twice the operations
@@ -130,6 +107,7 @@ def step_time(
     *,
     ranks: int = 1,
     graph: bool = True,
+    kernels: Kernels = KERNELS,
 ) -> StepTime:
     """The time of a step.
 
@@ -137,9 +115,10 @@ def step_time(
         levels: what the backward of each block computes again.
         ranks: GPUs that the network lies on, by `train.parallel`; `auto` counts as replicated.
         graph: whether pieces are replayed as CUDA graphs, where the network is not sharded.
+        kernels: those that run, or ran.
     """
     low = config.precision == "bf16"
-    each = _Block(model, config, shape, gpu)
+    each = _Block(model, config, shape, gpu, kernels)
     depth = model.depth
     parts = {
         "matrix products": depth * each.all_products(),
@@ -152,9 +131,9 @@ def step_time(
     sharded = ranks > 1 and config.parallel.layout == "shard"
     graphs = graph and not sharded
     parts["graph nodes" if graphs else WAITING] = (
-        _node_time(model, config, levels)
+        _node_time(model, config, levels, kernels)
         if graphs
-        else max(0.0, _launch_time(model, config, levels, sharded) - busy)
+        else max(0.0, _launch_time(model, config, levels, sharded, kernels) - busy)
     )
     share = shape.samples * shape.pieces if shape.share is None else shape.share
     parts = {name: shape.pieces * seconds for name, seconds in parts.items()}
@@ -179,8 +158,10 @@ def step_time(
 class _Block:
     """The time of a block's kernels for one piece."""
 
-    def __init__(self, model: DiTConfig, config: TrainConfig, shape: Shape, gpu: Gpu) -> None:
-        self.model, self.gpu, self.shape = model, gpu, shape
+    def __init__(
+        self, model: DiTConfig, config: TrainConfig, shape: Shape, gpu: Gpu, kernels: Kernels
+    ) -> None:
+        self.model, self.gpu, self.shape, self.kernels = model, gpu, shape, kernels
         self.low = config.precision == "bf16"
         self.matrices = cast_bytes(model) // 2  # elements
         packed = (model.heads + 2 * model.groups) * model.head_width
@@ -218,9 +199,9 @@ class _Block:
 
     def attention(self, way: str) -> float:
         """Grows with the tokens while samples are short, with their square where they are long."""
-        each, rate = _ATTENTION[way]
+        each, rate = self.kernels.attention[way]
         width, length = self.model.width, self.shape.length
-        length += -length % _ROUNDED
+        length += -length % self.kernels.rounded
         n = self.shape.samples * length
         flops = (4 if way == "forward" else 10) * n * length * width
         slower = _REFERENCE_PRODUCTS / (self.gpu.products if self.low else self.gpu.products_fp32)
@@ -237,7 +218,7 @@ class _Block:
         if self._scaled:
             return self._pass("scaled merge", way, self.model.width)
         column = 1 if way == "forward" else 2
-        rows = [(row[0], row[column]) for row in _MERGE]
+        rows = [(row[0], row[column]) for row in self.kernels.merge]
         n = self.shape.tokens * self.model.width / _WIDTH
         return _merge_seconds(rows, n) * self._slower()
 
@@ -261,12 +242,12 @@ class _Block:
         return _CAST * 2 * 6 * self.matrices / self.gpu.copy
 
     def _pass(self, name: str, way: str, width: int) -> float:
-        passes, slower = _PASSES[name][way]
-        return slower * passes * 2 * self.shape.tokens * width / _COPY * self._slower()
+        passes, slower = self.kernels.passes[name][way]
+        return slower * passes * 2 * self.shape.tokens * width / COPY * self._slower()
 
     def _slower(self) -> float:
         """Of this GPU and precision, beside that of the measurements."""
-        return _COPY / self.gpu.copy * (1 if self.low else 2)
+        return COPY / self.gpu.copy * (1 if self.low else 2)
 
 
 _REFERENCE_PRODUCTS = 784e12  # of the GPU that attention was measured on
@@ -301,18 +282,24 @@ def _between(rows: Sequence[tuple[float, float]], x: float) -> float:
     return low + (high - low) * (x - a) / (b - a)
 
 
-def _node_time(model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute]) -> float:
+def _node_time(
+    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], kernels: Kernels
+) -> float:
     """What lies between the kernels of a graph, for one piece."""
     casts = config.weights == "fp32" and config.precision == "bf16"
-    count = _KERNELS["forward"] + _KERNELS["backward"] + (_KERNELS["casts"] if casts else 0)
-    return _NODE * (model.depth * count + sum(_AGAIN[level] for level in levels))
+    count = kernels.forward + kernels.backward + (_CASTS if casts else 0)
+    return _NODE * (model.depth * count + sum(kernels.again[level] for level in levels))
 
 
 def _launch_time(
-    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], sharded: bool
+    model: DiTConfig,
+    config: TrainConfig,
+    levels: Sequence[Recompute],
+    sharded: bool,
+    kernels: Kernels,
 ) -> float:
     """What the CPU takes to launch a piece's kernels one by one."""
-    again = sum(_AGAIN[level] for level in levels) / _AGAIN["all"] * _FORWARD_SHARE
+    again = sum(kernels.again[level] for level in levels) / kernels.again["all"] * _FORWARD_SHARE
     units = math.ceil(model.depth / config.parallel.unit) if sharded else 0
     return LAUNCH * (model.depth + again) + 2 * _UNIT * units
 

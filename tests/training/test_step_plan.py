@@ -16,6 +16,7 @@ from mvsplit.presets import PRESETS, get_preset
 from mvsplit.residuals import RULES, RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.gpus import GIB, GPUS, find_gpu
+from mvsplit.training.kernel_times import FIRST
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.parallelize import lower_weights
@@ -26,7 +27,7 @@ from mvsplit.training.step_memory import (
     step_memory,
 )
 from mvsplit.training.step_plan import Sample, plan_step, sample_of
-from mvsplit.training.step_time import _KERNELS, _NODE, LAUNCH, Shape, model_flops, step_time
+from mvsplit.training.step_time import _NODE, LAUNCH, Shape, model_flops, step_time
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = GPUS["h200"]
@@ -82,7 +83,9 @@ def test_time_is_within_fifteen_percent_of_the_measured(name):
     samples = found.get("piece", 26)
     shape = Shape(samples=samples, length=320, pieces=found["samples"] // samples)
     levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    time = step_time(measured_network(depth), train(weights), shape, levels, IDLE, graph=graph)
+    time = step_time(
+        measured_network(depth), train(weights), shape, levels, IDLE, graph=graph, kernels=FIRST
+    )
     assert time.seconds == pytest.approx(found["seconds"], rel=0.15)
     assert time.mfu == pytest.approx(found["mfu"] * found["seconds"] / time.seconds, rel=1e-3)
 
@@ -107,7 +110,7 @@ def test_the_rate_under_load_is_that_of_one_block():
     for name in ("29 × (256+32 masked), nothing", "14 × (256+32 masked), nothing"):
         kinds = rows[name]["by_kind_us"]
         others = sum(us for kind, us in kinds.items() if kind != "matrix products")
-        nodes = 1e6 * _NODE * (_KERNELS["forward"] + _KERNELS["backward"])
+        nodes = 1e6 * _NODE * (FIRST.forward + FIRST.backward)
         flops = 6 * count_parameters(measured_network(1)).low * rows[name]["tokens"]
         found.append(flops / (rows[name]["us"] - others - nodes) * 1e6)
     assert sum(found) / 2 == pytest.approx(H200.under_load, rel=0.01)
@@ -168,7 +171,7 @@ def test_constants_are_those_of_the_profile():
     copies = [result(f"fused_ops_{n}_h200_2026-11-22.json") for n in ("merge", "others")]
     assert [c["copy_bytes_per_second"] for c in copies] == pytest.approx([H200.copy] * 2, rel=0.01)
     shape = Shape(samples=26, length=320, pieces=1)
-    time = step_time(model, train(), shape, ["nothing"], IDLE, graph=False)
+    time = step_time(model, train(), shape, ["nothing"], IDLE, graph=False, kernels=FIRST)
     groups = ("split_merge", "swiglu", "qk_norm", "Memset", "at::native::", "scaled")
     small = sum(us for name, _, us in kernels if any(g in name for g in groups))
     modelled = time.parts["element-wise kernels"] + time.parts["casts of weights"]
@@ -331,7 +334,7 @@ def test_two_gpus_take_what_was_measured(weights):
     assert as_it_was(memory, model, step, weights, 2) / GIB == pytest.approx(
         step["peak_gib"], rel=0.02
     )
-    time = step_time(model, config, shape, memory.levels, IDLE, ranks=2)
+    time = step_time(model, config, shape, memory.levels, IDLE, ranks=2, kernels=FIRST)
     assert time.seconds == pytest.approx(step["seconds"], rel=0.05)
     assert time.tokens_per_second == pytest.approx(step["tokens_per_second"], rel=0.05)
 

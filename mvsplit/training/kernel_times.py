@@ -1,0 +1,70 @@
+"""How long the kernels of a block take beside its matrix products, as measured on an NVIDIA H200.
+
+Where the constants come from (files of benchmarks/results):
+
+| constant | from |
+|---|---|
+| `attention` | cuDNN's, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
+| `rounded` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
+| `merge` | merges in the profile of `train_step_eager_h200` (8,320 tokens) and in `fused_ops_merge_h200` |
+| `passes` | the other element-wise kernels: bytes that have to move, times what the profile took more |
+| `forward`, `backward`, `again` | counts of the profile |
+
+Shapes: n tokens of a piece. Units: seconds.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mvsplit.kernels.block_parts import Recompute
+
+COPY = 4.25e12  # bytes/s of the GPU that all of this was measured on
+Passes = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Of one state of this package.
+
+    Attributes:
+        attention: by direction, for each token of D = 1024, and FLOP/s of long samples (T = 512).
+        rounded: what the tokens of a sample count as a multiple of, in attention.
+        merge: n at D = 1024, forward and backward of one merge with means.
+        passes: by kind and direction, passes over [n, D] or [n, F] in bf16, and the time over that
+            of a copy of as many bytes.
+        forward, backward: how many there are.
+        again: how many of them backward runs again.
+    """
+
+    attention: Passes
+    rounded: int
+    merge: Sequence[tuple[int, float, float]]
+    passes: Mapping[str, Passes]
+    forward: int
+    backward: int
+    again: Mapping[Recompute, int]
+
+
+# Those of the runs before 2026-11-29.
+FIRST = Kernels(
+    attention={"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)},
+    rounded=64,
+    merge=(
+        (288, 8.0e-6, 11.4e-6),
+        (8320, 41.0e-6, 46.9e-6),
+        (20480, 57.4e-6, 82.3e-6),
+        (32768, 85.1e-6, 125.0e-6),
+    ),
+    passes={
+        "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
+        "rotation": {"forward": (6, 1.20), "backward": (8, 1.30)},
+        "swiglu": {"forward": (3, 1.07), "backward": (6, 1.02)},
+        "other": {"forward": (2, 1.0), "backward": (5, 1.0)},
+    },
+    forward=11,
+    backward=27,
+    again={"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": 9},
+)
+KERNELS = FIRST
