@@ -33,8 +33,7 @@ from step_parts import Size, Trainer, free, keep_busy, synchronise
 
 from mvsplit.kernels import attention
 from mvsplit.kernels.block_parts import Recompute
-from mvsplit.kernels.fused import qk_norm_rope, swiglu_product
-from mvsplit.kernels.fused.block import _Aside
+from mvsplit.kernels.fused import qk_norm_rope
 from mvsplit.kernels.hopper import merge_choice
 from mvsplit.training import TrainConfig
 from mvsplit.training.step import add_gradients
@@ -45,7 +44,6 @@ WARM, MEASURED = 1.0, 1.4  # seconds under load
 KINDS = {  # the first whose word is in a kernel's name
     "zero keys": ("zero_keys", "lost_rows"),
     "attention": ("unit_attention", "sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
-    "product with SwiGLU": ("swiglu_product",),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk"),
     "merges": ("merge",),
     "SwiGLU": ("swiglu",),
@@ -58,13 +56,11 @@ def _two_launches(*_: Any) -> str:
     return "left out to see what it gives"
 
 
-# What can be left out, or tried: the attribute that is replaced, and what by.
+# What can be left out: the attribute that is replaced, and what by.
 WAYS: dict[str, tuple[Any, str, Any]] = {
     "merge without clusters": (merge_choice, "obstacle", _two_launches),
-    "SwiGLU apart from products": (swiglu_product, "candidates", lambda *_: {}),
     "attention by libraries": (attention, "_UNIT_HEADS", {}),
     "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
-    "gradients of matrices beside": (_Aside, "on", True),
 }
 
 
@@ -77,7 +73,6 @@ def changed(way: str) -> Iterator[None]:
     owner, name, value = WAYS[way]
     with (
         mock.patch.object(owner, name, value),
-        mock.patch.object(swiglu_product, "_chosen", {}),
         mock.patch.object(attention, "_chosen", {}),
         mock.patch.object(attention, "remember"),  # no choice for later processes
     ):
@@ -111,7 +106,7 @@ def rows() -> list[Row]:
     found += [short(18, level="packed")]
     found += [long(way=way) for way in WAYS]
     found += [short(16, level="packed"), short(16, level="attention")]
-    found += [short(16, level="packed", way=way) for way in (*WAYS,)[:3]]
+    found += [short(16, level="packed", way=way) for way in WAYS]
     return found
 
 

@@ -32,7 +32,6 @@ NO_SMALL = ("masked_attention", "fused_ops_merge")  # run on a GPU only
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/kernels/test_hopper_merge.py",
-    "tests/kernels/test_swiglu_product.py",
     "tests/kernels/test_triton_attention_ffn.py",
     "tests/kernels/test_low_adamw.py",
     "tests/kernels/test_split_adamw.py",
@@ -60,9 +59,7 @@ class Work:
 
 _LONG = "26 × (256+64), nothing"
 _WAYS = (
-    "SwiGLU apart from products",
     "attention by libraries",
-    "gradients of matrices beside",
     "merge without clusters",
     "q, k, v copied",
 )

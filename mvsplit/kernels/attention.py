@@ -163,6 +163,7 @@ def _fastest(
         except Exception as error:  # it does not take such inputs, or its kernels do not compile
             _logger.debug("attention %s: %s", name, error)
             refused[name] = error
+    torch.cuda.empty_cache()  # activations are to come, and would leave holes in what is cached
     if not times:
         raise RuntimeError(f"no attention kernel takes {list(q.shape)} {q.dtype}: {refused}")
     best = min(times, key=lambda name: times[name])

@@ -161,6 +161,9 @@ class Planner:
         if tokens <= self._tokens or self._device.type != "cuda":
             return
         self._tokens = tokens
+        # What was freed while the network was built lies about in pieces that no activation fills:
+        # at 1000 layers they cost 4 GiB.
+        torch.cuda.empty_cache()
         allowed = allowed_bytes(self._device)
         allowed -= exchange_bytes(self._model, self._config, world())
         if self._config.recompute != "auto":

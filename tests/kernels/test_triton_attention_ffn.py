@@ -58,8 +58,8 @@ def test_qk_norm_rope(case, device):
 
 @pytest.mark.parametrize("case", HEADS, ids=str)
 def test_qk_norm_rope_in_place(case, device):
-    """Bit for bit what the other kernel writes, where the projection was; the rest of a larger
-    tensor stays as it is."""
+    """What the other kernel writes, where the projection was; the rest of a larger tensor stays as
+    it is. A GPU may fuse other multiply-adds: the last bit of a few may differ."""
     from mvsplit.kernels.fused.qk_norm_rope import _forward_op, qk_norm_rope_
 
     heads, kv_heads, half, tokens, dtype = case
@@ -70,7 +70,10 @@ def test_qk_norm_rope_in_place(case, device):
     beside = whole[..., packed:].clone()
     qkv = whole[..., :packed]
     found = qk_norm_rope_(qkv, *tables, heads, kv_heads, 1e-6)
-    assert all(map(torch.equal, found, wanted))
+    last_bit = torch.finfo(dtype).eps
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=last_bit, atol=last_bit / 64)
+    assert torch.equal(found[2], wanted[2])
     assert all(t.untyped_storage().data_ptr() == whole.data_ptr() for t in found[:3])
     assert torch.equal(whole[..., packed:], beside)
 

@@ -24,7 +24,6 @@ Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,7 +41,6 @@ from mvsplit.kernels.block_parts import (
 )
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
-from mvsplit.kernels.fused.swiglu_product import swiglu_product_backward
 from mvsplit.kernels.reference import Gain, Gains
 
 
@@ -128,41 +126,6 @@ def _completed(
     return _Kept(attended, y, first, packed, f, second)
 
 
-class _Aside:
-    """Gradients of a block's matrices on a stream beside the block's own: nothing waits for them
-    until the block is done, and their tiles fill what other kernels leave of the GPU when they
-    begin and end. What they read is held until then.
-
-    Attributes:
-        on: whether there is such a stream (GPU).
-    """
-
-    on = False
-
-    def __init__(self, x: Tensor) -> None:
-        self._stream = _stream_beside(x.device.index) if self.on and x.is_cuda else None
-        self._held: list[Any] = []
-
-    def add_product(self, target: Tensor, a: Tensor, b: Tensor) -> None:
-        if self._stream is None:
-            _add_product(target, a, b)
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            _add_product(target, a, b)
-        self._held.append((a, b))
-
-    def join(self) -> None:
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            self._held.clear()
-
-
-@cache
-def _stream_beside(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
     """target += a·b, of the products' own precision or, for an fp32 target, without rounding the
     product to it."""
@@ -174,14 +137,14 @@ def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
         target.addmm_(a.to(target.dtype), b.to(target.dtype))
 
 
-def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, adds: _Aside | None) -> Tensor | None:
+def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor, adds: bool) -> Tensor | None:
     """∇W = Σ_t δ_t y_tᵀ (Eq. 5): added to what `weight.grad` holds, or returned. grad [B, T, E], x
     [B, T, D] → [E, D]."""
     if not weight.requires_grad:
         return None
     a, b = grad.flatten(0, 1).mT, x.flatten(0, 1)
-    if adds is not None and weight.grad is not None and not has_gradient_hooks(weight):
-        adds.add_product(weight.grad, a, b)
+    if adds and weight.grad is not None and not has_gradient_hooks(weight):
+        _add_product(weight.grad, a, b)
         return None
     return (a @ b).to(weight.dtype)
 
@@ -234,37 +197,32 @@ class _Block(torch.autograd.Function):
         ctx.inner = None  # so that what is used up is freed along the way
         low = _cast(weights, x)
         kept = _completed(kept, x, low, merges, s)
-        aside = _Aside(x) if s.adds else None
-        grad, of_f, grad_w13, grad_w2 = _ffn_backward(
-            grad, out, kept, weights, low, merges[1], aside
-        )
+        grad, of_f, grad_w13, grad_w2 = _ffn_backward(grad, out, kept, weights, low, merges[1], s)
         kept = kept._replace(packed=None, f=None)
         grad, of_a, grad_qkv, grad_proj = _attention_backward(
-            grad, x, kept, weights, low, merges[0], s, aside
+            grad, x, kept, weights, low, merges[0], s
         )
-        if aside is not None:
-            aside.join()
         of_gains = _gain_gradients((*merges[0].gains, *merges[1].gains), (*of_a, *of_f), s.adds)
         return grad, None, None, grad_qkv, grad_proj, grad_w13, grad_w2, *of_gains
 
 
 def _ffn_backward(
     grad: Tensor, out: Tensor, kept: _Kept, weights: BlockWeights, low: BlockWeights, merge: Merge,
-    aside: _Aside | None,
+    s: BlockSettings,
 ) -> tuple[Tensor, tuple[Any, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """∂L/∂Y of the trunk between the branches; gradients of the gains, of W13 and of W2."""
     assert kept.packed is not None
     assert kept.y is not None
     of = merge_backward(grad, out, kept.f, kept.second, merge)
-    grad_packed, hidden = swiglu_product_backward(of.f, low.w2, kept.packed)
-    grad_w2 = _weight_gradient(weights.w2, of.f, hidden, aside)
-    grad_w13 = _weight_gradient(weights.w13, grad_packed, kept.y, aside)
+    grad_packed, hidden = swiglu.swiglu_backward(of.f @ low.w2, kept.packed)
+    grad_w2 = _weight_gradient(weights.w2, of.f, hidden, s.adds)
+    grad_w13 = _weight_gradient(weights.w13, grad_packed, kept.y, s.adds)
     return _add_input_gradient(of.x, grad_packed, low.w13), of[2:], grad_w13, grad_w2
 
 
 def _attention_backward(
     grad: Tensor, x: Tensor, kept: _Kept, weights: BlockWeights, low: BlockWeights, merge: Merge,
-    s: BlockSettings, aside: _Aside | None,
+    s: BlockSettings,
 ) -> tuple[Tensor, tuple[Any, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """∂L/∂X of the block's input; gradients of the gains, of W_QKV and of W_O."""
     assert kept.attended is not None
@@ -272,12 +230,12 @@ def _attention_backward(
     assert kept.first is not None
     q, k, v, r, mixed, f = kept.attended
     of = merge_backward(grad, kept.y, f, kept.first, merge)
-    grad_proj = _weight_gradient(weights.proj, of.f, kept.attended.mixed, aside)
+    grad_proj = _weight_gradient(weights.proj, of.f, kept.attended.mixed, s.adds)
     upstream = (of.f @ low.proj).unflatten(-1, (s.heads, -1)).transpose(1, 2)
     with torch.enable_grad():
         grads = torch.autograd.grad(mixed, (q, k, v), upstream)
     grad_qkv = qk_norm_rope._backward_op(*grads, q.detach(), k.detach(), r, s.cos, s.sin)
-    grad_w = _weight_gradient(weights.qkv, grad_qkv, x, aside)
+    grad_w = _weight_gradient(weights.qkv, grad_qkv, x, s.adds)
     return _add_input_gradient(of.x, grad_qkv, low.qkv), of[2:], grad_w, grad_proj
 
 
