@@ -41,7 +41,7 @@ check(zero_keys.lost_rows_kernel, types, sizes | {"KEYS": 32})
 check(split_adamw.split_adamw_kernel, types, {"BLOCK": 2048}, 8)
 codes = {"p_code": "*u8", "p_scale": "*fp32", "p_power": "*u8", "p_base": "*i16"}
 blocks = {"BLOCK": 128, "ROWS": 16, "LARGEST": 480.0}
-blocks |= {"LEAST": 2.0**-126, "SPOILT": 32767, "STEPS": 12}
+blocks |= {"LEAST": 2.0**-126, "SPOILT": 32767, "STEPS": 12, "STEP": 2 ** (1 / 12) - 1}
 check(low_adamw.low_adamw_kernel, types | codes, blocks)
 for mask in ("*u8", "constexpr"):
     for t in unit_attention.TILES.values():

@@ -23,26 +23,19 @@ def _hash(x):
 
 
 @triton.jit
-def _power(exponent):
-    """2^exponent as fp32, from its bits."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _decode(code):
+    """Exponent and mantissa of a code, three bits further up those of an fp32, whose exponent has
+    another bias: 2^120 times as large. That holds for what is subnormal too."""
     c = code.to(tl.int32)
-    exponent = (c >> 3) & 15
-    mantissa = (c & 7).to(tl.float32)
-    value = tl.where(exponent > 0, (8 + mantissa) * _power(exponent - 10), mantissa * 0.001953125)
+    value = ((c & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where(c >= 128, -value, value)
 
 
 @triton.jit
 def _encode(x, chance):
-    a = tl.abs(x)
-    exponent = tl.maximum((a.to(tl.int32, bitcast=True) >> 23) - 127, -6)
-    count = a * _power(3 - exponent) + (chance.to(tl.float32) + 0.5) / 256
-    code = ((exponent + 7) << 3) + tl.floor(count).to(tl.int32) - 8
+    """The other way; the 20 bits that a code leaves out are rounded by 8 bits of chance."""
+    bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    code = (bits + (chance.to(tl.int32) << 12) + 2048) >> 20
     return (code + tl.where(x < 0, 128, 0)).to(tl.uint8)
 
 
@@ -61,52 +54,72 @@ def _fraction(k, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _encode_powers(x, chance, LEAST: tl.constexpr, SPOILT: tl.constexpr, STEPS: tl.constexpr):
-    """Codes [ROWS, BLOCK] and bases [ROWS]."""
-    bad = tl.sum(((x != x) | (x == float("inf"))).to(tl.int32), 1) > 0
-    sound = tl.where(bad[:, None], 1.0, tl.maximum(x, LEAST))
-    lower = tl.floor(tl.log2(sound) * STEPS).to(tl.int32)
+def _log2(x):
+    """Of a normal number, but for 1.4e-5, which is 2e-4 of a step: a polynomial of its mantissa."""
+    bits = x.to(tl.int32, bitcast=True)
+    m = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1
+    y = 0.0439286278 * m - 0.189832447
+    y = y * m + 0.411561482
+    y = y * m - 0.707253434
+    y = y * m + 1.44159208
+    return ((bits >> 23) - 127).to(tl.float32) + (y * m + 1.4390930e-5)
+
+
+@triton.jit
+def _encode_powers(x, spoilt, chance, LEAST: tl.constexpr, SPOILT: tl.constexpr,
+                   STEPS: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """Codes [ROWS, BLOCK] and bases [ROWS]; `spoilt` [ROWS]: whether something is not finite."""
+    sound = tl.where(spoilt[:, None], 1.0, tl.maximum(x, LEAST))
+    lower = tl.floor(_log2(sound) * STEPS).to(tl.int32)
     low = _fraction(lower, STEPS)
-    high = _fraction(lower + 1, STEPS)
-    raised = (sound - low) / (high - low) > (chance.to(tl.float32) + 0.5) / 65536
+    # Whether the share of the step h·low that x is above low exceeds a random number.
+    raised = sound - low > (chance.to(tl.float32) + 0.5) * (low * (STEP / 65536))
     base = tl.max(lower, 1) + 1 - 255
     code = lower + raised.to(tl.int32) - base[:, None]
     code = tl.where(x == 0, 0, tl.minimum(tl.maximum(code, 1), 255))
-    return code.to(tl.uint8), tl.where(bad, SPOILT, base).to(tl.int16)
+    return code.to(tl.uint8), tl.where(spoilt, SPOILT, base).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=["update", "rows"])
 def low_adamw_kernel(
     p_w, p_g, p_code, p_scale, p_power, p_base, decay, rate, correction, beta1, beta2, rest1, rest2,
     eps, update, rows, BLOCK: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr,
-    LEAST: tl.constexpr, SPOILT: tl.constexpr, STEPS: tl.constexpr,
+    LEAST: tl.constexpr, SPOILT: tl.constexpr, STEPS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """`rest1`, `rest2`: 1 − β, which fp32 would not give: of 1 − 0.999 it has five digits."""
+    """`rest1`, `rest2`: 1 − β, which fp32 would not give: of 1 − 0.999 it has five digits;
+    `correction`: 1/√(1 − β₂ⁿ). What a row has in common is computed once for it: a block of
+    elements has one high word, for instance, and a division is a product with an inverse."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    i = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    m = (row < rows)[:, None] & (i >= 0)
-    seed = _hash(update.to(tl.uint32))
-    chance = _hash((i & 0xFFFFFFFF).to(tl.uint32) ^ _hash((i >> 32).to(tl.uint32) + seed))
+    start = row * BLOCK
+    column = tl.arange(0, BLOCK)[None, :]
+    i = start[:, None] + column
+    m = (row < rows)[:, None] & (column >= 0)
+    high = _hash((start >> 32).to(tl.uint32) + _hash(update.to(tl.uint32)))
+    low_word = (start & 0xFFFFFFFF).to(tl.uint32)[:, None] + column.to(tl.uint32)
+    chance = _hash(low_word ^ high[:, None])
     g = tl.load(p_g + i, m, 0.0).to(tl.float32)
     scale = tl.load(p_scale + row, row < rows, 0.0)
     first = _decode(tl.load(p_code + i, m, 0)) * scale[:, None]
     first = beta1 * first + rest1 * g
-    base = tl.load(p_base + row, row < rows, 0).to(tl.int32)[:, None]
+    base = tl.load(p_base + row, row < rows, 0).to(tl.int32)
     code = tl.load(p_power + i, m, 0).to(tl.int32)
-    second = tl.where(code > 0, _fraction(base + code, STEPS), 0.0)
-    second = tl.where(base == SPOILT, float("nan"), second)
+    second = tl.where(code > 0, _fraction(base[:, None] + code, STEPS), 0.0)
+    second = tl.where((base == SPOILT)[:, None], float("nan"), second)
     second = beta2 * second + rest2 * g * g
     w = tl.load(p_w + i, m, 0.0).to(tl.float32) * decay
-    w -= rate * first / (tl.sqrt(second) / correction + eps)
+    w -= rate * first / (tl.sqrt(second) * correction + eps)
     tl.store(p_w + i, _round_to_bf16(w, chance & 0xFFFF), mask=m)
+    # max passes NaN over: of both moments, those elements are counted that are not finite.
+    bad = ((second != second) | (second == float("inf"))).to(tl.int32)
+    bad = tl.sum(bad + (first != first).to(tl.int32) * 65536, 1)
     scale = tl.max(tl.abs(first), 1) / LARGEST
-    lost = tl.sum((first != first).to(tl.int32), 1) > 0  # max passes NaN over
-    scale = tl.where(lost, float("nan"), scale)
+    scale = tl.where(bad > 65535, float("nan"), scale)
     tl.debug_barrier()  # a scale and a base are loaded by several threads
     tl.store(p_scale + row, scale, mask=row < rows)
-    safe = tl.where(scale > 0, scale, 1.0)
-    tl.store(p_code + i, _encode(first / safe[:, None], (chance >> 16) & 0xFF), mask=m)
-    code, base = _encode_powers(second, (chance >> 16) & 0xFFFF, LEAST, SPOILT, STEPS)
+    inverse = 1 / tl.where(scale > 0, scale, 1.0)
+    tl.store(p_code + i, _encode(first * inverse[:, None], (chance >> 16) & 0xFF), mask=m)
+    spoilt = (bad & 65535) > 0
+    code, base = _encode_powers(second, spoilt, chance >> 16, LEAST, SPOILT, STEPS, STEP)
     tl.store(p_power + i, code, mask=m)
     tl.store(p_base + row, base, mask=row < rows)
 
@@ -117,8 +130,9 @@ def low_adamw_(values: Tensor, grads: Tensor, state: LowState, settings: LowSett
     with torch.no_grad():
         low_adamw_kernel[(triton.cdiv(rows, _ROWS),)](
             values, grads, *state, 1 - s.lr * s.weight_decay, s.lr / (1 - s.beta1**s.update),
-            (1 - s.beta2**s.update) ** 0.5, s.beta1, s.beta2, 1 - s.beta1, 1 - s.beta2, s.eps,
+            (1 - s.beta2**s.update) ** -0.5, s.beta1, s.beta2, 1 - s.beta1, 1 - s.beta2, s.eps,
             s.update, rows,
             BLOCK=BLOCK, ROWS=_ROWS, LARGEST=LARGEST, LEAST=LEAST, SPOILT=SPOILT, STEPS=STEPS,
+            STEP=2 ** (1 / STEPS) - 1,
             num_warps=4,
         )  # fmt: skip
