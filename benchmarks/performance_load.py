@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from performance_parts import markdown
@@ -12,13 +13,26 @@ Found = dict[str, Any]
 KINDS = ("matrix products", "attention", "merges", "SwiGLU", "QK-norm and rotation")
 
 
+def together(results: Iterable[Found]) -> Found:
+    """The rows of step_classes, the latest of each name; `zero`: of one run, a block with writers
+    of zeros and the same with others."""
+    found: Found = {}
+    for result in results:
+        names = [name for name in result["rows"] if name.endswith(", zero writers")]
+        pairs = [(name, name.removesuffix(", zero writers")) for name in names]
+        pair = {"zero": [[result["rows"][n] for n in pair] for pair in pairs]} if pairs else {}
+        found = found | result | {"rows": found.get("rows", {}) | result["rows"]} | pair
+    return found
+
+
 def under_load(found: Found) -> str:
     """A block of the training step after seconds of work."""
     if not found.get("rows"):
         return ""
+    zeros = found if "zero" in found else together([found])
     rows = [_row(name, row) for name, row in found["rows"].items() if not _way(name)]
     head = ("samples × tokens, computed again", "µs a block", "µs a 1,000 tokens", "MHz", "W")
-    zero, full = (_of(found, ", zero writers"), _of(found, "(256+64), nothing"))
+    ((zero, full),) = zeros["zero"]
     gpu = GPUS["h200"]
     return f"""## What the card's power allows
 
@@ -59,10 +73,6 @@ def _changes(found: Found) -> str:
 What a change gives, under load: a block as it is, and with one thing otherwise.
 
 {markdown(head, lines)}"""
-
-
-def _of(found: Found, end: str) -> Found:
-    return next(row for name, row in found["rows"].items() if name.endswith(end))
 
 
 def _row(name: str, row: Found) -> list[str]:

@@ -43,15 +43,33 @@ def forms(found: Row, ops: list[Row]) -> str:
     again = _by_form(found["again"], "forward")["clusters", LONG]
     return f"""### The merge with means by form
 
-Its rows above are of the form *waiting*, which served alone then. Since then it has three, each direction
-timed by itself here ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)): *clusters* of blocks on
+Its rows above are of the form that serves. There are three, each direction timed by itself here, in an
+earlier run ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)): *clusters* of blocks on
 Hopper, which hold the rows of a segment in shared memory and read each tensor once, from 8,192 tokens on; *two
 launches* where the L2 cache holds X and F; else one launch of blocks that *wait* for each other. Before a cluster
 kernel serves on a machine it is compared with the formula there.
 
 {table}
 In another run of the same day the forward at 16 samples of 1024+256 took {again["us"]:.1f} µs, {again["us"] / again["floor_us"]:.2f} times its
-bytes. No training step has been timed with clusters yet.
+bytes. What clusters give in a training step: [below](#what-the-cards-power-allows).
+"""  # noqa: E501
+
+
+def tried_in_a_block(found: Row) -> str:
+    """Lines on what a block of the step was tried with, from `step_tried_h200`."""
+    block, product = found["block"], dict(found["swiglu_product"])
+    product.pop("what")
+    apart = product.pop("product, then a pass")
+    best, worst = min(product.values()), max(product.values())
+    base, beside = block["as it is"]["us"], block["gradients of matrices on a stream beside"]["us"]
+    again = abs(block["the same again"]["us"] / base - 1)
+    return f"""- SwiGLU's backward inside the product that makes its gradient, so that this gradient never goes to memory
+  ([figures](../benchmarks/results/step_tried_h200_2026-11-29.json)): a kernel of Triton's takes {best} to {worst} µs at 26 samples,
+  by its tiles, where the library's product and a pass over memory take {apart}. Tiles that leave room for two blocks, one of
+  which could multiply while the other moves bytes, are the slower ones: likely, not measured, because small tiles
+  read more of their operands from the L2 cache.
+- Gradients of the matrices on a stream beside, to fill what kernels leave of the GPU when they begin and end:
+  {base:.0f} → {beside:.0f} µs a block under load (the same block twice: ±{again:.1%}).
 """  # noqa: E501
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from performance_engine import engine
-from performance_load import under_load
-from performance_merges import forms, tried
+from performance_load import together, under_load
+from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import not_run
 from performance_parallel import several
-from performance_parts import distance, fused, ideas, plans, training
+from performance_parts import NAMES, distance, fused, ideas, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand
 from performance_watch import watch
 
@@ -57,7 +57,7 @@ def merged(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of fused_ops, the latest of each op and shape."""
     latest = {(r["op"], *r["shape"]): r for result in results for r in result["rows"]}
-    return list(latest.values())
+    return sorted(latest.values(), key=lambda row: list(NAMES).index(row["op"]))
 
 
 def ways_together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -70,14 +70,6 @@ def ways_together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of step_classes, the latest of each name."""
-    found: dict[str, Any] = {}
-    for result in results:
-        found = result | {"rows": found.get("rows", {}) | result["rows"]}
-    return found
-
-
 def page() -> str:
     ops = load("fused_ops_*h200_*.json")
     graphs = merged(load("train_step_h200_*.json"))
@@ -87,13 +79,14 @@ def page() -> str:
     recipe = merged(load("recipe_h200_*.json"))
     deep = merged(load("thousand_layers_h200_*.json"))
     clusters = merged(load("merge_clusters_h200_*.json"))
+    classes = together(load("step_classes_h200_*.json"))
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
     parts = (
         head,
         fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
         training(graphs, reference, merged(load("watch_cost_h200_*.json"))) + layers(graphs),
         thousand(deep),
-        under_load(together(load("step_classes_h200_*.json"))),
+        under_load(classes),
         masked(
             padded,
             *load("masked_attention_h200_*_first.json"),
@@ -101,7 +94,7 @@ def page() -> str:
         ),
         low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
         plans(graphs, eager, deep),
-        distance(graphs, eager, reference),
+        distance(graphs, eager, classes),
         engine(load("engine_h200_*.json")),
         watch(merged(load("watch_cost_h200_*.json"))),
         several(
@@ -115,7 +108,8 @@ def page() -> str:
             merged(load("merge_forms_h200_*.json")),
             clusters,
             *load("merge_clusters_h200_*_first.json"),
-        ),
+        )
+        + tried_in_a_block(*load("step_tried_h200_*.json")),
         not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
     )
     return "\n".join(part for part in parts if part)

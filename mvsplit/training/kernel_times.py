@@ -6,9 +6,11 @@ Where the constants come from (files of benchmarks/results):
 |---|---|
 | `attention` | cuDNN's, `reference_h200`: from 320 to 512 tokens it grows with the tokens, not with their square |
 | `rounded` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
-| `merge` | merges in the profile of `train_step_eager_h200` (8,320 tokens) and in `fused_ops_merge_h200` |
-| `passes` | the other element-wise kernels: bytes that have to move, times what the profile took more |
-| `forward`, `backward`, `again` | counts of the profile |
+| `merge` | `fused_ops_h200_…_merge`, and for two launches, which serve below 8,192 tokens, the profiles of `step_classes_h200` |
+| `passes` | the other element-wise kernels: bytes that have to move, times what such a profile took more |
+| `forward`, `backward`, `again` | counts of it |
+
+Those of `FIRST` are from the profile of `train_step_eager_h200` and `fused_ops_merge_h200_2026-11-22`.
 
 Shapes: n tokens of a piece. Units: seconds.
 """  # noqa: E501
@@ -67,4 +69,25 @@ FIRST = Kernels(
     backward=27,
     again={"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": 9},
 )
-KERNELS = FIRST
+# Since then: merges in clusters, queries and keys rotated in place, fewer fills.
+KERNELS = Kernels(
+    attention=FIRST.attention,
+    rounded=FIRST.rounded,
+    merge=(
+        (288, 6.3e-6, 10.5e-6),
+        (4608, 22.3e-6, 38.1e-6),
+        (8191, 32.7e-6, 49.7e-6),
+        (8320, 21.6e-6, 31.2e-6),
+        (20480, 41.8e-6, 67.3e-6),
+        (32768, 61.4e-6, 104.0e-6),
+    ),
+    passes={
+        "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
+        "rotation": {"forward": (4, 1.45), "backward": (8, 1.38)},
+        "swiglu": {"forward": (3, 1.08), "backward": (6, 1.02)},
+        "other": {"forward": (1, 1.0), "backward": (2, 1.0)},
+    },
+    forward=9,
+    backward=22,
+    again={"nothing": 0, "packed": 1, "attention": 4, "trunk": 5, "all": 7},
+)
