@@ -29,10 +29,8 @@ def under_load(found: Found) -> str:
     """A block of the training step after seconds of work."""
     if not found.get("rows"):
         return ""
-    zeros = found if "zero" in found else together([found])
     rows = [_row(name, row) for name, row in found["rows"].items() if not _way(name)]
     head = ("samples × tokens, computed again", "µs a block", "µs a 1,000 tokens", "MHz", "W")
-    ((zero, full),) = zeros["zero"]
     gpu = GPUS["h200"]
     return f"""## What the card's power allows
 
@@ -40,12 +38,23 @@ Blocks of D = 1024 forward and backward from a graph, after a second of the same
 then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths.
 
 {markdown((*head, *KINDS), rows)}
-The card's power, 700 W at most, holds its clock down in every row, least in the first: with random
-numbers a block takes {full["us"] / zero["us"] - 1:.0%} longer than where the writers are zero, as they are when training begins, and
-half of backward's products multiply zeros. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
+The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
 whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of times gain little
 (29 samples at 1000 layers were no faster than 32), and what takes energy takes time.
 {_changes(found)}"""  # noqa: E501
+
+
+def _zeros(found: Found) -> str:
+    """What writers of zeros are worth, of one run's rows."""
+    pairs = found.get("zero") or together([found]).get("zero")
+    if not pairs:
+        return ""
+    ((zero, full),) = pairs
+    return (
+        ", least in the first: with random\nnumbers a block takes "
+        f"{full['us'] / zero['us'] - 1:.0%} longer than where the writers are zero, as they are when "
+        "training begins, and\nhalf of backward's products multiply zeros"
+    )
 
 
 def _way(name: str) -> str:

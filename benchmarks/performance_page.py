@@ -21,7 +21,7 @@ from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import not_run
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans, training
-from performance_step import layers, low_precision, masked, more_ideas, thousand
+from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
 from performance_watch import watch
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +84,10 @@ def page() -> str:
     parts = (
         head,
         fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
-        training(graphs, reference, merged(load("watch_cost_h200_*.json"))) + layers(graphs),
-        thousand(deep),
+        training(graphs, reference, merged(load("watch_cost_h200_*.json")))
+        + updates(graphs)
+        + layers(graphs),
+        thousand(deep, load("thousand_layers_h200_*.json")),
         under_load(classes),
         masked(
             padded,

@@ -7,6 +7,7 @@ of the column.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from performance_parts import kernels_of, markdown
@@ -14,6 +15,7 @@ from performance_parts import kernels_of, markdown
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.presets import get_preset
 from mvsplit.training.gpus import GPUS
+from mvsplit.training.kernel_times import FIRST
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_plan import StepPlan, plan_step, sample_of
 from mvsplit.training.step_time import Shape, step_time
@@ -102,8 +104,9 @@ def _ratios(row: Found) -> list[float]:
     return [o / t for o, t in zip(ours, theirs, strict=True)]
 
 
-def thousand(found: Found) -> str:
-    """13.64 billion parameters on one GPU."""
+def thousand(found: Found, results: Sequence[Found] = ()) -> str:
+    """13.64 billion parameters on one GPU; `results`: all there are, of which the one with the most
+    steps says how the loss falls."""
     stage = found.get("thousand", {})
     if "seconds" not in stage:
         return ""
@@ -111,7 +114,6 @@ def thousand(found: Found) -> str:
     plan = plan_step(preset, GPUS["h200"], 1, sample_of(preset))
     again = ", ".join(f"{count} × {level}" for level, count in sorted(stage["recompute"].items()))
     samples = f"{stage['samples']} samples in pieces of {stage['piece']}"
-    fall = f"{stage['mean_of_first_5']:.3f} → {stage['mean_of_last_5']:.3f}"
     rows = [
         ["parameters", f"{stage['parameters']:,}"],
         ["a step", f"{stage['seconds']:.2f} s, {samples}"],
@@ -119,7 +121,7 @@ def thousand(found: Found) -> str:
         ["MFU", f"{stage['mfu']:.1%}; of the real tokens {stage['mfu_of_real_tokens']:.1%}"],
         ["peak, GiB", f"{stage['peak_gib']:.1f} ({stage['reserved_gib']:.1f} held by PyTorch)"],
         ["computed again", again],
-        ["loss", f"{fall}, first and last 5 of {stage['steps']} steps{_sizes(stage)}"],
+        ["loss", _loss(stage)],
         [
             "cold start",
             f"{stage['cold_start_seconds']:.0f} s from the process to the second step, as a graph",
@@ -148,14 +150,40 @@ def thousand(found: Found) -> str:
 `mvsplit train mvsplit-1000l-h200` by the run's own step: every parameter, clipping by the true global
 norm, {_bytes(stage)} bytes a parameter. Captions are padded to the longest of the batch, masked.
 
-{markdown(("", ""), rows)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
+{markdown(("", ""), rows)}{_again(stage)}{_longest(stage, results)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
 
 
-def _sizes(stage: Found) -> str:
-    """Of the batches that the steps were of."""
-    if "whole_steps" not in stage:
-        return " of one piece"
-    return f", the last {stage['whole_steps']} of the whole batch, the others of a piece"
+def _loss(stage: Found) -> str:
+    """How it falls, and of what batches the steps were."""
+    sizes = " of one piece"
+    if "whole_steps" in stage:
+        sizes = f", the last {stage['whole_steps']} of the whole batch, the others of a piece"
+    if stage["steps"] < 10:
+        first, last = stage["losses"][0], stage["losses"][-1]
+        return f"{first:.3f} → {last:.3f}, first and last of {stage['steps']} steps{sizes}"
+    first, last = stage["mean_of_first_5"], stage["mean_of_last_5"]
+    return f"{first:.3f} → {last:.3f}, first and last 5 of {stage['steps']} steps{sizes}"
+
+
+def _again(stage: Found) -> str:
+    """The share of the step that backward computes again, by the plan's model."""
+    if kernels_of(stage) is FIRST:  # `_pieces` says it
+        return ""
+    levels: list[Recompute] = [n for n, count in stage["recompute"].items() for _ in range(count)]
+    share = _recompute_seconds(stage, levels) / stage["seconds"]
+    return f"\nOf the step, {share:.0%} is what backward computes again.\n"
+
+
+def _longest(stage: Found, results: Sequence[Found]) -> str:
+    """The run with the most steps, where that is another one."""
+    runs = [r["thousand"] for r in results if "losses" in r.get("thousand", {})]
+    longest = max(runs, key=lambda run: len(run["losses"]), default=stage)
+    if len(longest["losses"]) <= len(stage["losses"]):
+        return ""
+    return (
+        f"An earlier run of more steps, in pieces of {longest['piece']} samples and with "
+        f"{_bytes(longest)} bytes a parameter: loss {_loss(longest)}.\n"
+    )
 
 
 def _bytes(stage: Found) -> int:
@@ -228,6 +256,22 @@ def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) ->
     if not lines:
         return ""
     return "## What low precision costs\n\n" + "\n\n".join(lines) + "\n"
+
+
+def updates(graphs: Found) -> str:
+    """What of a step follows the gradients."""
+    names = {"step bf16": "bf16", "step split": "two halves", "step fp32": "fp32"}
+    each = [
+        f"{1e3 * graphs[stage]['update_seconds']:.0f} ms ({name})"
+        for stage, name in names.items()
+        if "update_seconds" in graphs.get(stage, {})
+    ]
+    if not each:
+        return ""
+    return (
+        f"\nNorm, clipping and update take {', '.join(each)} of a step. The kernel for bf16 weights\n"
+        "has fewer instructions since, which was tested on the GPU, but not timed.\n"
+    )
 
 
 def layers(graphs: Found) -> str:
