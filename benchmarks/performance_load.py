@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from performance_parts import markdown
+from performance_parts import WAITS, markdown
 
 from mvsplit.training.gpus import GPUS
 
@@ -21,7 +21,8 @@ def together(results: Iterable[Found]) -> Found:
         names = [name for name in result["rows"] if name.endswith(", zero writers")]
         pairs = [(name, name.removesuffix(", zero writers")) for name in names]
         pair = {"zero": [[result["rows"][n] for n in pair] for pair in pairs]} if pairs else {}
-        found = found | result | {"rows": found.get("rows", {}) | result["rows"]} | pair
+        rows = {name: row | {"run": result["date"]} for name, row in result["rows"].items()}
+        found = found | result | {"rows": found.get("rows", {}) | rows} | pair
     return found
 
 
@@ -29,13 +30,16 @@ def under_load(found: Found) -> str:
     """A block of the training step after seconds of work."""
     if not found.get("rows"):
         return ""
+    if any("run" not in row for row in found["rows"].values()):  # one result alone
+        found = together([found])
     rows = [_row(name, row) for name, row in found["rows"].items() if not _way(name)]
-    head = ("samples × tokens, computed again", "µs a block", "µs a 1,000 tokens", "MHz", "W")
+    head = ("samples × tokens, computed again", "run", "µs a block", "a 1,000 tokens", "MHz", "W")
     gpu = GPUS["h200"]
     return f"""## What the card's power allows
 
 Blocks of D = 1024 forward and backward from a graph, after a second of the same: time, clock and power,
 then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths.
+Runs differ in their kernels; the last has those of today.
 
 {markdown((*head, *KINDS), rows)}
 The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
@@ -46,14 +50,14 @@ whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of tim
 
 def _zeros(found: Found) -> str:
     """What writers of zeros are worth, of one run's rows."""
-    pairs = found.get("zero") or together([found]).get("zero")
-    if not pairs:
+    if "zero" not in found:
         return ""
-    ((zero, full),) = pairs
+    ((zero, full),) = found["zero"]
+    more = full["us"] / zero["us"] - 1
     return (
-        ", least in the first: with random\nnumbers a block takes "
-        f"{full['us'] / zero['us'] - 1:.0%} longer than where the writers are zero, as they are when "
-        "training begins, and\nhalf of backward's products multiply zeros"
+        f", least in the first: with random\nnumbers a block took {more:.0%} longer than where the "
+        "writers are zero, as they are when training begins, and\nhalf of backward's products "
+        "multiply zeros"
     )
 
 
@@ -86,6 +90,9 @@ What a change gives, under load: a block as it is, and with one thing otherwise.
 
 def _row(name: str, row: Found) -> list[str]:
     load = row["load"]
-    kinds = [f"{row['by_kind_us'].get(kind, 0.0):.0f}" for kind in KINDS]
+    us = dict(row["by_kind_us"])
+    us["merges"] -= sum(t for kernel, t in row["by_kernel_us"].items() if WAITS in kernel)
+    kinds = [f"{us.get(kind, 0.0):.0f}" for kind in KINDS]
     each = [f"{row['us']:.0f}", f"{row['us_per_1000_tokens']:.0f}"]
-    return [name, *each, f"{load['sm_mhz']:.0f}", f"{load['watts']:.0f}", *kinds]
+    run = row["run"].replace("T", " ")
+    return [name, run, *each, f"{load['sm_mhz']:.0f}", f"{load['watts']:.0f}", *kinds]

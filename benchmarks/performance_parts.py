@@ -273,7 +273,7 @@ writers were zero, with products as fast as a card has them that power does not 
 # The distance that is left
 
 
-_WAITS = "split_merge_gains"  # begins while the kernel before it runs, and waits for its end
+WAITS = "split_merge_gains"  # begins while the kernel before it runs, and waits for its end
 
 
 def grouped(profile: Found) -> dict[str, float]:
@@ -281,8 +281,8 @@ def grouped(profile: Found) -> dict[str, float]:
     sums = dict.fromkeys(GROUPS, 0.0)
     for kernel, us in profile["by_kernel_us"].items():
         name = next(g for g, parts in GROUPS.items() if any(p in kernel for p in parts))
-        sums[name] += 0 if _WAITS in kernel else us
-    waits = sum(us for kernel, us in profile["by_kernel_us"].items() if _WAITS in kernel)
+        sums[name] += 0 if WAITS in kernel else us
+    waits = sum(us for kernel, us in profile["by_kernel_us"].items() if WAITS in kernel)
     sums[list(GROUPS)[-1]] += profile["kernels_us"] - waits - sum(sums.values())
     return sums
 

@@ -268,8 +268,9 @@ def updates(graphs: Found) -> str:
     ]
     if not each:
         return ""
+    shown = ", ".join(each)
     return (
-        f"\nNorm, clipping and update take {', '.join(each)} of a step. The kernel for bf16 weights\n"
+        f"\nNorm, clipping and update take {shown} of a step. The kernel for bf16 weights\n"
         "has fewer instructions since, which was tested on the GPU, but not timed.\n"
     )
 

@@ -81,7 +81,7 @@ def test_causes_add_up_to_the_measured_step():
         ("masked_attention_h200_2026-11-28.json", "| 164 | 178 (+8%) |"),
         ("thousand_layers_h200_2026-11-28.json", "| MFU | 36.7%;"),
         ("thousand_layers_h200_2026-11-29_late.json", "2.177 → 1.720, first and last of 7 steps"),
-        ("step_classes_h200_2026-11-29.json", "a block takes 12% longer"),
+        ("step_classes_h200_2026-11-29.json", "a block took 12% longer"),
         (
             "step_classes_h200_2026-11-29_late.json",
             "| merge without clusters | 1507 | 1546 | +2.6% |",
