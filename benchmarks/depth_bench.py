@@ -11,7 +11,10 @@ more than that. --have FILE goes on from the rows in a file.
 a GPU is for: alone, a narrow network leaves it idle. Without it each run is a process, --workers at
 a time, with looks into its layers, task scores and the memory that it takes. Gate: before the first
 run a few short ones are trained on the device as one and alone, and must come to the same losses;
-or one of them twice.
+or one of them twice. `--gate only` does no more than that, each rule of --entries, and keeps what
+it found in --json; processes that start beside it say `--gate elsewhere`, and their rows count if
+it passes. --recompute has blocks compute again in backward what they would keep, which takes a
+fifth of the memory; --graph-or-nothing stops where a step cannot be recorded as a CUDA graph.
 
 `--time --json docs/experiments/results/depth-bench/timing-gpu.json` times steps instead, alone and
 side by side.
@@ -67,6 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--together", type=int, help="runs that are trained as one network")
+    parser.add_argument("--recompute", action="store_true", help="--together: blocks keep less")
+    parser.add_argument("--graph-or-nothing", action="store_true", help="--together: or an error")
+    parser.add_argument("--gate", choices=("first", "only", "elsewhere"), default="first")
     parser.add_argument("--have", type=Path, nargs="*", default=[], help="earlier --json files")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--depths", type=int, nargs="*", help="instead of those of the size")
@@ -91,10 +97,11 @@ def main() -> None:
     began = time.monotonic()
     part, parts = map(int, options.part.split("/"))
     entries = share(get_entries(options.entries), part, parts)
-    if options.together:
-        check_together(size, entries)
-    else:
-        check(size)
+    if options.gate == "only":
+        check_together(size, entries, options.json)
+        return
+    if options.gate == "first":
+        check_together(size, entries) if options.together else check(size)
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
@@ -113,8 +120,16 @@ def main() -> None:
     )
     if options.together:
         left = options.minutes and options.minutes - (time.monotonic() - began) / 60
-        limits = {"most": options.together, "minutes": left}
-        rows = study_together(options.out, size, entries, **limits, say=say)
+        rows = study_together(
+            options.out,
+            size,
+            entries,
+            most=options.together,
+            minutes=left,
+            recompute=options.recompute or None,
+            graph_or_nothing=options.graph_or_nothing,
+            say=say,
+        )
     else:
         rows = study.run(minutes=options.minutes)
     if options.json is not None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,13 +49,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=GPU.workers)
     parser.add_argument("--together", nargs="*", default=[], help="regimes that train as one")
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--recompute", action="store_true", help="--together: blocks keep less")
+    parser.add_argument("--gate", choices=("first", "elsewhere"), default="first")
     parser.add_argument("--check-only", choices=("cpu", "cuda"))
     options = parser.parse_args()
-    check(options.check_only or "cuda")
+    end = time.monotonic() + 60 * options.minutes
+    if options.gate == "first":
+        check(options.check_only or "cuda")
     if options.check_only:
         return
     options.json.mkdir(parents=True, exist_ok=True)
-    if options.together:
+    if options.together and options.gate == "first":
         rules = get_entries(["plain", "mvsplit-1", "layerscale-0.01", "hard-center"])
         check_together(replace(get_size("gpu"), width=GPU.regimes["start"].width), rules)
     study = Study(
@@ -62,14 +67,17 @@ def main() -> None:
         GPU,
         workers=options.workers,
         together=options.together,
+        recompute=options.recompute or None,
         say=lambda s: print(s, flush=True),
     )
     claims = [get_claim(name) for name in options.claims]
-    for result in study.run(claims, minutes=options.minutes):
-        path = options.json / f"{result['claim']}-gpu.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        minutes = sum(row["seconds"] for row in result["runs"]) / 60
-        print(f"{result['claim']:15} {result['verdict']:26} {minutes:.1f} minutes of runs")
+    for claim in claims:  # one after the other, so that a result is kept before the next begins
+        for result in study.run([claim], minutes=(end - time.monotonic()) / 60):
+            path = options.json / f"{result['claim']}-gpu.json"
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            minutes = sum(row["seconds"] for row in result["runs"]) / 60
+            words = f"{result['claim']:15} {result['verdict']:26} {minutes:.1f} minutes of runs"
+            print(words, flush=True)
     left = [claim.name for claim in claims if not study.complete(claim)]
     print(f"left: {', '.join(left) or 'nothing'}")
 

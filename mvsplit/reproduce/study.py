@@ -36,6 +36,8 @@ class Study:
         size: of the runs.
         workers: runs side by side; those of the size if None.
         together: regimes whose runs are trained as one (`mvsplit.reproduce.together`).
+        recompute: whether their blocks compute again what they would keep for backward; None where
+            memory is too short for that.
         say: is told of each run that has ended.
 
     Raises:
@@ -49,10 +51,11 @@ class Study:
         *,
         workers: int | None = None,
         together: Sequence[str] = (),
+        recompute: bool | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.size, self.workers, self.say = size, workers or size.workers, say
-        self.together = together
+        self.together, self.recompute = together, recompute
         if workers is not None and workers < 1:
             raise UserError(f"workers={workers}: must be at least 1")
         self.folder = Path(out) / size.name
@@ -128,9 +131,11 @@ class Study:
     def _train(self, todo: Sequence[Trial], end: float) -> None:
         began, done = time.monotonic(), 0
         for group in groups(todo, self.together):
-            if time.time() < end and run_trials(group, self.runs, end):
+            if time.time() < end and run_trials(group, self.runs, end, recompute=self.recompute):
                 self.say(f"{len(group)} runs as one ({time.monotonic() - began:.0f} s)")
         todo = [trial for trial in todo if not trial.finished(self.runs)]
+        if time.time() > end:  # no worker need start
+            return
         with worker_pool(self.workers) as pool:
             jobs: dict[Future[bool], Trial] = {
                 pool.submit(run_trial, t, self.runs, end): t for t in todo

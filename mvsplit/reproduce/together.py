@@ -35,7 +35,13 @@ def groups(trials: Iterable[Trial], regimes: Sequence[str]) -> list[list[Trial]]
     return list(found.values())
 
 
-def run_trials(trials: Sequence[Trial], folder: Path, end: float = math.inf) -> bool:
+def run_trials(
+    trials: Sequence[Trial],
+    folder: Path,
+    end: float = math.inf,
+    *,
+    recompute: bool | None = None,
+) -> bool:
     """Trains trials of one shape and family in their folders under `folder`, and says whether they
     came to their end; the time `end`, in seconds of the clock, stops them before, and leaves
     nothing."""
@@ -43,7 +49,9 @@ def run_trials(trials: Sequence[Trial], folder: Path, end: float = math.inf) -> 
     config = experiments[0].train
     looks = range(config.probe_every, config.steps + 1, config.probe_every)
     factors = [_factor(trial) for trial in trials]
-    training = Training(experiments, factors=factors, looks=looks)
+    # Without a graph such deep networks would take hours, not minutes.
+    how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": True}
+    training = Training(experiments, factors=factors, looks=looks, **how)
     if not training.run(end):
         return False
     seconds, floor = time.perf_counter() - began, token_floor(experiments[0])

@@ -171,7 +171,9 @@ class Ensemble:
         for layer, (attention, ffn) in enumerate(zip(gains[::2], gains[1::2], strict=True)):
             parts = (x, layer, attention, ffn, tables, segments)
             if recompute and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(self._block, *parts, use_reentrant=False))
+                # A block draws nothing, and a recording forbids to read a generator's state.
+                again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                x = cast(Tensor, checkpoint(self._block, *parts, **again))
             else:
                 x = self._block(*parts)
             if similarity is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.groups import family
 from mvsplit.reproduce.depth.plan import ENTRIES, BenchRun, BenchSize, Entry
@@ -20,33 +23,60 @@ RATES = (3.2e-4, 1e-3)  # at which all are calm: a spike makes much of rounding
 ALIKE = 0.01
 
 
-def check_together(size: BenchSize, entries: Sequence[Entry] = ENTRIES) -> None:
+def check_together(
+    size: BenchSize, entries: Sequence[Entry] = ENTRIES, keep: Path | None = None
+) -> None:
     """Trains shallow networks, two of each rule among `entries`, as one for each family, and one of
     each rule alone, and compares training and validation losses.
+
+    Args:
+        keep: a JSON file of what was found, written after each run.
 
     Raises:
         RuntimeError: they differ by more than rounding.
     """
     short = replace(size, steps=STEPS, warmup=5, validation=32, pictures=2, drawing=1)
+    found: list[dict[str, Any]] = []
+    families = _families(size, entries)
+    wanted = sum(len(pairs) for pairs in families)
     with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as one:
-        for pairs in _families(size, entries):
+        for pairs in families:
             run_together([run for pair in pairs for run in pair], short, Path(one))
+            together = {row["run"]: row for row in read_rows(Path(one))}
             for number, pair in enumerate(pairs):
                 run_bench(pair[number % 2], short, Path(alone))
-        together = {row["run"]: row for row in read_rows(Path(one))}
-        rows = read_rows(Path(alone))
-    apart: dict[str, list[float]] = {"curve": [], "validation_loss": []}
-    for row in rows:
-        other = together[row["run"]]
-        steps = zip(row["curve"], other["curve"], strict=True)
-        apart["curve"] += [abs(a / b - 1) for a, b in steps]
-        apart["validation_loss"] += [abs(row["validation_loss"] / other["validation_loss"] - 1)]
-        if row["fingerprint"] != other["fingerprint"]:
-            raise RuntimeError(f"{row['run']} is another experiment as part of an ensemble")
-    words = ", ".join(f"{name} within {max(values):.1e}" for name, values in apart.items())
-    if not all(share < ALIKE for shares in apart.values() for share in shares):  # NaN is not
+                (row,) = (r for r in read_rows(Path(alone)) if r["run"] == pair[number % 2].name)
+                found.append(_apart(row, together[row["run"]]))
+                _keep(found, wanted, row, keep)
+    worst = {n: max(each[n] for each in found) for n in ("curve", "validation_loss")}
+    words = ", ".join(f"{name} within {share:.1e}" for name, share in worst.items())
+    if not all(each["alike"] for each in found):
         raise RuntimeError(f"runs that are trained as one differ from those alone: {words}")
-    print(f"check: {len(rows)} runs as one are what they are alone; {words}", flush=True)
+    print(f"check: {len(found)} runs as one are what they are alone; {words}", flush=True)
+
+
+def _apart(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """By which share a run alone differs from the same one as a member."""
+    if row["fingerprint"] != other["fingerprint"]:
+        raise RuntimeError(f"{row['run']} is another experiment as part of an ensemble")
+    steps = [abs(a / b - 1) for a, b in zip(row["curve"], other["curve"], strict=True)]
+    loss = abs(row["validation_loss"] / other["validation_loss"] - 1)
+    alike = all(share < ALIKE for share in (*steps, loss))  # NaN is not
+    return {"run": row["run"], "curve": max(steps), "validation_loss": loss, "alike": alike}
+
+
+def _keep(
+    found: Sequence[Mapping[str, Any]], wanted: int, row: Mapping[str, Any], path: Path | None
+) -> None:
+    each = found[-1]
+    words = f"curve {each['curve']:.1e}, validation loss {each['validation_loss']:.1e}"
+    print(f"gate, {len(found)} of {wanted}: {each['run']}: {words}", flush=True)
+    if path is not None:
+        passed = len(found) == wanted and all(e["alike"] for e in found)
+        tree: dict[str, Any] = {"passed": passed, "wanted": wanted, "limit": ALIKE, "steps": STEPS}
+        tree |= {"device": row["device"], "torch": row["torch"], "runs": list(found)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(tree, indent=1) + "\n")
 
 
 def _families(size: BenchSize, entries: Sequence[Entry]) -> list[list[list[BenchRun]]]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mvsplit.reproduce.depth.ensemble import Family
-from mvsplit.reproduce.depth.order import in_order
-from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry
+from mvsplit.reproduce.depth.order import best_rate, beyond, in_order, swept
+from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, place
 from mvsplit.reproduce.depth.run import read_rows
 from mvsplit.reproduce.depth.study import MARGIN
 from mvsplit.reproduce.depth.together import room_for, run_together
@@ -28,18 +28,27 @@ def family(run: BenchRun) -> Family:
 def wanted(
     size: BenchSize, entries: Sequence[Entry], rows: Sequence[dict[str, Any]]
 ) -> list[BenchRun]:
-    """What is missing, in order; behind it all seeds of each sweep, which fill up an ensemble."""
+    """What is missing, in order; behind it, to fill up an ensemble, all seeds of each sweep and of
+    the rate beyond it, those first that lie next to the best rate so far."""
     first = in_order(size, entries, rows)
     done = {row["run"] for row in rows}
-    return list(dict.fromkeys([*first, *(r for r in _all(size, entries) if r.name not in done)]))
+    filling = sorted(_all(size, entries, rows), key=lambda each: each[0])
+    return list(dict.fromkeys([*first, *(r for _, r in filling if r.name not in done)]))
 
 
-def _all(size: BenchSize, entries: Sequence[Entry]) -> Iterator[BenchRun]:
-    for depth in size.depths[:-1]:
+def _all(
+    size: BenchSize, entries: Sequence[Entry], rows: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, BenchRun]]:
+    """Each with the places of its rate from the best one of its entry and depth so far."""
+    for depth in swept(size.depths):
         for seed in size.seeds:
             for entry in entries:
-                for rate in size.rates:
-                    yield BenchRun(entry=entry, depth=depth, width=size.width, rate=rate, seed=seed)
+                of_entry = [row for row in rows if row["entry"] == entry.name]
+                there = [r for r in of_entry if (r["depth"], r["width"]) == (depth, size.width)]
+                best = best_rate(there)
+                for rate in (*size.rates, *beyond(size.rates, there)):
+                    run = BenchRun(entry=entry, depth=depth, width=size.width, rate=rate, seed=seed)
+                    yield 0 if best is None else abs(place(rate) - place(best)), run
 
 
 def next_group(
@@ -71,25 +80,33 @@ def study_together(
     *,
     most: int,
     minutes: float | None = None,
+    recompute: bool | None = None,
+    graph_or_nothing: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Trains what is missing in ensembles of up to `most` members and gives all rows of `out`."""
+    """Trains what is missing in ensembles of up to `most` members and gives all rows of `out`.
+
+    Args:
+        recompute, graph_or_nothing: see `Training`.
+    """
+    how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": graph_or_nothing}
     end = math.inf if minutes is None else time.time() + 60 * minutes
     took: dict[tuple[int, int], float] = {}  # seconds by depth and width
 
     def left(run: BenchRun, members: int) -> bool:
         work = run.depth * run.width
         known = [s * max(work / (d * w), 0.3) for (d, w), s in took.items()]
-        return time.time() + MARGIN * max(known, default=0.0) < end
+        seconds = took.get((run.depth, run.width), max(known, default=0.0))
+        return time.time() + MARGIN * seconds < end
 
     while True:
         rows = read_rows(out)
         runs = wanted(size, entries, rows)
-        group = next_group(runs, lambda run: _members(run, size, most), left)
+        group = next_group(runs, lambda run: _members(run, size, most, bool(recompute)), left)
         if not group:
             return rows
         began, first = time.time(), group[0]
-        if not run_together(group, size, out, end):
+        if not run_together(group, size, out, end, **how):
             return rows
         took[first.depth, first.width] = time.time() - began
         each = {row["run"]: row for row in read_rows(out)}
@@ -100,9 +117,10 @@ def study_together(
             torch.cuda.empty_cache()
 
 
-def _members(run: BenchRun, size: BenchSize, most: int) -> int:
+def _members(run: BenchRun, size: BenchSize, most: int, recompute: bool) -> int:
     """As many as the device has memory for, at most `most`."""
-    room = room_for(run.experiment(size), resolve_device(size.device))
+    device = resolve_device(size.device)
+    room = room_for(run.experiment(size), device, recompute=recompute)
     return max(1, int(min(most, room)))
 
 

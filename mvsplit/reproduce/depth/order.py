@@ -58,6 +58,11 @@ def _weight(size: BenchSize) -> Callable[[_Wish], Any]:
     return weight
 
 
+def swept(depths: Sequence[int]) -> Sequence[int]:
+    """Those whose sweep is whole: all but the last, or the only one."""
+    return depths[:-1] or depths
+
+
 class _Wishes:
     """What one entry wants, by its rows."""
 
@@ -65,16 +70,16 @@ class _Wishes:
         self.size, self.entry, self.rows = size, entry, rows
 
     def all(self) -> Iterator[_Wish]:
-        candidate = self.entry.kind == "candidate"
-        *swept, last = self.size.depths
-        for depth in swept:
-            yield from self._candidate(depth, swept[0]) if candidate else self._sweep(depth)
-        guess = settled(self.size.rates, self._at(swept[-1]))
+        candidate, whole = self.entry.kind == "candidate", swept(self.size.depths)
+        for depth in whole:
+            yield from self._candidate(depth, whole[0]) if candidate else self._sweep(depth)
+        guess = settled(self.size.rates, self._at(whole[-1]))
         if guess is None:
             return
-        loss = _loss(self._at(swept[-1]), guess)
+        loss = _loss(self._at(whole[-1]), guess)
         phases = (9, 9) if self.entry.kind == "control" else (6, 6) if candidate else (4, 6)
-        yield from self._around(last, self.size.width, guess, phases, loss)
+        for depth in self.size.depths[len(whole) :]:
+            yield from self._around(depth, self.size.width, guess, phases, loss)
         for depth, width in self.size.shapes:
             yield from self._around(depth, width, guess, (7, 7), loss)
 

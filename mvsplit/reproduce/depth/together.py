@@ -93,6 +93,8 @@ class Training:
         looks: steps at whose batches the similarity of tokens is taken, before their updates.
         recompute: whether backward computes every block again instead of keeping it; None where
             memory is too short for what they keep.
+        graph_or_nothing: whether a recording that fails is an error: deep networks take minutes a
+            hundred steps without one.
 
     Attributes:
         losses, norms: [steps, E], of each step; the gradient norms are those before clipping.
@@ -107,7 +109,9 @@ class Training:
         factors: Sequence[Callable[[int], float]] = (),
         looks: Collection[int] = (),
         recompute: bool | None = None,
+        graph_or_nothing: bool = False,
     ) -> None:
+        self.graph_or_nothing = graph_or_nothing
         self.experiment, self.looks = experiments[0], looks
         self.config = self.experiment.train
         self.device = resolve_device(self.config.device)
@@ -186,7 +190,7 @@ class Training:
                 self._take()
             self._graph = graph
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) or self.graph_or_nothing:
                 raise
             _logger.warning("an ensemble steps without a CUDA graph, and slower: %s", error)
 
@@ -203,13 +207,13 @@ class Training:
         self._found.copy_(torch.stack((losses.detach(), norms)))
 
 
-def room_for(experiment: Experiment, device: torch.device) -> float:
+def room_for(experiment: Experiment, device: torch.device, *, recompute: bool = False) -> float:
     """Members of an ensemble that the device has memory for, where they keep all that their
-    backward needs."""
+    backward needs, or with `recompute` only what enters their blocks."""
     if device.type != "cuda":
         return math.inf
     tokens = experiment.train.batch_size * TOKENS
-    return allowed_bytes(device) // member_bytes(experiment.model, tokens, recompute=False)
+    return allowed_bytes(device) // member_bytes(experiment.model, tokens, recompute=recompute)
 
 
 class Update:
@@ -321,6 +325,7 @@ def run_together(
     end: float = math.inf,
     *,
     recompute: bool | None = None,
+    graph_or_nothing: bool = False,
 ) -> bool:
     """Trains and scores runs of one shape and family of rules, a row for each, and says whether
     they came to their end; the time `end`, in seconds of the clock, stops them before.
@@ -329,7 +334,12 @@ def run_together(
     runs alone, and no task scores."""
     began = time.perf_counter()
     experiments = [run.experiment(size) for run in runs]
-    training = Training(experiments, looks=(size.steps,), recompute=recompute)
+    training = Training(
+        experiments,
+        looks=(size.steps,),
+        recompute=recompute,
+        graph_or_nothing=graph_or_nothing,
+    )
     built = time.perf_counter() - began
     if not training.run(end):
         return False

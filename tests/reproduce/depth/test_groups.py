@@ -55,8 +55,12 @@ def test_where_the_time_is_too_short_for_the_first_another_shape_may_fit():
 
 @pytest.mark.parametrize(("room", "members"), [(5, 5), (9, 7), (0, 1)])
 def test_a_group_is_as_large_as_memory_allows(monkeypatch, room, members):
-    monkeypatch.setattr(module, "room_for", lambda experiment, device: room)
-    assert module._members(run(), TINY, 7) == members
+    def room_for(experiment, device, recompute):
+        return room if not recompute else 2 * room
+
+    monkeypatch.setattr(module, "room_for", room_for)
+    assert module._members(run(), TINY, 7, False) == members
+    assert module._members(run(), TINY, 30, True) == max(1, 2 * room)
 
 
 @pytest.fixture
