@@ -285,7 +285,9 @@ def merge(
     """
     dtype = beta.dtype
     beta, alpha, leak = (gain[:, None, None] for gain in (beta, alpha, leak))
-    trunk, branch = x.to(dtype), torch.where(mask, f.to(dtype), 0)
+    # The trunk is zero on padding, but its mean would have a gradient there, which the norm of
+    # each layer below multiplies by 1/√ε.
+    trunk, branch = (torch.where(mask, each.to(dtype), 0) for each in (x, f))
     shared = (alpha - beta) * branch - leak * trunk
     of_image = shared[:, :, :image].mean(2, keepdim=True).expand(-1, -1, image, -1)
     of_words = shared[:, :, image:].sum(2, keepdim=True) / words.clamp(min=1)

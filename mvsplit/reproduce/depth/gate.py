@@ -16,7 +16,7 @@ from mvsplit.reproduce.depth.plan import ENTRIES, BenchRun, BenchSize, Entry
 from mvsplit.reproduce.depth.run import read_rows, run_bench
 from mvsplit.reproduce.depth.together import run_together
 
-DEPTH, STEPS = 6, 40
+DEPTH, STEPS = 20, 40
 RATES = (3.2e-4, 1e-3)  # at which all are calm: a spike makes much of rounding
 # Of a loss: a third of what counts as a tie between entries (`verdict.TIE`). Rounding, which both
 # ways do in other places, makes less: 2.4e-4 in bf16 on a CPU, nothing in fp32.

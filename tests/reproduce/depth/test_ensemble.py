@@ -143,3 +143,16 @@ def test_compiled_the_merge_is_the_same_for_any_number_of_members():
         seen.append((call, arguments))
         with torch.compiler.set_stance("force_eager"):
             torch.testing.assert_close(call(*arguments), merge(*arguments))
+
+
+def test_padding_of_the_trunk_has_no_gradient():
+    """The norm of a layer multiplies it by 1/√ε: sixteen layers make 1e38 of anything."""
+    torch.manual_seed(0)
+    x, f = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).view(1, 2, 5, 1).bool()
+    x = torch.where(mask, x, 0).requires_grad_()
+    gains = (torch.full((1, 4), value, dtype=torch.float64) for value in (0.5, 0.3, 0.3))
+    words = mask[:, :, 2:].sum(2, keepdim=True)
+    merge(x, f, *gains, mask, words, 2, None).square().sum().backward()
+    assert x.grad[~mask.expand_as(x)].eq(0).all()
+    assert x.grad[mask.expand_as(x)].ne(0).all()
