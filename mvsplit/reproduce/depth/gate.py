@@ -73,7 +73,12 @@ def _keep(
     print(f"gate, {len(found)} of {wanted}: {each['run']}: {words}", flush=True)
     if path is not None:
         passed = len(found) == wanted and all(e["alike"] for e in found)
-        tree: dict[str, Any] = {"passed": passed, "wanted": wanted, "limit": ALIKE, "steps": STEPS}
+        tree: dict[str, Any] = {
+            "passed": passed,
+            "wanted": wanted,
+            "limit": ALIKE,
+            "steps": STEPS,
+        }
         tree |= {"device": row["device"], "torch": row["torch"], "runs": list(found)}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(tree, indent=1) + "\n")

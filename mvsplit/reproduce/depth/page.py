@@ -14,6 +14,7 @@ from typing import Any
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.page_parts import (
     best_table,
+    both_ways,
     collapse_table,
     rate_table,
     shape_table,
@@ -36,6 +37,7 @@ from mvsplit.reproduce.depth.verdict import (
 
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
+AGAIN = "-again"  # behind a size's name: rows of runs that have one from another way to train
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
 TODAY = "mvsplit-1"  # what `RuleConfig` had by default when the rule was written
 SERVES = "mvsplit-root"  # what it has
@@ -70,18 +72,41 @@ def keep_rows(
     size: BenchSize, rule: Mapping[str, str], rows: Sequence[Mapping[str, Any]], folder: Path
 ) -> Path:
     """Adds rows to those that the page of `folder` is drawn from: a run that is there already is
-    replaced, and the rule keeps its earliest date. One row a line."""
-    path = folder / RESULTS / f"{size.name}.json"
-    there: dict[str, Any] = {"rule": rule, "rows": []}
-    if path.exists():
-        there = json.loads(path.read_text("utf-8"))
-    by_run = {row["run"]: row for row in (*there["rows"], *rows)}
+    replaced, and the rule keeps its earliest date. One row a line. Of a run that was trained both
+    alone and as a member of an ensemble the row of the first counts, and the other is kept beside
+    it, in SIZE-again.json."""
+    path, beside = (folder / RESULTS / f"{size.name}{end}.json" for end in ("", AGAIN))
+    there, again = _there(path, rule), _there(beside, rule)
+    by_run = {row["run"]: row for row in there["rows"]}
+    twice = {row["run"]: row for row in again["rows"]}
+    for row in rows:
+        name, before = row["run"], by_run.get(row["run"], row)
+        one, other = (row, before) if _as_one(before) >= _as_one(row) else (before, row)
+        by_run[name] = one
+        if _as_one(other) > _as_one(one):
+            twice[name] = other
     first = min((there["rule"], rule), key=lambda each: each["written"])
+    _write_rows(path, size, first, by_run)
+    if twice:
+        _write_rows(beside, size, first, twice)
+    return path
+
+
+def _there(path: Path, rule: Mapping[str, str]) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"rule": rule, "rows": []}
+
+
+def _as_one(row: Mapping[str, Any]) -> bool:
+    return int(row.get("together", 1)) > 1
+
+
+def _write_rows(
+    path: Path, size: BenchSize, rule: Mapping[str, str], by_run: Mapping[str, Mapping[str, Any]]
+) -> None:
     lines = ",\n".join(json.dumps(by_run[name]) for name in sorted(by_run))
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f'"size": {json.dumps(size.name)},\n"rule": {json.dumps(first)},\n'
+    head = f'"size": {json.dumps(size.name)},\n"rule": {json.dumps(rule)},\n'
     path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-    return path
 
 
 def write_page(folder: Path | str) -> Path:
@@ -120,7 +145,7 @@ def _quoted(text: str) -> list[str]:
 
 
 def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[str]:
-    timing = _timing(size, folder)
+    timing = _found(folder, f"timing-{size.name}")
     main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
     here = [cell for cell in main if cell.width == size.width]
     save_rates(here, size, folder / f"{NAME}-{size.name}-rates.png")
@@ -141,6 +166,8 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         parts += best_table(depth, size, [*here, *other], timing)
     parts += rate_table(size, [*here, *other])
     parts += collapse_table(result["rows"])
+    gate, again = (_found(folder, name) for name in (f"gate-{size.name}", f"{size.name}{AGAIN}"))
+    parts += both_ways(gate, result["rows"], again.get("rows", []))
     parts += shape_table(size, main, timing)
     if timing:
         save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
@@ -149,8 +176,9 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     return parts
 
 
-def _timing(size: BenchSize, folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS / f"timing-{size.name}.json"
+def _found(folder: Path, name: str) -> dict[str, Any]:
+    """What a file beside the rows holds; nothing where it is not there."""
+    path = folder / RESULTS / f"{name}.json"
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 

@@ -148,6 +148,45 @@ def _watch(said: Mapping[str, Any] | None) -> str:
     return f"{said['level']} {said['verdict']} at step {said['step']}"
 
 
+def both_ways(
+    gate: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], again: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """How far runs that were trained as one are from the same ones alone."""
+    if not gate and not again:
+        return []
+    parts = ["### As one and alone\n"]
+    if gate:
+        worst = {n: max(each[n] for each in gate["runs"]) for n in ("curve", "validation_loss")}
+        parts.append(
+            f"Gate, {gate['device']}: {len(gate['runs'])} of {gate['wanted']} rules, "
+            f"{gate['steps']} steps, as {gate['runs'][0]['run']}: training losses within "
+            f"{worst['curve']:.1e} of those alone, validation losses within "
+            f"{worst['validation_loss']:.1e}, where {gate['limit']:g} is the limit: "
+            f"**{'passed' if gate['passed'] else 'not passed'}**.\n"
+        )
+    alone = {row["run"]: row for row in rows}
+    pairs = [(alone[other["run"]], other) for other in again if other["run"] in alone]
+    lines = [
+        [row["run"], *(_ending(each) for each in (row, other)), _share(row, other)]
+        for row, other in pairs
+    ]
+    if lines:
+        words = "Whole runs of the bench that were trained both ways; the first counts above.\n"
+        head = ("run", "alone", "as one", "apart")
+        parts += [words, *table(head, lines)]
+    return parts
+
+
+def _ending(row: Mapping[str, Any]) -> str:
+    loss = row["validation_loss"]
+    return row["ended"] if loss is None else f"{loss:.4g}"
+
+
+def _share(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    losses = row["validation_loss"], other["validation_loss"]
+    return NOTHING if None in losses else f"{losses[1] / losses[0] - 1:+.1%}"
+
+
 def shape_table(size: BenchSize, found: Sequence[Cell], timing: Mapping[str, Any]) -> list[str]:
     """Depth against width at equally many parameters."""
     shapes = [shape for shape in size.shapes if any(_shape(c) == shape for c in found)]

@@ -55,9 +55,8 @@ UNDERSTOOD = """## Understood so far
 def understood(folder: Path) -> list[str]:
     """The paragraphs whose rows are all in `folder`, and the headings that have some."""
     rows: dict[str, list[dict[str, Any]]] = {
-        path.stem: json.loads(path.read_text("utf-8"))["rows"]
+        path.stem: json.loads(path.read_text("utf-8")).get("rows", [])
         for path in folder.glob("*.json")
-        if not path.stem.startswith("timing")
     }
     lines: list[str] = []
     heading: str | None = None

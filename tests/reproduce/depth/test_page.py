@@ -164,6 +164,25 @@ def test_rows_are_added_to_what_is_kept_and_the_rule_keeps_its_date(tmp_path):
     assert sorted(r["validation_loss"] for r in kept["rows"]) == [0.4, 0.5, 0.7]
 
 
+@pytest.mark.parametrize("first", ["alone", "as one"])
+def test_of_a_run_by_both_ways_the_one_alone_counts_and_both_are_shown(
+    tmp_path, monkeypatch, first
+):
+    alone, as_one = row(1e-3, 0.5), row(1e-3, 0.51, together=12)
+    for each in (alone, as_one) if first == "alone" else (as_one, alone):
+        path = keep_rows(TINY, RULE, [each], tmp_path)
+    assert [r["validation_loss"] for r in json.loads(path.read_text())["rows"]] == [0.5]
+    again = path.with_name(f"{TINY.name}-again.json")
+    assert [r["validation_loss"] for r in json.loads(again.read_text())["rows"]] == [0.51]
+    run = {"run": "x", "curve": 1e-4, "validation_loss": 2e-4, "alike": True}
+    gate = {"passed": True, "wanted": 1, "limit": 0.01, "steps": 40, "device": "cpu"}
+    path.with_name(f"gate-{TINY.name}.json").write_text(json.dumps(gate | {"runs": [run]}))
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    text = write_page(tmp_path).read_text()
+    assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 0.5 | 0.51 | +2.0% |" in text
+    assert "losses within 2.0e-04, where 0.01 is the limit: **passed**" in text
+
+
 def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
     with pytest.raises(UserError, match="holds no rows of the bench"):

@@ -103,7 +103,7 @@ def test_the_update_is_that_of_torch(decay):
     torch.testing.assert_close(mine, torch.stack([p.detach() for p in theirs]))
 
 
-def test_the_gate_takes_what_is_alike(monkeypatch, capsys):
+def test_the_gate_takes_what_is_alike(tmp_path, monkeypatch, capsys):
     """One run of each rule is trained alone, whatever the family; candidates of one rule once."""
     alone: list[str] = []
 
@@ -115,7 +115,10 @@ def test_the_gate_takes_what_is_alike(monkeypatch, capsys):
     monkeypatch.setattr(gate, "STEPS", 10)
     monkeypatch.setattr(gate, "DEPTH", 2)
     entries = get_entries(["mvsplit-root", "plain", "keel", "sandwich", "beta-4", "alpha-free"])
-    check_together(TINY, entries)
+    check_together(TINY, entries, tmp_path / "gate.json")
+    kept = json.loads((tmp_path / "gate.json").read_text("utf-8"))
+    assert (kept["passed"], kept["wanted"]) == (True, 5)
+    assert [each["run"] for each in kept["runs"]] == alone
     assert "check: 5 runs as one are what they are alone" in capsys.readouterr().out
     names = ["mvsplit-root", "plain", "alpha-free", "keel", "sandwich"]
     assert [name.partition("-2x16")[0] for name in alone] == names
@@ -123,7 +126,7 @@ def test_the_gate_takes_what_is_alike(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("factor", [1.02, float("nan")])
-def test_the_gate_refuses_what_differs(monkeypatch, factor):
+def test_the_gate_refuses_what_differs(tmp_path, monkeypatch, factor):
     """A way to train that gives other losses, in place of the ensemble."""
 
     def other(runs, size, out):
@@ -136,8 +139,10 @@ def test_the_gate_refuses_what_differs(monkeypatch, factor):
 
     monkeypatch.setattr(gate, "STEPS", 10)
     monkeypatch.setattr(gate, "run_together", other)
+    size = dataclasses.replace(TINY, validation=4)
     with pytest.raises(RuntimeError, match="differ from those alone"):
-        check_together(dataclasses.replace(TINY, validation=4), get_entries(["plain"]))
+        check_together(size, get_entries(["plain"]), tmp_path / "gate.json")
+    assert json.loads((tmp_path / "gate.json").read_text("utf-8"))["passed"] is False
 
 
 def test_entries_of_one_name_are_one_network():
