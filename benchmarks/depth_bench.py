@@ -118,6 +118,7 @@ def main() -> None:
         scratch=options.scratch,
         say=say,
     )
+    study.rows()  # those of --have are of the runs that are asked for
     if options.together:
         left = options.minutes and options.minutes - (time.monotonic() - began) / 60
         rows = study_together(

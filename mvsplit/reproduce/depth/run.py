@@ -149,7 +149,7 @@ _PLAIN = Experiment(
         text_width=4,
         rule=RuleConfig(beta=1.0),
     ),
-    train=TrainConfig(steps=1, batch_size=1),
+    train=TrainConfig(steps=1, batch_size=1, probe_every=100),  # its default then
 )
 _DECIDES_NOTHING = ("train.device", "train.save_every", "train.keep")
 

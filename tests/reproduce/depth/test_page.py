@@ -9,7 +9,8 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import page as module
 from mvsplit.reproduce.depth.page import keep_rows, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
-from mvsplit.reproduce.depth.plan import ENTRIES
+from mvsplit.reproduce.depth.plan import ENTRIES, SIZES, BenchRun
+from mvsplit.reproduce.depth.run import check_row
 from mvsplit.reproduce.depth.table import (
     at_equal_time,
     cells,
@@ -200,6 +201,14 @@ def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
         assert f"](depth-bench-tiny-{name}.png)" in text
         write_page(tmp_path)
         assert (tmp_path / f"depth-bench-tiny-{name}.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize("name", [*SIZES])
+def test_the_rows_of_the_repository_are_of_the_runs_that_the_bench_would_run(name, tmp_path):
+    path = PAGES / module.RESULTS / f"{name}.json"
+    for row_ in json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []:
+        shape = {field: row_[field] for field in ("depth", "width", "rate", "seed")}
+        check_row(BenchRun(entry=entry(row_["entry"]), **shape), SIZES[name], row_, tmp_path)
 
 
 def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):
