@@ -43,6 +43,7 @@ from mvsplit.reproduce.depth.plan import (
     BenchRun,
     BenchSize,
     get_entries,
+    get_run,
     get_size,
     share,
 )
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="all rows in one file")
     parser.add_argument("--scratch", type=Path, help="run folders while they train")
     parser.add_argument("--entries", nargs="*", default=["all"], help="names, all, or candidates")
+    parser.add_argument("--runs", nargs="*", help="--together: names of runs, as rows have them")
     parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--together", type=int, help="runs that are trained as one network")
@@ -127,6 +129,7 @@ def main() -> None:
             entries,
             most=options.together,
             minutes=left,
+            only=None if options.runs is None else [get_run(name) for name in options.runs],
             recompute=options.recompute or None,
             graph_or_nothing=options.graph_or_nothing,
             say=say,

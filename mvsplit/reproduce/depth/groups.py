@@ -19,6 +19,8 @@ from mvsplit.reproduce.depth.study import MARGIN
 from mvsplit.reproduce.depth.together import room_for, run_together
 from mvsplit.training.builders import resolve_device
 
+_FAR = 99  # places of a rate from the best one, where nothing lives
+
 
 def family(run: BenchRun) -> Family:
     """Runs of one family can be trained as one."""
@@ -48,7 +50,7 @@ def _all(
                 best = best_rate(there)
                 for rate in (*size.rates, *beyond(size.rates, there)):
                     run = BenchRun(entry=entry, depth=depth, width=size.width, rate=rate, seed=seed)
-                    yield 0 if best is None else abs(place(rate) - place(best)), run
+                    yield (_FAR if best is None else abs(place(rate) - place(best))), run
 
 
 def next_group(
@@ -80,6 +82,7 @@ def study_together(
     *,
     most: int,
     minutes: float | None = None,
+    only: Sequence[BenchRun] | None = None,
     recompute: bool | None = None,
     graph_or_nothing: bool = False,
     say: Callable[[str], None] = print,
@@ -87,6 +90,7 @@ def study_together(
     """Trains what is missing in ensembles of up to `most` members and gives all rows of `out`.
 
     Args:
+        only: runs, in order, in place of those that the bench would choose.
         recompute, graph_or_nothing: see `Training`.
     """
     how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": graph_or_nothing}
@@ -101,7 +105,9 @@ def study_together(
 
     while True:
         rows = read_rows(out)
-        runs = wanted(size, entries, rows)
+        done = {row["run"] for row in rows}
+        chosen = wanted(size, entries, rows) if only is None else only
+        runs = [run for run in chosen if run.name not in done]
         group = next_group(runs, lambda run: _members(run, size, most, bool(recompute)), left)
         if not group:
             return rows

@@ -6,6 +6,7 @@ L layers, D width.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -281,6 +282,20 @@ def get_entries(names: list[str]) -> list[Entry]:
         if name not in known:
             raise UserError(f"entry={name!r} is unknown: {nearest(name, known)}")
     return list({e.name: e for name in names for e in known[name]}.values())
+
+
+def get_run(name: str) -> BenchRun:
+    """The run of a name as rows have it. Raises UserError for one that is none."""
+    found = _RUN.fullmatch(name)
+    if found is None:
+        raise UserError(f"run={name!r}: must be like mvsplit-root-400x64-lr1.0e-03-seed0")
+    entry, depth, width, rate, seed = found.groups()
+    (known,) = get_entries([entry])
+    shape = {"depth": int(depth), "width": int(width)}
+    return BenchRun(entry=known, **shape, rate=float(rate), seed=int(seed))
+
+
+_RUN = re.compile(r"(.+)-(\d+)x(\d+)-lr(\d\.\de-\d\d)-seed(\d+)")
 
 
 def share(entries: list[Entry], part: int, parts: int) -> list[Entry]:

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import groups as module
 from mvsplit.reproduce.depth.groups import family, next_group, study_together, wanted
 from mvsplit.reproduce.depth.order import in_order
-from mvsplit.reproduce.depth.plan import BenchRun, get_entries
+from mvsplit.reproduce.depth.plan import BenchRun, get_entries, get_run
 from mvsplit.reproduce.depth.run import read_rows, write_row
 from tests.reproduce.depth.tiny import TINY, entry, row
 
@@ -88,6 +89,21 @@ def test_it_goes_on_until_nothing_is_left(tmp_path, trained):
     names = [name for group in trained for name in group]
     assert len(names) == len(set(names)) == len(rows)
     assert not wanted(TINY, ENTRIES, rows)
+
+
+def test_runs_that_are_named_are_the_only_ones(tmp_path, trained):
+    names = [
+        "plain-2x16-lr1.0e-03-seed0",
+        "keel-3x16-lr3.2e-03-seed1",
+        "rezero-2x16-lr3.2e-04-seed2",
+    ]
+    only = [get_run(name) for name in names]
+    rows = study_together(tmp_path, TINY, ENTRIES, most=8, only=only, say=lambda text: None)
+    assert sorted(row["run"] for row in rows) == sorted(names)
+    assert trained == [[names[0], names[2]], [names[1]]]
+    for wrong in ("plain", "plain-2x16-lr1.0e-03", "plane-2x16-lr1.0e-03-seed0"):
+        with pytest.raises(UserError, match=r"run=|entry="):
+            get_run(wrong)
 
 
 def test_the_clock_ends_it(tmp_path, trained):
