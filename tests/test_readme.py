@@ -29,8 +29,9 @@ def test_the_library_example_computes_the_rule():
 
 
 def merged(x, f, tokens):
-    """Eq. 7 at β = 1/√400, α = 0."""
-    return x[:, tokens] + 0.05 * (f[:, tokens] - f[:, tokens].mean(1, keepdim=True))
+    """Eq. 7 at β = α = 1/√400."""
+    mean_f, mean_x = (each[:, tokens].mean(1, keepdim=True) for each in (f, x))
+    return x[:, tokens] + 0.05 * (f[:, tokens] - mean_f) + 0.05 * (mean_f - mean_x)
 
 
 def test_the_loop_of_the_example_is_watched(tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ class RuleConfig:
         beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network
             (compared with 1 at 4 and 16 layers: docs/experiments/depth-bench.md). The paper uses 1
             at 400 layers and 0.03 ≈ 1/√L at 1000: presets mvsplit-400l and mvsplit-1000l.
-        alpha: start of MV-Split's mean gain α.
+        alpha: start of MV-Split's mean gain α; None for 1/√L as well where β is not given either,
+            and where it is for 0, with which the paper starts.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.
         gamma: start of LayerScale's γ.
@@ -33,7 +34,7 @@ class RuleConfig:
 
     name: str = "mvsplit"
     beta: float | None = None
-    alpha: float = 0.0
+    alpha: float | None = None
     tied_leak: bool = True
     leak: float = 0.0
     gamma: float = 0.01

@@ -21,10 +21,20 @@ from mvsplit.kernels import Gains, Segments, split_merge
 from mvsplit.residuals.base import Branch, PostNorm, RuleConfig
 
 
+def starts(config: RuleConfig, depth: int) -> tuple[float, float]:
+    """β and α at the start of a network of `depth` blocks."""
+    root = depth**-0.5
+    beta = root if config.beta is None else config.beta
+    if config.alpha is not None:
+        return beta, config.alpha
+    return beta, root if config.beta is None else 0.0
+
+
 class MVSplit(PostNorm):
     """X' = RMSNorm(X + β⊙PF + α⊙J(F − X)), β and α ∈ R^D learned for each branch of each block.
 
-    Start: α = 0; β = 1/√L if not given (in the paper 1 at 400 layers, 0.03 at 1000); writers zero.
+    Start: β = α = 1/√L if neither is given; the paper's α = 0 where β is (1 at 400 layers, 0.03 at
+    1000); writers zero.
     With `tied_leak=False` the trunk mean leaks by its own λ: Z = X + β⊙PF + α⊙JF − λ⊙JX. At
     α = β = 1, λ = 0 that is the plain residual, so a plain model can become an MV-Split model.
     Source: arXiv 2605.06169, Eq. 7–8.
@@ -40,9 +50,9 @@ class MVSplit(PostNorm):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        beta = self.depth**-0.5 if self.config.beta is None else self.config.beta
+        beta, alpha = starts(self.config, self.depth)
         nn.init.constant_(self.beta, beta)
-        nn.init.constant_(self.alpha, self.config.alpha)
+        nn.init.constant_(self.alpha, alpha)
         if self.leak is not None:
             nn.init.constant_(self.leak, self.config.leak)
 

@@ -112,10 +112,18 @@ def test_padding_has_exactly_zero_influence_on_a_merge(name):
 
 
 @pytest.mark.parametrize(("depth", "beta"), [(400, 0.05), (100, 0.1), (1, 1.0)])
-def test_beta_starts_by_the_depth_where_it_is_not_given(depth, beta):
-    for branch in ("attention", "ffn"):
-        rule = build_rule("mvsplit", width=D, depth=depth, branch=branch)
-        torch.testing.assert_close(rule.beta, torch.full_like(rule.beta, beta))
+@pytest.mark.parametrize("branch", ["attention", "ffn"])
+def test_gains_start_by_the_depth_where_beta_is_not_given(depth, beta, branch):
+    def check(start_beta, start_alpha, **given):
+        config = RuleConfig(name="mvsplit", **given)
+        rule = build_rule(config, width=D, depth=depth, branch=branch)
+        for gain, start in ((rule.beta, start_beta), (rule.alpha, start_alpha)):
+            torch.testing.assert_close(gain, torch.full_like(gain, start))
+
+    check(beta, beta)
+    check(beta, 0.0, alpha=0.0)
+    check(0.3, 0.0, beta=0.3)  # the paper's α
+    check(0.3, 0.2, beta=0.3, alpha=0.2)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -29,6 +29,7 @@ from mvsplit.reproduce.depth.verdict import (
     RULE,
     SEEDS,
     TIE,
+    Losses,
     against_rivals,
     best,
     new_defaults,
@@ -39,8 +40,8 @@ NAME = "depth-bench"
 RESULTS = "results/depth-bench"
 AGAIN = "-again"  # behind a size's name: rows of runs that have one from another way to train
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
-TODAY = "mvsplit-1"  # what `RuleConfig` had by default when the rule was written
-SERVES = "mvsplit-root"  # what it has
+# What `RuleConfig` had by default when the rule was written, and since.
+SERVED = ("mvsplit-1", "mvsplit-root")
 HEAD = """# The depth bench: every rule at its own learning rate
 
     mvsplit bench depth_bench --size small --out runs/depth-bench
@@ -203,7 +204,6 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     settings = for_verdict(found, size, ("mvsplit", "candidate"))
     rivals = for_verdict(found, size, ("rival",))
     verdict, standing = against_rivals(settings, rivals)
-    found_defaults = new_defaults(settings, TODAY)
     labels = {cell.entry.name: cell.entry.label for cell in found}
     not_run = [str(depth) for depth in size.depths if depth not in settings]
     where = f" (of {', '.join(not_run)} layers nothing is known)" if not_run else ""
@@ -224,19 +224,20 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
             f"{labels[mine]} ({standing[depth][mine]}; all that can be told: {words or 'nothing'})"
         )
     tail = (
-        f"**By this size alone {_default_words(found_defaults, labels)}{where}.** Ties are "
+        f"**By this size alone {_default_words(settings, labels)}{where}.** Ties are "
         f"{TIE:.0%} wide, and {ERRORS:g} standard errors count."
     )
     return [*lines, "", tail + "\n"]
 
 
-def _default_words(names: Sequence[str], labels: Mapping[str, str]) -> str:
-    """What the rule makes of the default."""
-    if not names:
-        return f"no setting takes the place of {labels.get(TODAY, TODAY)}"
-    admitted = " and ".join(labels[name] for name in names)
-    kept = f", and {labels[SERVES]} serves" if SERVES in names else ""
-    return f"the rule admits {admitted} as the default{kept}"
+def _default_words(settings: Mapping[int, Losses], labels: Mapping[str, str]) -> str:
+    """What the rule makes of the defaults there were."""
+    words = []
+    for today in SERVED:
+        names = [labels[name] for name in new_defaults(settings, today)]
+        admitted = " or ".join(names) if names else "nothing"
+        words.append(f"{admitted} takes the place of {labels.get(today, today)}")
+    return ", and ".join(words)
 
 
 def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:

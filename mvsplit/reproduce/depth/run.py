@@ -31,6 +31,7 @@ from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
 from mvsplit.reproduce.trial import Deadline, token_floor
 from mvsplit.residuals import RuleConfig
+from mvsplit.residuals.mvsplit import starts
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
 from mvsplit.training import (
     Experiment,
@@ -132,9 +133,11 @@ def fingerprint(experiment: Experiment) -> str:
     field which comes later changes nothing."""
     plain = flat_fields(dataclasses.asdict(_PLAIN))
     fields = flat_fields(dataclasses.asdict(experiment))
-    if fields["model.rule.beta"] is None:  # 1 in rules that have none, when the first runs were run
-        has_beta = experiment.model.rule.name.startswith("mvsplit")
-        fields["model.rule.beta"] = experiment.model.depth**-0.5 if has_beta else 1.0
+    # In rules that have none, β was 1 and α 0 by default when the first runs were run.
+    rule, depth = experiment.model.rule, experiment.model.depth
+    gains = starts(rule, depth) if rule.name.startswith("mvsplit") else (1.0, 0.0)
+    for name, start in zip(("model.rule.beta", "model.rule.alpha"), gains, strict=True):
+        fields[name] = start if fields[name] is None else fields[name]
     decides = {n: v for n, v in fields.items() if v != plain[n] and n not in _DECIDES_NOTHING}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -147,7 +150,7 @@ _PLAIN = Experiment(
         ffn_width=1,
         channels=1,
         text_width=4,
-        rule=RuleConfig(beta=1.0),
+        rule=RuleConfig(beta=1.0, alpha=0.0),
     ),
     train=TrainConfig(steps=1, batch_size=1, probe_every=100),  # its default then
 )

@@ -124,7 +124,8 @@ def test_the_verdict_is_the_rules_on_the_cells():
     assert losses[2] == {"plain": [0.50, 0.51, 0.52]}  # a control is no rival
     text = "\n".join(verdict_words(TINY, found))
     assert "at least as good as its rivals" in text
-    assert "**By this size alone the rule admits MV-Split β=1/√L as the default, and" in text
+    words = "MV-Split β=1/√L takes the place of MV-Split β=1, and nothing takes the place of"
+    assert f"**By this size alone {words} MV-Split β=1/√L.**" in text
     assert "3 layers: the best rival is plain, the best setting MV-Split β=1/√L (ahead" in text
     shallow = cells(TINY, ENTRIES, [r for r in rows if r["depth"] < 4])
     text = "\n".join(verdict_words(TINY, shallow))
@@ -132,7 +133,7 @@ def test_the_verdict_is_the_rules_on_the_cells():
     short = cells(TINY, ENTRIES, [r for r in rows if r["seed"] < 2])
     text = "\n".join(verdict_words(TINY, short))
     assert "**MV-Split against its rivals: cannot tell.**" in text
-    assert "no setting takes the place of MV-Split β=1.**" in text
+    assert "alone nothing takes the place of MV-Split β=1, and nothing takes" in text
 
 
 def test_a_table_shows_the_best_first_and_what_is_dead():

@@ -186,7 +186,8 @@ def test_the_bench_trains_as_any_run_is_trained(done, tmp_path):
 
 
 def test_rows_of_before_beta_had_a_default_by_depth_are_still_those_runs():
-    """Rules that have no β were configured with β = 1 then; MV-Split without one has 1/√L."""
+    """Rules that have no β were configured with β = 1 and α = 0 then; MV-Split without β has 1/√L
+    for both, and α = 0 where β is given."""
 
     def of(**rule) -> str:
         there = BenchRun(entry=entry("plain"), depth=4, width=16, rate=1e-2, seed=0)
@@ -195,5 +196,8 @@ def test_rows_of_before_beta_had_a_default_by_depth_are_still_those_runs():
         return fingerprint(dataclasses.replace(experiment, model=model))
 
     assert of(name="plain") == of(name="plain", beta=1.0)
-    assert of(name="mvsplit") == of(name="mvsplit", beta=0.5)
-    assert of(name="mvsplit") != of(name="mvsplit", beta=1.0)
+    assert of(name="plain") == of(name="plain", beta=1.0, alpha=0.0)
+    assert of(name="mvsplit") == of(name="mvsplit", beta=0.5, alpha=0.5)
+    assert of(name="mvsplit", beta=0.5) == of(name="mvsplit", beta=0.5, alpha=0.0)
+    assert of(name="mvsplit") != of(name="mvsplit", beta=0.5)
+    assert of(name="mvsplit", beta=0.5) != of(name="mvsplit", beta=1.0)
