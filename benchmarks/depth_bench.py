@@ -79,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--depths", type=int, nargs="*", help="instead of those of the size")
     parser.add_argument("--pages", type=Path, help="docs/experiments: keeps rows and page there")
+    parser.add_argument("--readme", type=Path, help="--draw: whose table is written again, too")
     parser.add_argument("--draw", action="store_true", help="runs nothing: --have, then --pages")
     parser.add_argument("--time", action="store_true", help="times steps, alone and side by side")
     return parser.parse_args()
@@ -92,6 +93,10 @@ def main() -> None:
     if options.draw:
         have = [json.loads(path.read_text("utf-8")) for path in options.have]
         draw(size, have, options.pages)
+        if options.readme is not None:
+            from mvsplit.reproduce.depth.readme import write_table
+
+            write_table(options.readme, options.pages / "results" / "depth-bench")
         return
     if options.time:
         keep(time_sharing(size), options.json)

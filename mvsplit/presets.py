@@ -9,6 +9,9 @@ from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 
+# β = 1/√L, and α = 0 as in the paper: to 16 layers it does as well as the α of today's default, and
+# what the pages say of these presets was measured with it.
+_SHALLOW = RuleConfig(name="mvsplit", alpha=0.0)
 _DIGITS = DataConfig(dataset="digits")
 _TINY = DiTConfig(
     depth=4,
@@ -18,7 +21,7 @@ _TINY = DiTConfig(
     channels=1,
     patch=2,
     text_width=32,
-    rule=RuleConfig(name="mvsplit"),
+    rule=_SHALLOW,
 )
 
 
@@ -124,7 +127,7 @@ PRESETS: dict[str, Experiment] = {
             channels=3,
             patch=4,
             text_width=128,
-            rule=RuleConfig(name="mvsplit"),
+            rule=_SHALLOW,
         ),
         data=DataConfig(dataset="shapes", size=32),
         train=TrainConfig(
@@ -148,7 +151,7 @@ PRESETS: dict[str, Experiment] = {
             patch=4,
             patch_frames=2,
             text_width=64,
-            rule=RuleConfig(name="mvsplit"),
+            rule=_SHALLOW,
         ),
         data=DataConfig(dataset="clips", size=32, frames=8, motions=("move",)),
         train=TrainConfig(
@@ -171,7 +174,7 @@ PRESETS: dict[str, Experiment] = {
             channels=3,
             patch=4,
             text_width=256,
-            rule=RuleConfig(name="mvsplit"),
+            rule=_SHALLOW,
         ),
         data=DataConfig(dataset="clips", size=32, frames=8),
         train=TrainConfig(
@@ -195,7 +198,7 @@ PRESETS: dict[str, Experiment] = {
             ffn_width=384,
             channels=128,
             text_width=1024,
-            rule=RuleConfig(name="mvsplit"),
+            rule=_SHALLOW,
         ),
         data=DataConfig(dataset="cache"),
         train=TrainConfig(

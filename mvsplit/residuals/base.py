@@ -21,11 +21,12 @@ class RuleConfig:
     Attributes:
         name: mvsplit, plain, layerscale, rezero, deepnorm, keel, prenorm, sandwich, or one of the
             controls mvsplit-attention-only and hard-center.
-        beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network
-            (compared with 1 at 4 and 16 layers: docs/experiments/depth-bench.md). The paper uses 1
-            at 400 layers and 0.03 ≈ 1/√L at 1000: presets mvsplit-400l and mvsplit-1000l.
-        alpha: start of MV-Split's mean gain α; None for 1/√L as well where β is not given either,
-            and where it is for 0, with which the paper starts.
+        beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network. The
+            paper uses 1 at 400 layers and 0.03 ≈ 1/√L at 1000: presets mvsplit-400l and
+            mvsplit-1000l.
+        alpha: start of MV-Split's mean gain α. None for 1/√L where β is not given either, with
+            which 400 layers learn at ten times the rate (docs/experiments/depth-bench.md), and for
+            the paper's 0 where β is given.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.
         gamma: start of LayerScale's γ.

@@ -24,7 +24,7 @@ def network(rule: str = "plain") -> DiT:
         ffn_width=24,
         channels=2,
         text_width=16,
-        rule=RuleConfig(name=rule),
+        rule=RuleConfig(name=rule, alpha=0.0),
         writers="standard",
     )
     return DiT(config, torch.Generator().manual_seed(3)).double()

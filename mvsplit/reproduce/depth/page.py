@@ -149,7 +149,11 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     timing = _found(folder, f"timing-{size.name}")
     main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
     here = [cell for cell in main if cell.width == size.width]
-    save_rates(here, size, folder / f"{NAME}-{size.name}-rates.png")
+    save_rates(
+        [*here, *(cell for cell in other if cell.swept)],
+        size,
+        folder / f"{NAME}-{size.name}-rates.png",
+    )
     save_best([*here, *other], size, folder / f"{NAME}-{size.name}-best.png")
     seeds = len({row["seed"] for row in result["rows"]})
     device = sorted({f"{row['device']}, torch {row['torch']}" for row in result["rows"]})

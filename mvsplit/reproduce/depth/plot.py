@@ -15,7 +15,7 @@ from mvsplit.reproduce.depth.table import Cell, mean, spread
 
 COLOURS = (
     *("#c0392b", "#1f6fb4", "#2e8b57", "#8e5bb5", "#c98a1b", "#555555", "#e377c2", "#17becf"),
-    *("#8c564b", "#9acd32", "#000000", "#ff7f0e"),
+    *("#8c564b", "#9acd32", "#000000", "#ff7f0e", "#7fb2e5", "#f29b93", "#00695c", "#b8860b"),
 )
 _FEW = 0.35  # opacity of what has one seed
 

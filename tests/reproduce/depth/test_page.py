@@ -10,6 +10,7 @@ from mvsplit.reproduce.depth import page as module
 from mvsplit.reproduce.depth.page import keep_rows, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
 from mvsplit.reproduce.depth.plan import ENTRIES, SIZES, BenchRun
+from mvsplit.reproduce.depth.readme import BEGIN, END, write_table
 from mvsplit.reproduce.depth.run import check_row
 from mvsplit.reproduce.depth.table import (
     at_equal_time,
@@ -217,3 +218,31 @@ def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):
     for path in (PAGES / module.RESULTS).glob("*.json"):
         (tmp_path / module.RESULTS / path.name).write_bytes(path.read_bytes())
     assert write_page(tmp_path).read_text() == (PAGES / "depth-bench.md").read_text()
+
+
+def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
+    rows = [
+        *seeds("plain", [0.5, 0.6, 0.7]),
+        *[row(rate, None, name="plain", depth=3) for rate in TINY.rates],
+        *seeds("mvsplit-root", [0.4, 0.5, 0.6], depth=3),
+        *seeds("keel", [0.1]),
+    ]
+    keep_rows(TINY, RULE, rows, tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_table(readme, tmp_path / module.RESULTS, TINY)
+    assert readme.read_text() == (
+        f"before\n{BEGIN}\n| residual rule | 2 layers | 3 layers |\n| --- | --- | --- |\n"
+        "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 |\n"
+        f"| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate |\n{END}\nafter\n"
+    )
+    readme.write_text("no marks")
+    with pytest.raises(UserError, match="between which the table goes"):
+        write_table(readme, tmp_path / module.RESULTS, TINY)
+
+
+def test_the_table_of_the_readme_is_that_of_the_rows(tmp_path):
+    text = (PAGES.parents[1] / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    write_table(tmp_path / "README.md", PAGES / module.RESULTS)
+    assert (tmp_path / "README.md").read_text() == text

@@ -1,0 +1,62 @@
+"""The README's table of the bench: entries with enough seeds, from the rows of one size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mvsplit.errors import UserError
+from mvsplit.reproduce.depth.page_parts import figure, table
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, BenchSize
+from mvsplit.reproduce.depth.table import Cell, cells
+from mvsplit.reproduce.depth.verdict import SEEDS
+
+BEGIN, END = "<!-- depth bench -->", "<!-- end -->"
+
+
+def write_table(readme: Path, results: Path, size: BenchSize = GPU) -> None:
+    """Puts the table between its two marks.
+
+    Raises:
+        UserError: the marks are not there.
+    """
+    rows = json.loads((results / f"{size.name}.json").read_text("utf-8"))["rows"]
+    head, begin, rest = readme.read_text("utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{readme} has no {BEGIN} … {END}, between which the table goes")
+    lines = "\n".join(bench_table(cells(size, [*ENTRIES, *CANDIDATES], rows), size))
+    readme.write_text(f"{head}{BEGIN}\n{lines.rstrip()}\n{END}{tail}", encoding="utf-8")
+
+
+def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
+    """The losses of entries at their best rates, at the depths at which any has enough seeds; the
+    best of the deepest first. Those without enough seeds at any depth are left out."""
+    here = {(c.entry.label, c.depth): c for c in found if c.width == size.width}
+    enough = {at for at, cell in here.items() if cell.rate and len(cell.best) >= SEEDS}
+    depths = [depth for depth in size.depths if any(d == depth for _, d in enough)]
+    names = list(dict.fromkeys(label for label, _ in enough))
+
+    def loss(label: str) -> tuple[float, ...]:
+        found = [here.get((label, depth)) for depth in reversed(depths)]
+        return tuple(_middle(cell) for cell in found)
+
+    lines = [
+        [label, *(_words(here.get((label, depth))) for depth in depths)]
+        for label in sorted(names, key=lambda label: (loss(label), label))
+    ]
+    return table(("residual rule", *(f"{depth} layers" for depth in depths)), lines)
+
+
+def _middle(cell: Cell | None) -> float:
+    losses = [] if cell is None else cell.losses or []
+    return sum(losses) / len(losses) if losses else float("inf")
+
+
+def _words(cell: Cell | None) -> str:
+    if cell is None:
+        return "not run"
+    if cell.rate is None:
+        return "learns at no rate" if cell.swept else "not run whole"
+    return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}"
