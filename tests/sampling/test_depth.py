@@ -78,7 +78,7 @@ def changes_of(model, embedder):
 
 @pytest.mark.parametrize("rule", ["prenorm", "mvsplit"])
 def test_both_rankings_find_the_planted_idle_blocks(embedder, rule):
-    model = network(rule)
+    model = network(rule, alpha=0.0)
     assert least(changes_of(model, embedder), 3) == list(IDLE)
     assert least(skip_effects(model, *inputs()), 3) == list(IDLE)
 
