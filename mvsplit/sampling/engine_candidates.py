@@ -45,12 +45,12 @@ _BLOCKS = [
 MERGES = [Rows(*row) for row in ((2, 4), (4, 4), (4, 8), (8, 8))]
 
 
-# tokens, products along them, warpgroups, stages, parts along K, weights in registers
+# tokens, products along them, warpgroups, stages, parts along K
 _CUTS = [
     Cut(*row)
     for row in (
         (288, 2, 2, 4), (288, 2, 2, 3), (192, 1, 3, 4), (144, 1, 2, 4),
-        (144, 1, 3, 4), (288, 2, 2, 4, 1, True),
+        (144, 1, 3, 4),
     )
 ]  # fmt: skip
 # the same, of writers of few rows, before a merge of its own

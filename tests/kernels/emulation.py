@@ -32,9 +32,6 @@ CALLS = {
     "rcp.": "{0} = 1.f / ({1})",
     "stmatrix.sync.aligned.m8n8.x2.trans": "store_matrices(2, true, {0}, {{{1}, {2}}})",
     "stmatrix.sync.aligned.m8n8.x4.shared": "store_matrices(4, false, {0}, {{{1}, {2}, {3}, {4}}})",
-    "ldmatrix.sync.aligned.m8n8.x4.shared": (
-        "Word *m = load_matrices(4, false, {4}); {0} = m[0], {1} = m[1], {2} = m[2], {3} = m[3]"
-    ),
     "ldmatrix.sync.aligned.m8n8.x2.trans": (
         "Word *m = load_matrices(2, true, {2}); {0} = m[0], {1} = m[1]"
     ),

@@ -75,7 +75,7 @@ def test_heads_are_turned_and_normalised(cut, side):
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cut", [
-    Cut(288, 2, 2, 4), Cut(192, 1, 3, 4), Cut(144, 1, 3, 2), Cut(288, 2, 2, 4, held=True),
+    Cut(288, 2, 2, 4), Cut(192, 1, 3, 4), Cut(144, 1, 3, 2),
 ])  # fmt: skip
 def test_swiglu_and_the_sums_beside_it(cut):
     a, w, out = exact(ROWS, 192, seed=1), exact(384, 192, seed=2) / 8, unwritten(ROWS, 192)
@@ -88,7 +88,7 @@ def test_swiglu_and_the_sums_beside_it(cut):
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("cut", [
-    Cut(144, 1, 2, 4, 3), Cut(96, 1, 1, 4, 2), Cut(288, 2, 1, 4), Cut(144, 1, 2, 4, 2, held=True),
+    Cut(144, 1, 2, 4, 3), Cut(96, 1, 1, 4, 2), Cut(288, 2, 1, 4),
 ])  # fmt: skip
 def test_parts_along_k_add_up_and_so_do_their_sums(cut):
     a, w = exact(ROWS, 384, seed=1), exact(256, 384, seed=2)
@@ -102,7 +102,7 @@ def test_parts_along_k_add_up_and_so_do_their_sums(cut):
 
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("cut", [Cut(288, 2, 2, 4), Cut(288, 2, 2, 3, held=True)])
+@pytest.mark.parametrize("cut", [Cut(288, 2, 2, 4), Cut(288, 2, 2, 3)])
 def test_a_writer_with_its_merge_again_and_again(cut, masked):
     a, w, x = exact(ROWS, 192, seed=1), exact(256, 192, seed=2) / 8, exact(ROWS, 256, seed=3)
     x = torch.where(is_real()[:, None], x, 0) if masked else x

@@ -9,8 +9,6 @@
 //   TOK, W_ROWS   tokens and weight rows of a tile
 //   WG, NI, NT    warpgroups that multiply, each NI products of 64 weight rows and NT tokens: of its own
 //                 rows and all tokens, or, BY_TOKENS, of all rows and its own tokens
-//   HELD          whether a warpgroup holds its weights in registers during its products, which then
-//                 read them from shared memory once
 //   STAGES        steps along K that load at once; KS all steps, of 64; SPLIT  blocks along K
 //   CHUNK         tokens that are turned over at once on their way out; SCRATCH  bytes for that and
 //                 for sums, after the stages;  SIDE  tokens of a row of the image (QKV)
@@ -63,39 +61,24 @@ __device__ __forceinline__ void release(const Stages &stages, const Worker &me, 
 }
 
 // Asks for the products of a step, the k-th of its tile, which is there.
-__device__ __forceinline__ void multiply_step(Acc &acc, const Stages &stages, const Worker &me, int step, int k, [[maybe_unused]] u32 (*held)[4]) {
+__device__ __forceinline__ void multiply_step(Acc &acc, const Stages &stages, const Worker &me, int step, int k) {
   const u32 w = stages.w(step) + (BY_TOKENS ? 0 : me.group * 8192), a = stages.a(step) + (BY_TOKENS ? me.group * NT * 128 : 0);
-#if HELD
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk)
-    load_four(w + (me.warp % 4 * 16 + me.lane % 16) * 128 + ((kk * 2 + me.lane / 16) ^ (me.lane & 7)) * 16, held[kk]);
-#endif
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
     for (int i = 0; i < NI; ++i)
-#if HELD
-      multiply_held(acc[i], held[kk], matrix(a + i * NT * 128) + 2 * kk, k + kk > 0);
-#else
       multiply(acc[i], matrix(BY_TOKENS ? w + i * 8192 : w) + 2 * kk, matrix(BY_TOKENS ? a : a + i * NT * 128) + 2 * kk, k + kk > 0);
-#endif
 }
 
 // The sums of a tile, from `step` on. One step is multiplied while the one before it ends, whose stage
 // is empty then.
 __device__ __forceinline__ void multiply_tile(Acc &acc, const Stages &stages, const Worker &me, int &step, const Given &given) {
-#if HELD
-  u32 held[2][4][4];  // of this step, and of the one that is still multiplied
-#pragma unroll 2
-#else
-  u32 (*held)[4][4] = nullptr;
-#endif
   for (int k = 0; k < KS; ++k, ++step) {
     stages.wait_full(step, given);
     if (step == 0) MARK(2);
     in_flight(acc);
-    multiply_step(acc, stages, me, step, k, HELD ? held[k % 2] : nullptr);
+    multiply_step(acc, stages, me, step, k);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
     if (k > 0) release(stages, me, step - 1);

@@ -51,7 +51,6 @@ class Cut:
         groups: warpgroups that multiply, of 64 output columns each.
         stages: steps that load at once.
         split: blocks that share a tile, each with a part of K (`part` only).
-        held: whether weights are held in registers for the products along the tokens.
         pdl: whether the kernel starts before the one before it has ended.
     """
 
@@ -60,7 +59,6 @@ class Cut:
     groups: int = 2
     stages: int = 4
     split: int = 1
-    held: bool = False
     pdl: bool = False
 
     def with_pdl(self, pdl: bool) -> Cut:
@@ -85,7 +83,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
     tokens = cut.tokens // cut.parts
     macros = {
         "TOK": cut.tokens, "W_ROWS": cut.columns, "NI": cut.parts, "NT": tokens, "WG": cut.groups,
-        "BY_TOKENS": int(_by_tokens(cut, kind)), "HELD": int(cut.held),
+        "BY_TOKENS": int(_by_tokens(cut, kind)),
         "STAGES": cut.stages, "SPLIT": cut.split, "KS": math.ceil(depth / _DEPTH / cut.split),
         "EPI": kind, "IMG": image, "TYPE": f'"{name}"', "BF16": int(name == "bf16"),
         "WORKER_REGISTERS": _registers(cut)[0], "LOADER_REGISTERS": _registers(cut)[1],
@@ -94,11 +92,7 @@ def source(cut: Cut, kind: int, depth: int, image: int, dtype: torch.dtype, side
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
     files = ("base.cu", "common.cu", "tile.cu", *_EPILOGUES, "product.cu")
     *parts, kernel = ((_FOLDER / file).read_text() for file in files)
-    products = (
-        multiply("multiply", tokens, name),
-        multiply("multiply_held", tokens, name, registers=True),
-    )
-    return "\n".join((head, *parts, *products, kernel))
+    return "\n".join((head, *parts, multiply("multiply", tokens, name), kernel))
 
 
 def _chunk(cut: Cut, kind: int) -> int:
@@ -153,7 +147,7 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
         return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
     if kind in (QKV, PART) and stream.sample_rows % cut.tokens:
         return False
-    if kind == QKV and (cut.groups != 2 or cut.held):
+    if kind == QKV and (cut.groups != 2):
         return False
     if kind == PART and weight.shape[1] % (_DEPTH * cut.split):
         return False
