@@ -284,7 +284,11 @@ def split_merge(
     if gains.alpha is not gains.beta or gains.leak is not None:
         # torch.compile lets a tensor made inside an autograd Function not outlive it in a cache.
         segments.matrices(_upcast(x[:, :0]))
-    return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
+    # Means are products here, and those of low precision do not cancel in segments of one token.
+    with torch.autocast(x.device.type, enabled=False):
+        return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
 
 
 # Rotary embedding and QK-norm

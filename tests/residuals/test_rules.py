@@ -323,3 +323,18 @@ def test_a_useless_epsilon_is_refused(eps):
 def test_a_gain_that_is_no_number_is_refused(name):
     with pytest.raises(UserError, match=rf"rule\.{name}=nan: must be a finite number"):
         RuleConfig(**{name: float("nan")})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_under_autocast_a_merge_is_what_it_is_without(name):
+    rule = trained_rule(name, dtype=torch.float32)
+    segments = make_segments(LAYOUTS["padded"])
+    x, f = (draw(3, 8, D, seed=i, dtype=torch.float32).requires_grad_() for i in (1, 2))
+
+    def run(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = rule.merge(x, f, segments)
+        return (y.float(), *torch.autograd.grad(y.float().square().sum() + y.float().sum(), (x, f)))
+
+    for found, wanted in zip(run(True), run(False), strict=True):
+        assert torch.equal(found, wanted)
