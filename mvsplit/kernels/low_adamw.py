@@ -35,7 +35,8 @@ from mvsplit.kernels.dispatch import backend
 BLOCK = 128  # elements that share a scale
 LARGEST = 480.0  # of the codes: 15·2⁵
 STEPS = 12  # of an octave, in the second moment
-LEAST = 2.0**-126  # second moment that is told from less, but not from zero
+# Second moment that is told from less, but not from zero; of a scale, also from zero.
+LEAST = 2.0**-126
 SPOILT = 32767  # base of a block with something that is not finite
 _WORD = 0xFFFFFFFF
 
@@ -104,7 +105,7 @@ def reference_low_adamw_(
     rows = first.view(-1, BLOCK)
     scales = rows.abs().amax(1) / LARGEST
     state.scales.copy_(scales)
-    safe = torch.where(scales > 0, scales, 1)[:, None]
+    safe = torch.where(scales >= LEAST, scales, 1)[:, None]  # of less, all codes are zero
     state.codes.copy_(encode((rows / safe).flatten(), (chance >> 16) & 0xFF))
     powers, bases = encode_powers(second, (chance >> 16) & 0xFFFF)
     state.powers.copy_(powers)

@@ -157,6 +157,43 @@ def test_what_is_not_finite_shows_in_weights_and_both_moments(bad, fused, device
         assert found[: low.BLOCK].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 3e-38, 1e-40])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_code_is_read_and_written(scale, fused, device):
+    """Without a gradient a moment only decays: its codes stay, those that are subnormal too. Where
+    1/scale is not a number, all of them become zero."""
+    update = low.reference_low_adamw_
+    if fused:
+        pytest.importorskip("triton")
+        from mvsplit.kernels.fused.low_adamw import low_adamw_ as update
+    every = torch.arange(256).to(torch.uint8)
+    values = torch.zeros(256).bfloat16().to(device)
+    state = low.LowState.zeros(values)
+    state.codes.copy_(every)
+    state.scales.fill_(scale)
+    update(values, values.clone(), state, SETTINGS)
+    codes = low.decode(state.codes.cpu())
+    assert torch.equal(codes, low.decode(every) if scale > low.LEAST else torch.zeros(256))
+    torch.testing.assert_close(state.scales.cpu(), torch.full((2,), 0.9 * scale), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.3, 1.7e-9, 4.0e20, 1e-37])
+def test_the_kernel_writes_powers_that_are_right_on_average(value, device):
+    """Its logarithm is a polynomial, which must not lean to one side."""
+    pytest.importorskip("triton")
+    from mvsplit.kernels.fused.low_adamw import low_adamw_ as fused
+
+    n = 65536
+    values = torch.zeros(n).bfloat16().to(device)
+    state = low.LowState.zeros(values)
+    grads = torch.full((n,), (value * 1000) ** 0.5).bfloat16().to(device)
+    fused(values, grads, state, SETTINGS)
+    wanted = (1 - SETTINGS.beta2) * grads[0].double().square().item()
+    found = state.second().double()
+    assert abs(found.mean().item() / wanted - 1) < 4 * POWER / n**0.5
+    assert found.unique().numel() == 2
+
+
 @pytest.mark.parametrize("blocks", [1, 17, 40])
 def test_kernel_equals_reference(blocks, device, poisoned_memory):
     """Bit for bit, but where a fused multiply-add tips a value over to its neighbour."""

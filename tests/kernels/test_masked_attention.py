@@ -165,6 +165,40 @@ def test_unit_heads_need_no_maximum(masked: bool) -> None:
         torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_at_their_bound_need_no_maximum(sign: int) -> None:
+    """Heads of 128 that all point the same way, or away from it: every score is ±√128, and among
+    them are keys of the other sign, e^22.6 times as heavy or as light."""
+    pytest.importorskip("triton")
+    from mvsplit.kernels.fused.unit_attention import TILES, unit_attention
+
+    head, total = 128, 70
+    chance = torch.Generator().manual_seed(1)
+    one = torch.randn(head, generator=chance)
+    one /= one.square().mean().sqrt()
+    q = one.expand(1, 2, total, head)
+    k = (sign * q).clone()
+    k[:, :, ::7] *= -1
+    v = torch.randn(q.shape, generator=chance)
+    mask = torch.arange(total)[None] < 61
+    scores = (q.double() @ k.double().mT / head**0.5).masked_fill(~mask[:, None, None], -torch.inf)
+    for tile in TILES.values():
+        out, lse = unit_attention(q, k, v, mask, tile)
+        wanted = torch.softmax(scores, -1) @ v.double()
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse[..., 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=0)
+
+
+def test_unit_heads_refuse_what_their_exponentials_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    for dtype, head in ((torch.float16, 128), (torch.bfloat16, 256)):
+        q = torch.zeros(1, 1, 4, head, dtype=dtype)
+        with pytest.raises(RuntimeError, match="it takes bf16 and heads up to 128"):
+            with_unit_heads(q, q, q, Segments((3, 1)))
+
+
 def test_a_sample_without_a_real_token_stays_finite() -> None:
     pytest.importorskip("triton")
     q, k, v, _ = (t.float() for t in draw(9))

@@ -70,9 +70,10 @@ def test_qk_norm_rope_in_place(case, device):
     beside = whole[..., packed:].clone()
     qkv = whole[..., :packed]
     found = qk_norm_rope_(qkv, *tables, heads, kv_heads, 1e-6)
-    last_bit = torch.finfo(dtype).eps
     for mine, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, other, rtol=last_bit, atol=last_bit / 64)
+        last_bit = torch.finfo(mine.dtype).eps  # 1/RMS is fp32, a sum over a head in another order
+        torch.testing.assert_close(mine, other, rtol=4 * last_bit if mine is found[3] else last_bit,
+                                   atol=last_bit / 64)  # fmt: skip
     assert torch.equal(found[2], wanted[2])
     assert all(t.untyped_storage().data_ptr() == whole.data_ptr() for t in found[:3])
     assert torch.equal(whole[..., packed:], beside)

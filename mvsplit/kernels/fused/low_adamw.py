@@ -116,7 +116,7 @@ def low_adamw_kernel(
     scale = tl.where(bad > 65535, float("nan"), scale)
     tl.debug_barrier()  # a scale and a base are loaded by several threads
     tl.store(p_scale + row, scale, mask=row < rows)
-    inverse = 1 / tl.where(scale > 0, scale, 1.0)
+    inverse = 1 / tl.where(scale >= LEAST, scale, 1.0)  # of less it would be infinite
     tl.store(p_code + i, _encode(first * inverse[:, None], (chance >> 16) & 0xFF), mask=m)
     spoilt = (bad & 65535) > 0
     code, base = _encode_powers(second, spoilt, chance >> 16, LEAST, SPOILT, STEPS, STEP)
