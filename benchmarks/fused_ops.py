@@ -35,6 +35,7 @@ from mvsplit.kernels import (
     split_merge,
     swiglu,
 )
+from mvsplit.kernels.hopper import merge_choice
 
 WIDTH, HEADS, HIDDEN = 1024, 8, 3072
 SHAPES = ((64, 256, 64), (64, 256, 256), (16, 1024, 256), (1, 256, 32))  # batch, image, text
@@ -300,6 +301,7 @@ def main() -> None:
         "triton": triton.__version__,
         "command": f"python {' '.join(sys.argv)}",
         "copy_bytes_per_second": bandwidth,
+        "clusters_from": merge_choice.FEWEST_TOKENS,
         "rows": [],
     }
     for op in args.ops.split(","):

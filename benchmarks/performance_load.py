@@ -38,7 +38,8 @@ def under_load(found: Found) -> str:
     return f"""## What the card's power allows
 
 Blocks of D = 1024 forward and backward from a graph, after a second of the same: time, clock and power,
-then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths.
+then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths. Merges:
+without the launch that adds up the gradients of gains, which begins while the merge runs and waits for it.
 Runs differ in their kernels; the last has those of today.
 
 {markdown((*head, *KINDS), rows)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from performance_parts import markdown
+from performance_parts import CLUSTERS_FROM, markdown
 
 LARGE, PIECE, LONG = "64 256 64", "26 256 64", "16 1024 256"  # samples, image and text tokens
 SHOWN = (LARGE, "64 256 256", LONG, PIECE, "29 256 32", "8 256 64", "1 256 32")
@@ -43,9 +43,9 @@ def forms(found: Row, ops: list[Row]) -> str:
     again = _by_form(found["again"], "forward")["clusters", LONG]
     return f"""### The merge with means by form
 
-Its rows above are of the form that serves. There are three, each direction timed by itself here, in an
+Its rows above are of the form that serves, but where they say otherwise. There are three, each direction timed by itself here, in an
 earlier run ([figures](../benchmarks/results/merge_clusters_h200_2026-11-29.json)): *clusters* of blocks on
-Hopper, which hold the rows of a segment in shared memory and read each tensor once, from 8,192 tokens on; *two
+Hopper, which hold the rows of a segment in shared memory and read each tensor once, from {CLUSTERS_FROM:,} tokens on; *two
 launches* where the L2 cache holds X and F; else one launch of blocks that *wait* for each other. Before a cluster
 kernel serves on a machine it is compared with the formula there.
 

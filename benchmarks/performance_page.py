@@ -56,7 +56,11 @@ def merged(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of fused_ops, the latest of each op and shape."""
-    latest = {(r["op"], *r["shape"]): r for result in results for r in result["rows"]}
+    latest = {
+        (r["op"], *r["shape"]): r | {"clusters_from": result.get("clusters_from")}
+        for result in results
+        for r in result["rows"]
+    }
     return sorted(latest.values(), key=lambda row: list(NAMES).index(row["op"]))
 
 

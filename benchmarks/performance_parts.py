@@ -18,10 +18,11 @@ from mvsplit.training.gpus import GIB, GPUS
 from mvsplit.training.kernel_times import FIRST, KERNELS, Kernels
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import count_parameters, step_memory
-from mvsplit.training.step_time import Shape, step_time
+from mvsplit.training.step_time import Shape, merge_seconds, step_time
 
 Found = dict[str, Any]
 LENGTH = 320  # tokens of a sample in train_step.py
+CLUSTERS_FROM = 8192  # tokens: `merge_choice.FEWEST_TOKENS`, which wants Triton
 NAMES = {
     "merge": "merge with means",
     "plain": "merge without",
@@ -75,7 +76,10 @@ def _op(row: Found) -> list[str]:
     rivals = (row["ms"].get("compile"), row.get("released_ms"))
     times = [f"{sum(r) / sum(ours):.1f}×" if r else "–" for r in rivals]
     share = f"{sum(floor) / sum(ours):.0%}"
-    return [NAMES.get(row["op"], row["op"]), f"{batch}, {image}+{words}", *each, share, *times]
+    name = NAMES.get(row["op"], row["op"])
+    if (row.get("clusters_from") or CLUSTERS_FROM) <= batch * (image + words) < CLUSTERS_FROM:
+        name += ", in clusters"  # which served in that run, and do not today
+    return [name, f"{batch}, {image}+{words}", *each, share, *times]
 
 
 # The training step
@@ -349,14 +353,16 @@ def _split(graphs: Found) -> str:
     best = products * gpu.products / gpu.peak
     blocks = 400 * shape.pieces
     bytes_ = sum(PASSES.values()) * 2 * shape.tokens * 1024 * blocks / gpu.copy
+    above = time.parts["element-wise kernels"] - bytes_
+    merges = _merges_above(kernels_of(stage), shape.tokens) * blocks
     rows = [
         ["model FLOPs at the peak", f"{ideal:.2f}"],
         ["products below the peak", f"{products - best:+.2f}"],
         ["attention below the peak", f"{time.parts['attention'] - (ideal - best):+.2f}"],
         ["element-wise kernels, their bytes", f"{bytes_:+.2f}"],
         [
-            "element-wise kernels above them, merges nearly all of it",
-            f"{time.parts['element-wise kernels'] - bytes_:+.2f}",
+            f"element-wise kernels above them, {merges / above:.0%} of it merges",
+            f"{above:+.2f}",
         ],
         *(
             [name, f"{seconds:+.2f}"]
@@ -373,6 +379,13 @@ def _split(graphs: Found) -> str:
         "The step of 400 layers with bf16 weights, by cause (the model of `mvsplit plan`):\n\n"
         + markdown(("", "s"), rows)
     )
+
+
+def _merges_above(kernels: Kernels, tokens: int) -> float:
+    """Seconds of a block's two merges, forward and backward, beyond their bytes."""
+    pairs = [[(n, row[i]) for n, *row in kernels.merge] for i in (0, 1)]
+    floor = PASSES["merges"] * 2 * tokens * 1024 / GPUS["h200"].copy
+    return 2 * sum(merge_seconds(rows, tokens) for rows in pairs) - floor
 
 
 # Ideas

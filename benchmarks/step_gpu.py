@@ -71,7 +71,7 @@ WORK: dict[str, Work] = {
     "step_classes": Work(
         15, 70,
         ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS), _SHORT,
-         f"{_SHORT}, attention by libraries", f"{_SHORT}, merge without clusters"),
+         f"{_SHORT}, attention by libraries", f"{_SHORT}, merge in clusters"),
     ),
     "thousand_layers": Work(85, 190, ("thousand_layers.py", "--stages", "learn")),
     "train_step_weights": Work(30, 60, ("train_step.py", "--stages", "step split", "step fp32")),

@@ -72,6 +72,30 @@ def test_causes_add_up_to_the_measured_step():
     assert sum(causes) == pytest.approx(total, abs=0.005 * len(causes) + 0.005)
 
 
+def test_what_is_foretold_of_eight_gpus_is_what_the_plan_says(writer):
+    """Until it has been run: from then on it stays what was said before."""
+    import eight_gpus
+
+    if list((FOLDER / "results").glob("eight_gpus_h200x*.json")):
+        pytest.skip("it was run")
+    rows = result("eight_gpus_predicted.json")["rows"]
+    for found, said in zip(eight_gpus.predict()["rows"], rows, strict=True):
+        assert found["seconds"] == pytest.approx(said["seconds"], rel=1e-6)
+        assert found["gib"] == pytest.approx(said["gib"], rel=1e-6)
+
+
+def test_a_merge_of_another_form_than_serves_says_so(writer):
+    from performance_parts import CLUSTERS_FROM
+
+    pytest.importorskip("triton")
+    from mvsplit.kernels.hopper.merge_choice import FEWEST_TOKENS
+
+    assert CLUSTERS_FROM == FEWEST_TOKENS
+    (row,) = re.findall(r"^\| (merge with means.*?) \| 16, 256\+32 \|", TEXT, re.MULTILINE)
+    assert row == "merge with means, in clusters"
+    assert "| merge with means | 26, 256+64 |" in TEXT
+
+
 @pytest.mark.parametrize(
     ("file", "words"),
     [

@@ -220,7 +220,7 @@ class _Block:
         column = 1 if way == "forward" else 2
         rows = [(row[0], row[column]) for row in self.kernels.merge]
         n = self.shape.tokens * self.model.width / _WIDTH
-        return _merge_seconds(rows, n) * self._slower()
+        return merge_seconds(rows, n) * self._slower()
 
     def again(self, level: Recompute) -> float:
         """What the backward of a block computes again."""
@@ -269,7 +269,7 @@ def _relative_rate(work: float) -> float:
     return most if work >= last else _between(_FEW_TOKENS, work)
 
 
-def _merge_seconds(rows: Sequence[tuple[float, float]], n: float) -> float:
+def merge_seconds(rows: Sequence[tuple[float, float]], n: float) -> float:
     """Of n tokens; no less than at the fewest measured, in proportion beyond the most."""
     (first, least), (last, most) = rows[0], rows[-1]
     if n <= first:
