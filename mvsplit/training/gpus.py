@@ -31,6 +31,7 @@ class Gpu:
         copy: device copy, bytes read and written.
         peak: dense bf16, of the data sheet.
         processors: multiprocessors.
+        clusters: whether the merge in clusters of blocks serves.
         link: an assumption of what FSDP's collectives reach, one direction.
         source: where memory, products and copy come from.
     """
@@ -43,6 +44,7 @@ class Gpu:
     copy: float
     peak: float
     processors: int
+    clusters: bool
     link: float
     source: str
 
@@ -57,6 +59,7 @@ GPUS: dict[str, Gpu] = {
         copy=4.25e12,
         peak=989e12,
         processors=132,
+        clusters=True,
         link=300e9,
         source="benchmarks/results: train_step_eager_h200 (profile), step_classes_h200 (load), "
         "fused_ops_merge_h200 (copy)",
@@ -70,6 +73,7 @@ GPUS: dict[str, Gpu] = {
         copy=3.0e12,
         peak=989e12,
         processors=132,
+        clusters=True,
         link=300e9,
         source="products and copy measured by hand on an 80 GB SXM card; under load as an H200",
     ),
@@ -82,6 +86,7 @@ GPUS: dict[str, Gpu] = {
         copy=1.8e12,
         peak=312e12,
         processors=108,
+        clusters=False,
         link=200e9,
         source=_SHEET,
     ),

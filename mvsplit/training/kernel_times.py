@@ -34,6 +34,7 @@ class Kernels:
         attention: by direction, for each token of D = 1024, and FLOP/s of long samples (T = 512).
         rounded: what the tokens of a sample count as a multiple of, in attention.
         merge: n at D = 1024, forward and backward of one merge with means.
+        apart: the same where clusters do not serve: another D, fp32, another kind of GPU.
         passes: by kind and direction, passes over [n, D] or [n, F] in bf16, and the time over that
             of a copy of as many bytes.
         forward, backward: how many there are.
@@ -43,22 +44,26 @@ class Kernels:
     attention: Passes
     rounded: int
     merge: Sequence[tuple[int, float, float]]
+    apart: Sequence[tuple[int, float, float]]
     passes: Mapping[str, Passes]
     forward: int
     backward: int
     again: Mapping[Recompute, int]
 
 
+_ONE_LAUNCH = (
+    (288, 8.0e-6, 11.4e-6),
+    (8320, 41.0e-6, 46.9e-6),
+    (20480, 57.4e-6, 82.3e-6),
+    (32768, 85.1e-6, 125.0e-6),
+)
+_TWO_LAUNCHES = ((288, 6.3e-6, 10.5e-6), (4608, 22.3e-6, 38.1e-6), (8191, 32.7e-6, 49.7e-6))
 # Those of the runs before 2026-11-29.
 FIRST = Kernels(
     attention={"forward": (4.2e-9, 501e12), "backward": (14.8e-9, 344e12)},
     rounded=64,
-    merge=(
-        (288, 8.0e-6, 11.4e-6),
-        (8320, 41.0e-6, 46.9e-6),
-        (20480, 57.4e-6, 82.3e-6),
-        (32768, 85.1e-6, 125.0e-6),
-    ),
+    merge=_ONE_LAUNCH,
+    apart=_ONE_LAUNCH,
     passes={
         "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
         "rotation": {"forward": (6, 1.20), "backward": (8, 1.30)},
@@ -74,13 +79,12 @@ KERNELS = Kernels(
     attention=FIRST.attention,
     rounded=FIRST.rounded,
     merge=(
-        (288, 6.3e-6, 10.5e-6),
-        (4608, 22.3e-6, 38.1e-6),
-        (8191, 32.7e-6, 49.7e-6),
+        *_TWO_LAUNCHES,
         (8320, 21.6e-6, 31.2e-6),
         (20480, 41.8e-6, 67.3e-6),
         (32768, 61.4e-6, 104.0e-6),
     ),
+    apart=(*_TWO_LAUNCHES, *_ONE_LAUNCH[2:]),
     passes={
         "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
         "rotation": {"forward": (4, 1.45), "backward": (8, 1.38)},

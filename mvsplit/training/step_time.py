@@ -218,7 +218,9 @@ class _Block:
         if self._scaled:
             return self._pass("scaled merge", way, self.model.width)
         column = 1 if way == "forward" else 2
-        rows = [(row[0], row[column]) for row in self.kernels.merge]
+        clusters = self.gpu.clusters and self.low and self.model.width == _WIDTH
+        table = self.kernels.merge if clusters else self.kernels.apart
+        rows = [(row[0], row[column]) for row in table]
         n = self.shape.tokens * self.model.width / _WIDTH
         return merge_seconds(rows, n) * self._slower()
 

@@ -194,35 +194,6 @@ def test_constants_are_those_of_the_profile():
     assert time.parts["matrix products"] == pytest.approx(products * 1e-6, rel=0.01)
 
 
-def test_constants_of_today_are_those_of_the_results():
-    """Merges by `fused_ops`; two launches, and what is small together, by profiles of a block."""
-    late = result("fused_ops_h200_2026-11-29_late_merge.json")["rows"]
-    left_out = [16, 1024, 256], [16, 256, 32]  # of long segments; in clusters
-    bench = {
-        row["shape"][0] * sum(row["shape"][1:]): row["ms"]["ours"]
-        for row in late
-        if row["shape"] not in left_out
-    }
-    rows = result("step_classes_h200_2026-11-29_late.json")["rows"]
-    for n, name in ((4608, "16 × (256+32 masked), packed"),
-                    (8191, "26 × (256+64), nothing, merge without clusters")):  # fmt: skip
-        each = rows[name]["by_kernel_us"]
-        bench[n] = [
-            sum(us for kernel, us in each.items() if f"split_merge_{way}" in kernel) / 2e3
-            for way in ("fwd", "bwd")
-        ]
-    assert {n for n, *_ in KERNELS.merge} == set(bench)
-    for n, *seconds in KERNELS.merge:
-        assert seconds == pytest.approx([1e-3 * ms for ms in bench[n]], rel=0.01)
-    row = rows["26 × (256+64), nothing"]
-    kinds = row["by_kind_us"]
-    waits = sum(us for kernel, us in row["by_kernel_us"].items() if "split_merge_gains" in kernel)
-    small = sum(kinds.values()) - kinds["matrix products"] - kinds["attention"] - waits
-    shape = Shape(samples=26, length=320, pieces=1)
-    time = step_time(measured_network(1), train("bf16"), shape, ["nothing"], H200)
-    assert time.parts["element-wise kernels"] == pytest.approx(1e-6 * small, rel=0.03)
-
-
 @pytest.mark.parametrize(
     ("samples", "length", "cudnn"),
     [(b, t, c) for b, t, _, c, _ in REFERENCE["attention_us"]["rows"] if b >= 32],
