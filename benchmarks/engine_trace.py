@@ -1,7 +1,7 @@
 """Where the time of a block goes: the GPU's clock at six places of every kernel in CUDA C++.
 
 The plan is the engine's own (from its cache, or measured now), or --plan's; blocks run as a CUDA
-graph. For each kernel of the last block, in µs after the end of the kernel before it:
+graph. For each of these kernels in the last block, in µs after the end of the one before it:
 
     begins   its first block begins, and its last
     waited   what it reads is there (programmatic dependent launch), in the middle block
@@ -48,7 +48,7 @@ class Traced(driver.Kernel):
         super().launch(clusters, arguments, pdl=pdl)
 
     def marks(self, blocks: int) -> list[list[int]]:
-        """Nanoseconds [blocks, MARKS] of the last launch."""
+        """Nanoseconds [blocks, MARKS] of the last launch, of no more than BLOCKS."""
         place, size = ctypes.c_void_p(), ctypes.c_size_t()
         cuda = driver._driver()
         driver._check(
@@ -59,7 +59,7 @@ class Traced(driver.Kernel):
         )
         words = (ctypes.c_uint64 * (BLOCKS * MARKS))()
         driver._check(cuda.cuMemcpyDtoH_v2(words, place, ctypes.sizeof(words)), "copy")
-        return [list(words[i * MARKS : (i + 1) * MARKS]) for i in range(blocks)]
+        return [list(words[i * MARKS : (i + 1) * MARKS]) for i in range(min(blocks, BLOCKS))]
 
 
 def traced_kernels() -> None:

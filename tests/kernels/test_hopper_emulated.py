@@ -122,6 +122,17 @@ def test_a_writer_with_its_merge_again_and_again(cut, masked):
         assert not masked or (y[~is_real()] == 0).all()
 
 
+def test_a_writer_whose_neighbour_never_comes_ends_with_nan_and_tells(emulation):  # noqa: F811
+    emulation.missing = 1
+    a, w, x = exact(ROWS, 64, seed=1), exact(256, 64, seed=2), exact(ROWS, 256, seed=3)
+    place = product.meeting(STREAM, 256, x.device)
+    y = x.clone()
+    product.write(a, w, y, y, Gains(0.5, 0.25, 0.0), None, STREAM, 1e-5, place, Cut(288, 2, 2, 4))
+    assert y[:576].isfinite().all()  # two samples are whole
+    assert y[576:, :128].isnan().all()
+    assert torch.equal(y[576:, 128:], x[576:, 128:])  # what its neighbour should have written
+
+
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("image", "text", "counts"), [

@@ -5,7 +5,7 @@ struct alignas(64) Map { char bytes[128]; };
 // When a block's first thread came to a place, for benchmarks/engine_trace.py; else nothing.
 #ifdef TRACE
 __device__ u64 marks[256 * 8];
-#define MARK(place) if (threadIdx.x == 0) marks[blockIdx.x * 8 + (place)] = nanoseconds()
+#define MARK(place) if (threadIdx.x == 0 && blockIdx.x < 256) marks[blockIdx.x * 8 + (place)] = nanoseconds()
 #else
 #define MARK(place)
 #endif

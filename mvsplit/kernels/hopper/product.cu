@@ -180,7 +180,9 @@ product(const __grid_constant__ Map map_w, const __grid_constant__ Map map_a, co
     return;
   }
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // in effect once the others do so too
+  // The first thread of a block that says so speaks for all: blocks of the next kernel may come once all of
+  // these have, before the kernel before this has ended. Until their own wait they read weights, gains, the table.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   if (warp == WARPS && lane == 0) load_tiles(&map_w, &map_a, &map_x, stages, n_tiles, given);
   if (warp == WARPS + 1 && lane == 0 && ahead) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
