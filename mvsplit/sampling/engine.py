@@ -32,7 +32,7 @@ from mvsplit.errors import UserError
 from mvsplit.kernels.capture import capture
 from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.dispatch import HAS_TRITON
-from mvsplit.kernels.hopper.driver import check_waits
+from mvsplit.kernels.hopper.driver import check_waits, vain_waits
 from mvsplit.models import Attention, Block, DiT, SwiGLU
 from mvsplit.models.block import _is_a_plain_matrix, _is_just_gains, _is_watched
 
@@ -81,6 +81,7 @@ class Engine:
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._parts = _Parts(model)
         self._broken: str | None = None
+        self._known: int | None = None  # `vain_waits` when nothing of ours was under way yet
         self._say, self._said = say or _log, set[str]()
 
     def __call__(self, latents: Tensor, text: Tensor, text_valid: Tensor | None = None) -> Tensor:
@@ -102,12 +103,16 @@ class Engine:
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
         self._announce(graph.choice)
+        self._known = vain_waits() if self._known is None else self._known
         return graph(latents, text, text_valid)
 
     def check(self) -> None:
-        """Raises DriverError if kernels that have run by now waited in vain (a fault, or another
-        process on the same GPU): their velocities are wrong. Waits for nothing itself."""
-        check_waits()
+        """Raises DriverError if kernels that have run since the last look waited in vain (a fault,
+        or another process on the same GPU): velocities are wrong. It waits for nothing itself: to
+        be called once more when the last velocity is there, as `generate` does."""
+        known, self._known = self._known, None
+        if known is not None:
+            check_waits(known)
 
     def _obstacle(self, latents: Tensor, text: Tensor) -> str | None:
         """Why a graph of the model is not possible, if so."""
@@ -160,13 +165,17 @@ class Engine:
         obstacle = "it draws clips" if latents.ndim == 5 else fused_obstacle(self.model)
         if obstacle is not None:
             return self.model, f"the model's own ops in one CUDA graph, because {obstacle}"
-        from mvsplit.sampling.engine_apart import best_plan
+        from mvsplit.sampling.engine_apart import best_plan, left_out
         from mvsplit.sampling.engine_plan import Network
         from mvsplit.sampling.engine_tune import load_plan, save_plan
 
         path = self._cache or choice_file("engine")
         network = Network(self.model, latents, text, padded=valid is not None)
         plan = load_plan(network, path)
+        if plan is not None and plan.without:
+            self._tell(
+                f"{left_out(plan.without)} (found before; without {path} they are tried anew)"
+            )
         if plan is None and not self._tune:
             return self.model, "the model's own ops in one CUDA graph, because it is small"
         if plan is None:
@@ -190,7 +199,8 @@ class Engine:
 
 
 def _log(choice: str) -> None:
-    level = logging.WARNING if choice.startswith("the model") else logging.INFO
+    slow = choice.startswith(("the model", "kernels in CUDA C++ are left out"))
+    level = logging.WARNING if slow else logging.INFO
     _logger.log(level, "engine: %s", choice)
 
 
@@ -289,10 +299,10 @@ class _Graph:
         self._evaluation = evaluation  # holds the buffers that the graph uses
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        for static, given in zip(self._inputs, inputs, strict=True):
-            if static is not None and given is not None:
-                static.copy_(given)
         with _current(self._output), _in_turn(self._output.device):
+            for static, given in zip(self._inputs, inputs, strict=True):
+                if static is not None and given is not None:
+                    static.copy_(given)
             self._graph.replay()
             return self._output.clone()
 

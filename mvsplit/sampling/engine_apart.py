@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.hopper.driver import DriverError, require_compiler
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.init import initialise
 from mvsplit.residuals import RuleConfig
@@ -61,25 +62,33 @@ def best_plan(network: Network, say: Callable[[str], None]) -> Plan | None:
     if network.trunk.is_cuda:  # nothing of this process runs beside what is measured
         torch.cuda.synchronize(network.trunk.device)
     try:
+        require_compiler()
         found = measured(network)
-    except ApartError as error:
-        say(f"kernels in CUDA C++ are left out, because {error}")
-        return tuner.best_plan()
+    except (ApartError, DriverError) as error:
+        say(left_out(str(error)))
+        plan = tuner.best_plan()
+        return None if plan is None else dataclasses.replace(plan, without=str(error))
     return tuner.checked(found.plan)
+
+
+def left_out(reason: str) -> str:
+    """Kernels in CUDA C++, in words."""
+    return f"kernels in CUDA C++ are left out, because {reason}"
 
 
 def measured(network: Network, command: Sequence[str] = ()) -> Measured:
     """What a child finds for a network's shape.
 
     Args:
-        command: of the child, before the task in JSON; this module's if empty.
+        command: of the child, before the task in JSON; Python with this module if empty.
 
     Raises:
         ApartError: none comes back with a plan.
     """
     ended: list[str] = []
+    command = command or _python()
     for _ in range(MOST_CHILDREN):
-        child = _Child(command or (sys.executable, "-m", __name__), _task(network, ended))
+        child = _Child(command, _task(network, ended))
         if child.found is not None:
             plan = Plan.from_json(child.found["plan"])
             table = {k: [tuple(row) for row in v] for k, v in child.found["table"].items()}
@@ -91,6 +100,13 @@ def measured(network: Network, command: Sequence[str] = ()) -> Measured:
     raise ApartError(f"{MOST_CHILDREN} of them ended their process")
 
 
+def _python() -> Sequence[str]:
+    """Python, running this module. A program that is frozen would begin itself anew instead."""
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise ApartError("this program is no Python that could begin another")
+    return sys.executable, "-m", __name__
+
+
 class _Child:
     """A child that has ended, and what it said.
 
@@ -98,17 +114,25 @@ class _Child:
         running: what it ran last; None if it had not begun.
         found: its result, if it had one.
         end: how it ended, in words.
-        last_words: the last line that it wrote to its standard error.
+        last_words: the error that ended it, or the last line on its standard error.
+
+    Raises:
+        ApartError: it cannot be started.
     """
 
     def __init__(self, command: Sequence[str], task: dict[str, Any]) -> None:
         self.running: str | None = None
         self.found: dict[str, Any] | None = None
+        self.last_words = ""
         paths = os.pathsep.join(filter(None, sys.path))
-        process = subprocess.Popen(
-            [*command, json.dumps(task)], env={**os.environ, "PYTHONPATH": paths}, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                [*command, json.dumps(task)], env={**os.environ, "PYTHONPATH": paths}, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                encoding="utf-8", errors="replace",
+            )  # fmt: skip
+        except OSError as error:
+            raise ApartError(f"a process for them cannot be started: {error}") from error
         silent = _Alarm(SILENCE, process.kill)
         try:
             self._listen(process, silent)
@@ -128,7 +152,7 @@ class _Child:
         status = process.wait()
         listener.join()
         self.end = f"was silent for {SILENCE:.0f} s" if silent.rang else f"ended with {status}"
-        self.last_words = (errors or [""])[-1].strip()
+        self.last_words = self.last_words or (errors or [""])[-1].strip()
 
     def _hear(self, line: str) -> None:
         kind, _, rest = line.partition(" ")
@@ -138,6 +162,8 @@ class _Child:
             _logger.info("%s", rest)
         elif kind == "FOUND":
             self.found = json.loads(rest)
+        elif kind == "ERROR":
+            self.last_words = rest
 
 
 class _Alarm:
@@ -225,7 +251,8 @@ def _main() -> None:
 if __name__ == "__main__":
     try:
         _main()
-    except Exception:  # a device that faulted may not let a process end in the usual way
+    except Exception as error:  # a device that faulted may not let a process end in the usual way
+        _tell("ERROR", " ".join(f"{type(error).__name__}: {error}".splitlines()[:1]))
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -11,7 +11,7 @@ Shapes: B samples, N rows of the padded stream (`kernels/fused/stream.py`), T ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -66,8 +66,13 @@ _CHOICES = {"ordinary": Ordinary, "tile": Tile, "blocks": Blocks, "cut": Cut, "h
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice for each stage; the same for all layers. With `ahead`, kernels that leave the
-    memory idle ask the L2 cache for the weights of the next product."""
+    """One choice for each stage; the same for all layers.
+
+    Attributes:
+        ahead: whether kernels that leave the memory idle ask the L2 cache for the weights of the
+            next product.
+        without: why kernels in CUDA C++ could not be tried, if so.
+    """
 
     qkv: Choice
     attention: Choice
@@ -76,24 +81,24 @@ class Plan:
     w2: Choice
     _: KW_ONLY
     ahead: bool = False
+    without: str = ""
 
     def with_choice(self, stage: str, choice: Choice) -> Plan:
-        choices = (choice if stage == s else getattr(self, s) for s in STAGES)
-        return Plan(*choices, ahead=self.ahead)
+        choices: dict[str, Any] = {stage: choice}
+        return replace(self, **choices)
 
     def with_pdl(self, pdl: bool) -> Plan:
         """Whether the project's own kernels start before the kernel before them has ended."""
-        early = (getattr(self, stage).with_pdl(pdl) for stage in STAGES)
-        return Plan(*early, ahead=self.ahead)
+        return replace(self, **{stage: getattr(self, stage).with_pdl(pdl) for stage in STAGES})
 
     def to_json(self) -> dict[str, Any]:
         choices = {stage: _choice_to_json(getattr(self, stage)) for stage in STAGES}
-        return {**choices, "ahead": self.ahead}
+        return {**choices, "ahead": self.ahead, "without": self.without}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Plan:
         choices = {stage: _choice_from_json(fields[stage]) for stage in STAGES}
-        return cls(**choices, ahead=fields["ahead"])
+        return cls(**choices, ahead=fields["ahead"], without=fields.get("without", ""))
 
 
 ORDINARY = Plan(*[Ordinary()] * 5)

@@ -6,6 +6,7 @@ do not fit into the L2 cache. What does not agree with the ordinary ops is never
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import cast
 
@@ -25,12 +26,11 @@ from mvsplit.kernels.choices import keep_choice, read_choices
 from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
-from mvsplit.kernels.hopper.driver import check_waits
+from mvsplit.kernels.hopper.driver import check_waits, driver_version
 from mvsplit.models import Block
 from mvsplit.sampling.engine_candidates import MERGES, candidates, cuts, in_cuda, is_hopper
 from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Choice, Network, Plan, Writing
 
-CACHE_VERSION = 6  # of what is kept; raise it when kernels or candidates change
 LAYERS = 16  # that a stage is timed over: about 100 MB of weights at full width
 REPLAYS = 7
 ROUNDS, ROUND_REPLAYS = 9, 3  # blocks are compared in turns: a GPU's clock falls as it gets warm
@@ -115,8 +115,14 @@ class Tuner:
 
     def checked(self, plan: Plan) -> Plan:
         """A plan if some blocks after each other, with whatever starts before its time, give what
-        the ordinary ops give; else these, which is said. Stages alone were compared before."""
+        the ordinary ops give; else these, which is said. Stages alone were compared before.
+
+        Raises:
+            DriverError: a kernel waited in vain, which says nothing of the plan: another process
+                may draw on the GPU.
+        """
         error = self._off_together(plan)
+        check_waits()
         if error < AGREEMENT_TOGETHER:
             return plan
         _logger.warning("engine: blocks by the plan are off by %.1e; ordinary ops instead", error)
@@ -164,6 +170,7 @@ class Tuner:
             try:
                 self._begin(f"{stage} {choice}")
                 error = _relative(self._output(stage, plan), truth)
+                check_waits()  # now, or the next choice is blamed for it
                 if not error < AGREEMENT:
                     _logger.warning("engine: %s %s is off by %.1e; not used", stage, choice, error)
                     self._note(stage, choice, None, f"off by {error:.1e}")
@@ -248,6 +255,7 @@ class Tuner:
         """All blocks by a plan, that was compared with the ordinary ops and replayed once."""
         self._begin(f"block {plan}")
         error = self._off_together(plan)
+        check_waits()
         if not error < AGREEMENT_TOGETHER:
             raise RuntimeError(f"off by {error:.1e}")
         self._prepare(plan)
@@ -355,6 +363,16 @@ def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
 # The choices of earlier runs
 
 
+@cache
+def _sources() -> str:
+    """A digest of the kernels, the candidates and what is kept of them: a plan of others proves
+    nothing of these."""
+    folder = Path(__file__).parents[1]
+    parts = ("kernels/hopper/*.*", "kernels/fused/stream*.py", "sampling/engine_*.py")
+    files = sorted(file for part in parts for file in folder.glob(part))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def _key(network: Network) -> str:
     c = network.config
     rows = network.stream  # prompts of 1 to 32 tokens share a choice
@@ -362,7 +380,7 @@ def _key(network: Network) -> str:
     shape = (rows.batch, rows.image_rows, whole, rows.sample_rows, network.segments.mask is None)
     model = (c.width, c.heads, c.groups, c.ffn_width, c.rule.name, min(c.depth, LAYERS))
     device = network.trunk.device
-    version = (CACHE_VERSION, torch.__version__, TRITON_VERSION)
+    version = (_sources(), torch.__version__, TRITON_VERSION, driver_version())
     name = torch.cuda.get_device_name(device)
     return json.dumps([name, version, str(network.trunk.dtype), model, shape])
 

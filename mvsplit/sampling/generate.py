@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mvsplit.data import Embedder
 from mvsplit.errors import UserError
+from mvsplit.kernels.hopper.driver import check_waits, vain_waits
 from mvsplit.sampling.edit import Edit, sample_edit
 from mvsplit.sampling.engine import Engine, accelerated
 from mvsplit.sampling.guidance import EVERYWHERE, classifier_free, in_interval
@@ -137,6 +138,7 @@ def generate(
     Raises:
         UserError: a prompt that the embedder does not know, when its batch comes; one picture that
             does not fit into memory; latents that are not finite.
+        DriverError: kernels of the engine waited in vain, as `Engine.check` says.
     """
     network = accelerated(model)
     model = network.model if isinstance(network, Engine) else network
@@ -144,6 +146,7 @@ def generate(
     while start < len(prompts):
         indices = list(range(len(prompts)))[start : start + size]
         noted = _noting(on_step, preview, indices)
+        known = vain_waits()
         try:
             batch = [prompts[i] for i in indices]
             latents = _one_batch(
@@ -152,9 +155,9 @@ def generate(
         except torch.OutOfMemoryError as error:
             size = _halved(len(indices), error)
             continue  # outside of the handler, whose traceback holds the tensors
-        _require_finite(latents, indices, model)  # which waits for them
-        if isinstance(network, Engine):
-            network.check()
+        finite = latents.flatten(1).isfinite().all(1).tolist()  # which waits for them
+        check_waits(known)  # before NaN of a kernel is put down to the weights
+        _require_finite(finite, indices, model)
         yield Generated(indices=indices, latents=latents)
         start += len(indices)
 
@@ -248,8 +251,7 @@ def _halved(size: int, error: torch.OutOfMemoryError) -> int:
     return size // 2
 
 
-def _require_finite(latents: Tensor, indices: list[int], model: nn.Module) -> None:
-    finite = latents.flatten(1).isfinite().all(1).tolist()
+def _require_finite(finite: list[bool], indices: list[int], model: nn.Module) -> None:
     for index, good in zip(indices, finite, strict=True):
         if not good:
             raise UserError(

@@ -1,67 +1,26 @@
 """The engine's evaluation is the model's, whatever the plan; and what it does where it cannot."""
 
-import json
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mvsplit.errors import UserError
-from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 from mvsplit.sampling import SamplingConfig, accelerated, generate
 from mvsplit.sampling.engine import Engine
 
 pytest.importorskip("triton")
 
-from mvsplit.kernels.fused.stream_attention import Blocks
-from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
 from mvsplit.kernels.hopper import driver
-from mvsplit.kernels.hopper.attention import Heads
-from mvsplit.kernels.hopper.product import Cut
-from mvsplit.sampling import engine, engine_tune
-from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Ordinary, Plan, Writing
-from mvsplit.sampling.engine_tune import Tuner, load_plan, save_plan
+from mvsplit.sampling import engine, engine_apart
+from mvsplit.sampling.engine_plan import ORDINARY, STAGES, Network, Writing
+from tests.sampling.engine_cases import ON_GPU, OWN, draw, make
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"  # of the kernels: through the interpreter on a CPU
-WRITE = Writing(Tile(rows=64, columns=32, depth=32), Rows(rows=16))
-OWN = Plan(
-    qkv=Tile(rows=64, columns=128, depth=32),
-    attention=Blocks(queries=64, keys=64),
-    proj=WRITE,
-    w13=Tile(rows=128, columns=128, depth=32),
-    w2=Writing(Tile(rows=64, columns=64, depth=16, split=2), Rows(rows=8)),
-)
 # Two blocks of fp32 with sums in another order; values of order one.
 FP32_ERROR = 2e-5
-
-
-def make(rule="mvsplit", dtype=torch.float32, device=DEVICE, **changes):
-    fields = {
-        "depth": 2, "width": 32, "heads": 2, "ffn_width": 40, "channels": 3, "patch": 2,
-        "text_width": 24, "writers": "standard",
-    }  # fmt: skip
-    if not isinstance(rule, RuleConfig):
-        rule = RuleConfig(name=rule, beta=0.7, gamma=0.5)
-    config = DiTConfig(**{**fields, "rule": rule, **changes})
-    model = DiT(config, torch.Generator().manual_seed(1)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(2)
-    for block in model.blocks:  # gains that differ between columns
-        for rule_of_branch in (block.rule_attention, block.rule_ffn):
-            for gain in rule_of_branch.parameters():
-                gain.add_(0.2 * torch.randn(gain.shape, generator=generator))
-    return model.to(device, dtype)
-
-
-def draw(model, batch=2, side=(4, 6), text=5, valid=None, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    c = model.config
-    latents = torch.randn(batch, c.channels, *side, generator=generator)
-    states = torch.randn(batch, text, c.text_width, generator=generator)
-    like = model.head.weight
-    counts = None if valid is None else torch.tensor(valid, device=like.device)
-    return latents.to(like), states.to(like), counts
 
 
 def evaluate(model, plan, latents, text, valid):
@@ -142,124 +101,6 @@ def test_nan_weights_come_out_as_nan():
     model = make()
     model.blocks[1].attention.proj.weight[0, 0] = torch.nan
     assert evaluate(model, OWN, *draw(model)).isnan().any()
-
-
-@pytest.fixture
-def ours_is_faster(monkeypatch):
-    """Where nothing can be timed: every stage of ours takes a microsecond, an ordinary one two."""
-
-    def block_times(self, plans):
-        ordinary = [sum(isinstance(getattr(plan, s), Ordinary) for s in STAGES) for plan in plans]
-        return [len(STAGES) + count for count in ordinary]
-
-    def measure(self, stage, plan):
-        return 2.0 if isinstance(getattr(plan, stage), Ordinary) else 1.0
-
-    monkeypatch.setattr(Tuner, "block_times", block_times)
-    monkeypatch.setattr(Tuner, "_measure", measure)
-    monkeypatch.setattr(Tuner, "_compile", lambda self, jobs: list(jobs))
-    monkeypatch.setattr(engine_tune, "candidates", few)
-
-
-def few(stage, network):
-    own = {"qkv": OWN.qkv, "attention": OWN.attention, "w13": OWN.w13}
-    return [getattr(ORDINARY, stage), own.get(stage, WRITE)]
-
-
-def test_the_tuner_takes_the_fastest_that_agrees(ours_is_faster):
-    model = make()
-    latents, text, _ = draw(model)
-    tuner = Tuner(Network(model, latents, text, padded=False))
-    plan = tuner.best_plan()
-    assert plan == Plan(OWN.qkv, OWN.attention, WRITE, OWN.w13, WRITE)
-    assert [row[1] for row in tuner.table["qkv"]] == [2.0, 1.0]
-
-
-def test_what_does_not_agree_is_never_taken(monkeypatch, ours_is_faster, caplog):
-    model = make()
-    latents, text, _ = draw(model)
-    run = Network.run
-
-    def broken(self, stage, block, plan, following=None, compile_only=False):
-        run(self, stage, block, plan, following, compile_only)
-        if stage == "w13" and isinstance(plan.w13, Tile) and not compile_only:
-            self.hidden.mul_(1.1)
-
-    monkeypatch.setattr(Network, "run", broken)
-    tuner = Tuner(Network(model, latents, text, padded=False))
-    assert tuner.best_plan().w13 == ORDINARY.w13
-    assert "w13 Tile" in caplog.text
-    assert "off by" in caplog.text
-
-
-@pytest.mark.parametrize("factor", [20.0, torch.nan])
-def test_stages_that_agree_alone_but_not_together_are_not_taken(
-    monkeypatch, ours_is_faster, caplog, factor
-):
-    """As a kernel that starts before what it reads is there."""
-    model = make()
-    latents, text, _ = draw(model)
-    run = Network.run
-
-    def early(self, stage, block, plan, following=None, compile_only=False):
-        run(self, stage, block, plan, following, compile_only)
-        together = isinstance(plan.qkv, Tile) and isinstance(plan.w13, Tile)
-        if stage == "w13" and together and not compile_only:
-            self.hidden.mul_(factor)
-
-    monkeypatch.setattr(Network, "run", early)
-    tuner = Tuner(Network(model, latents, text, padded=False))
-    assert tuner.best_plan() == ORDINARY
-    assert "blocks by the plan are off by" in caplog.text
-
-
-def test_weights_that_are_not_finite_are_not_compared(caplog):
-    model = make()
-    model.blocks[0].ffn.w2.weight.fill_(torch.inf)
-    latents, text, _ = draw(model)
-    assert Tuner(Network(model, latents, text, padded=False)).best_plan() is None
-    assert "not finite" in caplog.text
-
-
-def test_choices_come_back_from_disk_by_shape(tmp_path, monkeypatch, caplog):
-    model = make()
-    latents, text, _ = draw(model)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
-    network = Network(model, latents, text, padded=False)
-    path = tmp_path / "deep" / "engine.json"
-    assert load_plan(network, path) is None
-    plan = OWN.with_pdl(True).with_choice("qkv", Cut(144, 1, 2, 5))
-    plan = plan.with_choice("attention", Heads(1))
-    plan = plan.with_choice("w2", Writing(Cut(144, 1, 2, 4, 3, pdl=True), Rows()))
-    save_plan(network, plan, path)
-    assert load_plan(network, path) == plan
-    longer = Network(model, latents, draw(model, text=40)[1], padded=False)
-    assert load_plan(longer, path) is None
-    save_plan(longer, ORDINARY, path)
-    assert load_plan(network, path) == plan
-    assert load_plan(longer, path) == ORDINARY
-    for damaged in ("{", "[1]"):
-        caplog.clear()
-        path.write_text(damaged)
-        assert load_plan(network, path) is None
-        assert "is not read" in caplog.text
-    for fields in ({}, [], {**plan.to_json(), "qkv": {"kind": "unheard"}}):
-        caplog.clear()
-        path.write_text(json.dumps({engine_tune._key(network): fields}))
-        assert load_plan(network, path) is None
-        assert "holds no plan" in caplog.text
-
-
-def test_a_plan_for_whole_images_is_none_for_padded_ones(tmp_path, monkeypatch):
-    """A writer's own kernel counts every row of the image; 30 tokens have 2 rows of padding."""
-    model = make()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
-    whole, padded = (
-        Network(model, *draw(model, side=side)[:2], padded=False) for side in ((16, 8), (20, 6))
-    )
-    assert whole.stream.sample_rows == padded.stream.sample_rows
-    save_plan(whole, OWN.with_choice("proj", Cut(64, 1, 2, 4)), tmp_path / "engine.json")
-    assert load_plan(padded, tmp_path / "engine.json") is None
 
 
 class Replayed:
@@ -367,23 +208,76 @@ def test_a_capture_that_fails_leaves_the_model_and_memory_that_ends_the_caller(
             ]
 
 
-def test_a_wait_that_did_not_end_is_an_error_of_the_next_call_and_of_generate(
-    engine_of, embedder, model, monkeypatch
-):
+@pytest.fixture
+def word(monkeypatch):
+    """Where kernels tell that a wait did not end."""
     word = torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(driver, "_faults", [word])
+    return word
+
+
+def test_a_wait_that_did_not_end_is_an_error_of_every_engine_under_way(engine_of, word):
     small = make(device="cpu")
-    fast, _ = engine_of(small)
     inputs = draw(small)
-    fast(*inputs)
+    first, second, idle = (engine_of(small)[0] for _ in range(3))
+    for fast in (first, second, idle):
+        fast(*inputs)
+    idle.check()
     word.fill_(1)
     with pytest.raises(driver.DriverError, match="did not end within seconds"):
-        fast(*inputs)
-    assert torch.equal(fast(*inputs), small(*inputs))  # said once
+        first(*inputs)
+    with pytest.raises(driver.DriverError):
+        second.check()  # whose velocity may be wrong too, though the word was read by then
+    for fast in (first, second, idle):
+        assert torch.equal(fast(*inputs), small(*inputs))  # said once
+        fast.check()
+
+
+def test_nan_of_a_wait_that_did_not_end_is_not_put_down_to_the_weights(
+    embedder, model, monkeypatch, word
+):
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args: (word.fill_(1), forward(*args))[1])
+    monkeypatch.setattr(
+        model, "forward", lambda *args: (word.fill_(1), forward(*args) * torch.nan)[1]
+    )
     with pytest.raises(driver.DriverError):
         next(generate(Engine(model), embedder, ["one"], (1, 4, 4), SamplingConfig(steps=1)))
+
+
+def test_inputs_of_a_graph_change_when_its_turn_has_come(monkeypatch):
+    """Or another thread's picture, that is still being drawn, would be of these inputs."""
+    graph, static = engine._Graph.__new__(engine._Graph), torch.zeros(2)
+    graph._inputs, graph._output = (static, None), torch.ones(1)
+    seen = []
+
+    @contextmanager
+    def turn(device):
+        seen.append(static.clone())
+        yield
+
+    class Replay:
+        def replay(self):
+            seen.append(static.clone())
+
+    graph._graph = Replay()
+    monkeypatch.setattr(engine, "_in_turn", turn)
+    graph(torch.ones(2), None)
+    assert [each.tolist() for each in seen] == [[0, 0], [1, 1]]
+
+
+def test_why_kernels_were_left_out_is_said_at_every_start(engine_of, monkeypatch, caplog):
+    model = make(dtype=torch.float16, device="cpu")
+    inputs = draw(model)
+    without = replace(ORDINARY, without="the GPU is taken")
+    monkeypatch.setattr(engine_apart, "best_plan", lambda network, say: without)
+    for times in range(2):
+        fast, said = engine_of(model, tune=True)
+        fast(*inputs)
+        told = [line for line in said if line.startswith("kernels in CUDA C++ are left out")]
+        assert len(told) == times  # at first `best_plan` says it
+    assert "because the GPU is taken (found before; without " in told[0]
+    engine._log(told[0])
+    assert caplog.records[-1].levelname == "WARNING"
 
 
 def test_on_a_cpu_the_model_runs_itself(embedder, model):

@@ -1,5 +1,6 @@
 """The engine's plan measured in another process: what ends it is left out, and said."""
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from mvsplit.residuals import RuleConfig
 
 pytest.importorskip("triton")
 
+from mvsplit.kernels.hopper.driver import DriverError
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.sampling import engine_apart
 from mvsplit.sampling.engine_plan import ORDINARY, Network
@@ -35,6 +37,13 @@ def network():
     model = DiT(config).eval().requires_grad_(False)
     latents, text = torch.randn(2, 3, 4, 6), torch.randn(2, 5, 24)
     return Network(model, latents, text, padded=True)
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """As on a machine where kernels in CUDA C++ are among the candidates."""
+    monkeypatch.setattr(engine_apart, "candidates", lambda stage, network: [Cut()])
+    monkeypatch.setattr(engine_apart, "require_compiler", lambda: None)
 
 
 def child(code):
@@ -92,24 +101,63 @@ def test_a_child_that_is_silent_is_killed(network, monkeypatch, caplog):
 
 @pytest.mark.parametrize(("code", "reason"), [
     ("raise SystemExit('no device')", "a process for them ended with 1: no device"),
+    ("tell('ERROR', 'taken'); sys.exit('advice')", "a process for them ended with 1: taken"),
     ("tell('BEGIN', str(len(task['banned']))); os._exit(1)", "6 of them ended their process"),
 ])  # fmt: skip
-def test_without_a_plan_the_kernels_in_cuda_are_left_out(network, monkeypatch, code, reason):
+def test_without_a_plan_the_kernels_in_cuda_are_left_out(
+    network, monkeypatch, with_kernels, code, reason
+):
     plan, cuda, said = ORDINARY.with_pdl(False), [], []
-    monkeypatch.setattr(engine_apart, "candidates", lambda stage, network: [Cut()])
-    monkeypatch.setattr(engine_apart.sys, "executable", sys.executable)
     measured = engine_apart.measured
     monkeypatch.setattr(engine_apart, "measured", lambda n: measured(n, child(code)))
     monkeypatch.setattr(Tuner, "best_plan", lambda self: cuda.append(self.cuda) or plan)
-    assert engine_apart.best_plan(network, said.append) == plan
+    assert engine_apart.best_plan(network, said.append) == dataclasses.replace(plan, without=reason)
     assert cuda == [False]
     assert said == [f"kernels in CUDA C++ are left out, because {reason}"]
 
 
-def test_a_plan_from_elsewhere_is_compared_on_the_models_own_weights(network, monkeypatch):
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("frozen", True, "this program is no Python"),
+    ("executable", None, "this program is no Python"),
+    ("executable", "/nowhere/python", "a process for them cannot be started: "),
+])  # fmt: skip
+def test_where_python_cannot_be_started_again_that_is_said(
+    network, monkeypatch, with_kernels, name, value, reason
+):
+    said = []
+    monkeypatch.setattr(sys, name, value, raising=False)
+    monkeypatch.setattr(Tuner, "best_plan", lambda self: ORDINARY)
+    plan = engine_apart.best_plan(network, said.append)
+    assert reason in plan.without
+    assert said == [f"kernels in CUDA C++ are left out, because {plan.without}"]
+
+
+def test_without_nvrtc_no_child_is_begun(network, monkeypatch, with_kernels):
+    def missing():
+        raise DriverError("libnvrtc.so.13 is not there")
+
+    monkeypatch.setattr(engine_apart, "require_compiler", missing)
+    monkeypatch.setattr(engine_apart, "measured", None)
+    monkeypatch.setattr(Tuner, "best_plan", lambda self: ORDINARY)
+    said = []
+    assert engine_apart.best_plan(network, said.append).without == "libnvrtc.so.13 is not there"
+    assert len(said) == 1
+
+
+def test_a_child_that_fails_says_its_error_and_not_the_advice_after_it(network):
+    """Errors of CUDA end in lines about debugging."""
+    task = {**engine_apart._task(network, []), "dtype": "a type\nthat is unheard of"}
+    child = engine_apart._Child(engine_apart._python(), task)
+    assert child.running is child.found is None
+    assert child.end == "ended with 1"
+    assert child.last_words.startswith("AttributeError: module 'torch' has no attribute 'a type")
+
+
+def test_a_plan_from_elsewhere_is_compared_on_the_models_own_weights(
+    network, monkeypatch, with_kernels
+):
     found = engine_apart.Measured(ORDINARY, {}, {}, [])
     checked = []
-    monkeypatch.setattr(engine_apart, "candidates", lambda stage, network: [Cut()])
     monkeypatch.setattr(engine_apart, "measured", lambda network: found)
     monkeypatch.setattr(Tuner, "checked", lambda self, plan: checked.append(plan) or plan)
     assert engine_apart.best_plan(network, print) == ORDINARY

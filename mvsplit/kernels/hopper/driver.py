@@ -46,14 +46,31 @@ def _fault() -> Tensor:
     return _faults[0]
 
 
-def check_waits() -> None:
-    """Looks, without waiting for any device, whether a wait in a kernel has not ended.
+_found = 0
 
-    Raises:
-        DriverError: what the kernels wrote since the last look is wrong.
-    """
+
+def vain_waits() -> int:
+    """How often it was found, so far, that a wait in a kernel had not ended. Looks, without waiting
+    for any device. Whoever shares a process with others compares with an earlier count: one that
+    looks must not take the news from another."""
+    global _found
     if _faults and _faults[0].item():
         _faults[0].zero_()
+        _found += 1
+    return _found
+
+
+def check_waits(known: int | None = None) -> None:
+    """Looks whether a wait in a kernel has not ended.
+
+    Args:
+        known: an earlier `vain_waits()`; None: what was found before now is known.
+
+    Raises:
+        DriverError: what the kernels wrote since then is wrong.
+    """
+    known = _found if known is None else known
+    if vain_waits() > known:
         raise DriverError(
             "a kernel's wait for other blocks or for a copy did not end within seconds; its "
             "outputs are wrong. Does another process draw on the same GPU?"
@@ -70,6 +87,20 @@ def _nvrtc() -> ctypes.CDLL:
         except OSError:
             continue
     raise DriverError(f"{name} is not there (the package nvidia-cuda-nvrtc, or a CUDA toolkit)")
+
+
+def require_compiler() -> None:
+    """Raises DriverError where NVRTC is missing."""
+    _nvrtc()
+
+
+def driver_version() -> int:
+    """Of CUDA, that the driver offers: 13000 for 13.0; 0 where there is no device."""
+    if not torch.cuda.is_available():
+        return 0
+    number = ctypes.c_int()
+    _check(_driver().cuDriverGetVersion(ctypes.byref(number)), "the driver's version")
+    return number.value
 
 
 def _check(code: int, what: str) -> None:
