@@ -14,6 +14,8 @@ number of tokens starts a collapse (Eq. 5), is shut off; it opens only as far as
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,14 @@ def starts(config: RuleConfig, depth: int) -> tuple[float, float]:
     if config.alpha is not None:
         return beta, config.alpha
     return beta, root if config.beta is None else 0.0
+
+
+def written_out(config: RuleConfig, depth: int) -> RuleConfig:
+    """The rule with β and α as they start in a network of `depth` blocks; None where it has none.
+    Two are equal where their networks are, however they were asked for."""
+    has_gains = config.name.startswith("mvsplit")
+    beta, alpha = starts(config, depth) if has_gains else (None, None)
+    return replace(config, beta=beta, alpha=alpha)
 
 
 class MVSplit(PostNorm):

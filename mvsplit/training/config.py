@@ -16,6 +16,7 @@ from mvsplit.flow import DPOConfig
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig
+from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training.typed_json import read_as
 
 
@@ -359,7 +360,9 @@ CHANGEABLE = frozenset(
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """The fields in which two experiments differ, by dotted name: (old, new); but for what nobody
-    asks for."""
+    asks for, and for gains that start alike though one leaves that to the default."""
+    if written_out(old.model.rule, old.model.depth) == written_out(new.model.rule, new.model.depth):
+        old = replace(old, model=replace(old.model, rule=new.model.rule))
     before, after = (flat_fields(dataclasses.asdict(e.asked())) for e in (old, new))
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}

@@ -16,6 +16,7 @@ from mvsplit.models import DiT
 from mvsplit.models.growth import parameters_of_layers
 from mvsplit.models.surgery import gain_names, set_rule
 from mvsplit.residuals import RuleConfig
+from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.distributed import rank, world
 from mvsplit.training.ema import EMA
@@ -152,7 +153,9 @@ class TrainState:
         """Gives the model the rule that it had when the snapshot was taken."""
         rule = RuleConfig(**snapshot.values["rule"])
         joined = "joined" in snapshot.values["updates"]
-        if rule != self.model.config.rule or joined != ("joined" in self.optimizer.updates()):
+        depth, has = self.model.config.depth, self.model.config.rule
+        other = written_out(rule, depth) != written_out(has, depth)
+        if other or joined != ("joined" in self.optimizer.updates()):
             if self.sharded:
                 raise UserError(
                     f"the checkpoint's network was given the rule {rule.name} while it ran, and is "

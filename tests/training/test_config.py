@@ -9,6 +9,7 @@ import pytest
 
 from mvsplit.errors import UserError
 from mvsplit.presets import PRESETS, get_preset
+from mvsplit.residuals import RuleConfig
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.builders import build_data, check_fit
 from mvsplit.training.config import ParallelConfig, differences, from_json, to_json
@@ -28,7 +29,8 @@ def test_paper_presets_have_the_paper_s_parameters() -> None:
     """13.6 M parameters a block (paper §3); β = 1 and 0.03 (§2)."""
     for name, depth, beta in (("mvsplit-400l", 400, 1.0), ("mvsplit-1000l", 1000, 0.03)):
         preset = get_preset(name)
-        assert (preset.model.depth, preset.model.rule.beta) == (depth, beta)
+        rule = preset.model.rule
+        assert (preset.model.depth, rule.beta, rule.alpha) == (depth, beta, 0.0)
         assert preset.train.batch_size == 1024
         d, f = preset.model.width, preset.model.ffn_width
         assert 4 * d * d + 3 * d * f + 4 * d == pytest.approx(13.64e6, rel=1e-3)
@@ -130,3 +132,27 @@ def test_differences_are_named_by_path() -> None:
     new = replace(runs.experiment(seed=4), model=replace(runs.MODEL, rule=rule))
     assert differences(old, new) == {"model.rule.beta": (None, 0.5), "train.seed": (0, 4)}
     assert differences(old, old) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"name": "plain", "alpha": 0.0}, {"name": "plain"}),
+        ({"name": "keel", "beta": 1.0, "alpha": 0.0}, {"name": "keel"}),
+        ({"beta": 0.05, "alpha": 0.0}, {"beta": 0.05}),
+        ({"beta": runs.MODEL.depth**-0.5, "alpha": runs.MODEL.depth**-0.5}, {}),
+    ],
+)
+def test_gains_given_as_what_the_default_is_are_no_difference(before, now) -> None:
+    """Folders written when α was 0 by default go on; a default that became another does not."""
+    old, new = (
+        replace(runs.experiment(), model=replace(runs.MODEL, rule=RuleConfig(**given)))
+        for given in (before, now)
+    )
+    assert differences(old, new) == differences(new, old) == {}
+
+
+def test_another_default_than_the_folder_was_begun_with_is_a_difference() -> None:
+    old = runs.experiment()
+    old = replace(old, model=replace(old.model, rule=RuleConfig(alpha=0.0)))
+    assert differences(old, runs.experiment()) == {"model.rule.alpha": (0.0, None)}
