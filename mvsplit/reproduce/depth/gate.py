@@ -26,8 +26,8 @@ ALIKE = 0.01
 def check_together(
     size: BenchSize, entries: Sequence[Entry] = ENTRIES, keep: Path | None = None
 ) -> None:
-    """Trains shallow networks, two of each rule among `entries`, as one for each family, and one of
-    each rule alone, and compares training and validation losses.
+    """Trains shallow networks, two of each kind of merge (`Entry.merge`) among `entries`, as one for
+    each family, and one of each kind alone, and compares training and validation losses.
 
     Args:
         keep: a JSON file of what was found, written after each run.
@@ -85,13 +85,13 @@ def _keep(
 
 
 def _families(size: BenchSize, entries: Sequence[Entry]) -> list[list[list[BenchRun]]]:
-    """By family, for each rule two runs of the first entry that has it, apart in rate and seed."""
-    rules: dict[tuple[str, bool], Entry] = {}
+    """By family, for each kind of merge two runs of the first entry that has it, apart in rate and
+    seed."""
+    merges: dict[tuple[str, bool, bool, str], Entry] = {}
     for entry in entries:
-        rule = entry.rule(DEPTH)
-        rules.setdefault((rule.name, rule.tied_leak), entry)
+        merges.setdefault(entry.merge(DEPTH), entry)
     found: dict[Family, list[list[BenchRun]]] = {}
-    for entry in rules.values():
+    for entry in merges.values():
         pair = [
             BenchRun(entry=entry, depth=DEPTH, width=size.width, rate=rate, seed=seed)
             for seed, rate in enumerate(RATES)

@@ -98,7 +98,8 @@ def _there(path: Path, rule: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _as_one(row: Mapping[str, Any]) -> bool:
-    return int(row.get("together", 1)) > 1
+    """Whether it comes from an ensemble, and be it one of a single network."""
+    return "together" in row
 
 
 def _write_rows(
@@ -252,7 +253,12 @@ def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         absent = [e.label for e in ENTRIES if (e.name, depth) not in have]
         here = [have[e.name, depth] for e in ENTRIES if (e.name, depth) in have]
         few = [c.entry.label for c in here if c.rate and len(c.best) < len(size.seeds)]
-        for words, names in (("not run", absent), (f"fewer than {len(size.seeds)} seeds", few)):
+        ends = [c.entry.label for c in here if c.swept and c.at_end]
+        for words, names in (
+            ("not run", absent),
+            (f"fewer than {len(size.seeds)} seeds", few),
+            ("rates beyond the best, which is the last that was tried", ends),
+        ):
             if names:
                 lines.append(f"- {depth} layers, {words}: {', '.join(names)}")
     if not lines:

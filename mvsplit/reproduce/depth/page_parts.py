@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mvsplit.reproduce.depth.plan import BenchSize
+from mvsplit.reproduce.depth.plan import BenchSize, get_entries, get_run
 from mvsplit.reproduce.depth.table import (
     Cell,
     at_equal_time,
@@ -73,6 +73,7 @@ def best_table(
 
 def _best_rate(cell: Cell) -> str:
     tried = f"{len(cell.tried)} tried" + ("" if cell.swept else ", sweep not whole")
+    tried += ", **the last of them**" if cell.at_end and cell.swept else ""
     return f"{NOTHING if cell.rate is None else f'{cell.rate:.2g}'} ({tried})"
 
 
@@ -164,6 +165,7 @@ def both_ways(
             f"{worst['validation_loss']:.1e}, where {gate['limit']:g} is the limit: "
             f"**{'passed' if gate['passed'] else 'not passed'}**.\n"
         )
+        parts[-1] = parts[-1].rstrip() + _ungated(gate, rows) + "\n"
     alone = {row["run"]: row for row in rows}
     pairs = [(alone[other["run"]], other) for other in again if other["run"] in alone]
     lines = [
@@ -175,6 +177,15 @@ def both_ways(
         head = ("run", "alone", "as one", "apart")
         parts += [words, *table(head, lines)]
     return parts
+
+
+def _ungated(gate: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The entries trained as one whose kind of merge the gate had no network of."""
+    runs = [get_run(each["run"]) for each in gate["runs"]]
+    merges, depth = {run.entry.merge(run.depth) for run in runs}, runs[0].depth
+    names = dict.fromkeys(row["entry"] for row in rows if "together" in row)
+    labels = [e.label for e in get_entries([*names]) if e.merge(depth) not in merges]
+    return f" It had no network that starts as {', '.join(labels)}." if labels else ""
 
 
 def _ending(row: Mapping[str, Any]) -> str:

@@ -32,19 +32,20 @@ def write_table(readme: Path, results: Path, size: BenchSize = GPU) -> None:
 
 def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
     """The losses of entries at their best rates, at the depths at which any has enough seeds; the
-    best of the deepest first. Those without enough seeds at any depth are left out."""
+    best of the deepest first, those with enough seeds there before the rest. Those without enough
+    seeds at any depth are left out."""
     here = {(c.entry.label, c.depth): c for c in found if c.width == size.width}
     enough = {at for at, cell in here.items() if cell.rate and len(cell.best) >= SEEDS}
     depths = [depth for depth in size.depths if any(d == depth for _, d in enough)]
     names = list(dict.fromkeys(label for label, _ in enough))
 
-    def loss(label: str) -> tuple[float, ...]:
+    def order(label: str) -> tuple[bool | float, ...]:
         found = [here.get((label, depth)) for depth in reversed(depths)]
-        return tuple(_middle(cell) for cell in found)
+        return (label, depths[-1]) not in enough, *(_middle(cell) for cell in found)
 
     lines = [
         [label, *(_words(here.get((label, depth))) for depth in depths)]
-        for label in sorted(names, key=lambda label: (loss(label), label))
+        for label in sorted(names, key=lambda label: (order(label), label))
     ]
     return table(("residual rule", *(f"{depth} layers" for depth in depths)), lines)
 
@@ -59,4 +60,5 @@ def _words(cell: Cell | None) -> str:
         return "not run"
     if cell.rate is None:
         return "learns at no rate" if cell.swept else "not run whole"
-    return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}"
+    end = ", the last tried" if cell.at_end else ""
+    return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}{end}"

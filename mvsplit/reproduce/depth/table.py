@@ -54,6 +54,11 @@ class Cell:
         dead = {row["rate"] for row in self.rows if not row["lives"]}
         return [rate for rate in self.tried if rate not in dead]
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the best rate lies at an end of what was tried, beyond which a better one may."""
+        return self.rate in (self.tried[0], self.tried[-1])
+
     def over_seeds(self, *path: str) -> list[float]:
         """A field of the rows at the best rate, or one within it; those that have it."""
         found = []
@@ -149,7 +154,7 @@ def collapses(rows: Sequence[Row]) -> list[Row]:
 @dataclass(frozen=True, kw_only=True)
 class WatchCount:
     """What the watch said over many runs: of the dead how many had an alarm, of the living too; of
-    those that were trained as one it saw nothing."""
+    those of ensembles it saw nothing."""
 
     unseen: int
     dead: int
@@ -161,7 +166,7 @@ class WatchCount:
 def watch_count(rows: Sequence[Row]) -> WatchCount:
     """Over all rows; a run is dead that neither lives nor is finite, or never learned."""
     every = len(rows)
-    rows = [row for row in rows if row.get("together", 1) == 1]
+    rows = [row for row in rows if "together" not in row]
     alarmed = [bool((row.get("watch") or {}).get("alarms")) for row in rows]
     lives = [bool(row["lives"]) for row in rows]
     pairs = list(zip(lives, alarmed, strict=True))

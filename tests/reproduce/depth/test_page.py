@@ -1,13 +1,14 @@
 """Tables and page of the bench, on rows made by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import page as module
-from mvsplit.reproduce.depth.page import keep_rows, verdict_words, write_page
+from mvsplit.reproduce.depth.page import keep_rows, missing, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
 from mvsplit.reproduce.depth.plan import ENTRIES, SIZES, BenchRun
 from mvsplit.reproduce.depth.readme import BEGIN, END, write_table
@@ -42,6 +43,21 @@ def test_a_cell_holds_the_seeds_of_the_best_rate():
     (cell,) = cells(TINY, [entry("plain")], rows)
     assert (cell.rate, cell.losses, cell.swept) == (3.2e-3, [0.5, 0.6, 0.7], True)
     assert (cell.tried, cell.living) == ([1e-3, 3.2e-3, 1e-2], [1e-3, 3.2e-3])
+    assert not cell.at_end
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+def test_a_best_rate_beyond_which_nothing_was_tried_is_marked(rate):
+    (cell,) = cells(TINY, [entry("keel")], seeds("keel", [0.4, 0.5, 0.6], rate=rate))
+    assert cell.at_end
+    (line,) = [x for x in best_table(2, TINY, [cell], {}) if x.startswith("| Keel")]
+    assert f"| {rate:.2g} (3 tried, **the last of them**) | 0.5 ± 0.1 |" in line
+    (left,) = [x for x in missing(TINY, [cell]) if "which is the last that was tried" in x]
+    assert left.startswith("- 2 layers, ")
+    assert left.endswith(": Keel")
+    beyond = row(rate * 3.2 if rate == 1e-2 else 3.2e-4, None, name="keel")
+    (cell,) = cells(TINY, [entry("keel")], [*cell.rows, beyond])
+    assert not cell.at_end
 
 
 def test_what_was_not_swept_whole_is_not_called_dead():
@@ -103,6 +119,7 @@ def test_the_watch_is_counted_over_the_dead_and_the_living():
     count = watch_count(rows)
     assert (count.dead, count.dead_with_alarm) == (2, 1)
     assert (count.living, count.living_with_alarm) == (3, 1)
+    assert watch_count([*rows, row(1e-2, 0.5, together=1)]) == replace(count, unseen=1)
     text = "\n".join(collapse_table([row(1e-3, None, watch=alarm, collapse_step=40), *rows]))
     assert "Of 3 runs that do not live the watch raised an alarm in 2" in text
     assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 40 | – | alarm mean-mode at step 3 |" in text
@@ -174,16 +191,21 @@ def test_of_a_run_by_both_ways_the_one_alone_counts_and_both_are_shown(
     alone, as_one = row(1e-3, 0.5), row(1e-3, 0.51, together=12)
     for each in (alone, as_one) if first == "alone" else (as_one, alone):
         path = keep_rows(TINY, RULE, [each], tmp_path)
-    assert [r["validation_loss"] for r in json.loads(path.read_text())["rows"]] == [0.5]
+    other = [row(1e-3, 0.5, name=name, together=2) for name in ("alpha", "standard", "beta-4")]
+    keep_rows(TINY, RULE, other, tmp_path)
+    kept = json.loads(path.read_text())["rows"]
+    assert [r["validation_loss"] for r in kept if r["entry"] == "mvsplit-root"] == [0.5]
     again = path.with_name(f"{TINY.name}-again.json")
     assert [r["validation_loss"] for r in json.loads(again.read_text())["rows"]] == [0.51]
-    run = {"run": "x", "curve": 1e-4, "validation_loss": 2e-4, "alike": True}
+    name = "mvsplit-1-20x16-lr3.2e-04-seed0"
+    run = {"run": name, "curve": 1e-4, "validation_loss": 2e-4, "alike": True}
     gate = {"passed": True, "wanted": 1, "limit": 0.01, "steps": 40, "device": "cpu"}
     path.with_name(f"gate-{TINY.name}.json").write_text(json.dumps(gate | {"runs": [run]}))
     monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
     text = write_page(tmp_path).read_text()
     assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 0.5 | 0.51 | +2.0% |" in text
-    assert "losses within 2.0e-04, where 0.01 is the limit: **passed**" in text
+    words = "It had no network that starts as MV-Split α=β=1/√L, MV-Split β=1/√L, writers standard."
+    assert f"losses within 2.0e-04, where 0.01 is the limit: **passed**. {words}\n" in text
 
 
 def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def runs_of(names, rates=(1e-3, 3.2e-3)) -> list[BenchRun]:
 
 
 @pytest.mark.parametrize(
-    "names", [("mvsplit-root", "rezero", "gain-lr-10", "warm-3"), ("keel",), ("sandwich",)]
+    "names", [("mvsplit-root", "alpha", "alpha-standard", "rezero", "gain-lr-10", "warm-3"), ("keel",), ("sandwich",)]
 )
 def test_a_run_is_what_it_is_alone(tmp_path, names):
     runs = runs_of(names)
@@ -104,7 +104,8 @@ def test_the_update_is_that_of_torch(decay):
 
 
 def test_the_gate_takes_what_is_alike(tmp_path, monkeypatch, capsys):
-    """One run of each rule is trained alone, whatever the family; candidates of one rule once."""
+    """One run of each kind of merge is trained alone, whatever the family: α = 0, another α, a free
+    λ, standard writers; settings that differ in β alone are one kind."""
     alone: list[str] = []
 
     def counted(run, size, out):
@@ -114,13 +115,13 @@ def test_the_gate_takes_what_is_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "run_bench", counted)
     monkeypatch.setattr(gate, "STEPS", 10)
     monkeypatch.setattr(gate, "DEPTH", 2)
-    entries = get_entries(["mvsplit-root", "plain", "keel", "sandwich", "beta-4", "alpha-free"])
+    names = ["mvsplit-root", "plain", "alpha", "alpha-free", "standard", "keel", "sandwich"]
+    entries = get_entries([*names, "beta-4", "mvsplit-1"])
     check_together(TINY, entries, tmp_path / "gate.json")
     kept = json.loads((tmp_path / "gate.json").read_text("utf-8"))
-    assert (kept["passed"], kept["wanted"]) == (True, 5)
+    assert (kept["passed"], kept["wanted"]) == (True, 7)
     assert [each["run"] for each in kept["runs"]] == alone
-    assert "check: 5 runs as one are what they are alone" in capsys.readouterr().out
-    names = ["mvsplit-root", "plain", "alpha-free", "keel", "sandwich"]
+    assert "check: 7 runs as one are what they are alone" in capsys.readouterr().out
     assert [name.partition("-2x16")[0] for name in alone] == names
     assert {name.partition("-lr")[2] for name in alone} == {"3.2e-04-seed0", "1.0e-03-seed1"}
 
