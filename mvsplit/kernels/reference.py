@@ -10,6 +10,7 @@ F hidden width of the FFN. Notation: J averages over the tokens of a segment, P 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -237,7 +238,8 @@ class _SplitMerge(torch.autograd.Function):
         out = Merged(_upcast(y), r, mean_f, mean_x)
         f = None if f is None else zero_padding(_upcast(f), ctx.segments)
         delta = zero_padding(_upcast(grad), ctx.segments)
-        grads = merge_backward(delta, out, f, beta, alpha, leak, ctx.segments)
+        with _full_precision(grad):
+            grads = merge_backward(delta, out, f, beta, alpha, leak, ctx.segments)
         gains = FullGains(beta, alpha, leak).shaped(grads[2:])
         return grads.x.to(grad.dtype), grads.f.to(grad.dtype), *gains, None, None, None
 
@@ -284,11 +286,19 @@ def split_merge(
     if gains.alpha is not gains.beta or gains.leak is not None:
         # torch.compile lets a tensor made inside an autograd Function not outlive it in a cache.
         segments.matrices(_upcast(x[:, :0]))
-    if not torch.is_autocast_enabled(x.device.type):
+    with _full_precision(x):
         return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
-    # Means are products here, and those of low precision do not cancel in segments of one token.
-    with torch.autocast(x.device.type, enabled=False):
-        return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
+
+
+def _full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """No autocast: means are products here, and those of low precision do not cancel in segments of
+    one token. A compiled backward is traced without the autocast that it may run in later."""
+    device = like.device.type
+    if not torch.amp.is_autocast_available(device):  # as on the meta device
+        return nullcontext()
+    if torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 # Rotary embedding and QK-norm

@@ -326,7 +326,9 @@ def test_a_gain_that_is_no_number_is_refused(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_under_autocast_a_merge_is_what_it_is_without(name):
+@pytest.mark.parametrize("backward", [False, True])
+def test_under_autocast_a_merge_is_what_it_is_without(name, backward):
+    """Forward, and backward where it is called inside as well."""
     rule = trained_rule(name, dtype=torch.float32)
     segments = make_segments(LAYOUTS["padded"])
     x, f = (draw(3, 8, D, seed=i, dtype=torch.float32).requires_grad_() for i in (1, 2))
@@ -334,7 +336,33 @@ def test_under_autocast_a_merge_is_what_it_is_without(name):
     def run(enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y = rule.merge(x, f, segments)
-        return (y.float(), *torch.autograd.grad(y.float().square().sum() + y.float().sum(), (x, f)))
+        upstream = draw(3, 8, D, seed=3, dtype=torch.float32).to(y.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled and backward):
+            return (y, *torch.autograd.grad(y, (x, f, *rule.parameters()), upstream))
 
     for found, wanted in zip(run(True), run(False), strict=True):
+        assert found.dtype == wanted.dtype
         assert torch.equal(found, wanted)
+
+
+def test_a_compiled_merge_has_full_precision_inside_of_an_autocast():
+    rule = trained_rule(RuleConfig(tied_leak=False), dtype=torch.float32)
+    x, f = (draw(3, 8, D, seed=i, dtype=torch.float32).requires_grad_() for i in (1, 2))
+    upstream = draw(3, 8, D, seed=3, dtype=torch.float32)
+
+    def run(merge, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = merge(x, f, Segments((7, 1)))
+            return (y, *torch.autograd.grad(y, (x, f, *rule.parameters()), upstream))
+
+    compiled = torch.compile(rule.merge, backend="aot_eager", fullgraph=True)
+    for found, wanted in zip(run(compiled, True), run(rule.merge, False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_on_the_meta_device_has_the_shape_of_the_trunk():
+    """What plans memory runs there, where there is no autocast to ask for."""
+    x = torch.empty(3, 8, D, device="meta", requires_grad=True)
+    y = trained_rule("mvsplit", dtype=torch.float32).to("meta").merge(x, torch.empty_like(x), Segments((7, 1)))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.shape == grad.shape == x.shape
