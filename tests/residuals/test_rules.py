@@ -9,7 +9,14 @@ from torch import nn
 from mvsplit.errors import UserError
 from mvsplit.kernels import Segments
 from mvsplit.models import DiT, DiTConfig
-from mvsplit.residuals import RULES, MVSplit, Plain, RuleConfig, build_rule
+from mvsplit.residuals import (
+    RULES,
+    MVSplit,
+    Plain,
+    RuleConfig,
+    UnnormedMVSplit,
+    build_rule,
+)
 from tests.oracles import averaging_matrix, normalise, real_tokens
 
 D, L = 6, 5
@@ -363,6 +370,22 @@ def test_a_compiled_merge_has_full_precision_inside_of_an_autocast():
 def test_a_merge_on_the_meta_device_has_the_shape_of_the_trunk():
     """What plans memory runs there, where there is no autocast to ask for."""
     x = torch.empty(3, 8, D, device="meta", requires_grad=True)
-    y = trained_rule("mvsplit", dtype=torch.float32).to("meta").merge(x, torch.empty_like(x), Segments((7, 1)))
+    y = (
+        trained_rule("mvsplit", dtype=torch.float32)
+        .to("meta")
+        .merge(x, torch.empty_like(x), Segments((7, 1)))
+    )
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert y.shape == grad.shape == x.shape
+
+
+@pytest.mark.parametrize("depth", [4, 16, 100])
+def test_of_the_mean_of_a_trunk_the_default_leaves_what_the_page_says(depth):
+    """(1 − 1/√L)^2L where branches write nothing and no norm is behind the merge."""
+    merge = UnnormedMVSplit(RuleConfig(), width=D, depth=depth, branch="ffn").double()
+    segments, x = Segments((5, 3)), draw(2, 8, D, seed=4) + 1
+    y = x
+    for _ in range(2 * depth):
+        y = merge.merge(y, torch.zeros_like(y), segments)
+    mean = averaging_matrix((5, 3)) @ x
+    torch.testing.assert_close(y, x - mean + (1 - depth**-0.5) ** (2 * depth) * mean)

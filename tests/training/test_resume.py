@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvsplit.residuals import RuleConfig
 from mvsplit.training import Observer, TrainState, build_state, train
 from mvsplit.training.checkpoint import list_checkpoints, step_of
 from tests.training import runs
@@ -139,3 +141,23 @@ def test_every_random_state_comes_back() -> None:
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     state.restore(snapshot)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_a_folder_of_when_alpha_was_zero_by_default_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.json and checkpoint say α = 0 where a rule of today says nothing; no rule is put
+    in anew, which a sharded network would refuse."""
+    before, now = (
+        {"model": replace(runs.MODEL, rule=RuleConfig(name="plain", alpha=alpha))}
+        for alpha in (0.0, None)
+    )
+    train(replace(runs.experiment(steps=4), **before), tmp_path / "run")
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a rule was put in anew")
+
+    monkeypatch.setattr("mvsplit.training.state.set_rule", refuse)
+    assert train(replace(runs.experiment(), **now), tmp_path / "run").step == 8
+    train(replace(runs.experiment(), **now), tmp_path / "whole")
+    assert runs.log_of(tmp_path / "run") == runs.log_of(tmp_path / "whole")

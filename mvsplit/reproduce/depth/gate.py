@@ -26,8 +26,8 @@ ALIKE = 0.01
 def check_together(
     size: BenchSize, entries: Sequence[Entry] = ENTRIES, keep: Path | None = None
 ) -> None:
-    """Trains shallow networks, two of each kind of merge (`Entry.merge`) among `entries`, as one for
-    each family, and one of each kind alone, and compares training and validation losses.
+    """Trains shallow networks, two of each kind of merge (`Entry.merge`) among `entries`, as one
+    for each family, and one of each kind alone, and compares training and validation losses.
 
     Args:
         keep: a JSON file of what was found, written after each run.

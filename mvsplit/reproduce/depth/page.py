@@ -257,7 +257,7 @@ def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         for words, names in (
             ("not run", absent),
             (f"fewer than {len(size.seeds)} seeds", few),
-            ("rates beyond the best, which is the last that was tried", ends),
+            ("the best rate is at an end of those tried", ends),
         ):
             if names:
                 lines.append(f"- {depth} layers, {words}: {', '.join(names)}")

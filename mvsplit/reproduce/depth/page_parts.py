@@ -73,7 +73,7 @@ def best_table(
 
 def _best_rate(cell: Cell) -> str:
     tried = f"{len(cell.tried)} tried" + ("" if cell.swept else ", sweep not whole")
-    tried += ", **the last of them**" if cell.at_end and cell.swept else ""
+    tried += ", **best at an end**" if cell.at_end and cell.swept else ""
     return f"{NOTHING if cell.rate is None else f'{cell.rate:.2g}'} ({tried})"
 
 
@@ -159,7 +159,7 @@ def both_ways(
     if gate:
         worst = {n: max(each[n] for each in gate["runs"]) for n in ("curve", "validation_loss")}
         parts.append(
-            f"Gate, {gate['device']}: {len(gate['runs'])} of {gate['wanted']} rules, "
+            f"Gate, {gate['device']}: {len(gate['runs'])} of {gate['wanted']} kinds, "
             f"{gate['steps']} steps, as {gate['runs'][0]['run']}: training losses within "
             f"{worst['curve']:.1e} of those alone, validation losses within "
             f"{worst['validation_loss']:.1e}, where {gate['limit']:g} is the limit: "

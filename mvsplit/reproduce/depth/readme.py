@@ -60,5 +60,5 @@ def _words(cell: Cell | None) -> str:
         return "not run"
     if cell.rate is None:
         return "learns at no rate" if cell.swept else "not run whole"
-    end = ", the last tried" if cell.at_end else ""
+    end = ", an end of its sweep" if cell.at_end else ""
     return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}{end}"

@@ -51,8 +51,8 @@ def test_a_best_rate_beyond_which_nothing_was_tried_is_marked(rate):
     (cell,) = cells(TINY, [entry("keel")], seeds("keel", [0.4, 0.5, 0.6], rate=rate))
     assert cell.at_end
     (line,) = [x for x in best_table(2, TINY, [cell], {}) if x.startswith("| Keel")]
-    assert f"| {rate:.2g} (3 tried, **the last of them**) | 0.5 ± 0.1 |" in line
-    (left,) = [x for x in missing(TINY, [cell]) if "which is the last that was tried" in x]
+    assert f"| {rate:.2g} (3 tried, **best at an end**) | 0.5 ± 0.1 |" in line
+    (left,) = [x for x in missing(TINY, [cell]) if "at an end of those tried" in x]
     assert left.startswith("- 2 layers, ")
     assert left.endswith(": Keel")
     beyond = row(rate * 3.2 if rate == 1e-2 else 3.2e-4, None, name="keel")

@@ -29,7 +29,12 @@ def runs_of(names, rates=(1e-3, 3.2e-3)) -> list[BenchRun]:
 
 
 @pytest.mark.parametrize(
-    "names", [("mvsplit-root", "alpha", "alpha-standard", "rezero", "gain-lr-10", "warm-3"), ("keel",), ("sandwich",)]
+    "names",
+    [
+        ("mvsplit-root", "alpha", "alpha-standard", "rezero", "gain-lr-10", "warm-3"),
+        ("keel",),
+        ("sandwich",),
+    ],
 )
 def test_a_run_is_what_it_is_alone(tmp_path, names):
     runs = runs_of(names)
