@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mvsplit.kernels import Segments, forced_backend
+from mvsplit.kernels import masked_attention as masked
 from mvsplit.kernels.block_parts import RECOMPUTE, BlockSettings, BlockWeights
+from mvsplit.kernels.masked_attention import with_unit_heads
 from mvsplit.models import Block, DiTConfig
 from mvsplit.models.rope import rope_tables
 from mvsplit.residuals import RuleConfig
@@ -88,16 +90,19 @@ def by_node(block, valid, device, *, recompute, adds=False, dtype=torch.float32)
     return out.detach(), x.grad, grads
 
 
-def call(block, x):
+def cos_sin(dtype):
+    return tuple(t.to(dtype) for t in tables())
+
+
+def call(block, x, places=None):
     """The node on a block of fp32 with `adds`, as a trainer calls it."""
     from mvsplit.kernels.fused.block import block as run
 
     rules = block.rule_attention, block.rule_ffn
     cos, sin = (t.to(x.device) for t in tables())
     eps = (rules[0].eps, rules[1].eps)
-    settings = BlockSettings(
-        cos, sin, Segments(LENGTHS), HEADS, block.attention.eps, eps, adds=True
-    )
+    places = places or Segments(LENGTHS)
+    settings = BlockSettings(cos, sin, places, HEADS, block.attention.eps, eps, adds=True)
     weights = BlockWeights(*(m.weight for m in block._matrices()))
     return run(x, weights, rules[0].gains(), rules[1].gains(), settings)
 
@@ -120,6 +125,46 @@ def test_output_and_every_gradient(rule, recompute, device, poisoned_memory):
     wanted = truth(make_block(RULES[rule]), None)
     found = by_node(make_block(RULES[rule]), None, device, recompute=recompute)
     compare(found, wanted, 2e-5)  # fp32 through some ten operations
+
+
+class FlashBackward:
+    """cuDNN's backward: from the output and the log-sum-exp, padding being keys of zero."""
+
+    def _scaled_dot_product_cudnn_attention_backward(self, grad, q, k, v, out, lse, *_):
+        scale = q.shape[-1] ** -0.5
+        p = torch.exp(scale * q @ k.mT - lse)
+        ds = scale * p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+        return ds @ k, ds.mT @ q, p.mT @ grad
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
+@pytest.mark.parametrize("rule", ["mvsplit", "free leak", "layerscale"])
+def test_what_unit_heads_leave_on_padding_reaches_no_weight(rule, monkeypatch):
+    """Gradients of padded rows have no meaning and are large: e^−lse instead of 0, times a 1/RMS of
+    1/√ε. The merge before stops them, so that they do not grow from block to block."""
+    monkeypatch.setattr(masked, "_aten", FlashBackward())
+    monkeypatch.setattr(masked, "_require_half", lambda q: None)
+    monkeypatch.setattr(masked, "_require_narrow", lambda q: None)
+    monkeypatch.setattr(
+        "mvsplit.kernels.fused.block.attend", lambda *given, zero_padding: with_unit_heads(*given)
+    )
+    places = segments([3, 0, 1])
+    between, found = [], {}
+    for node in (True, False):
+        dtype = torch.float32 if node else torch.float64
+        blocks = [make_block(RULES[rule]).to(dtype) for _ in range(5)]
+        x, grad = (t * places.mask[..., None] for t in draw(dtype))
+        with forced_backend("reference"):
+            for block in blocks:
+                x = call(block, x, places) if node else block._by_parts(x, *cos_sin(dtype), places)
+                x.retain_grad()
+                between += [x] if node else []
+        (x * grad).sum().backward()
+        found[node] = [p.grad for block in blocks for p in block.parameters()]
+    for value, wanted in zip(found[True], found[False], strict=True):
+        assert error(value, wanted) < 1e-4
+    garbage = [float(x.grad[~places.mask].abs().max()) for x in between[:-1]]
+    assert 10 < max(garbage) < 1e4
 
 
 @pytest.mark.parametrize("recompute", ["nothing", "attention", "all"])

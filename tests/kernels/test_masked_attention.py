@@ -166,7 +166,7 @@ def test_unit_heads_need_no_maximum(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_at_their_bound_need_no_maximum(sign: int) -> None:
+def test_scores_at_their_bound_need_no_maximum(sign: int, device: str) -> None:
     """Heads of 128 that all point the same way, or away from it: every score is ±√128, and among
     them are keys of the other sign, e^22.6 times as heavy or as light."""
     pytest.importorskip("triton")
@@ -181,11 +181,14 @@ def test_scores_at_their_bound_need_no_maximum(sign: int) -> None:
     k[:, :, ::7] *= -1
     v = torch.randn(q.shape, generator=chance)
     mask = torch.arange(total)[None] < 61
+    dtype, off = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 8e-3)
+    q, k, v = (t.to(device, dtype).contiguous() for t in (q, k, v))
+    mask = mask.to(device)
     scores = (q.double() @ k.double().mT / head**0.5).masked_fill(~mask[:, None, None], -torch.inf)
     for tile in TILES.values():
         out, lse = unit_attention(q, k, v, mask, tile)
         wanted = torch.softmax(scores, -1) @ v.double()
-        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert (out.double() - wanted).norm() < off * wanted.norm()
         torch.testing.assert_close(lse[..., 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=0)
 
 
