@@ -31,7 +31,7 @@ from mvsplit.sampling.engine_candidates import candidates, in_cuda
 from mvsplit.sampling.engine_plan import STAGES, Network, Plan
 from mvsplit.sampling.engine_tune import LAYERS, Tuner
 
-SILENCE = 90.0  # seconds; compiling all candidates takes a third of that on two slow cores
+SILENCE = 90.0  # seconds; every candidate that is compiled or runs is told
 MOST_CHILDREN = 6
 
 _logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ def best_plan(network: Network, say: Callable[[str], None]) -> Plan | None:
     tuner = Tuner(network, cuda=False)
     if not tuner.is_finite():
         return None
-    if network.trunk.is_cuda:  # nothing of this process runs beside what is measured
+    if network.trunk.is_cuda:  # nothing of this process runs beside it or takes its room
         torch.cuda.synchronize(network.trunk.device)
+        torch.cuda.empty_cache()
     try:
         require_compiler()
         found = measured(network)
@@ -221,10 +222,11 @@ def _network(task: dict[str, Any]) -> Network:
 
 
 class _Teller(logging.Handler):
-    """Hands on what the tuner logs."""
+    """Hands on what the tuner logs; of what is no news, that the child is at work."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _tell("SAY", record.getMessage().replace("\n", " "))
+        news = record.levelno >= logging.INFO
+        _tell("SAY" if news else "WORKS", record.getMessage().replace("\n", " "))
 
 
 def _tell(kind: str, what: str) -> None:
@@ -234,7 +236,7 @@ def _tell(kind: str, what: str) -> None:
 def _main() -> None:
     """The child: its task is the last argument."""
     task = json.loads(sys.argv[-1])
-    logging.getLogger("mvsplit").setLevel(logging.INFO)
+    logging.getLogger("mvsplit").setLevel(logging.DEBUG)
     logging.getLogger("mvsplit").addHandler(_Teller())
     if task["device"] != "cpu":
         torch.cuda.set_device(task["device"])

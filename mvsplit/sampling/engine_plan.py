@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvsplit.kernels import Gains, qk_norm_rope, split_merge, swiglu
 from mvsplit.kernels.fused import stream_attention, stream_gemm, stream_merge
-from mvsplit.kernels.fused.stream import Stream
+from mvsplit.kernels.fused.stream import CHUNK, Stream
 from mvsplit.kernels.fused.stream_attention import Blocks
 from mvsplit.kernels.fused.stream_gemm import Tile
 from mvsplit.kernels.fused.stream_merge import Rows
@@ -207,6 +207,35 @@ class Network:
             heads = (t.transpose(1, 2).flatten(-2) for t in (self.q, self.k, self.v))
             return torch.cat(list(heads), -1)
         return {"attention": self.mixed, "w13": self.hidden}.get(stage, self.x)
+
+    def sums_left(self, stage: str, block: Block, plan: Plan) -> tuple[Tensor, Tensor] | None:
+        """The column sums that a stage, which has run, left for a merge, and the same by torch:
+        [B, 2, D] each. None where the merge needs none."""
+        rule = block.rule_attention if stage in ("attention", "proj") else block.rule_ffn
+        gains, choice = _post(rule).gains(), getattr(plan, stage)
+        if stage in ("attention", "w13"):
+            sums = self._sums(gains, plan.proj if stage == "attention" else plan.w2)
+            return None if sums is None else (sums, self._by_segment(self.x))
+        if not isinstance(choice, Writing) or not stream_merge.takes_means(gains):
+            return None
+        if isinstance(choice.tile, Cut):
+            out, partial = self._cut_buffers(choice.tile)
+            return partial.sum((0, 2)), self._by_segment(out.sum(0))
+        out, partial = self._writer_buffers(1 if choice.tile is None else choice.tile.split)
+        f = self._by_segment(out.float().sum(0))
+        if choice.tile is None:
+            return self.sums_f, f
+        chunks = partial.sum(0).view(self.stream.batch, -1, self.config.width)
+        return self._both(chunks, self.stream.image_rows // CHUNK), f
+
+    def _by_segment(self, rows: Tensor) -> Tensor:
+        rows, mask = self._by_sample(rows).float(), self.segments.mask
+        rows = rows if mask is None else torch.where(mask[..., None], rows, 0)
+        return self._both(rows, self.stream.image_rows)
+
+    @staticmethod
+    def _both(rows: Tensor, image: int) -> Tensor:
+        return torch.stack((rows[:, :image].sum(1), rows[:, image:].sum(1)), 1)
 
     def _by_sample(self, rows: Tensor) -> Tensor:
         return rows.view(self.stream.batch, self.stream.sample_rows, -1)

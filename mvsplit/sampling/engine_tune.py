@@ -151,6 +151,8 @@ class Tuner:
                 self.network.run(stage, self.blocks[0], plan, self.blocks[-1], compile_only=True)
             except Exception as error:
                 _logger.debug("%s %s does not compile: %s", stage, getattr(plan, stage), error)
+            else:
+                _logger.debug("%s %s is compiled", stage, getattr(plan, stage))
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             list(pool.map(compile_one, jobs))
@@ -170,6 +172,7 @@ class Tuner:
             try:
                 self._begin(f"{stage} {choice}")
                 error = _relative(self._output(stage, plan), truth)
+                error = max(error, self._sums_off(stage, plan))
                 check_waits()  # now, or the next choice is blamed for it
                 if not error < AGREEMENT:
                     _logger.warning("engine: %s %s is off by %.1e; not used", stage, choice, error)
@@ -222,6 +225,12 @@ class Tuner:
             self.network.run(one, self.blocks[0], self._only(stage, plan))
         self.network.run(stage, self.blocks[0], plan)
         return self.network.result(stage).float().clone()
+
+    def _sums_off(self, stage: str, plan: Plan) -> float:
+        """How far the column sums are off that a stage left for a merge. With small gains, or with
+        α = β, what comes out of a block shows little of them, or nothing."""
+        left = self.network.sums_left(stage, self.blocks[0], plan)
+        return 0.0 if left is None else _relative(*left)
 
     def _only(self, stage: str, plan: Plan) -> Plan:
         """The ordinary ops before `stage`, and the sums that its merge reads."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import sys
 import textwrap
 
@@ -130,6 +131,13 @@ def test_where_python_cannot_be_started_again_that_is_said(
     plan = engine_apart.best_plan(network, said.append)
     assert reason in plan.without
     assert said == [f"kernels in CUDA C++ are left out, because {plan.without}"]
+
+
+def test_a_child_that_compiles_for_long_is_not_silent(capsys):
+    teller = engine_apart._Teller()
+    for level, kind in ((logging.DEBUG, "WORKS"), (logging.INFO, "SAY")):
+        teller.emit(logging.LogRecord("mvsplit", level, "", 0, "a\nb", None, None))
+        assert capsys.readouterr().out == f"{kind} a b\n"
 
 
 def test_without_nvrtc_no_child_is_begun(network, monkeypatch, with_kernels):

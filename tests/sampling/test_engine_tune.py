@@ -66,6 +66,39 @@ def test_what_does_not_agree_is_never_taken(monkeypatch, ours_is_faster, caplog)
     assert "off by" in caplog.text
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("stage", ["attention", "w13", "proj", "w2"])
+def test_sums_that_are_wrong_are_found_where_outputs_show_nothing_of_them(
+    monkeypatch, ours_is_faster, stage, split
+):
+    """As with gains of a thousand layers: a mean is a few thousandths of what a block adds."""
+    model = make(device="cpu")
+    for block in model.blocks:
+        for rule in (block.rule_attention, block.rule_ffn):
+            for gain in rule.parameters():
+                gain.mul_(1e-3)
+    latents, text, valid = draw(model, valid=[4, 1])
+    network = Network(model, latents, text, padded=True)
+    network.valid.copy_(valid)
+    network.segments = network.stream.segments(network.valid, valid.device)
+    run = Network.run
+    writer = Writing(Tile(rows=64, columns=32, depth=16, split=split), Rows(rows=16))
+    own = {"attention": OWN.attention, "w13": OWN.w13}.get(stage, writer)
+
+    def broken(self, ran, block, plan, following=None, compile_only=False):
+        run(self, ran, block, plan, following, compile_only)
+        if ran == stage and getattr(plan, stage) == own and wrong:
+            left = self._writer_buffers(split)[1] if own == writer else self.sums
+            left.mul_(1.1)
+
+    monkeypatch.setattr(Network, "run", broken)
+    for wrong in (False, True):
+        tuner = Tuner(network)
+        best = tuner._fastest(stage, [getattr(ORDINARY, stage), own])[0]
+        assert (best == own) != wrong
+    assert "off by 1.0e-01" in tuner.table[stage][1][2]
+
+
 @pytest.mark.parametrize("factor", [20.0, torch.nan])
 def test_stages_that_agree_alone_but_not_together_are_not_taken(
     monkeypatch, ours_is_faster, caplog, factor
