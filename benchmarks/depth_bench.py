@@ -92,11 +92,7 @@ def main() -> None:
         size = replace(size, depths=tuple(options.depths))
     if options.draw:
         have = [json.loads(path.read_text("utf-8")) for path in options.have]
-        draw(size, have, options.pages)
-        if options.readme is not None:
-            from mvsplit.reproduce.depth.readme import write_table
-
-            write_table(options.readme, options.pages / "results" / "depth-bench")
+        draw(size, have, options.pages, options.readme)
         return
     if options.time:
         keep(time_sharing(size), options.json)
@@ -148,16 +144,22 @@ def main() -> None:
     print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
 
 
-def draw(size: BenchSize, have: list[dict[str, Any]], pages: Path | None) -> None:
-    """The page, with some results added to those that it is drawn from."""
+def draw(
+    size: BenchSize, have: list[dict[str, Any]], pages: Path | None, readme: Path | None = None
+) -> None:
+    """The page, and the table of a README, with some results added to those that they are drawn
+    from."""
     # Here: what draws is missing where runs are run.
-    from mvsplit.reproduce.depth.page import keep_rows, write_page
+    from mvsplit.reproduce.depth.page import RESULTS, keep_rows, write_page
+    from mvsplit.reproduce.depth.readme import write_table
 
     if pages is None:
         raise UserError("--draw needs --pages FOLDER, whose results the page is written from")
     for result in have:
         keep_rows(size, result["rule"], result["rows"], pages)
     print(write_page(pages))
+    if readme is not None:
+        write_table(readme, pages / RESULTS)
 
 
 def keep(result: object, path: Path | None) -> None:

@@ -446,11 +446,3 @@ def _places(shapes: dict[str, torch.Size]) -> dict[str, tuple[int, torch.Size]]:
 
 def _room(shape: torch.Size) -> int:
     return -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
-
-
-def member_bytes(config: DiTConfig, tokens: int, *, recompute: bool) -> int:
-    """Bytes that a member takes on the device: 18 for a parameter, and what its blocks keep of
-    `tokens` tokens."""
-    matrices = 4 * config.width**2 + 3 * config.width * config.ffn_width
-    kept = 2 * config.width if recompute else 24 * config.width + 6 * config.ffn_width
-    return config.depth * (18 * matrices + tokens * kept)

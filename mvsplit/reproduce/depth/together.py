@@ -23,7 +23,7 @@ from mvsplit.evaluation.held_out import SERIES, questions
 from mvsplit.flow import interpolate
 from mvsplit.kernels.capture import capture
 from mvsplit.models import DiT, DiTConfig
-from mvsplit.reproduce.depth.ensemble import Ensemble, member_bytes
+from mvsplit.reproduce.depth.ensemble import Ensemble
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.depth.run import (
     FINISHED,
@@ -219,6 +219,14 @@ def room_for(experiment: Experiment, device: torch.device, *, recompute: bool = 
         return math.inf
     tokens = experiment.train.batch_size * TOKENS
     return allowed_bytes(device) // member_bytes(experiment.model, tokens, recompute=recompute)
+
+
+def member_bytes(config: DiTConfig, tokens: int, *, recompute: bool) -> int:
+    """Bytes that a member takes on the device: 18 for a parameter, and what its blocks keep of
+    `tokens` tokens."""
+    matrices = 4 * config.width**2 + 3 * config.width * config.ffn_width
+    kept = 2 * config.width if recompute else 24 * config.width + 6 * config.ffn_width
+    return config.depth * (18 * matrices + tokens * kept)
 
 
 class Update:

@@ -10,7 +10,8 @@ from mvsplit.errors import UserError
 from mvsplit.flow import flow_losses
 from mvsplit.kernels import Segments
 from mvsplit.models import DiT, DiTConfig
-from mvsplit.reproduce.depth.ensemble import Ensemble, _compiled, member_bytes, merge
+from mvsplit.reproduce.depth.ensemble import Ensemble, _compiled, merge
+from mvsplit.reproduce.depth.together import member_bytes
 from mvsplit.residuals import RuleConfig
 
 SHAPE = DiTConfig(depth=3, width=12, heads=3, ffn_width=20, channels=2, patch=2, text_width=5)

@@ -10,11 +10,17 @@ import torch
 
 from mvsplit.reproduce.depth import gate
 from mvsplit.reproduce.depth import together as module
-from mvsplit.reproduce.depth.ensemble import member_bytes
 from mvsplit.reproduce.depth.gate import check_together
 from mvsplit.reproduce.depth.plan import BenchRun, get_entries
 from mvsplit.reproduce.depth.run import check_row, read_rows, run_bench
-from mvsplit.reproduce.depth.together import TOKENS, Training, adamw, room_for, run_together
+from mvsplit.reproduce.depth.together import (
+    TOKENS,
+    Training,
+    adamw,
+    member_bytes,
+    room_for,
+    run_together,
+)
 from tests.reproduce.depth.tiny import TINY, entry
 
 SAME = ("curve", "validation_loss", "by_time", "floor", "steps_taken", "ended", "fingerprint")
