@@ -88,9 +88,7 @@ def page() -> str:
     parts = (
         head,
         fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
-        training(graphs, reference, merged(load("watch_cost_h200_*.json")))
-        + updates(graphs)
-        + layers(graphs),
+        training(graphs, reference) + updates(graphs) + layers(graphs),
         thousand(deep, load("thousand_layers_h200_*.json")),
         under_load(classes),
         masked(
