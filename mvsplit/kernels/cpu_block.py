@@ -10,7 +10,8 @@ Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from mvsplit.kernels.reference import (
     swiglu_forward,
 )
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -44,6 +46,10 @@ def _weight_grad(grad: Tensor, x: Tensor, learns: bool) -> Tensor | None:
 def _input_grad(grad: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """The trunk's own gradient plus that through a matrix. → [B, T, D]"""
     return torch.addmm(residual.flatten(0, 1), grad.flatten(0, 1), weight).view_as(residual)
+
+
+def _without_autocast(function: _Function) -> _Function:
+    return cast(_Function, torch.autocast("cpu", enabled=False)(function))
 
 
 class _Block(torch.autograd.Function):
@@ -71,6 +77,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast  # which may be on where backward is called
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         weights = BlockWeights(*saved[:4])
