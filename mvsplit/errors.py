@@ -18,13 +18,19 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Says which known names are closest to `name`, for the end of an error message."""
+def nearest(name: str, known: Iterable[str], *, listed: Iterable[str] | None = None) -> str:
+    """Says which known names are closest to `name`, for the end of an error message.
+
+    Args:
+        name: what was given.
+        known: what could have been.
+        listed: what is named where nothing is close, if `known` is too long for that.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"choose one of: {', '.join(known)}"
+    return f"choose one of: {', '.join(known if listed is None else sorted(listed))}"
 
 
 @contextmanager

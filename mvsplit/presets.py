@@ -216,3 +216,13 @@ def get_preset(name: str) -> Experiment:
     if name not in PRESETS:
         raise UserError(f"preset={name!r} is unknown: {nearest(name, PRESETS)}")
     return PRESETS[name]
+
+
+def list_presets() -> str:
+    """A line for each preset: its name, its network, and what it is trained on for how long."""
+    rows = []
+    for name, e in PRESETS.items():
+        network = f"{e.model.depth} layers of width {e.model.width}, {e.model.rule.name}"
+        course = f"{e.train.steps:,} steps of {e.train.batch_size}, {e.data.dataset}"
+        rows.append(f"  {name:<20}{network}; {course}")
+    return "\n".join(rows)

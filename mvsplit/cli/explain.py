@@ -159,8 +159,9 @@ def _writers(found: Explanation) -> Table:
 
 def _trace(found: Explanation) -> Iterable[str]:
     trace = found.trace
-    ranks = ", ".join(_short(loss) for loss in trace.rank_losses)
-    yield f"loss by rank: {ranks}; RMS of the output's gradient: {trace.output_gradient_rms:.3g}"
+    losses = ", ".join(_short(loss) for loss in trace.rank_losses)
+    where = " by rank" if len(trace.rank_losses) > 1 else ""
+    yield f"loss{where}: {losses}; RMS of the output's gradient: {trace.output_gradient_rms:.3g}"
     worst = ", ".join(f"{s.index} ({_short(s.loss)})" for s in trace.worst_samples)
     yield f"samples with the largest loss: {worst}"
     bad = [f"{what}: {place}" for what, place in trace.not_finite.items() if place]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
-from mvsplit.presets import PRESETS, get_preset
+from mvsplit.presets import PRESETS, get_preset, list_presets
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu, find_gpu
 from mvsplit.training.step_memory import OUTSIDE
@@ -72,8 +72,8 @@ def _parse(arguments: list[str]) -> tuple[str, _Options]:
         default=defaults,
         args=rest,
         prog=prog,
-        description="Memory and time of a training step on a GPU. "
-        f"Presets: {', '.join(PRESETS)}.\n\nThe defaults shown are those of {preset}.",
+        description="Memory and time of a training step on a GPU. Presets:\n\n"
+        f"{list_presets()}\n\nThe defaults shown are those of {preset}.",
     )
 
 

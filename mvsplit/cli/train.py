@@ -17,7 +17,7 @@ import tyro
 from mvsplit.cli.start import StartOptions, origin_of, starter
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
-from mvsplit.presets import PRESETS, get_preset
+from mvsplit.presets import PRESETS, get_preset, list_presets
 from mvsplit.training import DataConfig, Experiment, ProgressLine, TrainConfig, train
 
 STOPPED_BY_ALARM = 3
@@ -81,6 +81,6 @@ def _parse(arguments: list[str]) -> _Options:
         default=defaults,
         args=arguments,
         prog=prog,
-        description=f"Trains or resumes. Presets: {', '.join(PRESETS)}.\n\n"
+        description=f"Trains or resumes. Presets:\n\n{list_presets()}\n\n"
         f"The defaults shown are those of {preset}.",
     )

@@ -142,7 +142,7 @@ def read_jsonl(path: Path | str, *, latest: bool = True) -> JsonLines:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"log {str(path)!r} is no file; name a JSONL log of a run")
+        raise UserError(f"there is no log {str(path)!r}; name a run's folder or a JSONL log")
     return JsonLines(path, latest=latest)
 
 

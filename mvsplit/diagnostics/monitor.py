@@ -5,7 +5,7 @@
         with monitor.look():                      # every layer, now and then; else nothing
             loss = compute_loss(model, batch)
             loss.backward()
-        if monitor.step(loss).apply:              # before clipping: the norms of this step
+        if monitor.step(loss, lr=lr).apply:       # before clipping: the norms of this step
             optimizer.step()
         optimizer.zero_grad()
 

@@ -29,6 +29,7 @@ class Twin:
 
     Attributes:
         name: of the run.
+        planned: steps of the whole run.
         steps, loss: [N] the step and loss of every logged step.
         seconds: median time of a step.
         probe_steps: [P] the steps of the probes.
@@ -40,6 +41,7 @@ class Twin:
     """
 
     name: str
+    planned: int
     steps: NDArray[np.int64]
     loss: NDArray[np.float64]
     seconds: float
@@ -109,6 +111,7 @@ def examine(run: Path, *, steps: int = 12, guidance: float = 2.0, seed: int = 0)
     metrics = list(read_jsonl(run / "metrics.jsonl"))
     return Twin(
         name=run.name,
+        planned=loaded.experiment.train.steps,
         steps=np.array([line["step"] for line in metrics]),
         loss=np.array([line["loss"] for line in metrics]),
         seconds=float(np.median([line["seconds"] for line in metrics])),

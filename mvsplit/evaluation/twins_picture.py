@@ -87,7 +87,9 @@ def _draw_digits(axes: Axes, twin: Twin) -> None:
     axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
     axes.set_xticks(np.arange(10) * side + side / 2, [str(digit) for digit in range(10)])
     axes.set_yticks([])
-    axes.set_title(f"asked for 0 to 9: {twin.accuracy:.0%} recognised")
+    done = int(twin.steps[-1])
+    when = "" if done >= twin.planned else f"unfinished, at step {done} of {twin.planned}\n"
+    axes.set_title(f"{when}asked for 0 to 9: {twin.accuracy:.0%} recognised")
 
 
 def _smoothed(values: np.ndarray, window: int) -> np.ndarray:

@@ -160,7 +160,8 @@ class MVSplitPipeline(DiffusionPipeline):
         """As in diffusers, and with a model card. Raises UserError for the path of a file."""
         if Path(save_directory).is_file():
             raise UserError(f"save_directory={save_directory}: is a file; give a folder")
-        write_card(Path(save_directory), self.transformer.dit, pipeline=True)
+        encoder = self.text_encoder is not None
+        write_card(Path(save_directory), self.transformer.dit, pipeline=True, encoder=encoder)
         super().save_pretrained(str(save_directory), *args, **kwargs)
 
     def _velocity(self, text: Text, null: Text | None, guidance: float) -> Velocity:

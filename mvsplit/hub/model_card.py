@@ -51,6 +51,24 @@ from mvsplit.hub import MVSplitPipeline
 
 pipeline = MVSplitPipeline.from_pretrained("THIS FOLDER")
 picture = pipeline("a red circle", num_inference_steps=35, guidance_scale=2.0).images[0]"""
+_STATES = """\
+from mvsplit.hub import MVSplitPipeline
+
+# This folder holds no text encoder. Give that of the training, and its VAE if it had one,
+pipeline = MVSplitPipeline.from_pretrained("THIS FOLDER", text_encoder=…, tokenizer=…, vae=…)
+picture = pipeline("a prompt", height=…, width=…).images[0]
+
+# or, of a run of ours on words, what its embedder makes of them:
+from mvsplit.training import load_run
+
+embedder = load_run("THE RUN").embedder
+text, null = embedder.encode(["a prompt"]), embedder.encode([""])
+pipeline = MVSplitPipeline.from_pretrained("THIS FOLDER")
+picture = pipeline(
+    prompt_embeds=text[0], prompt_valid=text[1],
+    negative_prompt_embeds=null[0], negative_prompt_valid=null[1],
+    height=…, width=…,
+).images[0]"""
 _MODEL = """\
 from mvsplit.hub import MVSplitDiTTransformer2DModel
 
@@ -58,17 +76,25 @@ model = MVSplitDiTTransformer2DModel.from_pretrained("THIS FOLDER")
 velocity = model(latents, text, text_valid).sample"""
 
 
-def write_card(folder: Path, model: DiT, *, pipeline: bool) -> None:
+def write_card(folder: Path, model: DiT, *, pipeline: bool, encoder: bool = False) -> None:
     """Writes README.md for the hub into `folder`, which may be new. One that is there stays, so
-    that what was written into it by hand is not lost."""
+    that what was written into it by hand is not lost.
+
+    Args:
+        folder: of the weights.
+        model: whose facts it states.
+        pipeline: whether the folder holds a pipeline, or the network alone.
+        encoder: whether the pipeline has a text encoder, so that it takes prompts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "README.md"
     if not path.exists():
-        path.write_text(card(model, pipeline=pipeline), encoding="utf-8")
+        path.write_text(card(model, pipeline=pipeline, encoder=encoder), encoding="utf-8")
 
 
-def card(model: DiT, *, pipeline: bool) -> str:
-    """The card's text, with the facts of `model`."""
+def card(model: DiT, *, pipeline: bool, encoder: bool = False) -> str:
+    """The card's text, with the facts of `model`; arguments as of `write_card`."""
+    drawn = _PIPELINE if encoder else _STATES
     config = model.config
     return _CARD.format(
         depth=config.depth,
@@ -82,5 +108,5 @@ def card(model: DiT, *, pipeline: bool) -> str:
         rule=config.rule.name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        usage=_PIPELINE if pipeline else _MODEL,
+        usage=drawn if pipeline else _MODEL,
     )

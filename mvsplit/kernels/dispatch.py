@@ -91,6 +91,8 @@ def split_merge(
     eps: float = 1e-5,
     norm: bool = True,
 ) -> Tensor:
+    if segments is not None and not isinstance(segments, Segments):
+        raise UserError(f"segments={segments!r}: give Segments({segments!r})")
     if backend(x) == "reference":
         return reference.split_merge(x, f, beta, alpha, leak, segments, eps, norm)
     from mvsplit.kernels.fused.scaled_merge import scaled_merge

@@ -278,10 +278,10 @@ def split_merge(
         The next trunk [B, T, D] in the dtype of `x`; zero on padding.
 
     Raises:
-        UserError: the segments do not cover the tokens of `x`.
+        UserError: the segments do not cover the tokens of `x`, or `f` has another shape.
     """
     segments = Segments.whole(x) if segments is None else segments
-    segments.check(x)
+    segments.check(x, f)
     gains = full_gains(Gains(beta, alpha, leak), x)
     if gains.alpha is not gains.beta or gains.leak is not None:
         # torch.compile lets a tensor made inside an autograd Function not outlive it in a cache.

@@ -76,8 +76,16 @@ class Segments:
         """T, the number of tokens."""
         return sum(self.lengths)
 
-    def check(self, x: Tensor) -> None:
-        """Raises UserError unless the segments cover exactly the samples and tokens of `x`."""
+    def check(self, x: Tensor, f: Tensor | None = None) -> None:
+        """Raises UserError unless the segments cover exactly the samples and tokens of `x`, and the
+        branch output `f` has its shape."""
+        if x.dim() != 3:
+            raise UserError(f"x has the shape {list(x.shape)}; it must be [B, T, D]")
+        if f is not None and f.shape != x.shape:
+            raise UserError(
+                f"f has the shape {list(f.shape)}, the trunk x {list(x.shape)}; a branch must keep "
+                f"its shape"
+            )
         if self.total != x.shape[1]:
             raise UserError(
                 f"Segments.lengths={self.lengths} cover {self.total} tokens, the input has "

@@ -52,7 +52,7 @@ def places(old: int, new: int, where: Where) -> list[int]:
         UserError: it would not be deeper.
     """
     if new <= old:
-        raise UserError(f"depth={new}: the network has {old} layers already; choose more")
+        raise UserError(f"depth={new}: the network has {old} layers already; choose more layers")
     return [i * new // old for i in range(old)] if where == "evenly" else list(range(old))
 
 

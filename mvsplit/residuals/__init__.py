@@ -41,13 +41,16 @@ def build_rule(config: RuleConfig | str, *, width: int, depth: int, branch: Bran
         branch: "attention" or "ffn".
 
     Raises:
-        UserError: the name is not in the registry, or there is no such branch.
+        UserError: the name is not in the registry, there is no such branch, or a size is below 1.
     """
     config = RuleConfig(name=config) if isinstance(config, str) else config
     if config.name not in RULES:
         raise UserError(f"rule.name={config.name!r} is unknown: {nearest(config.name, RULES)}")
     if branch not in get_args(Branch):
         raise UserError(f"branch={branch!r} is unknown: {nearest(branch, get_args(Branch))}")
+    for size, value in (("width", width), ("depth", depth)):
+        if value < 1:
+            raise UserError(f"{size}={value}: must be at least 1")
     return RULES[config.name](config, width=width, depth=depth, branch=branch)
 
 

@@ -102,4 +102,8 @@ class PostNorm(Rule):
         raise NotImplementedError
 
     def merge(self, x: Tensor, f: Tensor, segments: Segments) -> Tensor:
+        if x.shape[-1] != self.width:
+            raise UserError(
+                f"the rule was built for width={self.width}, the trunk x has {x.shape[-1]}"
+            )
         return split_merge(x, f, *self.gains(), segments, self.eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -119,9 +120,9 @@ def _matching(model: DiT, tune: TuneConfig) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     for pattern in tune.only:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"train.tune.only={pattern!r} matches no parameter; {nearest(pattern, names[:200])}"
-            )
+            kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+            near = nearest(pattern, names[:200], listed=kinds)
+            raise UserError(f"train.tune.only={pattern!r} matches no parameter; {near}")
     return [n for n in names if not tune.only or any(fnmatchcase(n, p) for p in tune.only)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 
 import numpy as np
 import pytest
@@ -171,6 +173,17 @@ def test_the_card_is_written_and_one_that_is_there_stays(full, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     full.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_card_shows_only_calls_that_its_folder_can_answer(full, tmp_path):
+    full.save_pretrained(tmp_path / "full")
+    assert 'pipeline("a red circle"' in (tmp_path / "full" / "README.md").read_text()
+    MVSplitPipeline.from_dit(tiny_dit()).save_pretrained(tmp_path / "bare")
+    card = (tmp_path / "bare" / "README.md").read_text()
+    assert "a red circle" not in card
+    (usage,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    ast.parse(usage.replace("…", "None"))
+    assert "prompt_embeds=text[0]" in usage
 
 
 def test_generators_decide_the_noise(full):

@@ -320,6 +320,35 @@ def test_an_unknown_branch_is_refused_by_rules_that_do_not_use_it():
         build_rule("mvsplit", width=8, depth=4, branch="fnn")
 
 
+@pytest.mark.parametrize("size", ["width", "depth"])
+def test_a_rule_of_no_size_is_refused(size):
+    with pytest.raises(UserError, match=f"{size}=0: must be at least 1"):
+        build_rule("mvsplit", branch="ffn", **({"width": D, "depth": L} | {size: 0}))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("x", "f", "segments", "message"),
+    [
+        ((2, 8, D), (2, 8, D + 1), Segments(LENGTHS), r"f has the shape \[2, 8, 7\], the trunk x"),
+        ((2, 8, D), (2, 7, D), Segments(LENGTHS), r"f has the shape \[2, 7, 6\], the trunk x"),
+        ((8, D), (8, D), Segments(LENGTHS), r"x has the shape \[8, 6\]; it must be \[B, T, D\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(name, x, f, segments, message):
+    rule = build_rule(name, width=D, depth=L, branch="ffn")
+    with pytest.raises(UserError, match=message):
+        rule.merge(torch.ones(x), torch.ones(f), segments)
+
+
+def test_bare_lengths_and_another_width_are_refused_by_name():
+    rule = build_rule("mvsplit", width=D, depth=L, branch="ffn")
+    with pytest.raises(UserError, match="built for width=6, the trunk x has 4"):
+        rule.merge(torch.ones(2, 8, 4), torch.ones(2, 8, 4), Segments(LENGTHS))
+    with pytest.raises(UserError, match=r"segments=\(3, 5\): give Segments\(\(3, 5\)\)"):
+        rule.merge(torch.ones(2, 8, D), torch.ones(2, 8, D), LENGTHS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan")])
 def test_a_useless_epsilon_is_refused(eps):
     with pytest.raises(UserError, match=r"rule\.eps=.*greater than 0"):

@@ -175,6 +175,7 @@ def test_the_watch_sees_what_learns(tune: str) -> None:
     ("tune", "message"),
     [
         (TuneConfig(only=("block.1.*",)), r"train.tune.only='block.1.\*' matches no.*blocks.1"),
+        (TuneConfig(only=("blcks.*",)), r"matches no.*choose one of: blocks\.\*\.attention"),
         (TuneConfig(what="gains", only=("head.*",)), "has no gains that match 'head"),
         (replace(LORA, only=("head.*",)), "matches none of the weights"),
     ],

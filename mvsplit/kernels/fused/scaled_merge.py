@@ -245,7 +245,7 @@ def scaled_merge(
 ) -> Tensor:
     """Z = X + γ⊙F, then RMSNorm unless `norm` is False; zero on padding. `x`, `f` [B, T, D], γ a
     tensor [D] or of one element, or a number; without `f`, RMSNorm of `x`."""
-    segments.check(x)
+    segments.check(x, f)
     tensor, value = (gain, 0.0) if isinstance(gain, Tensor) else (None, float(gain))
     valid = None if segments.valid is None else segments.valid.contiguous()
     f = None if f is None else f.to(x.dtype)

@@ -148,7 +148,7 @@ def split_merge(
     eps: float, norm: bool,
 ) -> Tensor:  # fmt: skip
     """`mvsplit.kernels.reference.split_merge` by fused kernels; same arguments and result."""
-    segments.check(x)
+    segments.check(x, f)
     numbers = [0.0 if g is None or isinstance(g, Tensor) else float(g) for g in (beta, alpha, leak)]
     tensors = [g if isinstance(g, Tensor) else None for g in (beta, alpha, leak)]
     valid = None if segments.valid is None else segments.valid.contiguous()
