@@ -44,7 +44,8 @@ def open_dataset(
 
     Raises UserError where nothing is found or `datasets` is not installed.
     """
-    if "/" not in place and not glob.glob(place):
+    local = "/" not in place or place.startswith(("/", ".", "~"))
+    if local and not place.endswith(tuple(_BUILDERS)) and not glob.glob(place):
         raise UserError(f"source: there is no folder {place}; check the path")
     if find_spec("datasets") is None:
         raise UserError(

@@ -136,9 +136,10 @@ class StepHistory:
         elif in_loss and self.lines - self._jump_line <= self.t.lr_memory:
             yield self._too_fast(s, found)
         elif in_loss:
+            rate = "" if self._lr else " So is the learning rate, which the log does not have."
             message = (
                 f"One step stands out: loss {rise:.3g} times the usual, gradient {grad:.3g} times. "
-                f"Its batch is the first suspect."
+                f"Its batch is the first suspect.{rate}"
             )
             yield self._event(s, "warning", "data-outlier", message, found)
         elif grad > 2 * self.t.spike_grad:

@@ -138,8 +138,6 @@ def test_parquet_and_tars_give_the_pictures_of_the_folder(tmp_path):
 
     with pytest.raises(UserError, match=r"image_column='picture' is no column; .*image"):
         open_source(str(tmp_path / "parquet"), image_column="picture")
-    with pytest.raises(UserError, match="there is no folder picturez; check the path"):
-        open_source("picturez")
     with pytest.raises(UserError, match=r"nothing at .*none\.parquet"):
         open_source(str(tmp_path / "none.parquet"))
 
@@ -154,3 +152,9 @@ def test_a_data_set_of_classes_has_their_names_as_captions():
     source = hub_sources.DatasetSource(data, "two")
     assert [captions for _, captions in contents(source)] == [("a temple",), ("a flower",)]
     assert source.size == 2
+
+
+def test_a_folder_that_is_not_there_is_named_with_no_package_at_fault(tmp_path):
+    for place in ("picturez", "./picturez", str(tmp_path / "picturez")):
+        with pytest.raises(UserError, match=rf"there is no folder {place}; check the path"):
+            open_source(place)

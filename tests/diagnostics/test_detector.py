@@ -138,6 +138,9 @@ def test_one_bad_batch_is_a_warning_and_leaves_no_trace():
     (event,) = events(records)
     assert (event.step, event.level, event.verdict) == (120, "warning", "data-outlier")
     assert event.evidence["loss_rise"] == pytest.approx(40, rel=0.2)
+    assert "learning rate" not in event.message
+    (event,) = events([{n: v for n, v in r.items() if n != "lr"} for r in records])
+    assert event.message.endswith("the learning rate, which the log does not have.")
 
 
 def test_a_jump_of_the_learning_rate_is_named_with_its_size_but_a_warm_up_is_not():
