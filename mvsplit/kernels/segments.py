@@ -77,9 +77,9 @@ class Segments:
         return sum(self.lengths)
 
     def check(self, x: Tensor, f: Tensor | None = None) -> None:
-        """Raises UserError unless the segments cover exactly the samples and tokens of `x`, and the
-        branch output `f` has its shape."""
-        if x.dim() != 3:
+        """Raises UserError unless the segments cover exactly the samples and tokens of `x`
+        [B, T, …], which is [B, T, D] where it is merged with a branch output `f`."""
+        if x.dim() < 2 or (f is not None and x.dim() != 3):
             raise UserError(f"x has the shape {list(x.shape)}; it must be [B, T, D]")
         if f is not None and f.shape != x.shape:
             raise UserError(
