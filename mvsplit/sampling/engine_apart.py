@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.hopper import child
 from mvsplit.kernels.hopper.driver import DriverError, require_compiler
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.init import initialise
@@ -65,7 +66,7 @@ def best_plan(network: Network, say: Callable[[str], None]) -> Plan | None:
     try:
         require_compiler()
         found = measured(network)
-    except (ApartError, DriverError) as error:
+    except (ApartError, child.ChildError, DriverError) as error:
         say(left_out(str(error)))
         plan = tuner.best_plan()
         return None if plan is None else dataclasses.replace(plan, without=str(error))
@@ -85,27 +86,26 @@ def measured(network: Network, command: Sequence[str] = ()) -> Measured:
 
     Raises:
         ApartError: none comes back with a plan.
+        child.ChildError: none can be begun.
     """
     ended: list[str] = []
     command = command or _python()
     for _ in range(MOST_CHILDREN):
-        child = _Child(command, _task(network, ended))
-        if child.found is not None:
-            plan = Plan.from_json(child.found["plan"])
-            table = {k: [tuple(row) for row in v] for k, v in child.found["table"].items()}
-            return Measured(plan, table, child.found["seconds"], ended)
-        if child.running is None:
-            raise ApartError(f"a process for them {child.end}: {child.last_words}")
-        _logger.warning("engine: %s is left out: its process %s", child.running, child.end)
-        ended.append(child.running)
+        one = _Child(command, _task(network, ended))
+        if one.found is not None:
+            plan = Plan.from_json(one.found["plan"])
+            table = {k: [tuple(row) for row in v] for k, v in one.found["table"].items()}
+            return Measured(plan, table, one.found["seconds"], ended)
+        if one.running is None:
+            raise ApartError(f"a process for them {one.end}: {one.last_words}")
+        _logger.warning("engine: %s is left out: its process %s", one.running, one.end)
+        ended.append(one.running)
     raise ApartError(f"{MOST_CHILDREN} of them ended their process")
 
 
 def _python() -> Sequence[str]:
-    """Python, running this module. A program that is frozen would begin itself anew instead."""
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise ApartError("this program is no Python that could begin another")
-    return sys.executable, "-m", __name__
+    """Python, running this module."""
+    return child.python(), "-m", __name__
 
 
 class _Child:
@@ -118,22 +118,14 @@ class _Child:
         last_words: the error that ended it, or the last line on its standard error.
 
     Raises:
-        ApartError: it cannot be started.
+        child.ChildError: it cannot be started.
     """
 
     def __init__(self, command: Sequence[str], task: dict[str, Any]) -> None:
         self.running: str | None = None
         self.found: dict[str, Any] | None = None
         self.last_words = ""
-        paths = os.pathsep.join(filter(None, sys.path))
-        try:
-            process = subprocess.Popen(
-                [*command, json.dumps(task)], env={**os.environ, "PYTHONPATH": paths}, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                encoding="utf-8", errors="replace",
-            )  # fmt: skip
-        except OSError as error:
-            raise ApartError(f"a process for them cannot be started: {error}") from error
+        process = child.begin([*command, json.dumps(task)])
         silent = _Alarm(SILENCE, process.kill)
         try:
             self._listen(process, silent)

@@ -1,5 +1,7 @@
 """The merge in clusters: how work is dealt, what it takes, and, on a Hopper GPU, what comes out."""
 
+import sys
+
 import pytest
 import torch
 
@@ -208,6 +210,19 @@ def test_the_comparison_has_a_process_of_its_own(there, verdict, lasting, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(choice, "PATIENCE", 5.0 if "sleep" in there else 60.0)
     assert choice._verdict_elsewhere(KINDS[1], CPU) == (verdict, lasting)
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), [
+    ("frozen", True, "this program is no Python"),
+    ("executable", "/nowhere/python", "a process for them cannot be started: "),
+])  # fmt: skip
+def test_where_no_process_can_be_begun_clusters_are_not_used_this_time(
+    monkeypatch, name, value, reason
+):
+    monkeypatch.setattr(sys, name, value, raising=False)
+    verdict, lasting = choice._verdict_elsewhere(KINDS[1], CPU)
+    assert verdict.startswith(f"they cannot be compared, because {reason}")
+    assert not lasting
 
 
 def test_a_kernel_that_cannot_be_made_is_not_used_this_time(kernels, monkeypatch):

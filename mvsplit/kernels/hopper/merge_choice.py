@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import sys
 from typing import NamedTuple, cast
@@ -24,7 +23,7 @@ from torch import Tensor
 from mvsplit.kernels import reference
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.fused.merge_parts import Merged, Weights, gradients, merged, weights
-from mvsplit.kernels.hopper import merge
+from mvsplit.kernels.hopper import child, merge
 from mvsplit.kernels.hopper.driver import DriverError
 from mvsplit.kernels.segments import Segments
 
@@ -123,18 +122,21 @@ def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
     code = "from mvsplit.kernels.hopper.merge_choice import _tell_verdict; _tell_verdict()"
     dtype = str(kind.dtype).partition(".")[2]
     told = json.dumps([str(device), kind.direction, dtype, *kind[2:]])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", code, told]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE, env=environment
-        )
+        process = child.begin([child.python(), "-c", code, told])
+    except child.ChildError as error:
+        return f"they cannot be compared, because {error}", False
+    try:
+        said, errors = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return f"no verdict within {PATIENCE:.0f} s", False
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    finally:  # an interrupt must not leave it behind
+        process.kill()
+        process.wait()
+    if process.returncode:
+        last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
         return f"the comparison ended without a verdict ({last})", False
-    verdict, lasting = json.loads(done.stdout.strip().splitlines()[-1])
+    verdict, lasting = json.loads(said.strip().splitlines()[-1])
     return verdict, lasting
 
 
