@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mvsplit.kernels.capture import replay_time
 from mvsplit.kernels.choices import keep_choice, read_choices
 from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_gemm import Tile
@@ -338,17 +339,6 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
             graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
     return graph
-
-
-def replay_time(graph: torch.cuda.CUDAGraph, replays: int) -> float:
-    """Mean seconds of a replay, of several one after the other."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / replays
 
 
 def times_in_turns(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:

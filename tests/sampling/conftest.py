@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvsplit.data import WordEmbedder
+from mvsplit.kernels.hopper import driver
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.residuals import RuleConfig
 
@@ -29,3 +30,11 @@ def model() -> DiT:
         writers="standard",
     )
     return DiT(config, torch.Generator().manual_seed(1)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def word(monkeypatch):
+    """Where kernels tell that a wait did not end."""
+    word = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(driver, "_faults", [word])
+    return word

@@ -208,14 +208,6 @@ def test_a_capture_that_fails_leaves_the_model_and_memory_that_ends_the_caller(
             ]
 
 
-@pytest.fixture
-def word(monkeypatch):
-    """Where kernels tell that a wait did not end."""
-    word = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(driver, "_faults", [word])
-    return word
-
-
 def test_a_wait_that_did_not_end_is_an_error_of_every_engine_under_way(engine_of, word):
     small = make(device="cpu")
     inputs = draw(small)

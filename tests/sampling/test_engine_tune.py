@@ -181,14 +181,6 @@ def test_a_plan_of_other_kernels_or_another_driver_is_none(tmp_path, monkeypatch
     assert load_plan(network, path) == OWN
 
 
-@pytest.fixture
-def word(monkeypatch):
-    """Where kernels tell that a wait did not end."""
-    word = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(driver, "_faults", [word])
-    return word
-
-
 def test_a_kernel_that_waited_in_vain_is_blamed_and_not_the_next(monkeypatch, word):
     model = make()
     tuner = Tuner(Network(model, *draw(model)[:2], padded=False))
