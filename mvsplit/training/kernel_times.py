@@ -18,7 +18,7 @@ Shapes: n tokens of a piece. Units: seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mvsplit.kernels.block_parts import Recompute
 
@@ -75,9 +75,8 @@ FIRST = Kernels(
     again={"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": 9},
 )
 # Since then: merges in clusters, queries and keys rotated in place, fewer fills.
-KERNELS = Kernels(
-    attention=FIRST.attention,
-    rounded=FIRST.rounded,
+KERNELS = replace(
+    FIRST,
     merge=(
         *_TWO_LAUNCHES,
         (8320, 21.6e-6, 31.2e-6),
@@ -86,7 +85,7 @@ KERNELS = Kernels(
     ),
     apart=(*_TWO_LAUNCHES, *_ONE_LAUNCH[2:]),
     passes={
-        "scaled merge": {"forward": (3, 1.09), "backward": (5, 1.22)},
+        **FIRST.passes,
         "rotation": {"forward": (4, 1.45), "backward": (8, 1.38)},
         "swiglu": {"forward": (3, 1.08), "backward": (6, 1.02)},
         "other": {"forward": (1, 1.0), "backward": (2, 1.0)},

@@ -263,11 +263,12 @@ class Rerun:
                 halves = left[: len(left) // 2], left[len(left) // 2 :]
                 left = max(halves, key=self._contribution)
             largest += left
-        return max(largest, key=self._contribution) if len(largest) > 1 else largest[0]
+        if len(largest) == 1:
+            return largest[0]
+        return max(largest, key=lambda number: self._contribution([number]))
 
-    def _contribution(self, samples: list[int] | int) -> float:
+    def _contribution(self, samples: list[int]) -> float:
         """The norm of what samples of one kind add to the sum of all gradients."""
-        samples = [samples] if isinstance(samples, int) else samples
         norm = self.run(samples).grad_norm
         return len(samples) * norm if math.isfinite(norm) else math.inf
 

@@ -147,7 +147,7 @@ def suits(cut: Cut, kind: int, stream: Stream, weight: Tensor) -> bool:
         return whole and cut.columns == 128 and weight.shape[0] <= 2048 and blocks <= processors
     if kind in (QKV, PART) and stream.sample_rows % cut.tokens:
         return False
-    if kind == QKV and (cut.groups != 2):
+    if kind == QKV and cut.groups != 2:
         return False
     if kind == PART and weight.shape[1] % (_DEPTH * cut.split):
         return False

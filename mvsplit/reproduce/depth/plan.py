@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
-from mvsplit.residuals.mvsplit import starts
+from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 
 Kind = Literal["mvsplit", "rival", "control", "candidate"]
@@ -50,9 +50,8 @@ class Entry:
     def merge(self, depth: int) -> tuple[str, bool, bool, str]:
         """What decides how its merges begin: the rule, whether λ is tied to α, whether α is open,
         and how writers start. The gate of ensembles looks at one entry of each kind."""
-        rule = self.rule(depth)
-        opened = rule.name.startswith("mvsplit") and starts(rule, depth)[1] != 0
-        return rule.name, rule.tied_leak, opened, self.writers
+        rule = written_out(self.rule(depth), depth)
+        return rule.name, rule.tied_leak, bool(rule.alpha), self.writers
 
 
 def fixed(name: str, **fields: float) -> Callable[[int], RuleConfig]:

@@ -31,7 +31,7 @@ from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
 from mvsplit.reproduce.trial import Deadline, token_floor
 from mvsplit.residuals import RuleConfig
-from mvsplit.residuals.mvsplit import starts
+from mvsplit.residuals.mvsplit import written_out
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
 from mvsplit.training import (
     Experiment,
@@ -134,10 +134,10 @@ def fingerprint(experiment: Experiment) -> str:
     plain = flat_fields(dataclasses.asdict(_PLAIN))
     fields = flat_fields(dataclasses.asdict(experiment))
     # In rules that have none, β was 1 and α 0 by default when the first runs were run.
-    rule, depth = experiment.model.rule, experiment.model.depth
-    gains = starts(rule, depth) if rule.name.startswith("mvsplit") else (1.0, 0.0)
-    for name, start in zip(("model.rule.beta", "model.rule.alpha"), gains, strict=True):
-        fields[name] = start if fields[name] is None else fields[name]
+    rule = written_out(experiment.model.rule, experiment.model.depth)
+    for name, start, before in (("beta", rule.beta, 1.0), ("alpha", rule.alpha, 0.0)):
+        if fields[f"model.rule.{name}"] is None:
+            fields[f"model.rule.{name}"] = before if start is None else start
     decides = {n: v for n, v in fields.items() if v != plain[n] and n not in _DECIDES_NOTHING}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
