@@ -3,10 +3,10 @@
     python benchmarks/step_gpu.py [--minutes 15] [--only NAME …] [--out FOLDER] [--json FILE]
     python benchmarks/step_gpu.py --small --out FOLDER         (a trial of the code on a CPU)
 
-First the kernels against fp64 on the GPU; what fails there is named at the end, and the scripts
-have gates of their own. Then one script after the other, each within its seconds and as long as the
-minutes last; what a script has written stays when it is stopped. `mvsplit bench page` puts the
-results into docs/performance.md.
+First the kernels against fp64 on the GPU; what fails there is named at the end, and the status is
+1: of the scripts train_step, fused_ops and masked_attention alone have gates of their own. Then one
+script after the other, each within its seconds and as long as the minutes last; what a script has
+written stays when it is stopped. `mvsplit bench page` puts the results into docs/performance.md.
 
 Cost: fifteen minutes of one H200 for all, eight up to the merge's rows. None of the scripts here
 outlives this one.
