@@ -5,6 +5,7 @@ It needs no web library, and knows none.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -87,6 +88,9 @@ class Shown:
     files: tuple[Path, ...] = ()
 
 
+STOPPED = Shown(status="Stopped.")
+
+
 class _Left(Exception):
     """Nobody looks any more."""
 
@@ -95,7 +99,8 @@ class Drawing:
     """Draws wishes one at a time, into a folder of its own for each.
 
     A wish ends the drawing before it, if that is still going on: the page's queue lets a wish come
-    only when nobody looks at another any more.
+    only when nobody looks at another any more. Wishes may wait long for that, so each has a ticket:
+    `stop` is for those that have one, drawn or waiting, and not for what is wished later.
 
     Args:
         subject: what draws.
@@ -107,17 +112,38 @@ class Drawing:
         self._subject, self._network, self._folder = subject, network, folder
         self._changing = threading.Lock()
         self._work, self._visitor = _Work(0), ""
+        self._tickets = itertools.count()
+        self._waiting = dict[int, str]()  # by ticket, whose it is
 
-    def draw(self, wish: Wish, visitor: str = "") -> Iterator[Shown]:
-        """Previews and, last, the finished pictures. Stops drawing where it is closed or stopped
-        before.
+    def enlist(self, visitor: str = "") -> int:
+        """A ticket for a wish of the visitor's that is to wait for its turn."""
+        with self._changing:
+            ticket = next(self._tickets)
+            self._waiting[ticket] = visitor
+        return ticket
+
+    def drop(self, ticket: int) -> None:
+        """The wish waits no more, if it still does."""
+        with self._changing:
+            self._waiting.pop(ticket, None)
+
+    def draw(self, wish: Wish, visitor: str = "", ticket: int | None = None) -> Iterator[Shown]:
+        """Previews and, last, the finished pictures, or `STOPPED`. Where it is closed before, the
+        drawing ends too.
+
+        Args:
+            visitor: whose `stop` ends it.
+            ticket: from `enlist`, of when it was wished; without one it is wished now.
 
         Raises:
             UserError: a word or a sampler that is not known, or pictures that are not finite.
         """
         config = wish.config(self._subject.shift)
         self._subject.embedder.encode([wish.prompt])  # an unknown word is said at once
-        work = self._begin(wish, config, visitor)
+        work = self._begin(wish, config, self.enlist(visitor) if ticket is None else ticket)
+        if work is None:
+            yield STOPPED
+            return
         with closing(work):
             begun, last = time.monotonic(), 0.0
             for done, latents in work.states():
@@ -129,15 +155,26 @@ class Drawing:
             if work.latents is not None:
                 folder = self._folder / f"{work.number:04d}"
                 yield self._finished(wish, config, work.latents, folder, time.monotonic() - begun)
+            else:
+                yield STOPPED
 
-    def stop(self, visitor: str = "") -> None:
-        """Ends the visitor's drawing after the step it is at; another's goes on."""
+    def stop(self, visitor: str = "") -> bool:
+        """Ends the visitor's drawing after the step it is at, and lets none begin that waits, of
+        which it says whether there was one. Another's go on."""
         with self._changing:
+            waiting = [ticket for ticket, whose in self._waiting.items() if whose == visitor]
+            for ticket in waiting:
+                del self._waiting[ticket]
             if visitor == self._visitor:
                 self._work.close()
+        return bool(waiting)
 
-    def _begin(self, wish: Wish, config: SamplingConfig, visitor: str) -> _Work:
+    def _begin(self, wish: Wish, config: SamplingConfig, ticket: int) -> _Work | None:
+        """The drawing, begun; None where it was stopped while it waited."""
         with self._changing:
+            visitor = self._waiting.pop(ticket, None)
+            if visitor is None:
+                return None
             self._work.close()
             work = self._work = _Work(self._work.number + 1)
             self._visitor = visitor
@@ -218,9 +255,10 @@ class _Work:
         self._states.put((done, latents))
 
     def states(self) -> Iterator[tuple[int, Tensor]]:
-        """(steps done, latents) as they come. Raises what the drawing raised."""
+        """(steps done, latents) as they come, until it is closed. Raises what it raised."""
         while (state := self._states.get()) is not None:
-            yield state
+            if not self._closed.is_set():
+                yield state
         if self._error is not None:
             raise self._error
 

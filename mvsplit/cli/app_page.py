@@ -65,38 +65,45 @@ def build_page(gradio: Any, subject: Subject, drawing: Drawing) -> Any:
                     height="auto",
                     buttons=["download", "download_all", "fullscreen"],
                 )
-        outputs = [status, preview, gallery]
-
-        def updates(request: Any, *values: Any) -> Iterator[tuple[Any, ...]]:
-            yield from _updates(gradio, drawing, values, request.session_hash)
-
-        def end(request: Any) -> tuple[Any, ...]:
-            drawing.stop(request.session_hash)
-            return "Stopped.", gradio.update(visible=False)
-
-        for function in (updates, end):  # by which gradio knows what to pass; it is not imported
-            function.__annotations__["request"] = gradio.Request
-
-        events = [
-            trigger(
-                updates,
-                inputs,
-                outputs,
-                show_progress="hidden",
-                concurrency_limit=1,
-                concurrency_id="drawing",
-                api_visibility="private",
-            )
-            for trigger in (start.click, inputs[0].submit)
-        ]
-        stop.click(
-            end,
-            None,
-            [status, preview],
-            cancels=events,
-            api_visibility="private",
-        )
+        _connect(gradio, drawing, inputs, (start, stop), [status, preview, gallery])
     return page.queue(max_size=_WAITING, default_concurrency_limit=1)
+
+
+def _connect(
+    gradio: Any, drawing: Drawing, inputs: list[Any], buttons: tuple[Any, Any], outputs: list[Any]
+) -> None:
+    """Lets the two buttons, and Enter in the prompt, do what they say."""
+
+    def enlist(request: Any) -> tuple[Any, ...]:
+        return drawing.enlist(request.session_hash), "Waiting for its turn …"
+
+    def updates(request: Any, ticket: int, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from _updates(gradio, drawing, values, request.session_hash, ticket)
+
+    def end(request: Any) -> Any:
+        # What is being drawn says itself that it ends: of two that write what the page shows one
+        # may overtake the other.
+        waited = drawing.stop(request.session_hash)
+        return limits.STOPPED.status if waited else gradio.skip()
+
+    for function in (enlist, updates, end):  # gradio reads from it what to pass
+        function.__annotations__["request"] = gradio.Request
+
+    start, stop = buttons
+    status, *_ = outputs
+    ticket = gradio.State()
+    quietly = {"show_progress": "hidden", "api_visibility": "private"}
+    for trigger in (start.click, inputs[0].submit):
+        enlisted = trigger(enlist, None, [ticket, status], queue=False, **quietly)
+        enlisted.then(
+            updates,
+            [ticket, *inputs],
+            outputs,
+            concurrency_limit=1,
+            concurrency_id="drawing",
+            **quietly,
+        )
+    stop.click(end, None, status, queue=False, **quietly)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,7 @@ def _short(subject: Subject) -> bool:
 
 
 def _updates(
-    gradio: Any, drawing: Drawing, values: tuple[Any, ...], visitor: str
+    gradio: Any, drawing: Drawing, values: tuple[Any, ...], visitor: str, ticket: int
 ) -> Iterator[tuple[Any, ...]]:
     """What the status, the preview and the gallery show, again and again."""
     prompt, pictures, seed, steps, guidance, sampler = values
@@ -192,13 +199,14 @@ def _updates(
             guidance=guidance,
             sampler=sampler,
         )
-        yield "Waiting for its turn …", gradio.skip(), gradio.skip()
-        for shown in drawing.draw(wish, visitor):
+        for shown in drawing.draw(wish, visitor, ticket):
             if shown.preview is not None:
                 preview = gradio.update(value=shown.preview, visible=True)
                 yield shown.status, preview, gradio.skip()
-            else:
-                files = [str(path) for path in shown.files]
+            else:  # where it was stopped, the pictures before stay
+                files = [str(path) for path in shown.files] or gradio.skip()
                 yield shown.status, gradio.update(visible=False, value=None), files
     except UserError as error:
         yield f"⚠ {error}", gradio.update(visible=False), gradio.skip()
+    finally:
+        drawing.drop(ticket)

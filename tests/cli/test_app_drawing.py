@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mvsplit.cli import main
-from mvsplit.cli.app_drawing import LARGEST_SEED, MOST_CHARACTERS, Drawing, Wish
+from mvsplit.cli.app_drawing import LARGEST_SEED, MOST_CHARACTERS, STOPPED, Drawing, Wish
 from mvsplit.cli.subject import Options, open_subject
 from mvsplit.errors import UserError
 from mvsplit.sampling import read_record
@@ -89,10 +89,29 @@ def test_stop_ends_the_visitors_own_drawing_only(drawing, monkeypatch):
     monkeypatch.setattr("mvsplit.cli.app_drawing.PREVIEW_EVERY", 0.0)
     looking = drawing.draw(Wish(prompt="one", steps=200), "anna")
     next(looking)
-    drawing.stop("ben")
+    assert not drawing.stop("ben")
     next(looking)
-    drawing.stop("anna")
-    assert all(not shown.files for shown in looking)
+    assert not drawing.stop("anna")  # none waited
+    assert list(looking) == [STOPPED]  # and nothing that was on its way
+
+
+def test_stop_is_for_what_was_wished_before_it(drawing):
+    first, others, second = (drawing.enlist(visitor) for visitor in ("anna", "ben", "anna"))
+    assert drawing.stop("anna")
+    later = drawing.enlist("anna")
+    ends = [
+        [*drawing.draw(Wish(prompt="one", steps=1), visitor, ticket)][-1]
+        for visitor, ticket in (
+            ("anna", first),
+            ("ben", others),
+            ("anna", second),
+            ("anna", later),
+        )
+    ]
+    assert [len(end.files) for end in ends] == [0, 4, 0, 4]
+    assert ends[0] == ends[2] == STOPPED
+    drawing.drop(drawing.enlist("anna"))
+    assert not drawing.stop("anna")
 
 
 def test_a_drawing_that_was_left_without_a_word_does_not_keep_the_next_waiting(drawing):

@@ -197,6 +197,37 @@ def test_a_long_drawing_is_previewed_and_can_be_stopped(page):
 
 @needs_gradio
 @needs_browser
+def test_who_waits_can_stop_and_wish_again_while_another_draws(app, page, driver):
+    says = "return document.querySelector('#status').innerText.includes('{}')".format
+    for field, value in (("pictures", "16"), ("steps", "200"), ("prompt", "three")):
+        page.fill(field, value)
+    page.find("#draw").click()
+    page.wait("return document.querySelector('#preview img')")
+    one = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    other = driver.current_window_handle
+    try:
+        page.visit(app.url)
+        page.find("#draw").click()
+        page.wait(says("Waiting"))
+        page.find("#stop").click()
+        page.wait(says("Stopped"))
+        page.find("#draw").click()
+        page.wait(says("Waiting"))
+        driver.switch_to.window(one)
+        assert "of 200" in page.status()  # another's stop is not for this one
+        page.find("#stop").click()
+        page.wait(says("Stopped"))
+        driver.switch_to.window(other)
+        page.wait("return document.querySelectorAll('#gallery img').length == 4")
+    finally:
+        driver.switch_to.window(other)
+        driver.close()
+        driver.switch_to.window(one)
+
+
+@needs_gradio
+@needs_browser
 def test_it_fits_a_telephone(page):
     page.driver.set_window_size(390, 900)
     try:
