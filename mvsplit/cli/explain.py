@@ -1,4 +1,5 @@
-"""`mvsplit explain FLIGHT`, or `mvsplit monitor explain`: what made a gradient spike."""
+"""`mvsplit explain FLIGHT`, or `mvsplit monitor explain`: what made a gradient spike, or what
+is known of a training that `Monitor` watched."""
 
 from __future__ import annotations
 
@@ -14,23 +15,28 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvsplit.cli import explain_logs
+from mvsplit.cli.explain_logs import rank, short, writers_table
+from mvsplit.diagnostics.retrospect import Retrospect, is_watched_elsewhere, look_back
 from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
+from mvsplit.training.rerun import writers
 
-_LAYERS = 5  # rows of the table of writers
 _WIDTH = 100  # columns where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Runs a step of a run again, as it was and under what might have caused its gradient spike:
-    samples dropped, in fp32, with the mean adjoint shut off after attention, the FFN, and both.
+    samples dropped, in fp32, with the mean adjoint shut off after attention, the FFN, and both. Of
+    a training of your own that Monitor watched, which cannot be run again, says what was seen.
 
     Attributes:
-        source: a flight that the recorder wrote, or a run's folder.
-        step: which step; the one whose gradient norm stands out most if not given.
+        source: a flight that the recorder wrote, a run's folder, or the run_dir of a Monitor.
+        step: which step; the one whose gradient norm stands out most if not given, or of a Monitor
+            its gravest verdict's.
         json: where the numbers go; explain.json of the flight, or explain_STEP.json of the run.
         device: where to run; where the run was if not given.
     """
@@ -45,24 +51,40 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit status.
 
     Raises:
-        UserError: there is no flight and no run, the step cannot be run again, or its numbers not
-            written.
+        UserError: there is no flight, no run and no log of a monitor, the step cannot be run again,
+            or its numbers not written.
     """
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit explain")
-    flight = _find(args)
-    progress = Console(stderr=True)
-    found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
+    found: Explanation | Retrospect
+    if is_watched_elsewhere(args.source):
+        if args.device is not None:
+            raise UserError(
+                f"device={args.device}: {args.source} holds no run, only what a monitor "
+                f"wrote, and nothing is run; leave --device out"
+            )
+        found = look_back(args.source, args.step)
+        explain_logs.show(found, _console())
+    else:
+        progress = Console(stderr=True)
+        flight = _find(args)
+        found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
+        show(found, _console())
+    _write(found, args)
+    return 0
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    show(found, console)
-    out = args.json or _default_output(args.source, flight)
+    return console if console.is_terminal else Console(width=_WIDTH)
+
+
+def _write(found: Explanation | Retrospect, args: Arguments) -> None:
+    out = args.json or _default_output(args.source, found.step)
     try:
         write_atomically(out, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"json: cannot write {out}: {error.strerror}; give --json FILE") from error
-    console.print(f"numbers: {out}", soft_wrap=True)
-    return 0
+    _console().print(f"numbers: {out}", soft_wrap=True)
 
 
 def _find(args: Arguments) -> Flight:
@@ -71,9 +93,9 @@ def _find(args: Arguments) -> Flight:
     return flight_of_run(args.source, args.step)
 
 
-def _default_output(source: Path, flight: Flight) -> Path:
+def _default_output(source: Path, step: int) -> Path:
     is_flight = (source / "flight.json").exists()
-    return source / ("explain.json" if is_flight else f"explain_{flight.step:08d}.json")
+    return source / ("explain.json" if is_flight else f"explain_{step:08d}.json")
 
 
 def show(found: Explanation, console: Console) -> None:
@@ -115,10 +137,10 @@ def _trials(found: Explanation) -> Table:
     for trial in found.trials:
         share = found.removed.get(trial.name)
         ratio = "" if not found.calm else f"{trial.grad_norm / found.calm:.3g}"
-        writers = (_short(trial.writer_attn), _short(trial.writer_ffn))
+        writers = (short(trial.writer_attn), short(trial.writer_ffn))
         style = "bold" if trial.name in found.conclusion.removed_by else ""
         removed = "" if share is None else f"{share:.0%}"
-        row = (trial.label, _short(trial.loss), _short(trial.grad_norm), ratio, *writers, removed)
+        row = (trial.label, short(trial.loss), short(trial.grad_norm), ratio, *writers, removed)
         table.add_row(*row, style=style)
     return table
 
@@ -132,45 +154,24 @@ def _families(found: Explanation) -> Table:
         calm = found.trace.calm_family_norms.get(family)
         total = math.hypot(*norms)
         ratio = f"{total / math.hypot(*calm):.3g}" if calm and any(calm) else ""
-        layer = max(range(len(norms)), key=lambda l: _rank(norms[l]))
-        place = (_short(norms[layer]), str(layer)) if len(norms) > 1 else ("", "")
-        table.add_row(family, _short(total), ratio, *place)
+        layer = max(range(len(norms)), key=lambda l: rank(norms[l]))
+        place = (short(norms[layer]), str(layer)) if len(norms) > 1 else ("", "")
+        table.add_row(family, short(total), ratio, *place)
     return table
 
 
 def _writers(found: Explanation) -> Table:
-    """The writers whose mean-coherent gradient is largest."""
     split = found.trace.mode_split
-    rows = [
-        (writer, layer, split[f"g_mean_{branch}"][layer], split[f"g_ctr_{branch}"][layer])
-        for writer, branch in (("W_O", "attn"), ("W_2", "ffn"))
-        for layer in range(found.depth)
-    ]
-    title = "mode split at the writers, the largest G_mean first"
-    table = Table(title=title, title_justify="left")
-    for name in ("writer", "layer", "G_mean", "G_ctr", "G_mean / G_ctr", "token similarity"):
-        table.add_column(name, justify="right")
-    for writer, layer, mean, centered in sorted(rows, key=lambda row: -_rank(row[2]))[:_LAYERS]:
-        ratio = f"{mean / centered:.3g}" if mean is not None and centered else ""
-        tcs = _short(split["tcs"][layer])
-        table.add_row(writer, str(layer), _short(mean), _short(centered), ratio, tcs)
-    return table
+    rows = ((*row, split["tcs"][row[1]]) for row in writers(split))
+    return writers_table(rows, "mode split at the writers, the largest G_mean first")
 
 
 def _trace(found: Explanation) -> Iterable[str]:
     trace = found.trace
-    losses = ", ".join(_short(loss) for loss in trace.rank_losses)
+    losses = ", ".join(short(loss) for loss in trace.rank_losses)
     where = " by rank" if len(trace.rank_losses) > 1 else ""
     yield f"loss{where}: {losses}; RMS of the output's gradient: {trace.output_gradient_rms:.3g}"
-    worst = ", ".join(f"{s.index} ({_short(s.loss)})" for s in trace.worst_samples)
+    worst = ", ".join(f"{s.index} ({short(s.loss)})" for s in trace.worst_samples)
     yield f"samples with the largest loss: {worst}"
     bad = [f"{what}: {place}" for what, place in trace.not_finite.items() if place]
     yield f"not finite: {'; '.join(bad) if bad else 'nothing'}"
-
-
-def _rank(value: float | None) -> float:
-    return -1.0 if value is None else value if math.isfinite(value) else math.inf
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

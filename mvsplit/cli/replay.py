@@ -72,9 +72,14 @@ def _print_table(events: Sequence[Event], lines: int) -> None:
     if not events:
         print(f"Nothing to report in {lines:,} lines.")
         return
+    Console(highlight=False).print(events_table(events))
+
+
+def events_table(events: Sequence[Event]) -> Table:
+    """What the watch said, a row a verdict."""
     table = Table("step", "level", "verdict", "layer", "what", box=None, pad_edge=False)
     for event in events:
         layer = "" if event.layer is None else str(event.layer)
         level = f"[{_COLOURS[event.level]}]{event.level}[/]"
         table.add_row(f"{event.step:,}", level, event.verdict, layer, event.message)
-    Console(highlight=False).print(table)
+    return table

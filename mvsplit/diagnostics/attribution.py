@@ -22,6 +22,7 @@ Verdict = Literal[
 
 SPIKE = 2.0  # a gradient norm this many times the calm one is a spike
 REMOVED = 0.75  # share of a spike from which on a trial is said to remove it
+HISTORY = 32  # steps before one, of which what is usual is the median
 UNUSUAL = 5.0  # times the batch's median, a sample's loss or input stands out
 
 CENTERED = {  # trials of `CenteredAdjoints`, the smallest first
@@ -96,6 +97,24 @@ def calm_norm(earlier: Sequence[float]) -> float | None:
     """r, the median of the finite gradient norms of earlier steps; None if there is none."""
     finite = [norm for norm in earlier if math.isfinite(norm)]
     return median(finite) if finite else None
+
+
+def most_unusual(norms: Sequence[float], among: Sequence[int] | None = None) -> int:
+    """The place of the gradient norm that is the largest multiple of the median of up to `HISTORY`
+    before it; the first that is not finite, where one is.
+
+    Args:
+        norms: of successive steps, at least one.
+        among: the places that may be chosen; None for all.
+    """
+
+    def unusual(i: int) -> float:
+        if not math.isfinite(norms[i]):
+            return math.inf
+        calm = calm_norm(norms[max(0, i - HISTORY) : i])
+        return norms[i] / calm if calm else 0.0
+
+    return max(range(len(norms)) if among is None else among, key=unusual)
 
 
 def removed_share(observed: float, trial: float, calm: float | None) -> float | None:

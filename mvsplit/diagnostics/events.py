@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Level = Literal["info", "warning", "alarm"]
 LEVELS: tuple[Level, ...] = ("info", "warning", "alarm")  # by rising gravity
@@ -55,6 +56,22 @@ class Event:
             "message": self.message,
             "evidence": {name: _for_json(value) for name, value in self.evidence.items()},
         }
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Event | None:
+        """The verdict that a line of events.jsonl holds, None where it holds none."""
+        layer, evidence = line.get("layer"), line.get("evidence")
+        known = line.get("level") in LEVELS and line.get("verdict") in get_args(Verdict)
+        if not known or not isinstance(evidence, dict):
+            return None
+        return cls(
+            step=line["step"],
+            level=line["level"],
+            verdict=line["verdict"],
+            layer=layer if isinstance(layer, int) else None,
+            message=str(line.get("message")),
+            evidence={name: float(value) for name, value in evidence.items()},
+        )
 
 
 def _for_json(value: float) -> float | str:

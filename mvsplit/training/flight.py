@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 from collections import deque
@@ -33,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvsplit.data import Batch
-from mvsplit.diagnostics.attribution import calm_norm
+from mvsplit.diagnostics.attribution import HISTORY, most_unusual
 from mvsplit.errors import UserError
 from mvsplit.training.checkpoint import (
     Snapshot,
@@ -55,7 +54,6 @@ from mvsplit.training.step import STREAMS, Gradients
 FORMAT = "mvsplit-flight"
 VERSION = 1
 BESIDE = "beside."  # before the names of what comes beside the batch
-HISTORY = 32  # steps before it that a step of a run without a flight is compared with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,13 +349,5 @@ def _altered(run: Path, start: int, step: int) -> str | None:
 
 def _most_unusual(lines: list[dict[str, Any]], steps: list[int]) -> int:
     """The one of `steps` whose gradient norm is the largest multiple of the median before it."""
-    norms = [line["grad_norm"] for line in lines]
-
-    def unusual(i: int) -> float:
-        if not math.isfinite(norms[i]):
-            return math.inf
-        calm = calm_norm(norms[max(0, i - HISTORY) : i])
-        return norms[i] / calm if calm else 0.0
-
     among = [i for i, line in enumerate(lines) if line["step"] in steps]
-    return lines[max(among, key=unusual)]["step"]
+    return lines[most_unusual([line["grad_norm"] for line in lines], among)]["step"]

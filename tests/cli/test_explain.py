@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvsplit.cli import main
+from mvsplit.diagnostics import Monitor
 from tests.training import flights
 
 
@@ -68,3 +71,58 @@ def test_what_cannot_be_explained(
     given = [str(flight) if a == "FLIGHT" else a for a in arguments]
     assert main(["explain", *given]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Path:
+    """The run_dir of a monitor whose 30th step was lost."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 4)
+    monitor = Monitor(model, run_dir=tmp_path / "mine", policy="skip")
+    for step in range(1, 33):
+        with monitor.look():
+            loss = model(torch.randn(2, 5, 16)).square().mean()
+            loss = loss * torch.nan if step == 30 else loss
+            loss.backward()
+        monitor.step(loss, lr=1e-3)
+        model.zero_grad()
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("command", [["explain"], ["monitor", "explain"]])
+def test_of_a_training_of_ones_own_it_says_what_was_seen_and_what_is_not_there(
+    watched: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (watched / "config.json").write_text('{"architectures": ["Mine"]}')  # some program's own
+    assert main([*command, str(watched)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its first alarm; 32 steps from 1 to 32" in said
+    assert "watching 4 layers of TransformerEncoder" in said
+    assert "30 alarm non-finite" in said
+    assert "The update of step 30 is left out, because of non-finite." in said
+    lines = [json.loads(line) for line in (watched / "metrics.jsonl").open()]
+    usual = statistics.median(line["grad_norm"] for line in lines[:29])
+    assert f"grad_norm │ nan │ {usual:.3g} │ nan │ {lines[-1]['grad_norm']:.3g}" in said
+    look = min(
+        (json.loads(line) for line in (watched / "layers.jsonl").open()),
+        key=lambda line: abs(line["step"] - 30),
+    )
+    assert f"the look at step {look['step']}" in said
+    assert "W_2" in said
+    assert "Not in this folder: the batch, its noise and the weights before the step." in said
+    assert "the step cannot be run again" in said
+    assert json.loads((watched / "explain_00000030.json").read_text())["step"] == 30
+
+
+def test_another_step_of_it_and_what_cannot_be_asked(
+    watched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", str(watched), "--step", "7"]) == 0
+    assert "step 7 of" in capsys.readouterr().out
+    for arguments, message in (
+        (["--step", "99"], "has the steps 1 to 32"),
+        (["--device", "cpu"], "nothing is run; leave --device out"),
+    ):
+        assert main(["explain", str(watched), *arguments]) == 2
+        assert message in capsys.readouterr().err
