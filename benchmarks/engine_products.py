@@ -55,7 +55,7 @@ SILENCE = 20.0  # seconds after which a variant hangs
 # kind, samples, depth, then tokens, products along them, warpgroups, stages, parts along
 # K; of attention, the warpgroups
 VARIANTS: list[tuple[str, int, int, tuple[int, ...]]] = [
-    *(("attention", 16, 3072, cut) for cut in ((2,),)),
+    *(("attention", 16, 3072, cut) for cut in ((2,), (3,))),
     *(("attention", 2, 3072, cut) for cut in ((1,),)),
     *(("qkv", 16, 1024, cut) for cut in ((288, 2, 2, 4),)),
     *(("swiglu", 16, 1024, cut) for cut in ((288, 2, 2, 4), (192, 1, 3, 4))),

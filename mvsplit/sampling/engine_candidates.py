@@ -88,7 +88,7 @@ def heads(network: Network) -> list[Choice]:
     fits = attention.suits(stream, config.head_width, network.trunk.dtype)
     if not product.runs_on(block.attention.qkv.weight) or not fits:
         return []
-    return [Heads(1), Heads(2)]
+    return [Heads(1), Heads(2), Heads(3)]
 
 
 def candidates(stage: str, network: Network) -> list[Choice]:

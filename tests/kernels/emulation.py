@@ -29,6 +29,7 @@ CALLS = {
     "cvt.rn.": "{0} = rounded({2}) | rounded({1}) << 16",
     "globaltimer": "{0} = clock += 1000000000",
     "ex2.": "{0} = exp2f({1})",
+    "lg2.": "{0} = log2f({1})",
     "rcp.": "{0} = 1.f / ({1})",
     "stmatrix.sync.aligned.m8n8.x2.trans": "store_matrices(2, true, {0}, {{{1}, {2}}})",
     "stmatrix.sync.aligned.m8n8.x4.shared": "store_matrices(4, false, {0}, {{{1}, {2}, {3}, {4}}})",

@@ -134,7 +134,7 @@ def test_a_writer_whose_neighbour_never_comes_ends_with_nan_and_tells(emulation)
 
 
 @pytest.mark.usefixtures("emulation")
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize(("image", "text", "counts"), [
     (256, 32, None), (250, 20, (20, 0)), (64, 40, (3, 40)), (1, 0, None),
 ])  # fmt: skip

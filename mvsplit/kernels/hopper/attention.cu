@@ -9,7 +9,6 @@
 //   TYPE    bf16
 
 #define THREADS (128 * WG)
-#define HEAD 128
 #define Q_HALF (128 * ((QUERIES + QBOX - 1) / QBOX * QBOX))  // bytes of 64 channels of the queries
 #define HALF (128 * TOK)                                     // of the keys, of the values
 
@@ -20,31 +19,6 @@ struct Operands {  // in shared memory: channels 0 … 63 of all rows, then the 
 };
 
 struct Head { int part, query, key, sample; };   // of a block: which queries of which head, whose keys
-struct Keys { int image, image_rows, text; };    // real ones; rows of the image, padding included
-
-__device__ __forceinline__ void load4(u32 to, const Map *map, u32 bar, int channel, int row, int head, int sample) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(channel), "r"(row), "r"(head),
-      "r"(sample) : "memory");
-}
-
-__device__ __forceinline__ u64 values(u32 address) {  // as they lie: channels run fastest
-  return (u64)((address & 0x3FFFF) >> 4) | ((u64)(HALF >> 4) << 16) | (64ull << 32) | (1ull << 62);
-}
-
-__device__ __forceinline__ void store_four(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-template <int N> __device__ __forceinline__ void products_sync() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-template <int N> __device__ __forceinline__ void in_flight(float (&v)[N]) {  // not to be moved past here
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(v[i])::"memory");
-}
 
 // One thread: the queries of a block and the first part of the keys arrive together at the first barrier,
 // each further part of the keys at its own, all values at the last.
@@ -63,27 +37,6 @@ __device__ __forceinline__ void load_head(const Map *map_q, const Map *map_k, co
   for (int i = 0; i < NI; ++i)
     for (int c = 0; c < 2; ++c)
       load4(ops.v + c * HALF + i * NT * 128, map_v, ops.bar + 8 * NI, 64 * c, i * NT, head.key, head.sample);
-}
-
-// exp of a part of the scores, rows lane / 4 and 8 below it, as wgmma takes its left operand; `sum` grows.
-__device__ __forceinline__ void exponentials(u32 (&p)[NT / 4], float (&sum)[2], const float (&s)[NT / 2], float scale, int first, int lane,
-                                             const Keys &keys) {
-#pragma unroll
-  for (int j = 0; j < NT / 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float y[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        y[e] = exp2(s[4 * j + 2 * h + e] * scale);
-#if MASKED
-        const int t = first + j * 8 + lane % 4 * 2 + e;
-        if (t >= keys.image && (t < keys.image_rows || t - keys.image_rows >= keys.text)) y[e] = 0.f;
-#endif
-        sum[h] += y[e];
-      }
-      p[2 * j + h] = pack(y[0], y[1]);
-    }
 }
 
 // `o`, `sum` ← exp(scores)·values and Σ exp(scores) of 64 queries from `tile`·64 on.
@@ -114,32 +67,12 @@ __device__ __forceinline__ void attend(float (&o)[HEAD / 2], float (&sum)[2], in
     for (int j = 0; j < NT / 4; ++j) asm volatile("" : "+r"(p[i][j])::"memory");
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int b = 0; b < NT / 16; ++b) weigh(o, p[i] + 4 * b, values(ops.v + (i * NT + 16 * b) * 128), i + b > 0);
+    for (int b = 0; b < NT / 16; ++b) weigh(o, p[i] + 4 * b, values(ops.v + (i * NT + 16 * b) * 128, HALF), i + b > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   }
   products_sync<0>();
   in_flight(o);
   MARK(3);
-}
-
-// The 16 rows of a warp, from `first` on in the block, out through the place of its queries, which nobody
-// reads any more.
-__device__ __forceinline__ void write_head(const float (&o)[HEAD / 2], float (&sum)[2], int first, const Operands &ops, const char *memory, char *to,
-                                           int pitch_out, int lane) {
-#pragma unroll
-  for (int j = 0; j < HEAD / 8; j += 2) {
-    const int row = first + lane % 16, chunk = j + lane / 16;
-    const float *w = o + 4 * j;
-    store_four(ops.q + chunk / 8 * Q_HALF + row * 128 + ((chunk ^ row) % 8 << 4), pack(w[0] * sum[0], w[1] * sum[0]),
-               pack(w[2] * sum[1], w[3] * sum[1]), pack(w[4] * sum[0], w[5] * sum[0]), pack(w[6] * sum[1], w[7] * sum[1]));
-  }
-  __syncwarp();
-#pragma unroll
-  for (int piece = lane; piece < 16 * 16; piece += 32) {
-    const int r = piece / 16, chunk = piece % 16, row = first + r;
-    *(Quad *)(to + (long long)r * pitch_out + chunk * 16) =
-        *(const Quad *)(memory + chunk / 8 * Q_HALF + row * 128 + ((chunk ^ row) % 8 << 4));
-  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -187,7 +120,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
     const int first = tile * 64 + warp * 16;
     if (head.part * QUERIES + first >= TOK) continue;
     char *to = out + (long long)(head.sample * TOK + head.part * QUERIES + first) * pitch_out + head.query * (2 * HEAD);
-    write_head(o, sum, first, ops, memory, to, pitch_out, lane);
+    write_head(o, sum, first, ops.q, memory, Q_HALF, to, pitch_out, lane);
   }
   MARK(5);
 }
