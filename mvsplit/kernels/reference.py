@@ -9,7 +9,7 @@ F hidden width of the FFN. Notation: J averages over the tokens of a segment, P 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch.nn import functional
 from mvsplit.kernels.segments import Segments
 
 Gain = Tensor | float
+Places = tuple[int | None, ...]  # of β, α and λ among the tensors they are; None for no λ
 
 
 class Gains(NamedTuple):
@@ -38,6 +39,22 @@ class FullGains(NamedTuple):
     beta: Tensor
     alpha: Tensor
     leak: Tensor | None
+
+    def distinct(self) -> tuple[list[Tensor], Places]:
+        """Each tensor once, and where among them β, α and λ are."""
+        tensors: list[Tensor] = []
+        places: list[int | None] = []
+        for gain in self:
+            same = [i for i, tensor in enumerate(tensors) if tensor is gain]
+            places.append(None if gain is None else same[0] if same else len(tensors))
+            if gain is not None and not same:
+                tensors.append(gain)
+        return tensors, tuple(places)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], places: Places) -> FullGains:
+        """What `distinct` took apart."""
+        return cls(*(None if place is None else tensors[place] for place in places))
 
     def shaped(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Gradients [D] in the shapes of the gains they belong to."""
@@ -208,7 +225,8 @@ def merge_backward(
 class _SplitMerge(torch.autograd.Function):
     """Kept for backward: the output Y, F where a gain learns, r [B, T, 1] and means [B, S, D].
 
-    Passing one tensor for two gains ties them: autograd adds their gradients.
+    `gains` holds each tensor once, `places` which of them β, α and λ are: torch.compile traces no
+    Function that is given one tensor twice.
     """
 
     @staticmethod
@@ -216,32 +234,36 @@ class _SplitMerge(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         f: Tensor,
-        beta: Tensor,
-        alpha: Tensor,
-        leak: Tensor | None,
         segments: Segments,
         eps: float,
         norm: bool,
+        places: Places,
+        *gains: Tensor,
     ) -> Tensor:
         x_real, f_real = zero_padding(_upcast(x), segments), zero_padding(_upcast(f), segments)
-        out = merge_forward(x_real, f_real, beta, alpha, leak, segments, eps, norm)
+        out = merge_forward(x_real, f_real, *FullGains.of(gains, places), segments, eps, norm)
         y = out.y.to(x.dtype)
-        learns = any(ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(y, f if learns else None, *out[1:], beta, alpha, leak)
-        ctx.segments = segments
+        learns = any(ctx.needs_input_grad[6:])
+        ctx.save_for_backward(y, f if learns else None, *out[1:], *gains)
+        ctx.segments, ctx.places = segments, places
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, f, r, mean_f, mean_x, beta, alpha, leak = ctx.saved_tensors
+        y, f, r, mean_f, mean_x, *tensors = ctx.saved_tensors
+        gains = FullGains.of(tensors, ctx.places)
         out = Merged(_upcast(y), r, mean_f, mean_x)
         f = None if f is None else zero_padding(_upcast(f), ctx.segments)
         delta = zero_padding(_upcast(grad), ctx.segments)
         with _full_precision(grad):
-            grads = merge_backward(delta, out, f, beta, alpha, leak, ctx.segments)
-        gains = FullGains(beta, alpha, leak).shaped(grads[2:])
-        return grads.x.to(grad.dtype), grads.f.to(grad.dtype), *gains, None, None, None
+            grads = merge_backward(delta, out, f, *gains, ctx.segments)
+        of_gains: list[Tensor | None] = [None for _ in tensors]
+        for place, found in zip(ctx.places, gains.shaped(grads[2:]), strict=True):
+            if place is not None and found is not None:
+                so_far = of_gains[place]
+                of_gains[place] = found if so_far is None else so_far + found
+        return grads.x.to(grad.dtype), grads.f.to(grad.dtype), *(None,) * 4, *of_gains
 
 
 def split_merge(
@@ -287,7 +309,8 @@ def split_merge(
         # torch.compile lets a tensor made inside an autograd Function not outlive it in a cache.
         segments.matrices(_upcast(x[:, :0]))
     with _full_precision(x):
-        return _SplitMerge.apply(x, f, *gains, segments, eps, norm)
+        tensors, places = gains.distinct()
+        return _SplitMerge.apply(x, f, segments, eps, norm, places, *tensors)
 
 
 def _full_precision(like: Tensor) -> AbstractContextManager[object]:
