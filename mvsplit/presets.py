@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from dataclasses import replace
 
 from mvsplit.errors import UserError, nearest
@@ -219,10 +221,13 @@ def get_preset(name: str) -> Experiment:
 
 
 def list_presets() -> str:
-    """A line for each preset: its name, its network, and what it is trained on for how long."""
+    """For each preset its name, its network, and what it is trained on for how long, folded to the
+    terminal."""
+    width, indent = shutil.get_terminal_size().columns, " " * 22
     rows = []
     for name, e in PRESETS.items():
         network = f"{e.model.depth} layers of width {e.model.width}, {e.model.rule.name}"
         course = f"{e.train.steps:,} steps of {e.train.batch_size}, {e.data.dataset}"
-        rows.append(f"  {name:<20}{network}; {course}")
+        row = f"  {name:<20}{network}; {course}"
+        rows += textwrap.wrap(row, width, subsequent_indent=indent, break_on_hyphens=False)
     return "\n".join(rows)

@@ -79,7 +79,7 @@ def _help() -> str:
     rows = "\n".join(f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: mvsplit COMMAND [OPTIONS]\n\n"
-        "Train, watch and sample diffusion transformers hundreds to a thousand layers deep.\n\n"
+        "Train, watch and sample diffusion transformers of hundreds to a thousand layers.\n\n"
         f"commands:\n{rows}\n\n"
         "mvsplit COMMAND --help shows the options of a command."
     )

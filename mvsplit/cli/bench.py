@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import mvsplit
+from mvsplit.cli.listing import listing
 from mvsplit.errors import UserError, nearest
 
 Needs = Literal["CPU", "GPU", "GPUs"]
@@ -61,7 +60,6 @@ _SHOWN = (
     "train_step",
 )
 _PAGE = "performance_page"
-_WIDTH = 110  # columns where there is no terminal
 _USAGE = """usage: mvsplit bench [--list]
        mvsplit bench NAME [--json FILE] [options of the script; --help shows them]
        mvsplit bench page [--check]     docs/performance.md from benchmarks/results/
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         return _run([sys.executable, str(folder / f"{_PAGE}.py"), *rest], folder)
     known = find_benchmarks(folder)
     if name == "--list":
-        _show(known)
+        print(listing(map(_entry, known.values())))
         return 0
     if name not in known:
         raise UserError(f"benchmark={name!r} is unknown: {nearest(name, (*known, 'page'))}")
@@ -139,13 +137,9 @@ def find_benchmarks(folder: Path) -> dict[str, Benchmark]:
     return found
 
 
-def _show(known: dict[str, Benchmark]) -> None:
-    table = Table("name", "needs", "claim or question", "cost", box=None, pad_edge=False)
-    for b in known.values():
-        runs = "" if _missing(b.needs) is None else " (not here)"
-        table.add_row(b.name, b.needs + runs, b.claim, b.cost)
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(width=_WIDTH, highlight=False)).print(table)
+def _entry(b: Benchmark) -> tuple[str, list[str]]:
+    here = "" if _missing(b.needs) is None else " (not here)"
+    return f"{b.name}: {b.needs}{here}", [b.claim, *([f"Cost: {b.cost}"] if b.cost else [])]
 
 
 def _missing(needs: Needs) -> str | None:

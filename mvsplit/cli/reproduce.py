@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from mvsplit.cli.listing import listing
 from mvsplit.errors import UserError
 from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.claim import Claim
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         _Options, args=list(arguments), prog="mvsplit reproduce", description=__doc__
     )
     if options.list:
-        _print_list()
+        print(listing(map(_entry, CLAIMS.values())))
         return 0
     claims = _chosen(options.claims)
     if options.draw:
@@ -87,11 +87,9 @@ def _draw(claims: Sequence[Claim], pages: Path | None) -> None:
     print(write_index(pages))
 
 
-def _print_list() -> None:
-    table = Table("claim", "what", "source", "small", "gpu", box=None, pad_edge=False)
-    for claim in CLAIMS.values():
-        table.add_row(claim.name, claim.title, claim.source, claim.cost["small"], claim.cost["gpu"])
-    Console(highlight=False).print(table)
+def _entry(claim: Claim) -> tuple[str, list[str]]:
+    costs = (f"--size {size}: {cost}" for size, cost in claim.cost.items())
+    return f"{claim.name}: {claim.title}", [f"Paper: {claim.source}", *costs]
 
 
 def _print_result(claim: Claim, result: dict[str, Any]) -> None:
