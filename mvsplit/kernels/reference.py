@@ -22,7 +22,7 @@ from torch.nn import functional
 from mvsplit.kernels.segments import Segments
 
 Gain = Tensor | float
-Places = tuple[int | None, ...]  # of β, α and λ among the tensors they are; None for no λ
+Places = tuple[int, int, int | None]  # of β, α and λ among the tensors they are; None for no λ
 
 
 class Gains(NamedTuple):
@@ -42,19 +42,20 @@ class FullGains(NamedTuple):
 
     def distinct(self) -> tuple[list[Tensor], Places]:
         """Each tensor once, and where among them β, α and λ are."""
-        tensors: list[Tensor] = []
-        places: list[int | None] = []
-        for gain in self:
+        tensors = [self.beta]
+        places = []
+        for gain in (self.alpha, self.leak):
             same = [i for i, tensor in enumerate(tensors) if tensor is gain]
-            places.append(None if gain is None else same[0] if same else len(tensors))
+            places.append(same[0] if same else len(tensors))
             if gain is not None and not same:
                 tensors.append(gain)
-        return tensors, tuple(places)
+        return tensors, (0, places[0], None if self.leak is None else places[1])
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], places: Places) -> FullGains:
         """What `distinct` took apart."""
-        return cls(*(None if place is None else tensors[place] for place in places))
+        beta, alpha, leak = places
+        return cls(tensors[beta], tensors[alpha], None if leak is None else tensors[leak])
 
     def shaped(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Gradients [D] in the shapes of the gains they belong to."""
