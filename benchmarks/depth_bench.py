@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="all rows in one file")
     parser.add_argument("--scratch", type=Path, help="run folders while they train")
     parser.add_argument("--entries", nargs="*", default=["all"], help="names, all, or candidates")
-    parser.add_argument("--runs", nargs="*", help="--together: names of runs, as rows have them")
+    parser.add_argument("--runs", nargs="*", help="names of runs, as rows have them, and no others")
     parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--together", type=int, help="runs that are trained as one network")
@@ -99,7 +99,9 @@ def main() -> None:
         return
     began = time.monotonic()
     part, parts = map(int, options.part.split("/"))
-    entries = share(get_entries(options.entries), part, parts)
+    only = None if options.runs is None else [get_run(name) for name in options.runs]
+    named = [run.entry.name for run in only or ()]
+    entries = share(get_entries([*options.entries, *named]), part, parts)
     if options.gate == "only":
         check_together(size, entries, options.json)
         return
@@ -119,6 +121,7 @@ def main() -> None:
         entries,
         workers=options.workers,
         scratch=options.scratch,
+        only=only,
         say=say,
     )
     study.rows()  # those of --have are of the runs that are asked for
@@ -130,7 +133,7 @@ def main() -> None:
             entries,
             most=options.together,
             minutes=left,
-            only=None if options.runs is None else [get_run(name) for name in options.runs],
+            only=only,
             recompute=options.recompute or None,
             graph_or_nothing=options.graph_or_nothing,
             say=say,

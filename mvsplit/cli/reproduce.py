@@ -38,6 +38,7 @@ class _Options:
     workers: int | None = None  # runs side by side; 2 for small, 4 for gpu
     minutes: float | None = None  # stops after these; the same command goes on
     pages: Path | None = None  # writes each claim's page and its result into this folder
+    again: str | None = None  # keeps the results beside those in that folder, as a rerun so named
     draw: bool = False  # only writes the pages again, from the results in that folder
 
 
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.list:
         print(listing(map(_entry, CLAIMS.values())))
         return 0
+    if options.again is not None and options.pages is None:
+        raise UserError("--again needs --pages FOLDER, whose results it is kept beside")
     claims = _chosen(options.claims)
     if options.draw:
         _draw(claims, options.pages)
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         claim = get_claim(result["claim"])
         _print_result(claim, result)
         if options.pages is not None:
-            keep_result(result, options.pages)
+            keep_result(result, options.pages, options.again)
             print(f"page    {write_page(claim, options.pages)}")
     if options.pages is not None and results:
         write_index(options.pages)

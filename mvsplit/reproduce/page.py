@@ -16,6 +16,7 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
 from mvsplit.reproduce.plot import save_plot
+from mvsplit.reproduce.reruns import beside, machine, other_verdicts, rerun_lines, succeed
 from mvsplit.reproduce.sizes import SIZES
 
 RESULTS = "results"
@@ -31,18 +32,32 @@ them; the verdict is what the rule says of the logs, welcome or not. The sizes:
 rate.
 
 All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
-others.
+others. Some of them make much of rounding: the same runs on another processor end elsewhere. What
+an earlier version came to stays beside a result, and `--again "on another processor"` keeps a rerun
+there; a page says by how much its figures move.
 
 | claim | source | {" | ".join(SIZES)} |
 |---|---|{"---|" * len(SIZES)}
 """
 
 
-def keep_result(result: Mapping[str, Any], folder: Path) -> Path:
-    """Puts a result where the pages of `folder` are written from."""
+def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = None) -> Path:
+    """Puts a result where the pages of `folder` are written from. What an earlier version came to
+    stays beside it, as a rerun; with `again` the result itself is one, of that name.
+
+    Raises:
+        UserError: there is no result that it could be a rerun of.
+    """
     path = folder / RESULTS / f"{result['claim']}-{result['size']}.json"
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if again is not None and there is None:
+        raise UserError(
+            f"{path} is not there, so that nothing could be run again; keep a result without "
+            "--again first"
+        )
+    whole = succeed(result, there) if again is None else beside(result, there or {}, again)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -89,7 +104,8 @@ def write_index(folder: Path | str) -> Path:
 
 def _short(result: Mapping[str, Any]) -> str:
     seeds = len({row["seed"] for row in result["runs"]})
-    return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'})"
+    others = "".join(f"; run again: {verdict}" for verdict in other_verdicts(result))
+    return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'}{others})"
 
 
 def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
@@ -141,13 +157,13 @@ def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     parts = [
         f"## {size}: {result['verdict']}",
         f"{result['hardware']}; {len(runs)} runs, {spread}, {minutes:.1f} minutes of them in all; "
-        f"torch {versions['torch']}, {result['environment']['device_name']}, {result['date']}. "
+        f"torch {versions['torch']}, {machine(result['environment'])}, {result['date']}. "
         + (written + "." if result["rule_unchanged"] else written + ", **and changed since**."),
         "\n".join(f"- {reason}" for reason in result["reasons"]),
     ]
     if result["panels"]:
         parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
-    return [*parts, _figures(result), _runs(runs)]
+    return [*parts, _figures(result), *rerun_lines(result), _runs(runs)]
 
 
 def _figures(result: Mapping[str, Any]) -> str:

@@ -175,7 +175,8 @@ def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _environment(run: Path) -> dict[str, Any]:
     found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    return {key: found.get(key) for key in ("python", "versions", "device_name", "revision")}
+    names = ("python", "versions", "device_name", "processor", "revision")
+    return {key: found.get(key) for key in names}
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ import torch
 import mvsplit
 from mvsplit.training.distributed import world
 
+_CPUINFO = Path("/proc/cpuinfo")  # of Linux
+
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, the device and the revision, as JSON can hold them."""
@@ -26,10 +28,24 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device_name": (
             torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         ),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "processes": world(),
         "revision": git_revision(),
     }
+
+
+def processor() -> str:
+    """The CPU and the instructions that PyTorch's kernels use on it. Which they are decides in what
+    order sums are taken, and so the last digits of every one."""
+    found: dict[str, str] = {}
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{n} {found[n]}" for n in ("cpu family", "model", "stepping") if n in found]
+    return ", ".join([name, *kind, torch.backends.cpu.get_cpu_capability()])
 
 
 def _version(package: str) -> str | None:

@@ -58,6 +58,7 @@ def test_what_a_run_leaves(whole_run: Path) -> None:
     environment = json.loads((whole_run / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["device"] in ("cpu", "cuda")
+    assert environment["processor"].endswith(torch.backends.cpu.get_cpu_capability())
     metrics = runs.lines(whole_run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, 9))
     fields = "step loss grad_norm lr seconds tokens_per_second grad_writer_attn grad_writer_ffn"

@@ -174,7 +174,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     parts += collapse_table(result["rows"])
     gate, again = (_found(folder, name) for name in (f"gate-{size.name}", f"{size.name}{AGAIN}"))
     parts += both_ways(gate, result["rows"], again.get("rows", []))
-    parts += shape_table(size, main, timing)
+    parts += shape_table(size, [*main, *other], timing)
     if timing:
         save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
         parts += timing_table(timing, size, f"{NAME}-{size.name}-seconds.png")

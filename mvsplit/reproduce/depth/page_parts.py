@@ -205,7 +205,7 @@ def shape_table(size: BenchSize, found: Sequence[Cell], timing: Mapping[str, Any
     if len(shapes) < 2:
         return [title, "Not run.\n"]
     have = {(c.entry.name, _shape(c)): c for c in found if c.rate}
-    names = {n: c.entry.label for (n, shape), c in have.items() if shape != size.shapes[0]}
+    names = {n: c.entry.label for (n, shape), c in have.items() if shape in size.shapes[1:]}
     timed = at_equal_time([c for c in found if _shape(c) in shapes], timing)
     rows = [
         [

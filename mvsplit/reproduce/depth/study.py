@@ -42,6 +42,7 @@ class DepthStudy:
         out: rows, and the folders of runs that are under way.
         workers: runs side by side; those of the size if None.
         scratch: where run folders are while they train; OUT/runs if None.
+        only: runs, in order, in place of those that the bench would choose.
         say: is told of each run that has ended.
 
     Raises:
@@ -56,13 +57,14 @@ class DepthStudy:
         *,
         workers: int | None = None,
         scratch: Path | None = None,
+        only: Sequence[BenchRun] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         if workers is not None and workers < 1:
             raise UserError(f"workers={workers}: must be at least 1")
         self.out, self.size, self.entries = Path(out), size, entries
         self.workers, self.say = workers or size.workers, say
-        self.scratch = scratch
+        self.scratch, self.only = scratch, only
         self.patience = 20.0  # seconds without a row after which the progress of the runs is told
         self._rows: list[dict[str, Any]] = []  # as far as this process knows them
         self.failed: dict[str, str] = {}  # runs that gave an error, by name
@@ -135,16 +137,21 @@ class DepthStudy:
             return None
         took = [(row["depth"] * row["width"], row["seconds"]) for row in self._rows]
         room = self.size.room - sum(run.depth * run.width for run in busy) if busy else math.inf
-        wanted = in_order(self.size, self.entries, self._rows)
+        wanted = self._wanted()
+        done = {row["run"] for row in self._rows}
         fits = (
             run
             for run in wanted
             if run not in busy
+            and run.name not in done
             and run.name not in self.failed
             and run.depth * run.width <= room
             and expected(run, took) * MARGIN < left
         )
         return next(fits, None)
+
+    def _wanted(self) -> Sequence[BenchRun]:
+        return in_order(self.size, self.entries, self._rows) if self.only is None else self.only
 
     def _ended(self, run: BenchRun, job: Future[bool]) -> None:
         try:

@@ -12,6 +12,7 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import run as run_module
 from mvsplit.reproduce.depth import study as module
 from mvsplit.reproduce.depth.order import in_order
+from mvsplit.reproduce.depth.plan import get_run
 from mvsplit.reproduce.depth.run import read_rows, write_row
 from mvsplit.reproduce.depth.study import DepthStudy
 from tests.reproduce.depth.tiny import TINY, entry, row
@@ -98,6 +99,14 @@ def test_no_run_begins_that_would_not_end_in_time(tmp_path, runs):
     assert not [name for name in runs.names if "-3x16-" in name]
     assert not runs.names or "-2x16-" in runs.names[0]
     assert study(tmp_path / "over").run(minutes=0) == []
+
+
+def test_named_runs_are_run_and_no_others(tmp_path, runs):
+    names = ["plain-3x16-lr1.0e-02-seed7", "mvsplit-root-2x16-lr1.0e-03-seed0"]
+    only = [get_run(name) for name in names]
+    rows = study(tmp_path, only=only).run()
+    assert sorted(runs.names) == sorted(names) == sorted(r["run"] for r in rows)
+    assert len(study(tmp_path, only=only).run()) == len(runs.names) == 2  # nor any of them twice
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path, runs):

@@ -1,0 +1,136 @@
+"""The same runs again: earlier versions' results and reruns are kept beside a claim's, and the page
+says by how much figures moved.
+
+A run in which rounding is amplified ends elsewhere on another version, processor or choice of
+kernels, with the same seed. How far, only a rerun shows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+AGAIN = "again"  # of a stored result: what its reruns came to
+_OF_RERUN = ("words", "date", "verdict", "environment", "values")
+Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
+
+
+def rerun(result: Mapping[str, Any], words: str) -> dict[str, Any]:
+    """What is kept of a result that stands beside another: its verdict and its figures."""
+    values = {name: figure["values"] for name, figure in result["figures"].items()}
+    fields = {"words": words, "values": values}
+    return {name: fields.get(name, result.get(name)) for name in _OF_RERUN}
+
+
+def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns. A rule
+    that is the same was written when it was first written."""
+    whole = dict(result)
+    if before is None:
+        return whole
+    earlier = [*before.get(AGAIN, [])]
+    if _signature(result) != _signature(before):
+        earlier.insert(0, rerun(before, "an earlier version"))
+    if result["rule"] == before["rule"] and before["rule_unchanged"]:
+        whole["rule_written"] = min(result["rule_written"], before["rule_written"])
+    return whole | ({AGAIN: earlier} if earlier else {})
+
+
+def beside(result: Mapping[str, Any], there: Mapping[str, Any], words: str) -> dict[str, Any]:
+    """`there` with `result` among its reruns, in the place of one of the same words."""
+    others = [each for each in there.get(AGAIN, []) if each["words"] != words]
+    return dict(there) | {AGAIN: [*others, rerun(result, words)]}
+
+
+def _signature(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes it another rerun: where and of what it was run, and what came out."""
+    values = {name: figure["values"] for name, figure in result["figures"].items()}
+    return result["date"], result["environment"], values
+
+
+def other_verdicts(result: Mapping[str, Any]) -> list[str]:
+    """The verdicts of reruns that are not that of the result."""
+    found = dict.fromkeys(each["verdict"] for each in result.get(AGAIN, []))
+    return [verdict for verdict in found if verdict != result["verdict"]]
+
+
+def rerun_lines(result: Mapping[str, Any]) -> list[str]:
+    """The part of a page about reruns, nothing where there are none."""
+    reruns = result.get(AGAIN, [])
+    if not reruns:
+        return []
+    now = {name: figure["values"] for name, figure in result["figures"].items()}
+    items = [f"- {_name(each)}: {each['verdict']}; {_same(now, each['values'])}" for each in reruns]
+    moved = [name for name in now if any(_moves(now, each, name) for each in reruns)]
+    parts = [
+        "### The same runs again",
+        "With the same seeds, beside the runs above, which are of revision "
+        f"{_revision(result['environment'])}:",
+        "\n".join(items),
+    ]
+    if not moved:
+        return parts
+    head = ["figure (by seed)", "above", *(each["words"] for each in reruns)]
+    head += ["moves by at most", "spread over seeds"]
+    rows = [
+        [
+            name,
+            _listed(now[name]),
+            *(_listed(each["values"].get(name, {})) for each in reruns),
+            _most(now, reruns, name),
+            _spread(now[name]),
+        ]
+        for name in moved
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    return [*parts, "\n".join("| " + " | ".join(cells) + " |" for cells in lines)]
+
+
+def _name(each: Mapping[str, Any]) -> str:
+    environment = each["environment"]
+    return (
+        f"{each['words']}, {each['date']}, revision {_revision(environment)}, torch "
+        f"{environment['versions']['torch']}, {machine(environment)}"
+    )
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The GPU, or the processor where it is known. On a GPU the processor decides nothing."""
+    device, processor = environment["device_name"], environment.get("processor")
+    on_gpu = "NVIDIA" in device
+    return str(device if on_gpu or processor is None else processor)
+
+
+def _revision(environment: Mapping[str, Any]) -> str:
+    return str(environment["revision"] or "unknown")[:7]
+
+
+def _same(now: Values, then: Values) -> str:
+    same = sum(now[name] == then.get(name) for name in now)
+    return f"{same} of {len(now)} figures are the same to four digits"
+
+
+def _moves(now: Values, each: Mapping[str, Any], name: str) -> bool:
+    """Whether a rerun shows it moving; a figure that came later moves nowhere."""
+    then = each["values"].get(name)
+    return then is not None and then != now[name]
+
+
+def _listed(values: Mapping[str, float | None]) -> str:
+    return ", ".join("none" if v is None else f"{v:.3g}" for v in values.values()) or "–"
+
+
+def _most(now: Values, reruns: Sequence[Mapping[str, Any]], name: str) -> str:
+    pairs = [
+        (value, each["values"].get(name, {}).get(seed))
+        for each in reruns
+        for seed, value in now[name].items()
+    ]
+    steps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return f"{max(steps):.2g}" if steps else "–"
+
+
+def _spread(values: Mapping[str, float | None]) -> str:
+    there = [value for value in values.values() if value is not None]
+    return f"{statistics.stdev(there):.2g}" if len(there) > 1 else "–"

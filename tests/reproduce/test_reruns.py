@@ -1,0 +1,130 @@
+"""The same runs again: what stays beside a result, and what a page says of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvsplit.cli import main
+from mvsplit.errors import UserError
+from mvsplit.reproduce import get_claim
+from mvsplit.reproduce.page import keep_result, page_text, stored_results, write_index
+from mvsplit.reproduce.reruns import AGAIN
+from mvsplit.reproduce.rule import Figure, judge
+
+PAGES = Path(__file__).parents[2] / "docs" / "experiments"
+FRONT = get_claim("front")
+CROSSED = "standard writers: share of the depth that the front crosses"
+LATER = "2030-01-02"
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """A stored one without reruns."""
+    (found,) = [r for r in stored_results(FRONT, PAGES) if r["size"] == "small"]
+    found.pop(AGAIN, None)
+    found["figures"][CROSSED]["values"] = {"0": 0.4, "1": 0.3}
+    return found
+
+
+def changed(result: dict[str, Any], **values: float) -> dict[str, Any]:
+    """Another run of it, with another end of the front: `seed1=0.1`."""
+    other = copy.deepcopy(result)
+    other["date"] = LATER
+    other["rule_written"] = "2030-01-01T00:00:00+00:00"
+    other["environment"]["revision"] = "f" * 40
+    for seed, value in values.items():
+        other["figures"][CROSSED]["values"][seed.removeprefix("seed")] = value
+    return other
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    (found,) = stored_results(FRONT, folder)
+    return found
+
+
+def test_an_earlier_version_stays_beside_the_one_that_takes_its_place(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result, seed1=0.1), tmp_path)
+    now = kept(tmp_path)
+    assert now["date"] == LATER
+    assert now["rule_written"] == result["rule_written"]  # the same rule, so its first date
+    (before,) = now[AGAIN]
+    assert before["values"][CROSSED] == {"0": 0.4, "1": 0.3}
+    assert before["environment"] == result["environment"]
+    keep_result(changed(result, seed1=0.1), tmp_path)  # the same once more is no other rerun
+    assert kept(tmp_path) == now
+    third = changed(result, seed1=0.2)
+    keep_result(third, tmp_path)
+    ends = [each["values"][CROSSED]["1"] for each in kept(tmp_path)[AGAIN]]
+    assert ends == [0.1, 0.3]
+
+
+def test_a_rule_that_was_changed_has_its_own_date(result, tmp_path):
+    keep_result(result, tmp_path)
+    other = changed(result)
+    other["rule"][0]["why"] = "because"
+    keep_result(other, tmp_path)
+    assert kept(tmp_path)["rule_written"] == other["rule_written"]
+
+
+def test_a_rerun_takes_the_place_of_none_but_its_own_name(result, tmp_path):
+    with pytest.raises(UserError, match="nothing could be run again"):
+        keep_result(result, tmp_path, "elsewhere")
+    keep_result(result, tmp_path)
+    keep_result(changed(result, seed1=0.2), tmp_path, "elsewhere")
+    keep_result(changed(result, seed0=0.35), tmp_path, "other kernels")
+    keep_result(changed(result, seed1=0.1), tmp_path, "elsewhere")
+    now = kept(tmp_path)
+    assert [each["words"] for each in now[AGAIN]] == ["other kernels", "elsewhere"]
+    now.pop(AGAIN)
+    assert now == result
+
+
+def test_the_page_says_by_how_much_a_figure_moves(result, tmp_path):
+    keep_result(result, tmp_path)
+    assert "The same runs again" not in page_text(FRONT, [kept(tmp_path)])
+    keep_result(changed(result, seed0=0.35), tmp_path, "other kernels")
+    keep_result(changed(result, seed1=0.1), tmp_path, "elsewhere")
+    text = page_text(FRONT, [kept(tmp_path)])
+    count = len(result["figures"])
+    assert f"- elsewhere, {LATER}, revision fffffff, torch" in text
+    assert text.count(f"{count - 1} of {count} figures are the same to four digits") == 2
+    assert f"| {CROSSED} | 0.4, 0.3 | 0.35, 0.3 | 0.4, 0.1 | 0.2 | 0.071 |" in text
+
+
+def test_where_nothing_moves_the_page_says_so_without_a_table(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result), tmp_path, "elsewhere")
+    text = page_text(FRONT, [kept(tmp_path)])
+    count = len(result["figures"])
+    assert f"{count} of {count} figures are the same to four digits" in text
+    assert "moves by at most" not in text
+
+
+def test_another_verdict_of_a_rerun_stands_in_the_index(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result, seed1=0.1), tmp_path, "elsewhere")
+    assert "run again" not in write_index(tmp_path).read_text(encoding="utf-8")
+    other = changed(result, seed1=0.1)
+    other["verdict"] = "cannot tell at this scale"
+    keep_result(other, tmp_path, "elsewhere")
+    words = f"{result['verdict']} (2 seeds; run again: cannot tell at this scale)"
+    assert words in write_index(tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("results/*.json")), ids=lambda p: p.stem)
+def test_the_verdicts_of_kept_reruns_are_those_of_the_rule(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for each in result.get(AGAIN, []):
+        figures = [Figure(name=n, words="", values=v) for n, v in each["values"].items()]
+        assert each["verdict"] == judge(get_claim(result["claim"]).rule, figures).verdict
+
+
+def test_the_command_refuses_a_rerun_that_is_kept_nowhere(capsys):
+    assert main(["reproduce", "front", "--again", "elsewhere"]) == 2
+    assert "--pages FOLDER" in capsys.readouterr().err
