@@ -35,6 +35,11 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_WITHOUT_KERNELS = (  # of a GPU's fault, Python's traceback shows nothing
+    "give the command again when nothing else uses the GPU, or take another one "
+    "(CUDA_VISIBLE_DEVICES=1); on the CPU (CUDA_VISIBLE_DEVICES= before the command) none of these "
+    "kernels run"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
-        if _speaks(str(error)):
-            print(f"mvsplit: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _refuse(str(error))
+    except RuntimeError as error:
+        if not _is_of_the_driver(error):
+            raise
+        return _refuse(f"{error}; {_WITHOUT_KERNELS}")
     except KeyboardInterrupt:
         print("mvsplit: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse(message: str) -> int:
+    if _speaks(message):
+        print(f"mvsplit: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _is_of_the_driver(error: RuntimeError) -> bool:
+    """Whether our CUDA C++ kernels or their driver failed. Their module, which imports torch, is
+    looked for and not imported: what never ran has not failed."""
+    driver = sys.modules.get("mvsplit.kernels.hopper.driver")
+    return driver is not None and isinstance(error, driver.DriverError)
 
 
 def _speaks(message: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from mvsplit import cli
 from mvsplit.errors import UserError
+from mvsplit.kernels.hopper import driver
 
 
 @pytest.fixture
@@ -44,6 +45,27 @@ def test_any_other_error_keeps_its_traceback(command):
 
     command.main = fail
     with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+def test_an_error_of_the_cuda_driver_is_one_line_with_what_to_do(command, capsys):
+    def fail(arguments):
+        raise driver.DriverError("launch: too many resources requested (701)")
+
+    command.main = fail
+    assert cli.main(["fake"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("mvsplit: launch: too many resources requested (701); give the command")
+    assert "CUDA_VISIBLE_DEVICES= before the command" in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_another_runtime_error_keeps_its_traceback(command):
+    def fail(arguments):
+        raise RuntimeError("a bug")
+
+    command.main = fail
+    with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["fake"])
 
 

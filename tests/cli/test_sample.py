@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mvsplit.cli.sample as command
 from mvsplit.cli import main
+from mvsplit.kernels.hopper import driver
 from mvsplit.sampling import Engine, read_record
 
 
@@ -53,6 +56,27 @@ def error_line(capsys) -> str:
     assert err.startswith("mvsplit: ")
     assert err.count("\n") == 1
     return err
+
+
+def test_kernels_that_wait_in_vain_end_it_in_one_line_after_what_is_drawn(run, capsys, monkeypatch):
+    """The word that kernels write is set behind the second batch."""
+    monkeypatch.setattr(driver, "_faults", [torch.zeros(1, dtype=torch.int32)])
+    sampling = sys.modules["mvsplit.sampling.generate"]  # the package's `generate` is the function
+    batches, one_batch = [], sampling._one_batch
+
+    def failing(*args):
+        batches.append(one_batch(*args))
+        driver._faults[0].fill_(len(batches) == 2)
+        return batches[-1]
+
+    monkeypatch.setattr(sampling, "_one_batch", failing)
+    assert draw(run, "--batch-size", "2", "--out", str(run / "out")) == 2
+    out, err = capsys.readouterr()
+    assert f"2 of 5 pictures are in {run / 'out'}" in out
+    (line,) = [line for line in err.splitlines() if line.startswith("mvsplit: ")]
+    assert "did not end within seconds" in line
+    assert "CUDA_VISIBLE_DEVICES= before the command) none of these kernels run" in line
+    assert "Traceback" not in err
 
 
 def test_pictures_records_and_grid(run, capsys):

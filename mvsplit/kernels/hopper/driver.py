@@ -27,7 +27,7 @@ _REGISTERS, _MAX_SHARED, _NON_PORTABLE = 4, 8, 14  # CUfunction_attribute
 
 
 class DriverError(RuntimeError):
-    """The driver or NVRTC refused."""
+    """The driver or NVRTC refused, or a kernel failed. The command line says it in one line."""
 
 
 @cache
@@ -72,8 +72,8 @@ def check_waits(known: int | None = None) -> None:
     known = _found if known is None else known
     if vain_waits() > known:
         raise DriverError(
-            "a kernel's wait for other blocks or for a copy did not end within seconds; its "
-            "outputs are wrong. Does another process draw on the same GPU?"
+            "a kernel's wait for other blocks or for a copy did not end within seconds, as may be "
+            "where another process draws on the same GPU; its outputs are wrong"
         )
 
 
