@@ -12,10 +12,12 @@ Shapes: B batch, H heads, G key/value heads, T tokens, K head width.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +28,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from mvsplit.kernels.capture import milliseconds
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.dispatch import HAS_TRITON
-from mvsplit.kernels.masked_attention import in_sequences, off_by, with_unit_heads, with_zero_keys
+from mvsplit.kernels.masked_attention import (
+    in_sequences,
+    obstacle_in_cuda,
+    off_by,
+    with_unit_heads,
+    with_unit_heads_in_cuda,
+    with_zero_keys,
+)
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +75,12 @@ _TILES = ("128 queries", "64 queries", "64 queries, 32 keys")  # of `unit_attent
 _UNIT_HEADS: dict[str, Way] = {
     f"unit heads, {tile}": partial(with_unit_heads, tile=tile) for tile in _TILES if HAS_TRITON
 }
-_ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _UNIT_HEADS | _WAYS
+_IN_CUDA: dict[str, partial[Tensor]] = {  # whether the gradients are by such a kernel too
+    f"unit heads in CUDA C++, gradients by {which}": partial(with_unit_heads_in_cuda, gradients=own)
+    for which, own in (("it", True), ("cudnn", False))
+    if HAS_TRITON
+}
+_ALL_WAYS = _SEQUENCES | _ZERO_KEYS | _UNIT_HEADS | _IN_CUDA | _WAYS
 _chosen: dict[_Key, Way] = {}
 
 
@@ -102,7 +116,7 @@ def attention_backend(
 
 def ways(segments: Segments, zero_padding: bool = False) -> dict[str, Way]:
     """What may serve, by name; with padding, those first that need no mask."""
-    unit = _UNIT_HEADS if zero_padding else {}
+    unit = _UNIT_HEADS | _IN_CUDA if zero_padding else {}
     if segments.mask is None:
         return unit | _WAYS
     first = _SEQUENCES if segments.real_first else {}
@@ -128,7 +142,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, segments: Segments, zero_padding: b
             return _ANY
         candidates = ways(segments, zero_padding)
         found = recall("attention", _name(key))
-        if found not in candidates:
+        if found not in candidates or _refused(found, q, k, v, segments):
             found, lasting = _fastest(q, k, v, segments, candidates)
             if lasting:
                 remember("attention", _name(key), found)
@@ -136,12 +150,26 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, segments: Segments, zero_padding: b
     return _chosen[key]
 
 
+def _refused(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> bool:
+    """Whether a way that was chosen once is not trusted any more."""
+    way = _IN_CUDA.get(name)
+    return way is not None and bool(obstacle_in_cuda(q, k, v, segments, **way.keywords))
+
+
+@cache
+def _kernels() -> str:
+    """A digest of those in CUDA C++: a choice among others says nothing of these."""
+    names = ("base", "common", "heads", "attention_three", "attention_backward")
+    files = [(Path(__file__).parent / "hopper" / f"{name}.cu").read_bytes() for name in names]
+    return hashlib.sha256(b"\0".join(files)).hexdigest()[:16]
+
+
 def _name(key: _Key) -> str:
     """The key of a choice on the disk: what it depends on, versions included."""
     shape, dtype, padding, differentiated, device = key
     gpu = torch.cuda.get_device_name(device)
     parts = (gpu, torch.__version__, list(shape), dtype, f"{padding=}", f"{differentiated=}")
-    return "; ".join(map(str, (*parts, "unit heads tried")))
+    return "; ".join(map(str, (*parts, f"unit heads tried, {_kernels()}")))
 
 
 def _fastest(

@@ -21,7 +21,8 @@ zero, for backward sees exp(−lse) at zero keys: heads of unit RMS have none be
 **Unit heads.** Queries and keys of unit RMS have no score above √K. So a kernel of ours sums the
 exponentials as they come, in which it leaves padding out (`kernels/fused/unit_attention.py`), and
 backward is cuDNN's, from its log-sum-exp. It serves where padded rows of k and v are zero, and
-without padding too.
+without padding too. On Hopper there is another such kernel for short samples, in CUDA C++, and one
+that makes the gradients (`kernels/hopper/unit_heads.py`).
 
 All call PyTorch's operators beneath `scaled_dot_product_attention`, which does not offer them. So
 before one of them serves on a machine, it is compared there with attention in fp32, and with how
@@ -92,6 +93,41 @@ def with_unit_heads(
     _require_narrow(q)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _UnitHeads.apply(q, k, v, segments.mask, tile)
+
+
+def with_unit_heads_in_cuda(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, gradients: bool
+) -> Tensor:
+    """The same by kernels in CUDA C++ on Hopper; if `gradients`, backward too, else cuDNN's.
+
+    Raises:
+        RuntimeError: the kernels or cuDNN do not take such inputs, or are not right here.
+    """
+    if reason := obstacle_in_cuda(q, k, v, segments, gradients):
+        raise RuntimeError(reason)
+    if not gradients:
+        _check(q, k, v, can_use_cudnn_attention)
+    return by_unit_heads_in_cuda(q, k, v, segments, gradients=gradients)
+
+
+def obstacle_in_cuda(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, gradients: bool
+) -> str | None:
+    """Why these kernels do not serve, if so; they are compared first, where they were not yet."""
+    from mvsplit.kernels.hopper import unit_heads, unit_heads_choice
+
+    masked = segments.mask is not None
+    if masked and not segments.real_first:
+        return "a segment before the last may have padding"
+    kind = unit_heads_choice.Class(q.shape[2], masked, gradients)
+    return unit_heads.obstacle(q, k, v) or unit_heads_choice.untrusted(kind, q.device)
+
+
+def by_unit_heads_in_cuda(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, gradients: bool
+) -> Tensor:
+    """As `with_unit_heads_in_cuda`, whose kernels take such inputs."""
+    return _InCuda.apply(q, k, v, segments.first_tokens(), gradients)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, takes: Callable[..., bool]) -> None:
@@ -261,6 +297,30 @@ class _UnitHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
+        chance = torch.empty((), dtype=torch.int64, device=q.device)  # not read without dropout
+        return *_cudnn_backward(grad, q, k, v, out, lse, chance, chance), None, None
+
+
+class _InCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, gradients: bool
+    ) -> Tensor:
+        from mvsplit.kernels.hopper import unit_heads
+
+        out, lse = unit_heads.forward(q, k, v, counts)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.gradients = gradients
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from mvsplit.kernels.hopper import unit_heads
+
+        q, k, v, out, lse = ctx.saved_tensors
+        if ctx.gradients:
+            return *unit_heads.backward(grad, q, k, v, out, lse), None, None
         chance = torch.empty((), dtype=torch.int64, device=q.device)  # not read without dropout
         return *_cudnn_backward(grad, q, k, v, out, lse, chance, chance), None, None
 

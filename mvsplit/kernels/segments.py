@@ -149,6 +149,15 @@ class Segments:
             self._counts["bounds"] = bounds
         return self._counts["bounds"]
 
+    def first_tokens(self) -> Tensor | None:
+        """Real tokens of each sample, which are its first, [B] int32; None unless `real_first`, or
+        where every token is real. Computed once."""
+        if self.mask is None or not self.real_first:
+            return None
+        if "first" not in self._counts:
+            self._counts["first"] = self.mask.sum(1, dtype=torch.int32)
+        return self._counts["first"]
+
     def padding(self) -> Tensor | None:
         """Padded tokens of each sample, [B] fp32; None where every token is real. Computed once."""
         if self.mask is None:

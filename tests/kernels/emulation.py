@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvsplit.kernels.hopper import attention, product
+from mvsplit.kernels.hopper import attention, product, unit_heads
 
 HEADER = Path(__file__).with_name("emulation.h")
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
+MODULES = (product, attention, unit_heads)
 NOTHING = ("setmaxnreg", "griddepcontrol", "wgmma.", "fence.", "prefetch", "cvt.f32.f16")
 # What PTX contains → C++ of its operands, by number
 CALLS = {
@@ -30,6 +31,7 @@ CALLS = {
     "globaltimer": "{0} = clock += 1000000000",
     "ex2.": "{0} = exp2f({1})",
     "lg2.": "{0} = log2f({1})",
+    "trap": 'fail("a wait without end")',
     "rcp.": "{0} = 1.f / ({1})",
     "stmatrix.sync.aligned.m8n8.x2.trans": "store_matrices(2, true, {0}, {{{1}, {2}}})",
     "stmatrix.sync.aligned.m8n8.x4.shared": "store_matrices(4, false, {0}, {{{1}, {2}, {3}, {4}}})",
@@ -142,8 +144,8 @@ class EmulatedMap:
 
 @pytest.fixture
 def emulation(monkeypatch, tmp_path):
-    """Kernels of `product` and `attention` are emulated; returns the class of their launcher, whose
-    `most_clusters` is how many blocks the device holds; `missing` of a launch never begin."""
+    """Kernels of `MODULES` are emulated; returns the class of their launcher, whose `most_clusters`
+    is how many blocks the device holds; `missing` of a launch never begin."""
 
     class Kernel:
         most_clusters, registers, missing = 132, 255, 0
@@ -166,11 +168,11 @@ def emulation(monkeypatch, tmp_path):
             assert self.run(begun, self.threads, self.shared, pointers) == 0, "waits never end"
             assert fault.item() == (self.missing > 0)
 
-    for module in (product, attention):
+    for module in MODULES:
         monkeypatch.setattr(module, "compiled", lambda source, folder: source)
         monkeypatch.setattr(module, "Kernel", Kernel)
-        monkeypatch.setattr(module, "TensorMap", EmulatedMap)
+        monkeypatch.setattr(module, "TensorMap", EmulatedMap, raising=module is not unit_heads)
         module._kernel.cache_clear()
     yield Kernel
-    for module in (product, attention):
+    for module in MODULES:
         module._kernel.cache_clear()

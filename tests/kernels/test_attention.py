@@ -68,6 +68,23 @@ def test_the_fastest_serves_and_is_kept(machine: dict[str, Any]) -> None:
     assert kept() == "cudnn"
 
 
+def test_a_choice_that_is_not_trusted_any_more_is_made_anew(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    reasons: list[str | None] = [None]
+    monkeypatch.setattr(attention, "obstacle_in_cuda", lambda *a, gradients: reasons[0])
+    name = "unit heads in CUDA C++, gradients by it"
+    machine.update({name: 0.05})
+    assert choose(zero=True) == name
+    machine.update({name: 0.5})
+    attention._chosen.clear()  # as in another process
+    assert choose(zero=True) == name
+    attention._chosen.clear()
+    reasons[0] = "no verdict"
+    assert choose(zero=True) == "cudnn"
+
+
 def test_a_kernel_that_refuses_is_passed_over(machine: dict[str, Any]) -> None:
     machine.update(cudnn=RuntimeError("no bias of odd length"))
     assert choose() == "flash"

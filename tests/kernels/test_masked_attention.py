@@ -140,8 +140,9 @@ def test_every_tile_of_unit_heads_may_serve() -> None:
     from mvsplit.kernels.fused.unit_attention import TILES
 
     assert set(attention._UNIT_HEADS) == {f"unit heads, {tile}" for tile in TILES}
-    assert set(attention._UNIT_HEADS) < set(attention.ways(SEGMENTS, True))
-    assert not set(attention._UNIT_HEADS) & set(attention.ways(SEGMENTS, False))
+    unit = set(attention._UNIT_HEADS | attention._IN_CUDA)
+    assert unit < set(attention.ways(SEGMENTS, True))
+    assert not unit & set(attention.ways(SEGMENTS, False))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -299,6 +300,8 @@ def test_bounds_and_padding_count_the_tokens() -> None:
     assert SEGMENTS.sequence_bounds().tolist() == [0, 7, 9, 18, 18, 23, 27]  # type: ignore[union-attr]
     assert SEGMENTS.padding().tolist() == [2, 0, 4]  # type: ignore[union-attr]
     assert Segments((3, 2)).sequence_bounds() is None
+    assert SEGMENTS.first_tokens().tolist() == [7, 9, 5]  # type: ignore[union-attr]
+    assert Segments((3, 2)).first_tokens() is None
     assert Segments((3, 2)).padding() is None
 
 

@@ -75,13 +75,16 @@ def suits(stream: Stream, width: int, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and width == HEAD and stream.sample_rows <= MOST_ROWS
 
 
-def source(cut: Heads, rows: int, masked: bool) -> str:
-    """The CUDA C++ of a kernel for samples of `rows` rows."""
+def source(cut: Heads, rows: int, masked: bool, trap: bool = False) -> str:
+    """The CUDA C++ of a kernel for samples of `rows` rows; with `trap`, a wait in vain ends the
+    program."""
     parts, queries = _parts(cut, rows), _queries(cut, rows)
     macros = {
         "TOK": rows, "NI": parts, "NT": rows // parts, "MASKED": int(masked),
         "TYPE": '"bf16"', "BF16": 1,
     }  # fmt: skip
+    if trap:
+        macros["TRAP"] = 1
     if cut.groups == 3:
         macros |= {"TILES": -(-rows // _TILE), "SLOTS": _slots(rows)}
     else:
@@ -108,9 +111,8 @@ def _shared_bytes(cut: Heads, rows: int) -> int:
 
 
 @cache
-def _kernel(cut: Heads, rows: int, masked: bool, device: int) -> Kernel:
-    """Of a cut, for samples of `rows` rows."""
-    binary = compiled(source(cut, rows, masked), cache_folder() / "cuda")
+def _kernel(cut: Heads, rows: int, masked: bool, trap: bool, device: int) -> Kernel:
+    binary = compiled(source(cut, rows, masked, trap), cache_folder() / "cuda")
     threads, shared = 128 * cut.groups, _shared_bytes(cut, rows)
     return Kernel(binary, "attention", threads=threads, shared=shared, cluster=1)
 
@@ -139,7 +141,7 @@ def attention(
     """
     masked = stream.is_padded or valid is not None
     if compile_only:
-        _kernel(cut, q.shape[2], masked, q.device.index or 0)
+        _kernel(cut, q.shape[2], masked, False, q.device.index or 0)
         return
     launch(q, k, v, out, None, valid, stream.layout[:3], cut, masked, x, sums, ahead)
 
@@ -150,9 +152,10 @@ def launch(
     sums: Tensor | None = None, ahead: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention`; `lse` [B, H, T] fp32 ← the natural log-sum-exp of the scores, by three
-    warpgroups only. `layout` is image and text tokens and rows of the image."""
+    warpgroups only, and then a wait in vain ends the program. `layout` is image and text tokens and
+    rows of the image."""
     batch, heads, rows, _ = q.shape
-    found = _kernel(cut, rows, masked, q.device.index or 0)
+    found = _kernel(cut, rows, masked, lse is not None, q.device.index or 0)
     queries = _queries(cut, rows)
     blocks = batch * heads * -(-rows // queries)
     tasks = 0 if sums is None or x is None else batch * x.shape[1] // 16

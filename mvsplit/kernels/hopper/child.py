@@ -1,11 +1,16 @@
-"""The process in which a kernel is tried that may fault: a fault takes the GPU from its process."""
+"""The process in which a kernel is tried that may fault: a fault takes the GPU from its process.
+
+A verdict on a kernel is "right" or what is wrong with it, and whether that holds for later
+processes.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class ChildError(RuntimeError):
@@ -37,3 +42,33 @@ def begin(command: Sequence[str]) -> subprocess.Popen[str]:
         )  # fmt: skip
     except OSError as error:
         raise ChildError(f"a process for them cannot be started: {error}") from error
+
+
+def verdict(code: str, task: str, patience: float) -> tuple[str, bool]:
+    """What another process says that runs `code` (`tell` in its end) with `task` as its argument;
+    no verdict that lasts where that ends without one."""
+    try:
+        process = begin([python(), "-c", code, task])
+    except ChildError as error:
+        return f"they cannot be compared, because {error}", False
+    try:
+        said, errors = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        return f"no verdict within {patience:.0f} s", False
+    finally:  # an interrupt must not leave it behind
+        process.kill()
+        process.wait()
+    if process.returncode:
+        last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
+        return f"the comparison ended without a verdict ({last})", False
+    found, lasting = json.loads(said.strip().splitlines()[-1])
+    return found, lasting
+
+
+def tell(find: Callable[[], tuple[str, bool]]) -> None:
+    """In the other process: writes its verdict as the last line of its output."""
+    try:
+        found = find()
+    except RuntimeError as error:  # a fault: the process is of no use to the GPU any more
+        found = f"faults here ({str(error).splitlines()[0]})", True
+    print(json.dumps(found), flush=True)

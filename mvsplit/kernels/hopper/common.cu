@@ -11,7 +11,8 @@ __device__ u64 marks[256 * 8];
 #endif
 
 // Counts the tries of a wait. One that lasts for two seconds is a fault of these files, or of a GPU that
-// others draw on: the host is told at `fault`, all other waits end too, and what is written is wrong.
+// others draw on: the host is told at `fault`, all other waits end too, and what is written is wrong; or, with
+// TRAP, the program ends.
 struct Patience {
   u64 began = 0;
   u32 tries = 0;
@@ -22,6 +23,9 @@ struct Patience {
     if (!began) began = now;
     if (now - began < 2000000000ull) return false;
     *fault = 1;
+#ifdef TRAP
+    asm volatile("trap;");
+#endif
     return true;
   }
 };

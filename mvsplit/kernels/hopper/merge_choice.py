@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import subprocess
 import sys
 from typing import NamedTuple, cast
 
@@ -118,39 +117,20 @@ def _name(kind: Class, device: torch.device) -> str:
 
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
-    """`_verdict`, found by another process; no verdict that lasts where that ends without one."""
+    """`_verdict`, found by another process."""
     code = "from mvsplit.kernels.hopper.merge_choice import _tell_verdict; _tell_verdict()"
     dtype = str(kind.dtype).partition(".")[2]
     told = json.dumps([str(device), kind.direction, dtype, *kind[2:]])
-    try:
-        process = child.begin([child.python(), "-c", code, told])
-    except child.ChildError as error:
-        return f"they cannot be compared, because {error}", False
-    try:
-        said, errors = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return f"no verdict within {PATIENCE:.0f} s", False
-    finally:  # an interrupt must not leave it behind
-        process.kill()
-        process.wait()
-    if process.returncode:
-        last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
-        return f"the comparison ended without a verdict ({last})", False
-    verdict, lasting = json.loads(said.strip().splitlines()[-1])
-    return verdict, lasting
+    return child.verdict(code, told, PATIENCE)
 
 
 def _tell_verdict() -> None:
-    """The other process: writes its verdict as the last line of its output."""
+    """In the other process."""
     name, direction, dtype, *rest = json.loads(sys.argv[1])
     device = torch.device(name)
     torch.empty(1, device=device)  # what fails here is no verdict on a kernel
     kind = Class(direction, getattr(torch, dtype), *rest)
-    try:
-        found = _verdict(kind, device)
-    except RuntimeError as error:  # a fault: the process is of no use to the GPU any more
-        found = f"faults here ({str(error).splitlines()[0]})", True
-    print(json.dumps(found), flush=True)
+    child.tell(lambda: _verdict(kind, device))
 
 
 def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:

@@ -1,0 +1,147 @@
+"""Attention of heads of unit RMS in a training step on Hopper: attention_three.cu, which leaves the
+log-sum-exp, and attention_backward.cu, which makes the gradients from it.
+
+Shapes: B samples, H heads, T tokens, K = 128 head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mvsplit.kernels.choices import cache_folder
+from mvsplit.kernels.hopper import attention
+from mvsplit.kernels.hopper.attention import HEAD, SCALE, Heads
+from mvsplit.kernels.hopper.driver import Kernel, compiled
+from mvsplit.kernels.hopper.wgmma import multiply
+
+MOST_ROWS = 320  # of a sample, of which two matrices and 64 rows of two others are in shared memory
+_FOLDER = Path(__file__).parent
+_CUT = Heads(3)
+_GROUPS, _TILE = 2, 64  # of backward: warpgroups of a block, rows of each
+_MOST = 96  # queries of keys' gradients at a time, or keys of queries'; more are no registers left
+_AT_A_TIME = (64, 48, 32)  # queries of the gradients of keys; one of them divides T
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("p", ctypes.c_void_p), ("sample", ctypes.c_longlong), ("head", ctypes.c_longlong),
+        ("token", ctypes.c_longlong),
+    )  # fmt: skip
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels do not take such inputs, if so."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "it needs a Hopper GPU"
+    rows = q.shape[2]
+    if q.dtype != torch.bfloat16 or q.shape[-1] != HEAD or q.shape != k.shape:
+        return f"it takes bf16 heads of {HEAD}, as many of keys as of queries"
+    if rows > MOST_ROWS or not any(rows % n == 0 for n in _AT_A_TIME):
+        return f"it takes up to {MOST_ROWS} tokens, a multiple of 32 or 48, not {rows}"
+    if not all(_is_aligned(t) for t in (q, k, v)):
+        return "it takes rows at multiples of 16 bytes"
+    return None
+
+
+def forward_source(rows: int, masked: bool) -> str:
+    """The CUDA C++ of forward for samples of `rows` rows."""
+    return attention.source(_CUT, rows, masked, trap=True)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    strides = x.stride()[:3]
+    whole = all(s > 0 and s % 8 == 0 for s in strides)
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and whole
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ/√K)V over the first `counts` keys, and the natural log-sum-exp of the scores.
+
+    Args:
+        q, k, v: [B, H, T, K]; rows of q and k of at most the norm √K.
+        counts: [B] int32; None: all keys are real.
+
+    Returns:
+        The output [B, H, T, K], tokens before heads in memory, and [B, H, T, 1] fp32, dense. Rows
+        of padding hold values without meaning.
+    """
+    batch, heads, rows, _ = q.shape
+    out = _empty(q)
+    lse = torch.empty(batch, heads, rows, 1, dtype=torch.float32, device=q.device)
+    flat, masked = out.transpose(1, 2).flatten(-2).flatten(0, 1), counts is not None
+    layout = (0, 0, 0) if masked else (rows, 0, rows)
+    attention.launch(q, k, v, flat, lse, counts, layout, _CUT, masked)
+    return out, lse
+
+
+def _empty(like: Tensor) -> Tensor:
+    """[B, H, T, K], tokens before heads in memory."""
+    batch, heads, rows, width = like.shape
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v [B, H, T, K], tokens before heads in memory, from that of the output
+    and what `forward` gave. Keys that are no key have to be zero, with their values; their own
+    gradients have no meaning. Results are deterministic."""
+    batch, heads, rows, _ = q.shape
+    grad = grad if _is_aligned(grad) else grad.clone(memory_format=torch.contiguous_format)
+    found = _empty(q), _empty(q), _empty(q)
+    at = keys_at(rows)
+    tensors = (q, k, v, grad)
+    _kernel(rows, q.device.index or 0).launch(
+        2 * batch * heads,
+        (
+            *(attention.box(t, _TILE) for t in tensors), *(attention.box(t, at) for t in tensors),
+            _rows(out), _rows(grad), lse, *map(_rows, found), ctypes.c_int(heads),
+            ctypes.c_int(batch * heads), ctypes.c_float(SCALE),
+        ),
+        pdl=False,
+    )  # fmt: skip
+    return found
+
+
+def _rows(x: Tensor) -> _Rows:
+    size = x.element_size()
+    return _Rows(x.data_ptr(), *(size * x.stride(i) for i in (0, 1, 2)))
+
+
+def keys_at(rows: int) -> int:
+    """Queries that the gradients of keys take at a time, and rows of a bulk copy."""
+    return next(n for n in _AT_A_TIME if rows % n == 0)
+
+
+def source(rows: int) -> str:
+    """The CUDA C++ of backward for samples of `rows` rows."""
+    at = keys_at(rows)
+    queries_at = 2 * at if rows % (2 * at) == 0 and 2 * at <= _MOST else at
+    macros = {
+        "TOK": rows, "BOX": at, "KEYS_AT": at, "QUERIES_AT": queries_at, "MASKED": 0, "TRAP": 1,
+        "TYPE": '"bf16"', "BF16": 1,
+    }  # fmt: skip
+    head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
+    files = ("base.cu", "common.cu", "heads.cu", "attention_backward.cu")
+    *common, kernel = ((_FOLDER / file).read_text() for file in files)
+    products = [multiply("multiply", n, "bf16") for n in sorted({at, queries_at})]
+    products.append(multiply("weigh", HEAD, "bf16", registers=True, transposed=True))
+    return "\n".join((head, *common, *products, kernel))
+
+
+def shared_bytes(rows: int) -> int:
+    """Of a block of backward."""
+    tiles = 2 * _GROUPS * _TILE
+    return 2 * HEAD * (2 * rows + tiles) + 8 * (rows + rows // keys_at(rows) + _GROUPS)
+
+
+@cache
+def _kernel(rows: int, device: int) -> Kernel:
+    binary = compiled(source(rows), cache_folder() / "cuda")
+    threads, shared = 128 * _GROUPS, shared_bytes(rows)
+    return Kernel(binary, "attention_backward", threads=threads, shared=shared, cluster=1)
