@@ -25,6 +25,7 @@ _WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less 
     "thousand": lambda found: found["steps"] >= 30,
     "resume": lambda found: found["same"],
 }
+IN_CUDA = "CUDA C++"
 UNMEASURED = {
     "step fp32": "400 layers with fp32 weights and writers that are not zero",
     "thousand": "30 steps of 1000 layers in the preset's pieces of today",
@@ -34,7 +35,14 @@ UNMEASURED = {
     "steps at 400 layers, D = 128",
     "rival gate": "whether the gradients of the rival under torch.compile are ours",
     "resume": "a resumed run that has the same bits, with sums in a fixed order",
+    IN_CUDA: "a block whose attention, gradients too, is in CUDA C++ "
+    "(`kernels/hopper/unit_heads.py`)",
 }
+
+
+def without(classes: Found, what: str) -> Found:
+    """The rows of step_classes that tell what something gives by leaving it out."""
+    return {n: r for n, r in classes.get("rows", {}).items() if n.endswith(f"without {what}")}
 
 
 def _has_result(graphs: Found, stage: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from performance_engine import engine
 from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
-from performance_not_run import not_run
+from performance_not_run import IN_CUDA, not_run, without
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans, training
 from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
@@ -114,7 +114,15 @@ def page() -> str:
             *load("merge_clusters_h200_*_first.json"),
         )
         + tried_in_a_block(*load("step_tried_h200_*.json")),
-        not_run({**graphs, **deep, "masked": padded, "recipe": recipe}),
+        not_run(
+            {
+                **graphs,
+                **deep,
+                "masked": padded,
+                "recipe": recipe,
+                IN_CUDA: without(classes, IN_CUDA),
+            }
+        ),
     )
     return "\n".join(part for part in parts if part)
 

@@ -19,7 +19,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,11 +56,22 @@ def _two_launches(*_: Any) -> str:
     return "left out to see what it gives"
 
 
+def _without(beginning: str, all_ways: Callable[..., dict[str, Any]] = attention.ways) -> Any:
+    """Ways of attention, but for those whose name begins so."""
+    return lambda *which: {n: w for n, w in all_ways(*which).items() if not n.startswith(beginning)}
+
+
 # What can be otherwise: the attribute that is replaced, and what by.
 WAYS: dict[str, tuple[Any, str, Any]] = {
     "merge without clusters": (merge_choice, "obstacle", _two_launches),
     "merge in clusters": (merge_choice, "FEWEST_TOKENS", 0),
-    "attention by libraries": (attention, "_UNIT_HEADS", {}),
+    "attention by libraries": (attention, "ways", _without("unit heads")),
+    "attention without CUDA C++": (attention, "ways", _without("unit heads in CUDA C++")),
+    "gradients of attention by cudnn": (
+        attention,
+        "ways",
+        _without("unit heads in CUDA C++, gradients by it"),
+    ),
     "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
 }
 

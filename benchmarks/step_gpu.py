@@ -63,6 +63,8 @@ class Work:
 _LONG = "26 × (256+64), nothing"
 _WAYS = (
     "attention by libraries",
+    "attention without CUDA C++",
+    "gradients of attention by cudnn",
     "merge without clusters",
     "q, k, v copied",
 )
@@ -72,9 +74,10 @@ WORK: dict[str, Work] = {
         60, 110, ("train_step.py", "--stages", "gate", "step bf16", "compiled"), gated=True
     ),
     "step_classes": Work(
-        15, 70,
+        15, 110,
         ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS), _SHORT,
-         f"{_SHORT}, attention by libraries", f"{_SHORT}, merge in clusters"),
+         f"{_SHORT}, attention by libraries", f"{_SHORT}, attention without CUDA C++",
+         f"{_SHORT}, merge in clusters"),
     ),
     "thousand_layers": Work(85, 190, ("thousand_layers.py", "--stages", "learn")),
     "train_step_weights": Work(30, 60, ("train_step.py", "--stages", "step split", "step fp32")),
