@@ -203,6 +203,6 @@ def test_a_wait_in_vain_says_nothing_of_a_plan(monkeypatch, word):
     model = make()
     tuner = Tuner(Network(model, *draw(model)[:2], padded=False))
     monkeypatch.setattr(Tuner, "_off_together", lambda self, plan: word.fill_(1) and float("inf"))
-    with pytest.raises(driver.DriverError, match="Does another process draw"):
+    with pytest.raises(driver.DriverError, match="another process draws on the same GPU"):
         tuner.checked(OWN)
     assert not word.any()
