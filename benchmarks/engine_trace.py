@@ -27,11 +27,12 @@ from typing import Any, ClassVar
 import torch
 from engine import inputs, network
 
+from mvsplit.kernels.capture import recorded
 from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.hopper import attention, driver, product
 from mvsplit.sampling.engine_apart import measured
 from mvsplit.sampling.engine_plan import Network, Plan
-from mvsplit.sampling.engine_tune import LAYERS, capture, load_plan
+from mvsplit.sampling.engine_tune import LAYERS, load_plan
 
 PLACES = ("begins", "waited", "loaded", "multiplied", "written", "ends")
 BLOCKS, MARKS = 256, 8
@@ -86,7 +87,7 @@ def trace(shape: Network, plan: Plan) -> list[dict[str, Any]]:
     Network.run = named  # type: ignore[method-assign]
     shape.trunk.normal_()
     shape.x = shape.trunk
-    graph = capture(lambda: shape.run_blocks(blocks, plan))  # type: ignore[arg-type]
+    graph, _ = recorded(lambda: shape.run_blocks(blocks, plan))  # type: ignore[arg-type]
     for _ in range(20):
         graph.replay()
     torch.cuda.synchronize()

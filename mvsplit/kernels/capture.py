@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _one_at_a_time = threading.Lock()
 _REPEATS = 20
@@ -63,8 +65,13 @@ def _clean_up(pool: Any, stream: Any) -> None:
     default.graphsafe_set_state(default.clone_state())
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """Of one run, by a CUDA graph of it: launching may take longer than what is launched."""
+def recorded(run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`run` as a CUDA graph, and what it gave as it was recorded. It runs once before, on a stream
+    beside, where it compiles and initialises what a recording may not.
+
+    Raises:
+        RuntimeError: as `capture`.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -73,6 +80,12 @@ def milliseconds(run: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with capture(graph):
         kept = run()
+    return graph, kept
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one run, by a CUDA graph of it: launching may take longer than what is launched."""
+    graph, kept = recorded(run)
     graph.replay()
     found = 1e3 * replay_time(graph, _REPEATS)
     del kept

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mvsplit.errors import UserError
-from mvsplit.kernels.capture import capture
+from mvsplit.kernels.capture import recorded
 from mvsplit.kernels.choices import choice_file
 from mvsplit.kernels.dispatch import HAS_TRITON
 from mvsplit.kernels.hopper.driver import check_waits, vain_waits
@@ -288,14 +288,7 @@ class _Graph:
         latents, text = latents.clone(), text.clone()
         valid = None if valid is None else valid.clone()
         self._inputs = (latents, text, valid)
-        stream = torch.cuda.Stream(latents.device)
-        stream.wait_stream(torch.cuda.current_stream(latents.device))
-        with torch.cuda.stream(stream):
-            evaluation(latents, text, valid)  # compiles and initialises what a capture may not
-        torch.cuda.current_stream(latents.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with capture(self._graph):
-            self._output = evaluation(latents, text, valid)
+        self._graph, self._output = recorded(lambda: evaluation(latents, text, valid))
         self._evaluation = evaluation  # holds the buffers that the graph uses
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mvsplit.kernels.capture import replay_time
+from mvsplit.kernels.capture import recorded, replay_time
 from mvsplit.kernels.choices import keep_choice, read_choices
 from mvsplit.kernels.fused.stream import TRITON_VERSION
 from mvsplit.kernels.fused.stream_gemm import Tile
@@ -274,7 +274,7 @@ class Tuner:
             self._inputs.append(self.network.x)  # not always in the same place; graphs read it
             self.network.run_blocks(self.blocks, plan)
 
-        graph = capture(run)
+        graph, _ = recorded(run)
         graph.replay()
         torch.cuda.synchronize()
         check_waits()
@@ -324,23 +324,6 @@ def _relative(actual: Tensor, truth: Tensor) -> float:
     return float("inf") if error != error else error
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()  # not torch.cuda.graph, which collects Python's garbage every time
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
-
-
 def times_in_turns(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Median seconds of a replay of each, on a GPU that is warm, in turns."""
     started = time.perf_counter()
@@ -354,7 +337,7 @@ def times_in_turns(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
 
 def graph_time(run: Callable[[], None], replays: int = REPLAYS) -> float:
     """Median seconds of `run` as a CUDA graph."""
-    graph = capture(run)
+    graph, _ = recorded(run)
     graph.replay()
     return statistics.median(replay_time(graph, 1) for _ in range(replays))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from mvsplit.kernels.capture import _side_stream, capture
+from mvsplit.kernels.capture import _side_stream, capture, milliseconds, recorded
+from mvsplit.sampling.engine_tune import graph_time
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MIB = 2**20
@@ -42,6 +43,44 @@ def test_each_device_has_one_stream_for_all_its_graphs(monkeypatch: pytest.Monke
             pass
     _side_stream.cache_clear()
     assert used == [(7, f"a stream of {device}", "thread_local") for device in (0, 1, 1, 0)]
+
+
+class Stream:
+    """As far as a recording asks for one."""
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+@pytest.mark.parametrize("way", [recorded, milliseconds, graph_time])
+def test_a_run_that_cannot_be_recorded_is_cleaned_up_after(
+    way: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the engine's tuner too, of which candidates fail often; it ran once before."""
+    cleaned: list[Any] = []
+    ran: list[int] = []
+    now = Stream()
+
+    def run() -> None:
+        ran.append(1)
+        if len(ran) == 2:
+            raise RuntimeError("no such launch")
+
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: Stream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("mvsplit.kernels.capture._clean_up", lambda *of: cleaned.append(of))
+    _side_stream.cache_clear()
+    with pytest.raises(RuntimeError, match="no such launch"):
+        way(run)
+    _side_stream.cache_clear()
+    assert cleaned == [(7, now)]
+    assert len(ran) == 2
 
 
 @pytest.mark.gpu
