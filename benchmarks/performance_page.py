@@ -20,8 +20,9 @@ from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import IN_CUDA, not_run, without
 from performance_parallel import several
-from performance_parts import NAMES, distance, fused, ideas, plans, training
+from performance_parts import NAMES, distance, fused, ideas, plans
 from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
+from performance_training import training
 from performance_watch import watch
 
 ROOT = Path(__file__).parents[1]
