@@ -1,7 +1,7 @@
 """The claims of the paper on one GPU, several runs sharing it, without the command line's packages.
 
     python benchmarks/reproduce_gpu.py --out FOLDER --json FOLDER [--claims NAME …] [--minutes 9]
-        [--together start front thousand]
+        [--together start front thousand] [--members N]
 
 First a network of four layers is trained twice on the GPU and must come to the same losses, finite
 and falling. Then the claims in the order of the registry, until the minutes are over; the same
@@ -11,8 +11,9 @@ docs/experiments/results/.
 
 --together trains the runs of a regime as one network (`mvsplit.reproduce.together`). That is for
 claims about losses and the similarity of tokens: collapse, controls, order (start), front and
-thousand; the others look into gradients and are trained run by run, --workers at a time. Its gate
-is that of depth_bench.py, and comes first.
+thousand; the others look into gradients and are trained run by run, --workers at a time. What by
+its first steps would not be through before the minutes are over stops there and is trained run by
+run, too; --members has fewer in one. Its gate is that of depth_bench.py, and comes first.
 
 Cost: not measured; a step of 400 layers alone takes 0.08 s on an H200 at width 64. Beside ten other
 processes the six networks of `front`, trained as one, were not through in 1.8 minutes.
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="results, CLAIM-gpu.json")
     parser.add_argument("--workers", type=int, default=GPU.workers)
     parser.add_argument("--together", nargs="*", default=[], help="regimes that train as one")
+    parser.add_argument("--members", type=int, help="--together: of a network, at most")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--recompute", action="store_true", help="--together: blocks keep less")
     parser.add_argument("--gate", choices=("first", "elsewhere"), default="first")
@@ -68,6 +70,7 @@ def main() -> None:
         GPU,
         workers=options.workers,
         together=options.together,
+        members=options.members,
         recompute=options.recompute or None,
         say=lambda s: print(s, flush=True),
     )

@@ -35,7 +35,9 @@ class Study:
         out: the folder; the same one again goes on where it stopped.
         size: of the runs.
         workers: runs side by side; those of the size if None.
-        together: regimes whose runs are trained as one (`mvsplit.reproduce.together`).
+        together: regimes whose runs are trained as one (`mvsplit.reproduce.together`); those that
+            would not come to their end in time so are trained alone.
+        members: of them at a time, at most; all of a kind if None.
         recompute: whether their blocks compute again what they would keep for backward; None where
             memory is too short for that.
         say: is told of each run that has ended.
@@ -51,11 +53,12 @@ class Study:
         *,
         workers: int | None = None,
         together: Sequence[str] = (),
+        members: int | None = None,
         recompute: bool | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.size, self.workers, self.say = size, workers or size.workers, say
-        self.together, self.recompute = together, recompute
+        self.together, self.members, self.recompute = together, members, recompute
         if workers is not None and workers < 1:
             raise UserError(f"workers={workers}: must be at least 1")
         self.folder = Path(out) / size.name
@@ -130,7 +133,7 @@ class Study:
 
     def _train(self, todo: Sequence[Trial], end: float) -> None:
         began, done = time.monotonic(), 0
-        for group in groups(todo, self.together):
+        for group in groups(todo, self.together, self.members):
             if time.time() < end and run_trials(group, self.runs, end, recompute=self.recompute):
                 self.say(f"{len(group)} runs as one ({time.monotonic() - began:.0f} s)")
         todo = [trial for trial in todo if not trial.finished(self.runs)]

@@ -23,8 +23,11 @@ from mvsplit.training.run_folder import RunFolder
 REGIMES = ("start", "front", "thousand")  # whose claims ask for losses and similarities alone
 
 
-def groups(trials: Iterable[Trial], regimes: Sequence[str]) -> list[list[Trial]]:
-    """Those of some regimes by what they must have in common to be trained as one."""
+def groups(
+    trials: Iterable[Trial], regimes: Sequence[str], members: int | None = None
+) -> list[list[Trial]]:
+    """Those of some regimes by what they must have in common to be trained as one, at most
+    `members` of them."""
     found: dict[Any, list[Trial]] = {}
     for trial in trials:
         regime = trial.name.partition("-")[0]
@@ -32,7 +35,11 @@ def groups(trials: Iterable[Trial], regimes: Sequence[str]) -> list[list[Trial]]
             model = trial.experiment.model
             family = Family.named(model.rule, width=model.width, depth=model.depth)
             found.setdefault((regime, family), []).append(trial)
-    return list(found.values())
+    parts: list[list[Trial]] = []
+    for group in found.values():
+        most = members or len(group)
+        parts += [group[first : first + most] for first in range(0, len(group), most)]
+    return parts
 
 
 def run_trials(

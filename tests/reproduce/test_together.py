@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ def test_groups_are_of_one_regime_and_leave_out_what_needs_more():
         assert len({t.name.partition("-")[0] for t in group}) == 1
     assert {t.name.partition("-")[0] for group in found for t in group} == set(REGIMES)
     assert groups(trials("collapse").values(), ()) == []
+    parts = groups(trials(*CLAIMS, "modes", "timestep").values(), REGIMES, 4)
+    assert [*chain(*parts)] == [*chain(*found)]
+    assert max(map(len, parts)) == 4 < max(map(len, found))
 
 
 @pytest.mark.parametrize("claim", ["controls", "front", "delayed"])

@@ -136,7 +136,8 @@ class Training:
         self.starting = math.nan
 
     def run(self, end: float = math.inf) -> bool:
-        """Takes all steps, unless the clock says `end` before; whether it took them."""
+        """Takes all steps, unless the clock says `end` before, or will by the steps so far: then it
+        stops at once, so that no minute is spent on what leaves nothing. Whether it took them."""
         began = time.perf_counter()
         while self.step < self.config.steps:
             self._read(self.step)
@@ -155,9 +156,20 @@ class Training:
                     torch.cuda.synchronize()
                 if self.step == 2:
                     self.starting = time.perf_counter() - began
-                if time.time() > end:
+                if time.time() + self._seconds_left(began) > end:
                     return False
         return True
+
+    def _seconds_left(self, began: float) -> float:
+        """By the steps after the second one; said where these are minutes."""
+        if self.step <= 2:
+            return 0.0
+        pace = (time.perf_counter() - began - self.starting) / (self.step - 2)
+        left = pace * (self.config.steps - self.step)
+        if self.step == CLOCK and left > 60:
+            members = len(self._whose)
+            _logger.warning("%d as one: %.2f s a step, %.0f s to go", members, pace, left)
+        return left
 
     def course(self, member: int) -> tuple[Array, Array, str]:
         """Losses and gradient norms of the steps up to the first that is not finite, and how the

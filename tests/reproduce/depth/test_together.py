@@ -81,6 +81,25 @@ def test_the_clock_stops_all_of_them_and_leaves_no_row(tmp_path, monkeypatch):
     assert not read_rows(tmp_path)
 
 
+@pytest.mark.parametrize(("end", "steps"), [(19.9, 4), (20.1, 20)])
+def test_what_would_not_end_in_time_stops_at_once(monkeypatch, end, steps):
+    """Steps of a second each, the first two of five."""
+    training = Training([run.experiment(TINY) for run in runs_of(["plain"])])
+
+    class Clock:
+        @staticmethod
+        def time() -> float:
+            return training.step + 8.0 * (training.step > 0)
+
+        perf_counter = time
+
+    assert training.config.steps == TINY.steps == 20
+    monkeypatch.setattr(module, "time", Clock)
+    monkeypatch.setattr(module, "CLOCK", 4)
+    assert training.run(end + 8) is (steps == 20)
+    assert training.step == steps
+
+
 def test_memory_decides_how_many_fit_and_whether_blocks_are_computed_again(monkeypatch):
     experiment = runs_of(["plain"])[0].experiment(TINY)
     assert room_for(experiment, torch.device("cpu")) == math.inf
