@@ -148,15 +148,23 @@ def split_merge_waiting_fwd_kernel(
 
 
 @triton.jit
-def _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D: tl.constexpr, NORM: tl.constexpr):
-    """Δ_i = r_i (G_i − Y_i ⟨G_i, Y_i⟩/D) (Eq. 50) for some rows; zero on padding."""
+def _deltas(
+    p_g, p_y, p_r, t, end, start, sg_t, o_d, m_d,
+    D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Δ_i = r_i (G_i − Y_i ⟨G_i, Y_i⟩/D) (Eq. 50) for ROWS tokens of a segment from `t` on,
+    zero from `end` on; with their rows, and the mask of what is real."""
+    o_t = t + tl.arange(0, ROWS)
+    real = o_t < end
+    m = real[:, None] & m_d[None, :]
+    row = (start + o_t).to(tl.int64)
     delta = tl.load(p_g + row[:, None] * sg_t + o_d[None, :], m, 0.0).to(tl.float32)
     if NORM:
         y = tl.load(p_y + row[:, None] * D + o_d[None, :], m, 0.0).to(tl.float32)
         r = tl.load(p_r + row, real, 0.0)
         along = tl.sum(delta * y, 1) / D
         delta = (delta - y * along[:, None]) * r[:, None]
-    return delta
+    return delta, row, m
 
 
 @triton.jit
@@ -169,11 +177,7 @@ def _sum_deltas(
     b_delta = tl.zeros([SUB, BLOCK_D], tl.float32)
     b_delta_f = tl.zeros([SUB, BLOCK_D], tl.float32)
     for t in tl.range(first, end, SUB, num_stages=STAGES):
-        o_t = t + tl.arange(0, SUB)
-        real = o_t < end
-        m = real[:, None] & m_d[None, :]
-        row = (start + o_t).to(tl.int64)
-        delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
+        delta, row, m = _deltas(p_g, p_y, p_r, t, end, start, sg_t, o_d, m_d, D, SUB, NORM)
         b_delta += delta
         if GAINS:
             f = tl.load(p_f + row[:, None] * sf_t + o_d[None, :], m, 0.0)
@@ -191,14 +195,10 @@ def _store_deltas(
     """∂L/∂F = β⊙Δ + shift (Eq. 53) and ∂L/∂X = Δ − leaked (Eq. 52) for tokens first … end − 1 of a
     segment; zero on padding."""
     for t in tl.range(first, end, ROWS, num_stages=STAGES):
-        o_t = t + tl.arange(0, ROWS)
-        real = o_t < count
-        m = real[:, None] & m_d[None, :]
-        row = (start + o_t).to(tl.int64)
-        delta = _delta(p_g, p_y, p_r, sg_t, row, o_d, m, real, D, NORM)
+        delta, row, m = _deltas(p_g, p_y, p_r, t, count, start, sg_t, o_d, m_d, D, ROWS, NORM)
         df = b_beta * delta + shift
         out = row[:, None] * D + o_d[None, :]
-        inside = (o_t < end)[:, None] & m_d[None, :]
+        inside = (t + tl.arange(0, ROWS) < end)[:, None] & m_d[None, :]
         dx = tl.where(m, delta - leaked, 0.0)
         tl.store(p_dx + out, dx.to(p_dx.dtype.element_ty), mask=inside)
         tl.store(p_df + out, tl.where(m, df, 0.0).to(p_df.dtype.element_ty), mask=inside)
