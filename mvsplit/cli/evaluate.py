@@ -13,7 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from mvsplit.cli import evaluate_compare
 from mvsplit.cli.bars import progress_bar
-from mvsplit.cli.subject import Options, Subject, find_run, open_subject
+from mvsplit.cli.subject import Options, Subject, find_run, open_subject, sampling_config
 from mvsplit.data import Clips, Digits, Shapes
 from mvsplit.data.types import Dataset
 from mvsplit.errors import UserError
@@ -127,7 +127,7 @@ class Evaluating:
         if self.subject.kind == "clip" and args.num_images:
             require_frames(self.subject.shape[1])
         self.folder = Path("evaluations") if run is None else run / "evaluations"
-        self.config = _config(args, self.subject)
+        self.config = sampling_config(args, self.subject)
         self.name = args.name or _name(args, self.subject, self.config)
         self.held_out = self._held_out()
         device = next(self.subject.model.parameters()).device
@@ -329,19 +329,6 @@ class Evaluating:
         clips = build_data(replace(self.data, series=SERIES))
         assert isinstance(clips, Clips)
         return clips
-
-
-def _config(args: Arguments, subject: Subject) -> SamplingConfig:
-    return SamplingConfig(
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance=args.guidance,
-        guidance_interval=args.guidance_interval,
-        guidance_rescale=args.guidance_rescale,
-        shift=subject.shift if args.shift is None else args.shift,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
 
 
 def _name(args: Arguments, subject: Subject, config: SamplingConfig) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mvsplit.cli.bars import progress_bar
 from mvsplit.cli.given import read_edit
-from mvsplit.cli.subject import Options, Subject, open_subject
+from mvsplit.cli.subject import Options, Subject, open_subject, sampling_config
 from mvsplit.data import DATASETS
 from mvsplit.errors import UserError
 from mvsplit.sampling import (
@@ -136,7 +136,7 @@ def run(args: Arguments) -> None:
     """Draws the pictures and says where they are, also when it is interrupted."""
     subject = open_subject(args)
     _check_clips(args, subject)
-    config = _config(args, subject)
+    config = sampling_config(args, subject)
     edit = read_edit(args.image, args.mask, args.strength, subject)
     subject.embedder.encode([args.prompt])  # an unknown word is an error before a folder is made
     subject = _shallower(subject, args, config)
@@ -167,19 +167,6 @@ def _check_clips(args: Arguments, subject: Subject) -> None:
             f"frames={args.frames}: {args.source} was trained on clips of {frames} frames and "
             f"knows no other; leave --frames out, or train with --data.frames {args.frames}"
         )
-
-
-def _config(args: Arguments, subject: Subject) -> SamplingConfig:
-    return SamplingConfig(
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance=args.guidance,
-        guidance_interval=args.guidance_interval,
-        guidance_rescale=args.guidance_rescale,
-        shift=subject.shift if args.shift is None else args.shift,
-        seed=args.seed,
-        batch_size=args.batch_size,
-    )
 
 
 def _shallower(subject: Subject, args: Arguments, config: SamplingConfig) -> Subject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
 from mvsplit.hub.weights import is_ours, require_weights
 from mvsplit.models import DiT
+from mvsplit.sampling import SamplingConfig
 from mvsplit.training import Experiment, load_run
 from mvsplit.training.builders import build_codec, build_data, resolve_device
 
@@ -107,6 +108,19 @@ def open_subject(args: Options) -> Subject:
     if args.source.exists() or args.source.suffix in (".pt", ".safetensors"):
         return _of_weights(args)
     raise nothing_at(args.source)
+
+
+def sampling_config(args: object, subject: Subject) -> SamplingConfig:
+    """What a command's options ask for, which are named as the fields of `SamplingConfig`; the
+    time shift is the subject's where none is given.
+
+    Raises:
+        UserError: an option out of range.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(SamplingConfig)}
+    if given["shift"] is None:
+        given["shift"] = subject.shift
+    return SamplingConfig(**given)
 
 
 def nothing_at(source: Path) -> UserError:
