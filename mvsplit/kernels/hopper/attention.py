@@ -106,7 +106,7 @@ def source(cut: Heads, rows: int, masked: bool, trap: bool = False) -> str:
 def _shared_bytes(cut: Heads, rows: int) -> int:
     queries, barriers = _queries(cut, rows), _parts(cut, rows) + 1
     if cut.groups == 3:
-        queries, barriers = _slots(rows) * _TILE, barriers + _slots(rows)
+        queries, barriers = _slots(rows) * _TILE, 2 * _parts(cut, rows) + _slots(rows)
     return _ROW * (queries + 2 * rows) + 8 * barriers
 
 

@@ -12,11 +12,13 @@
 #define TILE 16384        // bytes of 64 queries
 #define HALF (128 * TOK)  // of 64 channels of the keys, of the values
 
-struct Operands {  // in shared memory; a barrier for each part of the keys, for the values, and for each slot
+struct Operands {  // in shared memory; a barrier for each part of the keys, of the values, and for each slot
   u32 q, k, v, bar;
   __device__ __forceinline__ explicit Operands(char *memory)
       : q(shared(memory)), k(q + SLOTS * TILE), v(k + 2 * HALF), bar(v + 2 * HALF) {}
-  __device__ __forceinline__ u32 of_slot(int slot) const { return bar + 8 * (NI + 1 + slot); }
+  __device__ __forceinline__ u32 of_keys(int part) const { return bar + 8 * part; }
+  __device__ __forceinline__ u32 of_values(int part) const { return bar + 8 * (NI + part); }
+  __device__ __forceinline__ u32 of_slot(int slot) const { return bar + 8 * (2 * NI + slot); }
 };
 
 struct Head { int query, key, sample; };
@@ -37,23 +39,24 @@ __device__ __forceinline__ void load_queries(const Map *map, const Operands &ops
     load4(ops.q + slot.place * TILE + c * (TILE / 2), map, ops.of_slot(slot.place), 64 * c, tile * 64, head.query, head.sample);
 }
 
+__device__ __forceinline__ void load_part(const Map *map, u32 to, u32 bar, int part, const Head &head) {
+  barrier_expect(bar, 256 * NT);
+  for (int c = 0; c < 2; ++c) load4(to + c * HALF + part * NT * 128, map, bar, 64 * c, part * NT, head.key, head.sample);
+}
+
 // One thread: everything that has a place, in the order in which it is read.
 __device__ __forceinline__ void load_head(const Map *map_q, const Map *map_k, const Map *map_v, const Operands &ops, const Head &head) {
   for (int tile = 0; tile < TILES && tile < WG; ++tile) load_queries(map_q, ops, tile, head);
   for (int i = 0; i < NI; ++i) {
-    barrier_expect(ops.bar + 8 * i, 256 * NT);
-    for (int c = 0; c < 2; ++c) load4(ops.k + c * HALF + i * NT * 128, map_k, ops.bar + 8 * i, 64 * c, i * NT, head.key, head.sample);
+    load_part(map_k, ops.k, ops.of_keys(i), i, head);
+    load_part(map_v, ops.v, ops.of_values(i), i, head);
   }
-  barrier_expect(ops.bar + 8 * NI, 256 * TOK);
-  for (int i = 0; i < NI; ++i)
-    for (int c = 0; c < 2; ++c)
-      load4(ops.v + c * HALF + i * NT * 128, map_v, ops.bar + 8 * NI, 64 * c, i * NT, head.key, head.sample);
   for (int tile = WG; tile < TILES && tile < SLOTS; ++tile) load_queries(map_q, ops, tile, head);
 }
 
 // Asks for the scores of a part of the keys, which is waited for.
 __device__ __forceinline__ void ask_scores(float (&s)[NT / 2], u32 q, int part, const Operands &ops, volatile u32 *fault) {
-  barrier_wait(ops.bar + 8 * part, 0, fault);
+  barrier_wait(ops.of_keys(part), 0, fault);
   in_flight(s);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -76,7 +79,7 @@ __device__ __forceinline__ void attend(float (&o)[HEAD / 2], float (&sum)[2], u3
     in_flight(s);
     in_flight(o);
     exponentials(p, sum, s, scale, i * NT, lane, keys);
-    if (i == 0) barrier_wait(ops.bar + 8 * NI, 0, fault);
+    barrier_wait(ops.of_values(i), 0, fault);
     in_flight(o);
     in_flight(p);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -113,7 +116,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
   MARK(0);
   const Operands ops(memory);
   if (threadIdx.x == 0) {
-    for (int i = 0; i <= NI + SLOTS; ++i) barrier_init(ops.bar + 8 * i, 1);
+    for (int i = 0; i < 2 * NI + SLOTS; ++i) barrier_init(ops.bar + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     prefetch(&map_q);
     prefetch(&map_k);
