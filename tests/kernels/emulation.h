@@ -1,13 +1,16 @@
 // CUDA C++ on a CPU: every thread of every block is a fiber, they run by turns, and what several threads
-// do together (a warp's matrices, wgmma of a warpgroup, barriers) happens when the last of them has come.
-// Copies and products are done at once, so that a wait that is missing is not seen; a wait that never
-// ends is. Included before a translated source (emulation.py).
+// do together (a warp's matrices, barriers) happens when the last of them has come. Copies are done one after
+// the other, long after they were asked for, and wgmma when it is waited for, of what its operands hold then: where
+// such a wait is missing, or an operand is written too early, other numbers come out. A wait that never ends is seen
+// too.
+// Included before a translated source (emulation.py).
 #include <math.h>
 #include <ucontext.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <map>
 #include <vector>
@@ -33,10 +36,20 @@ struct Together {  // what threads hand in and get back
   const Word *held[128];
   Long a, b;
 };
-struct Block { char *memory; std::map<Word, Barrier> barriers; std::map<int, Together> met; int threads; };
+struct Product { int n; bool transposed; Together g; };  // of a warpgroup, not yet done
+struct Block {
+  char *memory;
+  std::map<Word, Barrier> barriers;
+  std::map<int, Together> met;
+  std::map<int, std::deque<std::vector<Product>>> products;  // by warpgroup: groups, the last still open
+  int threads, last_copy;
+};
+struct Copy { int block, due; Word to, bar; const Tensor *tensor; std::vector<int> from; };
 struct Fiber { ucontext_t context; int thread, block; bool ended; char *stack; };
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
+static std::vector<Copy> copies;  // not yet done
+static int turns;
 static Fiber *now;
 static ucontext_t scheduler;
 static long progress;
@@ -87,23 +100,37 @@ static Word barrier_tries(Word bar, Word parity) {
 // Memory that is swizzled by 128 bytes
 static Word swizzled(Word address) { return address ^ ((address >> 7 & 7) << 4); }
 static void copy(Word to, const void *map, Word bar, std::initializer_list<int> from) {
-  const Tensor &t = **(Tensor *const *)map;
   if (to % 1024) fail("a copy to where no swizzled tile begins");
+  int &last = block().last_copy;  // one after the other, slowly
+  last = (last > turns ? last : turns) + 40;
+  copies.push_back({now->block, last, to, bar, *(const Tensor *const *)map, from});
+  ++progress;
+}
+static void do_copy(const Copy &c) {
+  const Tensor &t = *c.tensor;
   long count = 1;
   for (int i = 0; i < t.rank; ++i) count *= t.box[i];
   for (long n = 0; n < count; ++n) {
     bool inside = true;
     long rest = n, offset = 0;
     for (int i = 0; i < t.rank; rest /= t.box[i++]) {
-      const long place = from.begin()[i] + rest % t.box[i];
+      const long place = c.from[i] + rest % t.box[i];
       inside = inside && place >= 0 && place < t.sizes[i];
       offset += place * t.strides[i];
     }
-    *(unsigned short *)at(swizzled(to + 2 * n)) = inside ? *(unsigned short *)(t.data + offset) : 0;
+    *(unsigned short *)at(swizzled(c.to + 2 * n)) = inside ? *(unsigned short *)(t.data + offset) : 0;
   }
-  Barrier &b = block().barriers.at(bar);
+  Barrier &b = block().barriers.at(c.bar);
   b.bytes -= 2 * count;
   settle(b);
+}
+static void do_copies() {  // those whose turn it is
+  std::vector<Copy> all;
+  all.swap(copies);
+  for (const Copy &c : all)
+    if (c.due > turns) copies.push_back(c);
+    else now = &fibers[(size_t)c.block * blocks[c.block].threads], do_copy(c);
+  progress += copies.size();
 }
 
 // Matrices of 8×8 that a warp loads and stores
@@ -148,26 +175,42 @@ static float element(Long descriptor, int row, int k, bool transposed) {
   if (transposed) return number(*(unsigned short *)at(swizzled(start + row / 64 * leading + k * 128 + row % 64 * 2)));
   return number(*(unsigned short *)at(swizzled(start / 128 * 128 + row * 128 + start % 128 + 2 * k)));
 }
+static void do_product(const Product &p) {
+  const Together &g = p.g;
+  float left[64][16], right[256][16];
+  for (int m = 0; m < 64; ++m)
+    for (int k = 0; k < 16; ++k) {
+      const int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2, place = m % 16 / 8 + k / 8 * 2;
+      left[m][k] = g.held[0] ? number(g.held[thread][place] >> k % 2 * 16) : element(g.a, m, k, false);
+    }
+  for (int n = 0; n < p.n; ++n)
+    for (int k = 0; k < 16; ++k) right[n][k] = element(g.b, n, k, p.transposed);
+  for (int m = 0; m < 64; ++m)
+    for (int n = 0; n < p.n; ++n) {
+      float &y = g.d[m / 16 * 32 + m % 8 * 4 + n % 8 / 2][n / 8 * 4 + m % 16 / 8 * 2 + n % 2];
+      float sum = g.add ? y : 0.f;
+      for (int k = 0; k < 16; ++k) sum += left[m][k] * right[n][k];
+      y = sum;
+    }
+}
+static int warpgroup() { return threadIdx.x / 128; }
+static std::deque<std::vector<Product>> &products() { return block().products[warpgroup()]; }
 template <int N, bool TRANSPOSED> static void multiply_together(float *d, Long a, const Word *held, Long b, int add) {
   const int t = threadIdx.x % 128;
-  together(200 + threadIdx.x / 128, 128,
+  together(200 + warpgroup(), 128,
            [&](Together &g) { g.d[t] = d; g.a = a; g.held[t] = held; g.b = b; g.add = add; }, [](Together &g) {
-             static float left[64][16], right[N][16];
-             for (int m = 0; m < 64; ++m)
-               for (int k = 0; k < 16; ++k) {
-                 const int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2, place = m % 16 / 8 + k / 8 * 2;
-                 left[m][k] = g.held[0] ? number(g.held[thread][place] >> k % 2 * 16) : element(g.a, m, k, false);
-               }
-             for (int n = 0; n < N; ++n)
-               for (int k = 0; k < 16; ++k) right[n][k] = element(g.b, n, k, TRANSPOSED);
-             for (int m = 0; m < 64; ++m)
-               for (int n = 0; n < N; ++n) {
-                 float &y = g.d[m / 16 * 32 + m % 8 * 4 + n % 8 / 2][n / 8 * 4 + m % 16 / 8 * 2 + n % 2];
-                 float sum = g.add ? y : 0.f;
-                 for (int k = 0; k < 16; ++k) sum += left[m][k] * right[n][k];
-                 y = sum;
-               }
+             if (products().empty()) products().emplace_back();
+             products().back().push_back({N, TRANSPOSED, g});
            });
+}
+static void products_commit() {
+  together(200 + warpgroup(), 128, [](Together &) {}, [](Together &) { products().emplace_back(); });
+}
+static void products_wait(int left) {  // for all groups but the last ones
+  together(200 + warpgroup(), 128, [](Together &) {}, [=](Together &) {
+    for (; (int)products().size() > left + 1; products().pop_front())
+      for (const Product &p : products().front()) do_product(p);
+  });
 }
 
 static float rsqrtf(float x) { return 1.f / sqrtf(x); }
@@ -179,8 +222,16 @@ static float __int_as_float(int i) { return __uint_as_float((Word)i); }
 static Word atomicAdd(Word *p, Word n) { const Word old = *p; *p += n; ++progress; return old; }
 static Long min(Long a, Long b) { return a < b ? a : b; }
 
+// Every other turn or so of a warp, so that warps come to a place in any order.
+static bool rests(const Fiber &f) {
+  Word mixed = (Word)turns * 2654435761u ^ (Word)(f.block * 64 + f.thread / 32) * 2246822519u;
+  mixed = (mixed ^ mixed >> 15) * 2246822519u;
+  return mixed >> 16 & 1;
+}
+
 // Runs `call` as every thread of `grid` blocks; 1 if they wait for each other for ever.
 static int run_all(int grid, int threads, int shared, void (*call)()) {
+  copies.clear(), turns = 0;
   blocks.assign(grid, Block{});
   fibers.assign((size_t)grid * threads, Fiber{});
   gridDim.x = grid;
@@ -201,12 +252,19 @@ static int run_all(int grid, int threads, int shared, void (*call)()) {
     const long before = progress;
     left = 0;
     for (auto &f : fibers)
-      if (!f.ended) {
-        ++left, now = &f, threadIdx.x = f.thread, blockIdx.x = f.block;
+      if (!f.ended && ++left && !rests(f)) {
+        now = &f, threadIdx.x = f.thread, blockIdx.x = f.block;
         swapcontext(&scheduler, &f.context);
       }
+    ++turns;
+    do_copies();
     idle = progress == before ? idle + 1 : 0;
   }
+  for (auto &b : blocks)
+    for (auto &group : b.products)
+      for (auto &open : group.second)
+        if (left == 0 && !open.empty()) left = 1, fprintf(stderr, "a product that nobody waited for\n");
+  if (left == 0 && !copies.empty()) left = 1, fprintf(stderr, "a copy that nobody waited for\n");
   for (auto &f : fibers) free(f.stack);
   for (auto &b : blocks) free(b.memory);
   return left > 0;

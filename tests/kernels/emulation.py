@@ -1,7 +1,8 @@
 """The kernels in CUDA C++ on a CPU: their sources are translated to C++, whose threads are fibers.
 
 What is found so: wrong indices, layouts and addresses, values that are never written, waits that
-never end. What is not: waits that are missing, and what a device refuses.
+never end, waits for copies and for wgmma that are missing. What is not: waits of threads for each
+other that are missing, and what a device refuses.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 MODULES = (product, attention, unit_heads)
-NOTHING = ("setmaxnreg", "griddepcontrol", "wgmma.", "fence.", "prefetch", "cvt.f32.f16")
+NOTHING = ("setmaxnreg", "griddepcontrol", "wgmma.fence", "fence.", "prefetch", "cvt.f32.f16")
 # What PTX contains → C++ of its operands, by number
 CALLS = {
     "mbarrier.init": "barrier_begin({0}, {1})",
@@ -67,6 +68,11 @@ def emulated(statement):
     given = operands(statement[len(template) :])
     if template.strip() == '""' or any(name in template for name in NOTHING):
         return ""
+    if "wgmma.commit_group" in template:
+        return "products_commit()"
+    if "wgmma.wait_group" in template:
+        (number,) = given or re.findall(r"aligned (\d);", template)
+        return f"products_wait({number})"
     if "cp.async.bulk.tensor" in template:
         places = re.search(r"\{(%\d(?:, %\d)+)\}", template).group(1)
         coordinates = ", ".join(given[int(n)] for n in re.findall(r"%(\d)", places))

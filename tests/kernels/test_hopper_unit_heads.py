@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from mvsplit.kernels import Segments
 from mvsplit.kernels import masked_attention as masked
-from mvsplit.kernels.hopper import unit_heads
+from mvsplit.kernels.hopper import attention, unit_heads
 from mvsplit.kernels.hopper import unit_heads_choice as choice
 from mvsplit.kernels.hopper.driver import DriverError
 from tests.kernels.emulation import emulation, needs_compiler  # noqa: F401
@@ -81,6 +81,24 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(("rows", "counts"), SIZES)
 def test_output_and_gradients_are_those_of_attention(rows, counts):
     check(rows, counts, "cpu")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("emulation", "poisoned")
+@pytest.mark.parametrize(
+    ("module", "wait"),
+    [
+        (attention, "barrier_wait(ops.of_values(i), 0, fault);"),  # for a copy
+        (unit_heads, "barrier_wait(ops.bar + 8 * (from / BOX + i), 0, fault);"),
+        (unit_heads, "products_sync<0>();"),
+    ],
+)
+def test_a_wait_that_is_missing_is_seen_by_the_emulation(module, wait, monkeypatch):
+    source = module.source
+    assert wait in source(*((attention.Heads(3), 48, True) if module is attention else (48,)))
+    monkeypatch.setattr(module, "source", lambda *a, **k: source(*a, **k).replace(wait, "", 1))
+    with pytest.raises(AssertionError):
+        check(48, (48, 1), "cpu")
 
 
 @needs_compiler
