@@ -10,9 +10,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,20 +23,24 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from torch import Tensor
 
-from mvsplit.diagnostics.logs import last_record, read_jsonl
+from mvsplit.diagnostics.logs import Record, last_record, read_jsonl
 from mvsplit.diagnostics.report import write_report
 from mvsplit.errors import UserError
 from mvsplit.evaluation.digits import CHANCE
-from mvsplit.evaluation.twins import Twin, examine
+from mvsplit.evaluation.twins import DRAWN, Twin, dead_since, draw, examine
 from mvsplit.evaluation.twins_picture import TITLES, save_twins_picture
 from mvsplit.presets import get_preset
 from mvsplit.sampling import make_grid, save_png, to_pictures
+from mvsplit.training.checkpoint import list_checkpoints, step_of
 
 TWINS = ("plain", "mvsplit")
-# What is kept for after training: starting processes, the report; and drawing, in training steps.
+# What is kept for after training: starting processes, the report; and drawing, in training steps,
+# with both twins, or on both cores with one.
 _AFTERWARDS = 15.0  # seconds
-_DRAWING = 28  # steps
+_DRAWING = {2: 28, 1: 18, 0: 0}  # steps, by how many are still to be drawn
+_LATEST = 20  # steps, by whose time that of the drawing is told
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
@@ -46,6 +50,7 @@ class Arguments:
 
     Attributes:
         minutes: time for all of it; training stops early, and says so, where it would not fit.
+        stop_dead: a twin that is dead for good stops there, which leaves its core to the other.
         steps: training steps of each twin; those of the presets if not given.
         depth: layers of each twin; those of the presets if not given.
         runs: folder of the two runs; the same folder again goes on where they stopped.
@@ -53,6 +58,7 @@ class Arguments:
     """
 
     minutes: float = 5.0
+    stop_dead: bool = True
     steps: int | None = None
     depth: int | None = None
     runs: Path = Path("runs/demo")
@@ -82,13 +88,14 @@ def run(args: Arguments) -> None:
     for folder in (*folders, args.out):
         _make(folder)
     trainers = [Trainer(name, args) for name in TWINS]
-    try:
-        _follow(trainers, console, end=began + 60 * args.minutes)
-    finally:
-        _stop(trainers)
-    console.print("drawing a hundred digits with each …")
-    with ProcessPoolExecutor(len(folders), mp_context=get_context("spawn")) as pool:
-        twins = list(pool.map(examine, folders))
+    with _drawing() as drawing:
+        try:
+            _follow(trainers, drawing, console, args, end=began + 60 * args.minutes)
+        finally:
+            _stop(trainers)
+        console.print("drawing a hundred digits with each …")
+        drawing.begin(folders)
+        twins = [examine(folder, drawing.pictures(folder)) for folder in folders]
     for twin, folder in zip(twins, folders, strict=True):
         _save_sheet(twin, folder)
     _save_numbers(twins, args.out / "demo.json")
@@ -99,18 +106,52 @@ def run(args: Arguments) -> None:
     for line in _verdict(twins):
         console.print(line)
     for trainer, twin in zip(trainers, twins, strict=True):
-        if (step := int(twin.steps[-1])) < trainer.steps:
-            console.print(
-                f"{TITLES[twin.name]} is unfinished, at step {step} of {trainer.steps}, and its "
-                "digits are those of that step: the same command again goes on from there",
-                soft_wrap=True,
-            )
+        if twin.steps[-1] < trainer.steps:
+            console.print(_why_not_all(twin, trainer), soft_wrap=True)
     console.print(f"picture {picture.resolve()}\nreport  {report.resolve()}", soft_wrap=True)
     console.print(f"took {time.monotonic() - began:.0f} s")
 
 
+class Drawing:
+    """The drawing of what the twins have learned, in processes beside their training."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+        self._parts: dict[Path, list[Future[Tensor]]] = {}
+
+    def begin(self, folders: Sequence[Path], *, processes: int = len(TWINS)) -> None:
+        """Begins to draw with those with which it has not, on `processes` cores together."""
+        new = [folder for folder in folders if folder not in self._parts]
+        for folder in new:
+            size = DRAWN * len(new) // processes  # each picture has its own noise, wherever drawn
+            parts = [slice(first, first + size) for first in range(0, DRAWN, size)]
+            self._parts[folder] = [self._pool.submit(draw, folder, part) for part in parts]
+
+    def missing(self, trainers: Sequence[Trainer]) -> int:
+        """With how many it has not begun."""
+        return sum(trainer.folder not in self._parts for trainer in trainers)
+
+    def pictures(self, folder: Path) -> Tensor:
+        """Waits for them. [100, 1, 8, 8]"""
+        return torch.cat([part.result() for part in self._parts[folder]])
+
+
+@contextmanager
+def _drawing() -> Iterator[Drawing]:
+    pool = ProcessPoolExecutor(
+        len(TWINS),
+        mp_context=get_context("spawn"),
+        initializer=signal.signal,  # or Ctrl-C would have each of them show where it was
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield Drawing(pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class Trainer:
-    """A twin's training, in a process of its own on one core."""
+    """A twin's training, in a process of its own on one core; none for one that is dead already."""
 
     def __init__(self, name: str, args: Arguments) -> None:
         self.name = name
@@ -120,31 +161,52 @@ class Trainer:
         self.steps = experiment.train.steps if args.steps is None else args.steps
         self.depth = experiment.model.depth if args.depth is None else args.depth
         probe_every = max(min(experiment.train.probe_every, self.steps), 1)
+        self.since = self._dead_and_saved() if args.stop_dead else None
+        self._stopped = self.since is not None
+        self._process: subprocess.Popen[str] | None = None
+        self._output = self.folder.with_suffix(".log")
+        if self._stopped:
+            return
         command = [sys.executable, "-m", "mvsplit", "train", self.preset]
         command += ["--run-dir", str(self.folder), "--steps", str(self.steps)]
         command += ["--model.depth", str(self.depth), "--device", "cpu"]
         command += ["--probe-every", str(probe_every)]
-        self._output = self.folder.with_suffix(".log")
         with open(self._output, "w", encoding="utf-8") as output:
             self._process = _start(command, output)
-        self._stopped = False
+
+    def _dead_and_saved(self) -> int | None:
+        """Since which step the twin is dead, where it was stopped for that, not killed before its
+        last step was saved."""
+        saved, last = list_checkpoints(self.folder / "checkpoints"), self._last("metrics.jsonl")
+        whole = bool(saved) and step_of(saved[-1]) == last.get("step")
+        return dead_since(self.folder) if whole else None
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """Has the twin finish its step, save and leave."""
-        if self.running:
+        if self._process is not None and self.running:
             self._stopped = True
             self._process.send_signal(signal.SIGTERM)
 
+    def stop_if_dead(self) -> bool:
+        """Stops the twin and waits for it if nothing will come of it any more; whether it did."""
+        if not self.running or (since := dead_since(self.folder)) is None:
+            return False
+        self.since = since
+        self.stop()
+        self.wait()
+        return True
+
     def wait(self) -> None:
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
 
     def check(self) -> None:
         """Raises UserError with the twin's last words if it failed."""
-        status = self._process.poll()
+        status = 0 if self._process is None else self._process.poll()
         ended = (128 + signal.SIGTERM, -signal.SIGTERM)  # the second before its first step
         if status and not (self._stopped and status in ended):
             lines = self._output.read_text(encoding="utf-8").strip().splitlines()
@@ -152,24 +214,26 @@ class Trainer:
             raise UserError(f"the {self.name} twin stopped: {last.removeprefix('mvsplit: ')}")
 
     def seconds_per_step(self) -> float:
-        """Median over the steps so far, 0 before the first."""
+        """Median over the latest steps, 0 before the first."""
         log = self.folder / "metrics.jsonl"
         times = [line["seconds"] for line in read_jsonl(log)] if log.exists() else []
-        return statistics.median(times) if times else 0.0
+        return statistics.median(times[-_LATEST:]) if times else 0.0
 
     def row(self) -> tuple[str, ...]:
         """Name, step, loss, similarity of the deep tokens, query gradient, alarm."""
-        metrics = last_record(self.folder / "metrics.jsonl") or {}
-        layers = last_record(self.folder / "layers.jsonl") or {}
+        metrics, layers = self._last("metrics.jsonl"), self._last("layers.jsonl")
         deep = layers.get("tcs", [])[-max(self.depth // 4, 1) :]
         return (
             TITLES[self.name],
-            f"step {metrics.get('step', 0)}/{self.steps}",
+            f"step {metrics.get('step', 0)}/{self.steps}" + (", stopped" if self.since else ""),
             f"loss {metrics['loss']:.3f}" if metrics else "starting",
             f"deep similarity {sum(deep) / len(deep):.3f}" if deep else "",
             f"query gradient {metrics['grad_query']:.1e}" if metrics else "",
             self._alarm(),
         )
+
+    def _last(self, log: str) -> Record:
+        return last_record(self.folder / log) or {}
 
     def _alarm(self) -> str:
         """The first alarm of the watch, in a few words."""
@@ -209,23 +273,31 @@ def _stop(trainers: Sequence[Trainer]) -> None:
         trainer.wait()
 
 
-def _follow(trainers: Sequence[Trainer], console: Console, end: float) -> None:
-    """Shows both twins until they are done, or stops them in time to be drawn before `end`."""
+def _follow(
+    trainers: Sequence[Trainer], drawing: Drawing, console: Console, args: Arguments, end: float
+) -> None:
+    """Shows both twins until they are done, or stops them in time to be drawn before `end`; those
+    that are dead for good at once, which are then drawn beside the other's training."""
     printed = time.monotonic()
     live = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with live or nullcontext():
         while any(trainer.running for trainer in trainers):
             time.sleep(0.5)
             for trainer in trainers:
+                if args.stop_dead and trainer.stop_if_dead():
+                    console.print(_epitaph(trainer), soft_wrap=True)
                 trainer.check()
+                if trainer.since is not None:
+                    drawing.begin([trainer.folder], processes=1)
             if live is not None:
                 live.update(_progress(trainers), refresh=True)
             elif time.monotonic() - printed > _PLAIN_INTERVAL:
                 printed = time.monotonic()
                 line = " | ".join(" ".join(trainer.row()) for trainer in trainers)
                 console.print(line, soft_wrap=True, highlight=False)
-            step = max(trainer.seconds_per_step() for trainer in trainers)
-            if time.monotonic() > end - _AFTERWARDS - _DRAWING * step:
+            step = max((t.seconds_per_step() for t in trainers if t.running), default=0.0)
+            afterwards = _AFTERWARDS + _DRAWING[drawing.missing(trainers)] * step
+            if time.monotonic() > end - afterwards:
                 _stop(trainers)
                 console.print("the time is used up: training stops here (--minutes gives more)")
         for trainer in trainers:
@@ -234,11 +306,28 @@ def _follow(trainers: Sequence[Trainer], console: Console, end: float) -> None:
             live.update(_progress(trainers), refresh=True)
 
 
+def _epitaph(trainer: Trainer) -> str:
+    return (
+        f"{TITLES[trainer.name]} is dead since step {trainer.since}: its deep tokens are all alike "
+        "and its queries get no gradient that could part them. It stops here and leaves its core "
+        "to its twin (--no-stop-dead trains it on)"
+    )
+
+
 def _progress(trainers: Sequence[Trainer]) -> Table:
     table = Table(show_header=False)
     for trainer in trainers:
         table.add_row(*trainer.row())
     return table
+
+
+def _why_not_all(twin: Twin, trainer: Trainer) -> str:
+    """Why a twin has fewer steps than were asked for."""
+    stopped = f"{TITLES[twin.name]} was stopped at step {twin.steps[-1]} of {trainer.steps}"
+    whose = "its digits are those of that step"
+    if trainer.since is not None:
+        return f"{stopped}, dead since step {trainer.since}, and {whose}"
+    return f"{stopped}, unfinished, and {whose}: the same command again goes on from there"
 
 
 def _save_sheet(twin: Twin, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +15,14 @@ from mvsplit.diagnostics.logs import read_jsonl
 from mvsplit.errors import UserError
 from mvsplit.evaluation.digits import evaluate_digits
 from mvsplit.sampling import SamplingConfig, generate
-from mvsplit.training import load_run
+from mvsplit.training import load_run, read_experiment
 
 DRAWN = 100  # pictures a run, ten of each digit
 COLLAPSED_SIMILARITY = 0.99
 COLLAPSED_LOSS = 0.75  # of the first loss
+EXTINCT = 1e-3  # of the largest query gradient that the run had
+DEAD_STEPS = 30  # for which all three must have held without a break
+_SAMPLING = SamplingConfig(steps=12, guidance=2.0, shift=1.0, batch_size=DRAWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Twin:
         pictures: [100, 1, 8, 8], ten columns of digits 0 to 9.
         accuracy: share of the pictures recognised as what was asked for.
         accuracy_real: the same for held-out real digits.
+        dead_since: the step from which on it was dead for good (`dead_since`), if it was.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Twin:
     pictures: Tensor
     accuracy: float
     accuracy_real: float
+    dead_since: int | None = None
 
     @property
     def first_loss(self) -> float:
@@ -64,8 +68,7 @@ class Twin:
     @property
     def deep_similarity(self) -> float:
         """Token cosine similarity of the deepest quarter in the last probe."""
-        layers = self.similarity.shape[1]
-        return float(self.similarity[-1, -max(layers // 4, 1) :].mean())
+        return _deep(self.similarity[-1])
 
     @property
     def collapsed(self) -> bool:
@@ -75,10 +78,11 @@ class Twin:
             and self.last_loss > COLLAPSED_LOSS * self.first_loss
         )
 
-    def numbers(self) -> dict[str, float | int | bool]:
+    def numbers(self) -> dict[str, float | int | bool | None]:
         """What the demo's table shows, for a file."""
         return {
             "steps": int(self.steps[-1]),
+            "steps_planned": self.planned,
             "seconds_per_step": round(self.seconds, 3),
             "first_loss": round(self.first_loss, 4),
             "last_loss": round(self.last_loss, 4),
@@ -87,38 +91,82 @@ class Twin:
             "digit_accuracy": self.accuracy,
             "digit_accuracy_real": round(self.accuracy_real, 4),
             "collapsed": self.collapsed,
+            "dead_since": self.dead_since,
         }
 
 
-def examine(run: Path, *, steps: int = 12, guidance: float = 2.0, seed: int = 0) -> Twin:
-    """Draws with a finished run on the digits and reads its logs.
+def dead_since(run: Path) -> int | None:
+    """The step from which on a run has been dead for good, None if it lives or cannot be told yet.
+
+    From there on, for `DEAD_STEPS` steps or more, its query gradients are extinct, every look found
+    all deep tokens alike, and the loss is near where it began. Alike tokens give queries and keys
+    no gradient (paper Lemma 1), so nothing in the run can make them differ again.
+    """
+    paths = run / "metrics.jsonl", run / "layers.jsonl"
+    if not all(path.exists() for path in paths):
+        return None
+    metrics = list(read_jsonl(paths[0]))
+    gradient = np.array([line["grad_query"] for line in metrics])
+    alive = ~(gradient < EXTINCT * np.maximum.accumulate(gradient))
+    dead = metrics[int(np.flatnonzero(alive)[-1]) + 1 :] if metrics else []
+    if not dead or dead[-1]["step"] - dead[0]["step"] < DEAD_STEPS:
+        return None
+    since = int(dead[0]["step"])
+    looks = [_deep(np.array(k["tcs"])) for k in read_jsonl(paths[1]) if k["step"] >= since]
+    alike = bool(looks) and min(looks) > COLLAPSED_SIMILARITY
+    loss = np.mean([line["loss"] for line in dead])
+    return since if alike and loss > COLLAPSED_LOSS * metrics[0]["loss"] else None
+
+
+def _deep(similarity: NDArray[np.float64]) -> float:
+    """Mean over the deepest quarter of [L]."""
+    return float(similarity[-max(len(similarity) // 4, 1) :].mean())
+
+
+def draw(run: Path, part: slice) -> Tensor:
+    """The pictures `part` of the `DRAWN` that a run on the digits draws. [N, 1, 8, 8]
 
     Raises:
-        UserError: the run has no checkpoint, or no layer of it was looked into.
+        UserError: the run has no checkpoint.
+    """
+    torch.set_num_threads(1)  # others draw or train on the other cores
+    loaded = load_run(run)
+    digits = Digits()
+    prompts = [digits.vocabulary[label] for label in _labels()[: part.stop]]
+    shape = (digits.channels, digits.height, digits.width)
+    (drawn,) = generate(loaded.model, loaded.embedder, prompts, shape, _SAMPLING, first=part.start)
+    return drawn.latents
+
+
+def _labels() -> list[int]:
+    return [i % 10 for i in range(DRAWN)]
+
+
+def examine(run: Path, pictures: Tensor) -> Twin:
+    """Reads the logs of a run on the digits, and what it drew.
+
+    Args:
+        pictures: all that `draw` draws. [100, 1, 8, 8]
+
+    Raises:
+        UserError: no layer of the run was looked into.
     """
     probes = list(read_jsonl(run / "layers.jsonl"))
     if not probes:
         raise UserError(f"{run} has no probe of its layers yet; train it on to its first")
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))  # twins are examined side by side
-    loaded = load_run(run)
-    digits = Digits()
-    labels = [i % 10 for i in range(DRAWN)]
-    prompts = [digits.vocabulary[label] for label in labels]
-    config = SamplingConfig(steps=steps, guidance=guidance, shift=1.0, seed=seed, batch_size=DRAWN)
-    shape = (digits.channels, digits.height, digits.width)
-    (drawn,) = generate(loaded.model, loaded.embedder, prompts, shape, config)
-    scores = dict(evaluate_digits(drawn.latents, labels))
+    scores = dict(evaluate_digits(pictures, _labels()))
     metrics = list(read_jsonl(run / "metrics.jsonl"))
     return Twin(
         name=run.name,
-        planned=loaded.experiment.train.steps,
+        planned=read_experiment(run).train.steps,
         steps=np.array([line["step"] for line in metrics]),
         loss=np.array([line["loss"] for line in metrics]),
         seconds=float(np.median([line["seconds"] for line in metrics])),
         probe_steps=np.array([line["step"] for line in probes]),
         similarity=np.array([line["tcs"] for line in probes], dtype=np.float64),
         query_gradient=np.array([line["grad_query"] for line in metrics]),
-        pictures=drawn.latents,
+        pictures=pictures,
         accuracy=scores["digit_accuracy"],
         accuracy_real=scores["digit_accuracy_real"],
+        dead_since=dead_since(run),
     )

@@ -23,11 +23,12 @@ def save_twins_picture(twins: Sequence[Twin], path: Path) -> Path:
     """Draws two twins into one PNG of about 1500×900 pixels and returns `path`."""
     figure = Figure(figsize=(12.5, 7.4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
+    last = max(int(twin.steps[-1]) for twin in twins)
     grid = figure.add_gridspec(2, 4, width_ratios=[1.15, 1, 1, 0.05])
     _draw_losses(figure.add_subplot(grid[0, 0]), twins)
     _draw_gradients(figure.add_subplot(grid[1, 0]), twins)
     for column, twin in enumerate(twins, start=1):
-        image = _draw_similarity(figure.add_subplot(grid[0, column]), twin)
+        image = _draw_similarity(figure.add_subplot(grid[0, column]), twin, last)
         _draw_digits(figure.add_subplot(grid[1, column]), twin)
     figure.colorbar(image, cax=figure.add_subplot(grid[0, 3]), label="token cosine similarity")
     layers = twins[0].similarity.shape[1]
@@ -55,8 +56,9 @@ def _draw_gradients(axes: Axes, twins: Sequence[Twin]) -> None:
     axes.set(title="query gradient of the deepest quarter", xlabel="step")
 
 
-def _draw_similarity(axes: Axes, twin: Twin) -> QuadMesh:
-    """One column a probe, as wide as the steps it stands for: probes are not evenly spaced."""
+def _draw_similarity(axes: Axes, twin: Twin, last: int) -> QuadMesh:
+    """One column a probe, as wide as the steps it stands for: probes are not evenly spaced. The
+    axis reaches to `last`, the last step of both twins; past a twin's own there is nothing."""
     mesh = axes.pcolormesh(
         step_edges(twin.probe_steps),
         np.arange(twin.similarity.shape[1] + 1),
@@ -66,6 +68,7 @@ def _draw_similarity(axes: Axes, twin: Twin) -> QuadMesh:
         vmax=1,
         rasterized=True,
     )
+    axes.set_xlim(0.5, last + 0.5)
     axes.invert_yaxis()
     axes.set(title=f"{TITLES[twin.name]}: are the tokens all alike?", xlabel="step")
     axes.set_ylabel("layer")
@@ -87,9 +90,17 @@ def _draw_digits(axes: Axes, twin: Twin) -> None:
     axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
     axes.set_xticks(np.arange(10) * side + side / 2, [str(digit) for digit in range(10)])
     axes.set_yticks([])
+    axes.set_title(f"{_when(twin)}asked for 0 to 9: {twin.accuracy:.0%} recognised")
+
+
+def _when(twin: Twin) -> str:
+    """Of which step the digits are, where that is not the last that was asked for."""
     done = int(twin.steps[-1])
-    when = "" if done >= twin.planned else f"unfinished, at step {done} of {twin.planned}\n"
-    axes.set_title(f"{when}asked for 0 to 9: {twin.accuracy:.0%} recognised")
+    if done >= twin.planned:
+        return ""
+    if twin.dead_since is not None:
+        return f"dead since step {twin.dead_since}, stopped at {done} of {twin.planned}\n"
+    return f"unfinished, at step {done} of {twin.planned}\n"
 
 
 def _smoothed(values: np.ndarray, window: int) -> np.ndarray:

@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 from mvsplit.cli import demo, main
 from mvsplit.errors import UserError
-from mvsplit.evaluation.twins import examine
+from mvsplit.evaluation import twins as evaluation
+from mvsplit.evaluation.twins import DRAWN, draw, examine
 
 
 @pytest.fixture(scope="module")
@@ -121,4 +123,47 @@ def test_a_run_without_probes_is_one_line(tmp_path):
     run = tmp_path / "run"
     assert main(["train", "tiny", "--run-dir", str(run), "--steps", "1"]) == 0
     with pytest.raises(UserError, match="has no probe of its layers yet"):
-        examine(run)
+        examine(run, torch.zeros(DRAWN, 1, 8, 8))
+
+
+def test_a_hundred_digits_are_the_same_in_two_parts(out):
+    run = out / "runs" / "mvsplit"
+    whole = draw(run, slice(0, 20))
+    parts = torch.cat((draw(run, slice(0, 10)), draw(run, slice(10, 20))))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
+    assert whole.std() > 0.1, "nothing is drawn"
+
+
+def test_a_dead_twin_stops_for_good_and_the_other_goes_on(tmp_path, monkeypatch, capsys):
+    def dead_since(folder):
+        log = folder / "metrics.jsonl"
+        looked_into = log.exists() and log.read_bytes().count(b"\n") >= 12
+        return 2 if looked_into and folder.name == "plain" else None
+
+    for module in (demo, evaluation):
+        monkeypatch.setattr(module, "dead_since", dead_since)
+    arguments = demo.Arguments(steps=400, depth=2, runs=tmp_path / "runs", out=tmp_path)
+    demo.run(arguments)
+    twins = json.loads((tmp_path / "demo.json").read_text())["twins"]
+    assert 12 <= twins["plain"]["steps"] < twins["mvsplit"]["steps"] == 400
+    assert (twins["plain"]["dead_since"], twins["mvsplit"]["dead_since"]) == (2, None)
+    said = capsys.readouterr().out
+    assert said.count("plain residual is dead since step 2") == 1
+    assert f"stopped at step {twins['plain']['steps']} of 400, dead since step 2" in said
+    log = tmp_path / "runs" / "plain.log"
+    log.write_text("not started again")
+    again = demo.Trainer("plain", arguments)
+    assert not again.running
+    assert log.read_text() == "not started again"
+
+
+def test_a_dead_twin_that_lacks_its_last_steps_is_taken_up_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "dead_since", lambda folder: 2)
+    arguments = demo.Arguments(steps=4, depth=2, runs=tmp_path)
+    folder = tmp_path / "plain"
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')  # killed before it could save
+    twin = demo.Trainer("plain", arguments)
+    assert twin.running
+    twin.stop()
+    twin.wait()
