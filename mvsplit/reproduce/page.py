@@ -33,7 +33,7 @@ rate.
 
 All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
 others. Some of them make much of rounding: the same runs on another processor end elsewhere. What
-an earlier version came to stays beside a result, and `--again "on another processor"` keeps a rerun
+was recorded earlier stays beside a result, and `--again "on another processor"` keeps a rerun
 there; a page says by how much its figures move.
 
 | claim | source | {" | ".join(SIZES)} |
@@ -42,7 +42,7 @@ there; a page says by how much its figures move.
 
 
 def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = None) -> Path:
-    """Puts a result where the pages of `folder` are written from. What an earlier version came to
+    """Puts a result where the pages of `folder` are written from. What was there
     stays beside it, as a rerun; with `again` the result itself is one, of that name.
 
     Raises:
@@ -163,7 +163,7 @@ def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     ]
     if result["panels"]:
         parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
-    return [*parts, _figures(result), *rerun_lines(result), _runs(runs)]
+    return [*parts, _figures(result), _runs(runs), *rerun_lines(result)]
 
 
 def _figures(result: Mapping[str, Any]) -> str:

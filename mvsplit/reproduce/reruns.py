@@ -1,5 +1,5 @@
-"""The same runs again: earlier versions' results and reruns are kept beside a claim's, and the page
-says by how much figures moved.
+"""The same runs again: earlier results and reruns are kept beside a claim's, and the page says by
+how much figures moved.
 
 A run in which rounding is amplified ends elsewhere on another version, processor or choice of
 kernels, with the same seed. How far, only a rerun shows.
@@ -31,7 +31,7 @@ def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict
         return whole
     earlier = [*before.get(AGAIN, [])]
     if _signature(result) != _signature(before):
-        earlier.insert(0, rerun(before, "an earlier version"))
+        earlier.insert(0, rerun(before, "an earlier record"))
     if result["rule"] == before["rule"] and before["rule_unchanged"]:
         whole["rule_written"] = min(result["rule_written"], before["rule_written"])
     return whole | ({AGAIN: earlier} if earlier else {})

@@ -12,7 +12,7 @@ from typing import Any
 from mvsplit.data.atomic import write_atomically
 from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.groups import family
-from mvsplit.reproduce.depth.plan import ENTRIES, BenchRun, BenchSize, Entry
+from mvsplit.reproduce.depth.plan import ENTRIES, BenchRun, BenchSize, Entry, get_run
 from mvsplit.reproduce.depth.run import read_rows, run_bench
 from mvsplit.reproduce.depth.together import run_together
 
@@ -30,12 +30,14 @@ def check_together(
     for each family, and one of each kind alone, and compares training and validation losses.
 
     Args:
-        keep: a JSON file of what was found, written after each run.
+        keep: a JSON file of what was found, written after each run; what it says of other entries
+            on the same device stays.
 
     Raises:
         RuntimeError: they differ by more than rounding.
     """
     short = replace(size, steps=STEPS, warmup=5, validation=32, pictures=2, drawing=1)
+    before = _read(keep)
     found: list[dict[str, Any]] = []
     families = _families(size, entries)
     wanted = sum(len(pairs) for pairs in families)
@@ -47,7 +49,9 @@ def check_together(
                 run_bench(pair[number % 2], short, Path(alone))
                 (row,) = (r for r in read_rows(Path(alone)) if r["run"] == pair[number % 2].name)
                 found.append(_apart(row, together[row["run"]]))
-                _keep(found, wanted, row, keep)
+                _tell(found, wanted)
+                if keep is not None:
+                    _keep(found, wanted, row, before, keep)
     worst = {n: max(each[n] for each in found) for n in ("curve", "validation_loss")}
     words = ", ".join(f"{name} within {share:.1e}" for name, share in worst.items())
     if not all(each["alike"] for each in found):
@@ -65,23 +69,35 @@ def _apart(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": row["run"], "curve": max(steps), "validation_loss": loss, "alike": alike}
 
 
-def _keep(
-    found: Sequence[Mapping[str, Any]], wanted: int, row: Mapping[str, Any], path: Path | None
-) -> None:
+def _tell(found: Sequence[Mapping[str, Any]], wanted: int) -> None:
     each = found[-1]
     words = f"curve {each['curve']:.1e}, validation loss {each['validation_loss']:.1e}"
     print(f"gate, {len(found)} of {wanted}: {each['run']}: {words}", flush=True)
-    if path is not None:
-        passed = len(found) == wanted and all(e["alike"] for e in found)
-        tree: dict[str, Any] = {
-            "passed": passed,
-            "wanted": wanted,
-            "limit": ALIKE,
-            "steps": STEPS,
-        }
-        tree |= {"device": row["device"], "torch": row["torch"], "runs": list(found)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(tree, indent=1) + "\n")
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path is not None and path.exists() else {}
+
+
+def _keep(
+    found: Sequence[Mapping[str, Any]],
+    wanted: int,
+    row: Mapping[str, Any],
+    before: Mapping[str, Any],
+    path: Path,
+) -> None:
+    where = {"limit": ALIKE, "steps": STEPS, "device": row["device"], "torch": row["torch"]}
+    same = all(before.get(name) == value for name, value in where.items())
+    now = {_entry(each) for each in found}
+    others = [each for each in before["runs"] if _entry(each) not in now] if same else []
+    passed = len(found) == wanted and all(each["alike"] for each in (*others, *found))
+    tree = {"passed": passed, "wanted": wanted + len(others), **where, "runs": [*others, *found]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(tree, indent=1) + "\n")
+
+
+def _entry(each: Mapping[str, Any]) -> str:
+    return get_run(each["run"]).entry.name
 
 
 def _families(size: BenchSize, entries: Sequence[Entry]) -> list[list[list[BenchRun]]]:

@@ -156,6 +156,21 @@ def test_the_gate_takes_what_is_alike(tmp_path, monkeypatch, capsys):
     assert {name.partition("-lr")[2] for name in alone} == {"3.2e-04-seed0", "1.0e-03-seed1"}
 
 
+def test_the_gate_adds_to_what_it_found_on_the_same_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "STEPS", 10)
+    monkeypatch.setattr(gate, "DEPTH", 2)
+    path = tmp_path / "gate.json"
+    for names in (["plain", "mvsplit-root"], ["alpha", "plain"]):
+        check_together(TINY, get_entries(names), path)
+    kept = json.loads(path.read_text("utf-8"))
+    assert (kept["passed"], kept["wanted"]) == (True, 3)
+    names = [each["run"].partition("-2x16")[0] for each in kept["runs"]]
+    assert names == ["mvsplit-root", "alpha", "plain"]
+    path.write_text(json.dumps(kept | {"device": "another"}), "utf-8")
+    check_together(TINY, get_entries(["plain"]), path)
+    assert len(json.loads(path.read_text("utf-8"))["runs"]) == 1
+
+
 @pytest.mark.parametrize("factor", [1.02, float("nan")])
 def test_the_gate_refuses_what_differs(tmp_path, monkeypatch, factor):
     """A way to train that gives other losses, in place of the ensemble."""
