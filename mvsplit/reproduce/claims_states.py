@@ -80,6 +80,11 @@ FRONT = Claim(
     "writers learns; a front that crosses a good part of the depth.",
     limits="The writers' spread is 1/√(3·fan-in), which is 0.018 at width 1024 and larger at ours. "
     "Which way the front moves is shown and not judged.",
+    afterwards="After some tens of looks rounding decides where the front stands. In seed 1 the "
+    "two records of the small size, made on two processors, go together for so long and then "
+    "apart. The version of the earlier one, run on the processor of the later one, gives every "
+    "loss of the later one in that seed, bit for bit: no change of the program moved the figure. "
+    "A spread over two seeds says less of it than the runs taken again.",
     cost={"small": "4 runs of half a minute on a core", "gpu": "6 runs of about a minute"},
     trials=_front_trials,
     measure=lambda runs: [
