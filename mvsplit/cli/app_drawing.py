@@ -133,14 +133,15 @@ class Drawing:
 
         Args:
             visitor: whose `stop` ends it.
-            ticket: from `enlist`, of when it was wished; without one it is wished now.
+            ticket: the visitor's, from `enlist`, of when it was wished; without one that is now.
 
         Raises:
             UserError: a word or a sampler that is not known, or pictures that are not finite.
         """
         config = wish.config(self._subject.shift)
         self._subject.embedder.encode([wish.prompt])  # an unknown word is said at once
-        work = self._begin(wish, config, self.enlist(visitor) if ticket is None else ticket)
+        ticket = self.enlist(visitor) if ticket is None else ticket
+        work = self._begin(wish, config, visitor, ticket)
         if work is None:
             yield STOPPED
             return
@@ -169,16 +170,16 @@ class Drawing:
                 self._work.close()
         return bool(waiting)
 
-    def _begin(self, wish: Wish, config: SamplingConfig, ticket: int) -> _Work | None:
+    def _begin(self, wish: Wish, config: SamplingConfig, visitor: str, ticket: int) -> _Work | None:
         """The drawing, begun; None where it was stopped while it waited."""
         with self._changing:
-            visitor = self._waiting.pop(ticket, None)
-            if visitor is None:
+            if self._waiting.get(ticket) != visitor:
                 return None
+            del self._waiting[ticket]
             self._work.close()
             work = self._work = _Work(self._work.number + 1)
             self._visitor = visitor
-        work.start(lambda: self._latents(wish, config, work))
+            work.start(lambda: self._latents(wish, config, work))  # here, or no `close` would wait
         return work
 
     def _latents(self, wish: Wish, config: SamplingConfig, work: _Work) -> Tensor:

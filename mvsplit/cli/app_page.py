@@ -91,7 +91,8 @@ def _connect(
 
     start, stop = buttons
     status, *_ = outputs
-    ticket = gradio.State()
+    # In the page, so that each wish takes its own along: a State is read when the turn has come.
+    ticket = gradio.Number(precision=0, visible="hidden")
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
     for trigger in (start.click, inputs[0].submit):
         enlisted = trigger(enlist, None, [ticket, status], queue=False, **quietly)
@@ -101,6 +102,7 @@ def _connect(
             outputs,
             concurrency_limit=1,
             concurrency_id="drawing",
+            trigger_mode="multiple",  # or one that waits would keep what is wished next from it
             **quietly,
         )
     stop.click(end, None, status, queue=False, **quietly)

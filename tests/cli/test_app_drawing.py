@@ -110,6 +110,8 @@ def test_stop_is_for_what_was_wished_before_it(drawing):
     ]
     assert [len(end.files) for end in ends] == [0, 4, 0, 4]
     assert ends[0] == ends[2] == STOPPED
+    assert [*drawing.draw(Wish(prompt="one", steps=1), "ben", drawing.enlist("anna"))] == [STOPPED]
+    assert drawing.stop("anna")  # another's turn is not taken
     drawing.drop(drawing.enlist("anna"))
     assert not drawing.stop("anna")
 

@@ -212,14 +212,19 @@ def test_who_waits_can_stop_and_wish_again_while_another_draws(app, page, driver
         page.wait(says("Waiting"))
         page.find("#stop").click()
         page.wait(says("Stopped"))
+        page.fill("pictures", "3")
         page.find("#draw").click()
         page.wait(says("Waiting"))
+        page.fill("pictures", "2")
+        page.find("#prompt textarea, #prompt input").send_keys(Keys.ENTER)
         driver.switch_to.window(one)
         assert "of 200" in page.status()  # another's stop is not for this one
         page.find("#stop").click()
         page.wait(says("Stopped"))
         driver.switch_to.window(other)
-        page.wait("return document.querySelectorAll('#gallery img').length == 4")
+        for wished in (3, 2):  # and not the four that were stopped
+            page.wait(f"return document.querySelectorAll('#gallery img').length == {wished}")
+        page.wait(says("2 drawn in"))
     finally:
         driver.switch_to.window(other)
         driver.close()
