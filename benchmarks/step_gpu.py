@@ -68,6 +68,9 @@ _WAYS = (
     "merge without clusters",
     "q, k, v copied",
 )
+_UNIT_HEADS = (
+    ", 64 queries", " in CUDA C++, gradients by it", " in CUDA C++, gradients by cudnn",
+)  # fmt: skip
 _SHORT = "16 × (256+32 masked), packed"
 WORK: dict[str, Work] = {
     "train_step": Work(
@@ -91,8 +94,9 @@ WORK: dict[str, Work] = {
         25, 50, ("thousand_layers.py", "--stages", "resume", "--resume-depth", "24"), budget=False
     ),
     "masked_attention": Work(
-        20, 35,
-        ("masked_attention.py", "--ways", "cudnn, no mask", "cudnn with zero keys"),
+        20, 75,
+        ("masked_attention.py", "--ways", "cudnn, no mask", "cudnn with zero keys",
+         *(f"unit heads{which}" for which in _UNIT_HEADS)),
         budget=False, gated=True,
     ),
 }  # fmt: skip
