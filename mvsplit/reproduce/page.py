@@ -46,7 +46,7 @@ def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = Non
     stays beside it, as a rerun; with `again` the result itself is one, of that name.
 
     Raises:
-        UserError: there is no result that it could be a rerun of.
+        UserError: there is no result that it could be a rerun of, or its runs are other ones.
     """
     path = folder / RESULTS / f"{result['claim']}-{result['size']}.json"
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -11,8 +11,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mvsplit.errors import UserError
+
 AGAIN = "again"  # of a stored result: what its reruns came to
 _OF_RERUN = ("words", "date", "verdict", "environment", "values")
+_HOW_IT_WENT = ("ended", "seconds", "together")  # of a run's row; the rest says which run it is
 Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
 
 
@@ -24,23 +27,43 @@ def rerun(result: Mapping[str, Any], words: str) -> dict[str, Any]:
 
 
 def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns. A rule
-    that is the same was written when it was first written."""
+    """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns; not
+    where other runs have been made since. A rule that is the same was written when it was first
+    written."""
     whole = dict(result)
     if before is None:
         return whole
-    earlier = [*before.get(AGAIN, [])]
-    if _signature(result) != _signature(before):
-        earlier.insert(0, rerun(before, "an earlier record"))
+    earlier = []
+    if _runs(result) == _runs(before):
+        earlier = [*before.get(AGAIN, [])]
+        if _signature(result) != _signature(before):
+            earlier.insert(0, rerun(before, "an earlier record"))
     if result["rule"] == before["rule"] and before["rule_unchanged"]:
         whole["rule_written"] = min(result["rule_written"], before["rule_written"])
     return whole | ({AGAIN: earlier} if earlier else {})
 
 
 def beside(result: Mapping[str, Any], there: Mapping[str, Any], words: str) -> dict[str, Any]:
-    """`there` with `result` among its reruns, in the place of one of the same words."""
+    """`there` with `result` among its reruns, in the place of one of the same words.
+
+    Raises:
+        UserError: its runs are other ones.
+    """
+    if _runs(result) != _runs(there):
+        raise UserError(
+            f"again={words!r}: the runs of {result['claim']} are other ones than those of the "
+            "result that is kept; keep this one in its place, without --again"
+        )
     others = [each for each in there.get(AGAIN, []) if each["words"] != words]
     return dict(there) | {AGAIN: [*others, rerun(result, words)]}
+
+
+def _runs(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was trained, by its name."""
+    return {
+        row["run"]: {key: value for key, value in row.items() if key not in _HOW_IT_WENT}
+        for row in result["runs"]
+    }
 
 
 def _signature(result: Mapping[str, Any]) -> tuple[Any, ...]:

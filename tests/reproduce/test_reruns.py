@@ -85,6 +85,23 @@ def test_a_rerun_takes_the_place_of_none_but_its_own_name(result, tmp_path):
     assert now == result
 
 
+def test_other_runs_are_no_rerun(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result, seed1=0.2), tmp_path, "elsewhere")
+    other = changed(result, seed1=0.1)
+    other["runs"][0]["steps"] += 1
+    with pytest.raises(UserError, match="again='far away': the runs of front are other ones"):
+        keep_result(other, tmp_path, "far away")
+    keep_result(other, tmp_path)
+    assert AGAIN not in kept(tmp_path)
+    assert kept(tmp_path)["runs"] == other["runs"]
+    slower = copy.deepcopy(other)
+    slower["date"] = "2030-01-03"
+    slower["runs"][0] |= {"seconds": 1e4, "together": 1}  # how it went, not what it was
+    keep_result(slower, tmp_path)
+    assert [each["date"] for each in kept(tmp_path)[AGAIN]] == [LATER]
+
+
 def test_the_page_says_by_how_much_a_figure_moves(result, tmp_path):
     keep_result(result, tmp_path)
     assert "The same runs again" not in page_text(FRONT, [kept(tmp_path)])
