@@ -21,7 +21,7 @@ WriterRow = tuple[str, int, float | None, float | None, float | None]
 def show(found: Retrospect, console: Console) -> None:
     """What the logs tell of the step, and what they do not hold, for a reader."""
     for line in (*_head(found), ""):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if found.events:
         console.print(events_table(found.events))
         console.print()
@@ -31,7 +31,7 @@ def show(found: Retrospect, console: Console) -> None:
     rest = (f"left out of {log}: {reason}" for log, reason in found.left_out.items())
     advice = ("docs/watch.md says what to do at each verdict.",) if found.events else ()
     for line in ("", *rest, *advice, *found.absent):
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _head(found: Retrospect) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mvsplit.diagnostics.detector import Detector
@@ -81,5 +82,5 @@ def events_table(events: Sequence[Event]) -> Table:
     for event in events:
         layer = "" if event.layer is None else str(event.layer)
         level = f"[{_COLOURS[event.level]}]{event.level}[/]"
-        table.add_row(f"{event.step:,}", level, event.verdict, layer, event.message)
+        table.add_row(f"{event.step:,}", level, event.verdict, layer, escape(event.message))
     return table

@@ -64,13 +64,17 @@ class Event:
         known = line.get("level") in LEVELS and line.get("verdict") in get_args(Verdict)
         if not known or not isinstance(evidence, dict):
             return None
+        try:
+            numbers = {name: float(value) for name, value in evidence.items()}
+        except (TypeError, ValueError):  # of another program
+            return None
         return cls(
             step=line["step"],
             level=line["level"],
             verdict=line["verdict"],
             layer=layer if isinstance(layer, int) else None,
             message=str(line.get("message")),
-            evidence={name: float(value) for name, value in evidence.items()},
+            evidence=numbers,
         )
 
 

@@ -104,8 +104,8 @@ def look_back(folder: Path, step: int | None = None) -> Retrospect:
     the earlier one wrote from there on is left out.
 
     Args:
-        step: which one; None for the first of the gravest verdicts, and without any for the step
-            whose gradient norm is the largest multiple of the median before it.
+        step: which one; None for the first of the gravest verdicts, without any for the step whose
+            gradient norm is the largest multiple of the median before it, or for the last.
 
     Raises:
         UserError: no monitor wrote these logs, they hold no step, or not this one.
@@ -196,13 +196,18 @@ def _left_out(dropped: Dropped, replaced: int) -> str:
 
 
 def _choose(events: Sequence[Event], lines: Sequence[Record]) -> tuple[int, str]:
-    if events:
-        gravest = max(events, key=lambda event: event.gravity)  # the first of them
-        return gravest.step, f"its first {gravest.level}"
-    norms = [as_number(line.get("grad_norm")) or 0.0 for line in lines]
-    return lines[most_unusual(norms)][
-        "step"
-    ], "chosen by its gradient norm, for there is no verdict"
+    """A step of which there is a line, and why it is told of."""
+    steps = [line["step"] for line in lines]
+    if told := [event for event in events if event.step in set(steps)]:
+        gravest = max(told, key=lambda event: event.gravity)  # the first of them
+        lost = "" if len(told) == len(events) else " of which the numbers are there"
+        return gravest.step, f"its first {gravest.level}{lost}"
+    why = "no line has the step of a verdict" if events else "there is no verdict"
+    norms = [as_number(line.get("grad_norm")) for line in lines]
+    if all(norm is None for norm in norms):
+        return steps[-1], f"the last, for {why} and no gradient norm"
+    place = most_unusual([norm or 0.0 for norm in norms])
+    return steps[place], f"chosen by its gradient norm, for {why}"
 
 
 def _numbers(lines: Sequence[Record], at: int) -> dict[str, Number]:

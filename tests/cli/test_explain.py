@@ -126,3 +126,18 @@ def test_another_step_of_it_and_what_cannot_be_asked(
     ):
         assert main(["explain", str(watched), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_brackets_of_names_are_shown_as_they_are(
+    watched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = watched.rename(watched.parent / "mine[red]")
+    log = folder / "events.jsonl"
+    text = log.read_text().replace("watching 4 layers", "watching [/q] 4 layers")
+    log.write_text(text.replace('"message": "', '"message": "[bold]'))
+    assert main(["explain", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "mine[red], its first alarm" in said
+    assert "[bold]watching [/q] 4 layers" in said
+    (row,) = [line for line in said.splitlines() if line.startswith("30 ")]
+    assert "[bold]" in row

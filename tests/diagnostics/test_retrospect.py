@@ -59,6 +59,30 @@ def test_without_a_verdict_it_is_the_most_unusual_gradient(tmp_path):
     assert look_back(tmp_path, 7).step == 7
 
 
+def test_a_step_of_which_no_numbers_are_there_is_not_chosen(tmp_path):
+    write(tmp_path, "events", [WATCHING, verdict(30, "alarm"), verdict(3, "warning")])
+    write(tmp_path, "metrics", metrics(range(1, 9), s6=4.0))
+    found = look_back(tmp_path)
+    assert (found.step, found.chosen) == (3, "its first warning of which the numbers are there")
+    (tmp_path / "events.jsonl").unlink()
+    foreign = verdict(3, "alarm", grad="much")  # no verdict of a monitor
+    write(tmp_path, "events", [WATCHING, verdict(30, "alarm"), foreign])
+    found = look_back(tmp_path)
+    assert [event.step for event in found.events] == [30]
+    chosen = "chosen by its gradient norm, for no line has the step of a verdict"
+    assert (found.step, found.chosen) == (6, chosen)
+
+
+def test_without_verdicts_and_gradient_norms_it_is_the_last(tmp_path):
+    write(tmp_path, "events", [WATCHING])
+    write(tmp_path, "metrics", [{"step": s, "loss": 1.0} for s in range(1, 9)])
+    found = look_back(tmp_path)
+    assert (found.step, found.chosen) == (
+        8,
+        "the last, for there is no verdict and no gradient norm",
+    )
+
+
 def test_a_later_watch_in_the_folder_takes_the_place_of_the_earlier(tmp_path):
     write(tmp_path, "events", [WATCHING, verdict(35, "alarm"), WATCHING, verdict(12, "warning")])
     write(tmp_path, "metrics", metrics(range(1, 41)) + metrics(range(1, 21)))
