@@ -93,6 +93,14 @@ UNDERSTOOD = """## Understood so far
   is ahead, and it has the smallest mean; at 400 LayerScale γ = 0.01, ReZero or MV-Split with α = β,
   which are not told apart.
 
+- **Depth against width** at the small size: 4 layers of width 96 are ahead of 16 layers of width
+  48, which have as many parameters, with each of the three rules that were run at both. The default
+  ends at [[small alpha-4x96-lr3.2e-03-seed* validation_loss .2f]] and
+  [[small alpha-16x48-lr3.2e-03-seed* validation_loss .2f]], LayerScale γ = 0.01 at
+  [[small layerscale-0.01-4x96-lr3.2e-03-seed* validation_loss .2f]] and
+  [[small layerscale-0.01-16x48-lr1.0e-02-seed* validation_loss .2f]]. In so few steps depth is not
+  worth its parameters, whatever the rule.
+
 - **Writers of standard size with α = 0** are why the small size says that MV-Split is at least as
   good as its rivals: that setting alone ties or is ahead at each of its depths. It is one of five
   settings with a row there, and the more are tried, the sooner one lies within a tie. It has the
