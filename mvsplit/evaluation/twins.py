@@ -100,7 +100,7 @@ def dead_since(run: Path) -> int | None:
 
     From there on, for `DEAD_STEPS` steps or more, its query gradients are extinct, every look found
     all deep tokens alike, and the loss is near where it began. Alike tokens give queries and keys
-    no gradient (paper Lemma 1), so nothing in the run can make them differ again.
+    no gradient (paper Lemma 1) that could part them. A judgement, no proof: other weights have one.
     """
     paths = run / "metrics.jsonl", run / "layers.jsonl"
     if not all(path.exists() for path in paths):
