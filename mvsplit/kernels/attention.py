@@ -29,6 +29,7 @@ from mvsplit.kernels.capture import milliseconds
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.dispatch import HAS_TRITON
 from mvsplit.kernels.masked_attention import (
+    NotComparedError,
     in_sequences,
     obstacle_in_cuda,
     off_by,
@@ -176,7 +177,7 @@ def _fastest(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, candidates: dict[str, Way]
 ) -> tuple[str, bool]:
     """Times every candidate that takes these inputs, and says in the log what was found. The choice
-    is not a lasting one if memory was too short to try all."""
+    is not a lasting one if memory was too short to try all, or one could not be compared."""
     times: dict[str, float] = {}
     refused: dict[str, Exception] = {}
     for name, way in candidates.items():
@@ -198,7 +199,8 @@ def _fastest(
     shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     masked = "masked" if segments.mask is not None else "unmasked"
     _logger.info("attention %s %s on %s: %s (%s)", list(q.shape), masked, q.device, best, shown)
-    return best, not any(isinstance(e, torch.OutOfMemoryError) for e in refused.values())
+    for_now = (torch.OutOfMemoryError, NotComparedError)
+    return best, not any(isinstance(error, for_now) for error in refused.values())
 
 
 def _require_right(

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ _aten = torch.ops.aten
 _DRAWS = 3
 _AT_A_TIME = 4  # samples in fp32
 _AWAY = 3.0  # the scores of one head are about −9, where the real keys have no share in Z
+
+
+class Obstacle(NamedTuple):
+    """Why kernels do not serve; whether that holds for later processes too."""
+
+    reason: str
+    lasting: bool
+
+
+class NotComparedError(RuntimeError):
+    """Kernels could not be compared this time: that they did not serve says nothing of them."""
 
 
 def in_sequences(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -101,10 +112,11 @@ def with_unit_heads_in_cuda(
     """The same by kernels in CUDA C++ on Hopper; if `gradients`, backward too, else cuDNN's.
 
     Raises:
+        NotComparedError: whether the kernels are right here could not be found out this time.
         RuntimeError: the kernels or cuDNN do not take such inputs, or are not right here.
     """
-    if reason := obstacle_in_cuda(q, k, v, segments, gradients):
-        raise RuntimeError(reason)
+    if found := obstacle_in_cuda(q, k, v, segments, gradients):
+        raise (RuntimeError if found.lasting else NotComparedError)(found.reason)
     if not gradients:
         _check(q, k, v, can_use_cudnn_attention)
     return by_unit_heads_in_cuda(q, k, v, segments, gradients=gradients)
@@ -112,15 +124,17 @@ def with_unit_heads_in_cuda(
 
 def obstacle_in_cuda(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, gradients: bool
-) -> str | None:
+) -> Obstacle | None:
     """Why these kernels do not serve, if so; they are compared first, where they were not yet."""
     from mvsplit.kernels.hopper import unit_heads, unit_heads_choice
 
     masked = segments.mask is not None
     if masked and not segments.real_first:
-        return "a segment before the last may have padding"
+        return Obstacle("a segment before the last may have padding", True)
+    if reason := unit_heads.obstacle(q, k, v):
+        return Obstacle(reason, True)
     kind = unit_heads_choice.Class(q.shape[2], masked, gradients)
-    return unit_heads.obstacle(q, k, v) or unit_heads_choice.untrusted(kind, q.device)
+    return unit_heads_choice.untrusted(kind, q.device)
 
 
 def by_unit_heads_in_cuda(

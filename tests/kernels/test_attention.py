@@ -97,6 +97,28 @@ def test_a_choice_made_without_memory_does_not_last(machine: dict[str, Any]) -> 
     assert kept() is None
 
 
+def test_a_choice_without_kernels_that_could_not_be_compared_does_not_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from mvsplit.kernels.hopper import unit_heads, unit_heads_choice
+
+    verdicts = [("no verdict within 120 s", False), ("faults here (an illegal access)", True)]
+    monkeypatch.setattr(unit_heads, "obstacle", lambda *_: None)
+    monkeypatch.setattr(unit_heads_choice, "_verdict_elsewhere", lambda *_: verdicts[0])
+    monkeypatch.setattr(unit_heads_choice, "_verdicts", {})
+    monkeypatch.setattr(unit_heads_choice, "_name", lambda kind, device: str(kind))
+    monkeypatch.setattr(attention, "ways", lambda *_: attention._IN_CUDA | attention._WAYS)
+    monkeypatch.setattr(attention, "off_by", lambda way, *inputs: way(*inputs[:4]) and 0.0)
+    assert choose() == "cudnn"
+    assert kept() is None
+    attention._chosen.clear()  # as in another process
+    unit_heads_choice._verdicts.clear()
+    del verdicts[0]
+    assert choose() == "cudnn"
+    assert kept() == "cudnn"
+
+
 def test_no_kernel_at_all_is_an_error(machine: dict[str, Any]) -> None:
     machine.update({name: RuntimeError("refused") for name in attention._WAYS})
     with pytest.raises(RuntimeError, match="no attention kernel takes"):

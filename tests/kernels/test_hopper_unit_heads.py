@@ -220,12 +220,18 @@ def test_a_verdict_is_kept_and_said_and_never_made_in_a_capture(monkeypatch, tmp
     monkeypatch.setattr(choice, "_verdict_elsewhere", lambda *_: asked.append(None) or given)
     monkeypatch.setattr(choice, "_verdicts", {})
     device = torch.device("cuda", 0)
-    assert "captured" in choice.untrusted(KINDS[0], device)
+    found = choice.untrusted(KINDS[0], device)
+    assert "captured" in found.reason
+    assert not found.lasting
     capturing[0] = False
-    assert "off 3.0" in choice.untrusted(KINDS[0], device)
+    found = choice.untrusted(KINDS[0], device)
+    assert "off 3.0" in found.reason
+    assert found.lasting
     monkeypatch.setattr(choice, "_verdicts", {})  # another process, that captures
     capturing[0] = True
-    assert "off 3.0" in choice.untrusted(KINDS[0], device)
+    found = choice.untrusted(KINDS[0], device)
+    assert "off 3.0" in found.reason
+    assert found.lasting
     assert len(asked) == 1
     assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
 
@@ -265,4 +271,4 @@ def test_what_the_kernels_do_not_take_is_told(monkeypatch):
     narrow = torch.zeros(1, 2, 64, 132, dtype=torch.bfloat16)[..., :128]
     assert "16 bytes" in unit_heads.obstacle(q, narrow, q)
     segments = Segments((32, 32), torch.tensor([[5, 32]]))
-    assert "padding" in masked.obstacle_in_cuda(q, q, q, segments, True)
+    assert "padding" in masked.obstacle_in_cuda(q, q, q, segments, True).reason

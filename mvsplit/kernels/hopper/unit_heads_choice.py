@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.hopper import attention, child, unit_heads
 from mvsplit.kernels.hopper.driver import DriverError
-from mvsplit.kernels.masked_attention import by_unit_heads_in_cuda, off_by
+from mvsplit.kernels.masked_attention import Obstacle, by_unit_heads_in_cuda, off_by
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
@@ -41,32 +41,33 @@ class Class(NamedTuple):
     gradients: bool
 
 
-_verdicts: dict[tuple[Class, torch.device], str] = {}
+_verdicts: dict[tuple[Class, torch.device], tuple[str, bool]] = {}  # and whether it lasts
 
 
-def untrusted(kind: Class, device: torch.device) -> str | None:
+def untrusted(kind: Class, device: torch.device) -> Obstacle | None:
     """Why kernels are not trusted on a device, if so. Forward is asked about by itself only where
     it is not right together with backward."""
     reason = _untrusted(kind._replace(gradients=True), device)
     return reason if reason is None or kind.gradients else _untrusted(kind, device)
 
 
-def _untrusted(kind: Class, device: torch.device) -> str | None:
+def _untrusted(kind: Class, device: torch.device) -> Obstacle | None:
     """A capture forbids to look."""
     if (kind, device) not in _verdicts:
         name = _name(kind, device)
-        verdict = recall("unit_heads", name)
+        verdict, lasting = recall("unit_heads", name), True
         if verdict is None:
             if torch.cuda.is_current_stream_capturing():
-                return "it was not compared on this machine before a graph was captured"
+                reason = "it was not compared on this machine before a graph was captured"
+                return Obstacle(reason, False)
             verdict, lasting = _verdict_elsewhere(kind, device)
             if lasting:
                 remember("unit_heads", name, verdict)
         if verdict != _RIGHT:
             _logger.warning("attention in CUDA C++ is not used for %s: %s", kind, verdict)
-        _verdicts[kind, device] = verdict
-    verdict = _verdicts[kind, device]
-    return None if verdict == _RIGHT else f"attention in CUDA C++: {verdict}"
+        _verdicts[kind, device] = verdict, lasting
+    verdict, lasting = _verdicts[kind, device]
+    return None if verdict == _RIGHT else Obstacle(f"attention in CUDA C++: {verdict}", lasting)
 
 
 def _name(kind: Class, device: torch.device) -> str:
