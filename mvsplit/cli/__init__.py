@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except RuntimeError as error:
-        if not _is_of_the_driver(error):
+        if (reason := _of_our_kernels(error)) is None:
             raise
-        return _refuse(f"{error}; {_WITHOUT_KERNELS}")
+        return _refuse(f"{reason}; {_WITHOUT_KERNELS}")
     except KeyboardInterrupt:
         print("mvsplit: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -65,11 +65,14 @@ def _refuse(message: str) -> int:
     return USER_ERROR
 
 
-def _is_of_the_driver(error: RuntimeError) -> bool:
-    """Whether our CUDA C++ kernels or their driver failed. Their module, which imports torch, is
-    looked for and not imported: what never ran has not failed."""
+def _of_our_kernels(error: RuntimeError) -> str | None:
+    """What to say where it is certain that our CUDA C++ kernels or their driver failed. Their
+    module, which imports torch, is looked for and not imported: what never ran has not failed."""
     driver = sys.modules.get("mvsplit.kernels.hopper.driver")
-    return driver is not None and isinstance(error, driver.DriverError)
+    if driver is None:
+        return None
+    waited: str | None = driver.ended_by_a_wait(error)
+    return waited or (str(error) if isinstance(error, driver.DriverError) else None)
 
 
 def _speaks(message: str) -> bool:

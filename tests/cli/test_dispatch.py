@@ -8,6 +8,7 @@ import types
 import warnings
 
 import pytest
+import torch
 
 from mvsplit import cli
 from mvsplit.errors import UserError
@@ -56,6 +57,29 @@ def test_an_error_of_the_cuda_driver_is_one_line_with_what_to_do(command, capsys
     assert cli.main(["fake"]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("mvsplit: launch: too many resources requested (701); give the command")
+    assert "CUDA_VISIBLE_DEVICES= before the command" in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("waited", [True, False])
+@pytest.mark.parametrize("error", ["CUDA error: unspecified launch failure", "CUDA out of memory"])
+def test_a_trap_is_one_line_where_a_kernel_wrote_that_it_waited(
+    error, waited, command, capsys, monkeypatch
+):
+    """Torch is told of a trap, as of any fault."""
+
+    def fail(arguments):
+        raise RuntimeError(f"{error}\nSearch for it")
+
+    command.main = fail
+    monkeypatch.setattr(driver, "_faults", [torch.tensor([int(waited)], dtype=torch.int32)])
+    if not waited or "memory" in error:
+        with pytest.raises(RuntimeError, match=error):
+            cli.main(["fake"])
+        return
+    assert cli.main(["fake"]) == 2
+    out, err = capsys.readouterr()
+    assert "did not end within seconds" in err
     assert "CUDA_VISIBLE_DEVICES= before the command" in err
     assert (out, err.count("\n")) == ("", 1)
 

@@ -164,7 +164,9 @@ def test_what_is_right_passes_and_what_is_not_does_not(kind, kernels, monkeypatc
         merge.fault.fill_(1)
 
     monkeypatch.setattr(merge, name, waits)
-    assert choice._verdict(kind, CPU) == ("off by inf", True)
+    verdict, lasting = choice._verdict(kind, CPU)
+    assert "did not end" in verdict
+    assert not lasting  # another process on the GPU may be why
     assert merge.fault is None
 
 

@@ -198,8 +198,17 @@ def test_what_is_right_passes_and_what_is_not_does_not(kind, monkeypatch):
         return grads
 
     monkeypatch.setattr(unit_heads, "backward", now_and_then)
-    wanted = "off inf times as far as a mask" if kind.gradients else "right"
-    assert choice._verdict(kind, CPU) == (wanted, True)
+    differs = ("off inf times as far as a mask", True)
+    assert choice._verdict(kind, CPU) == (differs if kind.gradients else ("right", True))
+    monkeypatch.setattr(unit_heads, "backward", from_what_was_kept)
+
+    def by_a_bit_now_and_then(*given):
+        calls.append(None)
+        out, lse = formula(*given)
+        return out, lse + len(calls) % 2 * 1e-6
+
+    monkeypatch.setattr(unit_heads, "forward", by_a_bit_now_and_then)
+    assert choice._verdict(kind, CPU) == differs
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -267,7 +276,10 @@ def test_what_the_kernels_do_not_take_is_told(monkeypatch):
         x = torch.zeros(1, 2, rows, 128, dtype=torch.bfloat16)
         assert "tokens" in unit_heads.obstacle(x, x, x)
     assert "bf16" in unit_heads.obstacle(q.half(), q.half(), q.half())
-    assert "as many" in unit_heads.obstacle(q, q[:, :1], q[:, :1])
+    for k, v in ((q.half(), q), (q, q.half()), (q, q.float())):
+        assert "bf16" in unit_heads.obstacle(q, k, v)
+    for k, v in ((q[:, :1], q[:, :1]), (q, q[:, :1]), (q, q[:, :, :32]), (q, q[..., :64])):
+        assert "as many" in unit_heads.obstacle(q, k, v)
     narrow = torch.zeros(1, 2, 64, 132, dtype=torch.bfloat16)[..., :128]
     assert "16 bytes" in unit_heads.obstacle(q, narrow, q)
     segments = Segments((32, 32), torch.tensor([[5, 32]]))

@@ -1,7 +1,8 @@
 """The process in which a kernel is tried that may fault: a fault takes the GPU from its process.
 
 A verdict on a kernel is "right" or what is wrong with it, and whether that holds for later
-processes.
+processes: a fault does, a wait that did not end does not, for another process on the GPU may be
+why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+
+import torch
+
+from mvsplit.kernels.hopper.driver import ended_by_a_wait
 
 
 class ChildError(RuntimeError):
@@ -65,10 +70,21 @@ def verdict(code: str, task: str, patience: float) -> tuple[str, bool]:
     return found, lasting
 
 
+def take(name: str) -> torch.device:
+    """In the other process: the device to try kernels on, which are launched on the current one.
+    What fails here is no verdict on a kernel."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.empty(1, device=device)
+    return device
+
+
 def tell(find: Callable[[], tuple[str, bool]]) -> None:
     """In the other process: writes its verdict as the last line of its output."""
     try:
         found = find()
     except RuntimeError as error:  # a fault: the process is of no use to the GPU any more
-        found = f"faults here ({str(error).splitlines()[0]})", True
+        waited = ended_by_a_wait(error)
+        found = waited or f"faults here ({str(error).splitlines()[0]})", waited is None
     print(json.dumps(found), flush=True)

@@ -24,10 +24,23 @@ _DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128, _PROMOTE_256 = 3, 3
 _CLUSTER, _SERIALIZATION = 4, 6  # CUlaunchAttributeID
 _REGISTERS, _MAX_SHARED, _NON_PORTABLE = 4, 8, 14  # CUfunction_attribute
+# CUresult of what a kernel did before, which whoever calls next is told: an illegal address, a
+# launch that lasted too long, an assertion, and the hardware's exceptions, traps among them.
+_FAULTS = (700, 702, 710, *range(714, 720))
+# How those begin who may be told in our place.
+_OTHERS = ("CUDA error", "CUDA driver error", "cuDNN", "Triton Error [CUDA]")
+_VAIN_WAIT = (
+    "a kernel's wait for other blocks or for a copy did not end within seconds, as may be where "
+    "another process draws on the same GPU"
+)
 
 
 class DriverError(RuntimeError):
     """The driver or NVRTC refused, or a kernel failed. The command line says it in one line."""
+
+
+class FaultError(DriverError):
+    """A kernel did what the GPU forbids, or trapped: its process has no use of the GPU any more."""
 
 
 @cache
@@ -54,7 +67,7 @@ def vain_waits() -> int:
     for any device. Whoever shares a process with others compares with an earlier count: one that
     looks must not take the news from another."""
     global _found
-    if _faults and _faults[0].item():
+    if waits_in_vain():
         _faults[0].zero_()
         _found += 1
     return _found
@@ -71,10 +84,21 @@ def check_waits(known: int | None = None) -> None:
     """
     known = _found if known is None else known
     if vain_waits() > known:
-        raise DriverError(
-            "a kernel's wait for other blocks or for a copy did not end within seconds, as may be "
-            "where another process draws on the same GPU; its outputs are wrong"
-        )
+        raise DriverError(f"{_VAIN_WAIT}; its outputs are wrong")
+
+
+def ended_by_a_wait(error: BaseException) -> str | None:
+    """What to say where a kernel that traps ended the program, for a wait in it did not end; None
+    where that is not certain. Whoever calls the GPU next is told of a trap, mostly torch; the
+    kernel's own word, which it writes before, tells it from any other fault. Kernels that have no
+    such word (the merge's in training) are not told apart."""
+    told = isinstance(error, FaultError) or str(error).startswith(_OTHERS)
+    return f"{_VAIN_WAIT}, and ended the program" if told and waits_in_vain() else None
+
+
+def waits_in_vain() -> bool:
+    """Whether a kernel has written so, and nobody has looked yet (`vain_waits`)."""
+    return bool(_faults) and bool(_faults[0].item())
 
 
 @cache
@@ -108,7 +132,7 @@ def _check(code: int, what: str) -> None:
         message = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(message))
         text = (message.value or b"unknown error").decode()
-        raise DriverError(f"{what}: {text} ({code})")
+        raise (FaultError if code in _FAULTS else DriverError)(f"{what}: {text} ({code})")
 
 
 def compiled(source: str, folder: Path | None) -> bytes:

@@ -23,7 +23,7 @@ from mvsplit.kernels import reference
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.fused.merge_parts import Merged, Weights, gradients, merged, weights
 from mvsplit.kernels.hopper import child, merge
-from mvsplit.kernels.hopper.driver import DriverError
+from mvsplit.kernels.hopper.driver import DriverError, FaultError
 from mvsplit.kernels.segments import Segments
 
 _logger = logging.getLogger(__name__)
@@ -127,8 +127,7 @@ def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
 def _tell_verdict() -> None:
     """In the other process."""
     name, direction, dtype, *rest = json.loads(sys.argv[1])
-    device = torch.device(name)
-    torch.empty(1, device=device)  # what fails here is no verdict on a kernel
+    device = child.take(name)
     kind = Class(direction, getattr(torch, dtype), *rest)
     child.tell(lambda: _verdict(kind, device))
 
@@ -139,9 +138,17 @@ def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
         off = _off_by(kind, device)
     except torch.OutOfMemoryError:
         return "no memory to compare them", False
+    except FaultError:
+        raise  # for `child.tell`, as where torch is told of it
+    except _VainWaitError:
+        return "a wait in a kernel did not end, as may be beside another process", False
     except (DriverError, OSError) as error:
         return f"cannot be made here ({error})", False
     return (_RIGHT if off < AGREEMENT else f"off by {off:.1e}"), True
+
+
+class _VainWaitError(Exception):
+    """A wait in a kernel did not end."""
 
 
 def _lengths(kind: Class) -> list[int]:
@@ -150,8 +157,8 @@ def _lengths(kind: Class) -> list[int]:
 
 
 def _off_by(kind: Class, device: torch.device) -> float:
-    """The largest ‖found − wanted‖/‖wanted‖; infinite where launches differ, give NaN, or wait in
-    vain. There are several segments for each cluster."""
+    """The largest ‖found − wanted‖/‖wanted‖; infinite where launches differ or give NaN. There are
+    several segments for each cluster. Raises _VainWaitError."""
     lengths, batch = _lengths(kind), 10 if kind.long else 24
     noise = torch.Generator(device).manual_seed(0)  # nobody else's numbers are drawn
     shape = (batch, sum(lengths), merge.WIDTH)
@@ -175,7 +182,9 @@ def _off_by(kind: Class, device: torch.device) -> float:
             other = f if kind.learns else None
             found = [_backward(g, other, kept, gains, valid, lengths) for _ in range(3)]
             off = _distance(found, backward)
-        return float("inf") if merge.fault.item() else off
+        if merge.fault.item():
+            raise _VainWaitError
+        return off
     finally:
         merge.fault = noted_before
 

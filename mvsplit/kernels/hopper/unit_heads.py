@@ -39,8 +39,9 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
         return "it needs a Hopper GPU"
     rows = q.shape[2]
-    if q.dtype != torch.bfloat16 or q.shape[-1] != HEAD or q.shape != k.shape:
-        return f"it takes bf16 heads of {HEAD}, as many of keys as of queries"
+    alike = all((t.dtype, t.shape) == (torch.bfloat16, q.shape) for t in (q, k, v))
+    if not alike or q.shape[-1] != HEAD:
+        return f"it takes bf16 heads of {HEAD}, as many of keys and values as of queries"
     if rows > MOST_ROWS or not any(rows % n == 0 for n in _AT_A_TIME):
         return f"it takes up to {MOST_ROWS} tokens, a multiple of 32 or 48, not {rows}"
     if not all(_is_aligned(t) for t in (q, k, v)):

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.hopper import attention, child, unit_heads
-from mvsplit.kernels.hopper.driver import DriverError
+from mvsplit.kernels.hopper.driver import DriverError, FaultError
 from mvsplit.kernels.masked_attention import Obstacle, by_unit_heads_in_cuda, off_by
 from mvsplit.kernels.segments import Segments
 
@@ -90,8 +90,7 @@ def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
 def _tell_verdict() -> None:
     """In the other process."""
     name, *rest = json.loads(sys.argv[1])
-    device = torch.device(name)
-    torch.empty(1, device=device)  # what fails here is no verdict on a kernel
+    device = child.take(name)
     child.tell(lambda: _verdict(Class(*rest), device))
 
 
@@ -101,6 +100,8 @@ def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
         times = _off_by(kind, device)
     except torch.OutOfMemoryError:
         return "no memory to compare them", False
+    except FaultError:
+        raise  # for `child.tell`, as where torch is told of it
     except (DriverError, OSError) as error:
         return f"cannot be made here ({error})", False
     return (_RIGHT if times < AGREEMENT else f"off {times:.1f} times as far as a mask"), True
@@ -108,7 +109,7 @@ def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
 
 def _off_by(kind: Class, device: torch.device) -> float:
     """As `masked_attention.off_by`, of heads in the packed rows that a block has; infinite where
-    launches differ."""
+    two launches on the same inputs differ in any bit."""
     noise = torch.Generator(device).manual_seed(0)  # nobody else's numbers are drawn
     shape = (SAMPLES, kind.rows, 3 * HEADS, attention.HEAD)
     packed = torch.randn(shape, device=device, generator=noise).bfloat16()
@@ -119,19 +120,21 @@ def _off_by(kind: Class, device: torch.device) -> float:
         counts = torch.arange(SAMPLES, device=device) * 7 % (text + 1)
         segments = Segments.image_and_text(kind.rows - text, text, counts)
     way = partial(by_unit_heads_in_cuda, gradients=kind.gradients)
-    if kind.gradients and not _repeats(q, k, v, segments):
+    if not _repeats(q, k, v, segments, kind.gradients):
         return float("inf")
     return off_by(way, q.requires_grad_(), k, v, segments, _by_a_mask)
 
 
-def _repeats(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> bool:
-    """Whether all results are the same bits a second time. Padding may hold anything."""
+def _repeats(q: Tensor, k: Tensor, v: Tensor, segments: Segments, gradients: bool) -> bool:
+    """Whether all results of our kernels are the same bits a second time. Padding may hold
+    anything."""
     heads = [t / t.float().norm(dim=-1, keepdim=True) * attention.HEAD**0.5 for t in (q, k)]
     q, k, v = (t.bfloat16() for t in (*heads, v))
     runs = []
     for _ in range(2):
         out, lse = unit_heads.forward(q, k, v, segments.first_tokens())
-        runs.append((out, lse, *unit_heads.backward(v, q, k, v, out, lse)))
+        grads = unit_heads.backward(v, q, k, v, out, lse) if gradients else ()
+        runs.append((out, lse, *grads))
     return all(map(torch.equal, *runs))
 
 
