@@ -26,6 +26,7 @@ _WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less 
     "resume": lambda found: found["same"],
 }
 IN_CUDA = "CUDA C++"
+BACKEND = "unit heads in CUDA C++, gradients by it"  # of `kernels/attention.py`
 UNMEASURED = {
     "step fp32": "400 layers with fp32 weights and writers that are not zero",
     "thousand": "30 steps of 1000 layers in the preset's pieces of today",
@@ -40,9 +41,11 @@ UNMEASURED = {
 }
 
 
-def without(classes: Found, what: str) -> Found:
-    """The rows of step_classes that tell what something gives by leaving it out."""
-    return {n: r for n, r in classes.get("rows", {}).items() if n.endswith(f"without {what}")}
+def served(classes: Found, backend: str) -> Found:
+    """The rows of step_classes in which an attention served: one that was refused or that lost was
+    not run in a block."""
+    rows = classes.get("rows", {})
+    return {name: row for name, row in rows.items() if backend in row.get("attention_backend", [])}
 
 
 def _has_result(graphs: Found, stage: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from performance_engine import engine
 from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
-from performance_not_run import IN_CUDA, not_run, without
+from performance_not_run import BACKEND, IN_CUDA, not_run, served
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
 from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
@@ -121,7 +121,7 @@ def page() -> str:
                 **deep,
                 "masked": padded,
                 "recipe": recipe,
-                IN_CUDA: without(classes, IN_CUDA),
+                IN_CUDA: served(classes, BACKEND),
             }
         ),
     )

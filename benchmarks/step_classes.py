@@ -78,17 +78,17 @@ WAYS: dict[str, tuple[Any, str, Any]] = {
 
 @contextmanager
 def changed(way: str) -> Iterator[None]:
-    """With one of `WAYS`."""
-    if not way:
-        yield
-        return
-    owner, name, value = WAYS[way]
-    with (
-        mock.patch.object(owner, name, value),
-        mock.patch.object(attention, "_chosen", {}),
-        mock.patch.object(attention, "remember"),  # no choice for later processes
-    ):
-        yield
+    """With one of `WAYS`, or none. No attention serves yet, so that a row names its own."""
+    with mock.patch.object(attention, "_chosen", {}):
+        if not way:
+            yield
+            return
+        owner, name, value = WAYS[way]
+        with (
+            mock.patch.object(owner, name, value),
+            mock.patch.object(attention, "remember"),  # no choice for later processes
+        ):
+            yield
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def small_rows() -> list[Row]:
 
 
 def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
-    """Time of a block, the card's load, and its kernels by kind."""
+    """Time of a block, the card's load, its kernels by kind, and what served as attention."""
     free()
     size = Size(width=width, heads=max(2, width // 128), side=16, text=row.text)
     model = size.model(depth, BETA, writers=row.writers)
@@ -150,6 +150,7 @@ def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
         "us_per_1000_tokens": 1e9 * block / tokens,
         "flops": model_flops(model, tokens, size.tokens) / depth,
         "load": load.found,
+        "attention_backend": attention.backends_so_far(),
     }
     if device == "cuda":
         found |= by_kind(run, depth)

@@ -112,7 +112,16 @@ def attention_backend(
 ) -> str | None:
     """The name of the way that inputs like these have been given; None as long as none has."""
     found = _chosen.get(_key(q, k, segments, zero_padding))
-    return None if found is None else next(n for n, way in _ALL_WAYS.items() if way is found)
+    return None if found is None else _name_of(found)
+
+
+def backends_so_far() -> list[str]:
+    """The names of all ways that inputs have been given in this process, each once."""
+    return sorted({_name_of(way) for way in _chosen.values()})
+
+
+def _name_of(way: Way) -> str:
+    return next(name for name, known in _ALL_WAYS.items() if known is way)
 
 
 def ways(segments: Segments, zero_padding: bool = False) -> dict[str, Way]:
