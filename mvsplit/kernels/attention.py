@@ -46,6 +46,10 @@ _logger = logging.getLogger(__name__)
 AGREEMENT = 2.0
 
 Way = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+_HOPPER = Path(__file__).parent / "hopper"
+# What is compiled for unit heads in CUDA C++, and what cuts it.
+_SOURCES = ("base.cu", "common.cu", "heads.cu", "attention_three.cu", "attention_backward.cu",
+            "attention.py", "unit_heads.py", "wgmma.py")  # fmt: skip
 # (B, H, G, T, K), dtype, what is known of padding and whether sums are made in a fixed order,
 # differentiated, device index
 _Key = tuple[tuple[int, ...], torch.dtype, str, bool, int]
@@ -98,7 +102,9 @@ def attend(
             unit RMS.
 
     Returns:
-        [B, H, T, K]; rows of padding hold values without meaning, and so do their gradients.
+        [B, H, T, K]; rows of padding hold values without meaning, and so do their gradients. The
+        gradient of the output has to be zero there, or those of real keys and values depend on
+        which way serves.
     """
     if not q.is_cuda or torch.compiler.is_compiling():
         grouped = q.shape[1] != k.shape[1]
@@ -169,8 +175,7 @@ def _refused(name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
 @cache
 def _kernels() -> str:
     """A digest of those in CUDA C++: a choice among others says nothing of these."""
-    names = ("base", "common", "heads", "attention_three", "attention_backward")
-    files = [(Path(__file__).parent / "hopper" / f"{name}.cu").read_bytes() for name in names]
+    files = [(_HOPPER / name).read_bytes() for name in _SOURCES]
     return hashlib.sha256(b"\0".join(files)).hexdigest()[:16]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,24 @@ def test_a_choice_without_kernels_that_could_not_be_compared_does_not_last(
     del verdicts[0]
     assert choose() == "cudnn"
     assert kept() == "cudnn"
+
+
+def test_a_choice_says_nothing_of_kernels_that_are_cut_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever file of theirs has changed."""
+    folder = attention._HOPPER
+    names = set(re.findall(r'"(\w+\.cu)"', (folder / "unit_heads.py").read_text()))
+    names |= {"attention_three.cu", "unit_heads.py", "attention.py", "wgmma.py"}
+    assert "attention_backward.cu" in names
+    shutil.copytree(folder, tmp_path / "hopper")
+    monkeypatch.setattr(attention, "_HOPPER", tmp_path / "hopper")
+    found = [attention._kernels.__wrapped__()]
+    for name in sorted(names):
+        with (tmp_path / "hopper" / name).open("a") as file:
+            file.write("\n")
+        found.append(attention._kernels.__wrapped__())
+    assert len(set(found)) == 1 + len(names)
 
 
 def test_no_kernel_at_all_is_an_error(machine: dict[str, Any]) -> None:

@@ -181,7 +181,7 @@ attention_backward(const __grid_constant__ Map map_q, const __grid_constant__ Ma
                    Rows to_k, Rows to_v, int heads, int n_heads, float scale, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
   const Operands ops(memory);
-  const bool of_keys = blockIdx.x < n_heads;  // they take longer, and so begin first
+  const bool of_keys = blockIdx.x < n_heads;  // which have four products of the seven, and so begin first
   const int index = of_keys ? blockIdx.x : blockIdx.x - n_heads, head = index % heads, sample = index / heads;
   if (threadIdx.x == 0) {
     for (int i = 0; i < BOXES + WG; ++i) barrier_init(ops.bar + 8 * i, 1);

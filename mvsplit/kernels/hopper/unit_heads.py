@@ -23,7 +23,9 @@ MOST_ROWS = 320  # of a sample, of which two matrices and 64 rows of two others 
 _FOLDER = Path(__file__).parent
 _CUT = Heads(3)
 _GROUPS, _TILE = 2, 64  # of backward: warpgroups of a block, rows of each
-_MOST = 96  # queries of keys' gradients at a time, or keys of queries'; more are no registers left
+# Queries of keys' gradients at a time, or keys of queries': of registers, a thread has all 255, and
+# with 64 queries at a time some are spilled already (ptxas 13.0).
+_MOST = 96
 _AT_A_TIME = (64, 48, 32)  # queries of the gradients of keys; one of them divides T
 
 
@@ -90,8 +92,9 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v [B, H, T, K], tokens before heads in memory, from that of the output
-    and what `forward` gave. Keys that are no key have to be zero, with their values; their own
-    gradients have no meaning. Results are deterministic."""
+    and what `forward` gave. Rows of padding have to be zero in k, v and `grad`: what their
+    queries would add to the gradients of real keys and values is not left out. Their own gradients
+    have no meaning. Results are deterministic."""
     batch, heads, rows, _ = q.shape
     grad = grad if _is_aligned(grad) else grad.clone(memory_format=torch.contiguous_format)
     found = _empty(q), _empty(q), _empty(q)
