@@ -156,7 +156,7 @@ def emulation(monkeypatch, tmp_path):
     class Kernel:
         most_clusters, registers, missing = 132, 255, 0
 
-        def __init__(self, source, name, *, threads, shared, cluster):
+        def __init__(self, source, name, *, threads, shared, cluster, device):
             self.run = library(source, name, tmp_path).run
             self.threads, self.shared = threads, shared
 

@@ -114,7 +114,7 @@ def _shared_bytes(cut: Heads, rows: int) -> int:
 def _kernel(cut: Heads, rows: int, masked: bool, trap: bool, device: int) -> Kernel:
     binary = compiled(source(cut, rows, masked, trap), cache_folder() / "cuda")
     threads, shared = 128 * cut.groups, _shared_bytes(cut, rows)
-    return Kernel(binary, "attention", threads=threads, shared=shared, cluster=1)
+    return Kernel(binary, "attention", threads=threads, shared=shared, cluster=1, device=device)
 
 
 def box(x: Tensor, rows: int) -> TensorMap:

@@ -218,26 +218,32 @@ class _Attribute(ctypes.Structure):
 
 
 class Kernel:
-    """A compiled kernel of one name, loaded.
+    """A compiled kernel of one name, loaded on a device, which need not be the current one.
 
     Args:
         binary: of `compiled`.
         name: of the function.
         threads, shared, cluster: of a block: threads, bytes of shared memory; blocks of a cluster.
+        device: its index.
     """
 
     def __init__(
-        self, binary: bytes, name: str, *, threads: int, shared: int, cluster: int
+        self, binary: bytes, name: str, *, threads: int, shared: int, cluster: int, device: int
     ) -> None:
-        self.threads, self.shared, self.cluster = threads, shared, cluster
+        self.threads, self.shared, self.cluster, self.device = threads, shared, cluster, device
         self.module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
+        with torch.cuda.device(device):
+            self._load(driver, binary, name)
+
+    def _load(self, driver: ctypes.CDLL, binary: bytes, name: str) -> None:
         _check(driver.cuModuleLoadData(ctypes.byref(self.module), binary), "load")
         name_ = name.encode()
         found = driver.cuModuleGetFunction(ctypes.byref(self._function), self.module, name_)
         _check(found, name)
-        _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared), f"{shared} bytes")
-        if cluster > 8:
+        found = driver.cuFuncSetAttribute(self._function, _MAX_SHARED, self.shared)
+        _check(found, f"{self.shared} bytes")
+        if self.cluster > 8:
             _check(driver.cuFuncSetAttribute(self._function, _NON_PORTABLE, 1), "cluster")
 
     def _config(self, grid: int, pdl: bool) -> _Config:
@@ -247,7 +253,7 @@ class Kernel:
         array = (_Attribute * len(attributes))(*attributes)
         config = _Config(
             grid, 1, 1, self.threads, 1, 1, self.shared,
-            torch.cuda.current_stream().cuda_stream, ctypes.addressof(array), len(array),
+            torch.cuda.current_stream(self.device).cuda_stream, ctypes.addressof(array), len(array),
         )  # fmt: skip
         config.keep = array
         return config
@@ -265,19 +271,21 @@ class Kernel:
         """Clusters that this device holds at once."""
         count = ctypes.c_int()
         config = self._config(self.cluster, False)
-        code = _driver().cuOccupancyMaxActiveClusters(
-            ctypes.byref(count), self._function, ctypes.byref(config)
-        )
+        with torch.cuda.device(self.device):
+            code = _driver().cuOccupancyMaxActiveClusters(
+                ctypes.byref(count), self._function, ctypes.byref(config)
+            )
         _check(code, "occupancy")
         return count.value
 
     def launch(self, clusters: int, arguments: Sequence[Any], *, pdl: bool) -> None:
-        """On the current stream. Arguments are TensorMaps, tensors or None (pointers), and
+        """On its device's current stream. Arguments are TensorMaps, tensors or None (pointers), and
         ctypes numbers; where to tell of a fault comes after them."""
         values = [_value(argument) for argument in (*arguments, _fault())]
         pointers = (ctypes.c_void_p * len(values))(*map(_place, values))
         config = self._config(clusters * self.cluster, pdl)
-        code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        with torch.cuda.device(self.device):
+            code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(code, "launch")
 
 

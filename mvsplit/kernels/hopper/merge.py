@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,11 @@ def kernels(
     """The kernel of a direction and, backward, the one that adds up the gradients of the gains."""
     binary = compiled(source(cut, dtype, segments, counts), cache_folder() / "cuda")
     name = "split_merge_backward" if cut.f_slots else "split_merge_forward"
-    first = Kernel(binary, name, threads=32 * cut.warps, shared=cut.shared, cluster=cut.cluster)
+    load = partial(Kernel, binary, device=device)
+    first = load(name, threads=32 * cut.warps, shared=cut.shared, cluster=cut.cluster)
     if not cut.f_slots:
         return (first,)
-    return first, Kernel(binary, "split_merge_gains", threads=_GAIN_THREADS, shared=0, cluster=1)
+    return first, load("split_merge_gains", threads=_GAIN_THREADS, shared=0, cluster=1)
 
 
 @lru_cache(maxsize=256)

@@ -160,7 +160,7 @@ def _kernel(
 ) -> Kernel:
     binary = compiled(source(cut, kind, depth, image, dtype, side), cache_folder() / "cuda")
     threads, shared = 128 * (cut.groups + 1), shared_bytes(cut, kind)
-    kernel = Kernel(binary, "product", threads=threads, shared=shared, cluster=1)
+    kernel = Kernel(binary, "product", threads=threads, shared=shared, cluster=1, device=device)
     workers, loader = _registers(cut)
     if kernel.registers * threads < 128 * (cut.groups * workers + loader):
         raise DriverError(f"{cut} begins with {kernel.registers} registers a thread, too few")

@@ -148,4 +148,6 @@ def shared_bytes(rows: int) -> int:
 def _kernel(rows: int, device: int) -> Kernel:
     binary = compiled(source(rows), cache_folder() / "cuda")
     threads, shared = 128 * _GROUPS, shared_bytes(rows)
-    return Kernel(binary, "attention_backward", threads=threads, shared=shared, cluster=1)
+    return Kernel(
+        binary, "attention_backward", threads=threads, shared=shared, cluster=1, device=device
+    )
