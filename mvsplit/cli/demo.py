@@ -39,7 +39,7 @@ TWINS = ("plain", "mvsplit")
 # What is kept for after training: starting processes, the report; and drawing, in training steps,
 # with both twins, or on both cores with one.
 _AFTERWARDS = 15.0  # seconds
-_DRAWING = {2: 28, 1: 18, 0: 0}  # steps, by how many are still to be drawn
+_DRAWING = {2: 20, 1: 12, 0: 0}  # steps, by how many are still to be drawn
 _LATEST = 20  # steps, by whose time that of the drawing is told
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 

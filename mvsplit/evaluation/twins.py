@@ -22,7 +22,9 @@ COLLAPSED_SIMILARITY = 0.99
 COLLAPSED_LOSS = 0.75  # of the first loss
 EXTINCT = 1e-3  # of the largest query gradient that the run had
 DEAD_STEPS = 30  # for which all three must have held without a break
-_SAMPLING = SamplingConfig(steps=12, guidance=2.0, shift=1.0, batch_size=DRAWN)
+# Of what a network of so few steps draws, more is recognised with a guidance of 4 than of 2 or 3;
+# beyond it adds little, and 8 steps draw as well as 12.
+_SAMPLING = SamplingConfig(steps=8, guidance=4.0, shift=1.0, batch_size=DRAWN)
 
 
 @dataclass(frozen=True, kw_only=True)
