@@ -19,7 +19,17 @@ from mvsplit.models import DiT
 QUERIES = ("to_q", "q_proj", "query", "wq", "c_q")
 KEYS = ("to_k", "k_proj", "key", "wk", "c_k")
 PACKED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "query_key_value", "c_attn")
-ATTENTION_WRITERS = ("to_out.0", "o_proj", "proj", "out_proj", "wo", "dense", "c_proj")
+ATTENTION_WRITERS = (
+    "to_out.0",
+    "o_proj",
+    "proj",
+    "out_proj",
+    "wo",
+    "dense",
+    "c_proj",
+    "to_out",
+    "out",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,8 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     if not blocks:
         raise UserError(
             f"no transformer blocks were found in {type(model).__name__}; name their list, for "
-            f"example names=TapNames(blocks='transformer.layers')"
+            f"example names=TapNames(blocks='transformer.layers'), from mvsplit.diagnostics, and "
+            f"in each block what has a name of its own: query='q', key='k', writer_attn='o'"
         )
     return [_tap(layer, unwrapped(block), names) for layer, block in enumerate(blocks)]
 

@@ -249,6 +249,22 @@ def test_wrappers_are_looked_through() -> None:
         assert [b.writer for b in found.branches] == [b.writer for b in tap.branches]
 
 
+class Packed(nn.Module):
+    """An attention by hand, whose writer has the name that is given."""
+
+    def __init__(self, writer: str) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        self.add_module(writer, nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("writer", ["out", "to_out", "wo", "proj"])
+def test_writers_of_attentions_by_hand_are_found(writer: str) -> None:
+    block = nn.ModuleDict({"attn": Packed(writer), "mlp": nn.Linear(4, 4)})
+    (tap,) = find_taps(nn.ModuleDict({"blocks": nn.ModuleList([block])}))
+    assert tap.branches[0].writer is getattr(block["attn"], writer)
+
+
 class Odd(nn.Module):
     """A block with names of its own."""
 
