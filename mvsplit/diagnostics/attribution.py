@@ -201,6 +201,8 @@ def _first_sentence(
     if verdict == "no-spike":
         known = "there is no earlier step to compare with" if calm is None else "it is no spike"
         return f"Nothing to explain in {spike}: {known}."
+    if verdict == "unexplained" and not math.isfinite(observed):
+        return "Nothing that was tried makes the gradient norm finite."
     if verdict == "unexplained":
         return f"Nothing that was tried removes {spike}: it is spread over the whole step."
     norm = trials[removed_by[0]].grad_norm
@@ -213,7 +215,8 @@ def _further_sentences(
     if verdict in ("data-outlier", "precision", "mean-mode") and len(removed_by) > 1:
         others = [_short(name, dropped) for name in removed_by[1:]]
         yield f"So it does {', '.join(others)}."
-    if verdict in ("mean-mode", "unexplained") and split is not None:
+    measured = split is not None and max(split.g_mean, split.g_ctr) > 0
+    if verdict in ("mean-mode", "unexplained") and split is not None and measured:
         side = "mean" if split.g_mean > split.g_ctr else "centered"
         yield (
             f"{split.writer} of layer {split.layer} carries the largest mean-coherent gradient, "

@@ -101,3 +101,10 @@ def test_no_spike_is_said(calm: float | None) -> None:
     found = conclusion({"as-it-was": 100.0, "centered-both": 1.0}, calm=calm)
     assert (found.verdict, found.removed_by) == ("no-spike", ())
     assert "Nothing to explain" in found.sentences[0]
+
+
+def test_of_gradients_that_stay_not_finite_nothing_is_said_to_dominate() -> None:
+    nothing = ModeSplit(writer="W_2", layer=3, g_mean=0.0, g_ctr=0.0)
+    found = conclusion({"as-it-was": NAN, "centered-both": NAN}, split=nothing)
+    assert found.verdict == "unexplained"
+    assert found.sentences == ("Nothing that was tried makes the gradient norm finite.",)
