@@ -30,6 +30,7 @@ def calls(monkeypatch):
 
     there = Driver()
     monkeypatch.setattr(driver, "_driver", lambda: there)
+    monkeypatch.setattr(driver, "_primary_context", lambda _: None)
     monkeypatch.setattr(driver, "_faults", [torch.zeros(1, dtype=torch.int32)])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
@@ -39,7 +40,8 @@ def calls(monkeypatch):
 def test_a_kernel_of_another_device_than_the_current_one(calls):
     kernel = driver.Kernel(b"", "x", threads=128, shared=1, cluster=16, device=3)
     assert {name for name, _ in calls} == {
-        "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute"
+        "cuCtxGetCurrent", "cuCtxSetCurrent",
+        "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute",
     }  # fmt: skip
     assert kernel.most_clusters == 0
     kernel.launch(2, [None], pdl=True)
@@ -47,3 +49,43 @@ def test_a_kernel_of_another_device_than_the_current_one(calls):
         "stream", "cuOccupancyMaxActiveClusters", "cuLaunchKernelEx"
     }  # fmt: skip
     assert {device for _, device in calls} == {3}
+
+
+class Contexts:
+    """A driver whose threads have a context or none; the primary one of device n is 100 + n."""
+
+    def __init__(self, current):
+        self.current, self.retained = current, []
+
+    def cuCtxGetCurrent(self, to):
+        to._obj.value = self.current
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.current = context.value
+        return 0
+
+    def cuDeviceGet(self, to, index):
+        to._obj.value = index + 10
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, to, handle):
+        self.retained.append(handle.value)
+        to._obj.value = handle.value + 90
+        return 0
+
+    def cuTensorMapEncodeTiled(self, *_):
+        return 0 if self.current else 201
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 100), (7, 7)])
+def test_a_thread_without_a_context_is_given_that_of_the_device(before, after, monkeypatch):
+    there = Contexts(before)
+    monkeypatch.setattr(driver, "_driver", lambda: there)
+    driver._primary_context.cache_clear()
+    for _ in range(2):
+        driver.TensorMap(torch.empty(8, 64, dtype=torch.bfloat16), (64, 8), (64,), (64, 8))
+        assert there.current == after
+        there.current = before
+    assert there.retained == ([10] if before is None else [])  # once
+    driver._primary_context.cache_clear()

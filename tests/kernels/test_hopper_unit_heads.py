@@ -2,6 +2,7 @@
 whether it serves on a machine."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,6 +140,30 @@ def test_what_it_takes_fits_into_shared_memory(rows):
 @pytest.mark.parametrize(("rows", "counts"), [*SIZES, (64, (3, 64)), (256, None)])
 def test_on_a_gpu_too(rows, counts):
     check(rows, counts, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+def test_a_thread_that_has_not_called_the_gpu_yet():
+    """As autograd's is, of a process whose first gradients these are."""
+    q, k, v, grad = draw(48, None, "cuda")
+
+    def launch():
+        out, lse = unit_heads.forward(q, k, v, None)
+        return out, lse, *unit_heads.backward(grad, q, k, v, out, lse)
+
+    wanted = launch()
+    launch()  # memory for the thread, which need not ask the GPU for it
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(launch).result()
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("kind", [choice.Class(320, False, True), choice.Class(288, True, True)])
+def test_the_kernels_are_right_by_their_own_comparison(kind):
+    assert choice._verdict_elsewhere(kind, torch.device("cuda", 0)) == ("right", True)
 
 
 # Whether it serves

@@ -11,8 +11,8 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,33 @@ def _check(code: int, what: str) -> None:
         raise (FaultError if code in _FAULTS else DriverError)(f"{what}: {text} ({code})")
 
 
+@cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses, too."""
+    handle, context, driver = ctypes.c_int(), ctypes.c_void_p(), _driver()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), f"device {device}")
+    code = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
+    _check(code, f"context of device {device}")
+    return context
+
+
+def _need_context(device: int) -> None:
+    """Gives the calling thread the context of a device where it has none: to a thread of autograd
+    torch gives one with the first call of the runtime, and the driver's may come before."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "current context")
+    if not context:
+        _check(_driver().cuCtxSetCurrent(_primary_context(device)), f"context of device {device}")
+
+
+@contextmanager
+def _current(device: int) -> Iterator[None]:
+    """The device is the current one, of torch and of the driver."""
+    with torch.cuda.device(device):
+        _need_context(device)
+        yield
+
+
 def compiled(source: str, folder: Path | None) -> bytes:
     """The binary of a CUDA C++ source for sm_90a, from `folder` if it was compiled before.
 
@@ -196,6 +223,7 @@ class TensorMap:
         rank = len(sizes)
         self._memory = ctypes.create_string_buffer(128 + 64)
         self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
+        _need_context(tensor.device.index or 0)
         bytes_ = [s * tensor.element_size() for s in strides]
         code = _driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(self.address), _DATA_TYPES[tensor.dtype], rank,
@@ -233,7 +261,7 @@ class Kernel:
         self.threads, self.shared, self.cluster, self.device = threads, shared, cluster, device
         self.module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
-        with torch.cuda.device(device):
+        with _current(device):
             self._load(driver, binary, name)
 
     def _load(self, driver: ctypes.CDLL, binary: bytes, name: str) -> None:
@@ -271,7 +299,7 @@ class Kernel:
         """Clusters that this device holds at once."""
         count = ctypes.c_int()
         config = self._config(self.cluster, False)
-        with torch.cuda.device(self.device):
+        with _current(self.device):
             code = _driver().cuOccupancyMaxActiveClusters(
                 ctypes.byref(count), self._function, ctypes.byref(config)
             )
@@ -284,7 +312,7 @@ class Kernel:
         values = [_value(argument) for argument in (*arguments, _fault())]
         pointers = (ctypes.c_void_p * len(values))(*map(_place, values))
         config = self._config(clusters * self.cluster, pdl)
-        with torch.cuda.device(self.device):
+        with _current(self.device):
             code = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(code, "launch")
 
