@@ -82,6 +82,14 @@ static float __shfl_xor_sync(Word, float value, int mask) {
   return t.numbers[l ^ mask];
 }
 
+static Word __shfl_sync(Word, Word value, int) {  // of numbers that are the same in all lanes
+  const int l = lane();
+  together(warp_key(), 32, [&](Together &t) { t.address[l] = value; }, [](Together &t) {
+    for (int i = 1; i < 32; ++i) if (t.address[i] != t.address[0]) fail("lanes differ in what is uniform");
+  });
+  return value;
+}
+
 // Barriers of shared memory
 static void settle(Barrier &b) {
   ++progress;

@@ -109,7 +109,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
   for (int tile = group; tile * 64 < QUERIES; tile += WG) {
     if (head.part * QUERIES + tile * 64 >= TOK) break;
     float o[HEAD / 2], sum[2] = {};
-    attend(o, sum, tile, ops, scale, lane, keys, fault);
+    attend(o, sum, uniform(tile), ops, scale, lane, keys, fault);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(~0u, sum[h], 1);

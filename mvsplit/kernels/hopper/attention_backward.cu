@@ -19,6 +19,7 @@
 #define HALF (128 * TOK)  // of 64 channels of all
 #define BOXES (TOK / BOX)
 #define TILES ((TOK + 63) / 64)
+#define TURNS ((TILES + WG - 1) / WG)
 
 struct Rows { char *p; long long sample, head, token; };  // [B, H, T, 128] in memory; bytes from one to the next
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ void load_all(const Map *first, const Map *second, co
 // The two numbers of each query: its log-sum-exp to base 2, and δ, 16 threads a row.
 __device__ __forceinline__ void measure(const Operands &ops, const Rows &out, const Rows &grad, const float *lse, int head, int sample) {
   for (int t = threadIdx.x; t < TOK; t += THREADS) ops.lse[t] = 1.44269504f * lse[t];
-#pragma unroll 4
+#pragma unroll 10
   for (int t = threadIdx.x / 16; t < TOK; t += THREADS / 16) {
     const Quad a = *(const Quad *)(row_of(out, sample, head, t) + threadIdx.x % 16 * 16);
     const Quad b = *(const Quad *)(row_of(grad, sample, head, t) + threadIdx.x % 16 * 16);
@@ -105,20 +106,21 @@ __device__ __forceinline__ void differentiate(u32 (&p)[N / 2], u32 (&g)[N / 2], 
   }
 }
 
-// Of the 64 rows at `here`: `first` ← dK·√128 and `second` ← dV, or `first` ← dQ·√128. What is added to them runs
-// beside the scores of the next part.
+// Of the 64 rows at `here` and rows `from` … `to` of all: to `first` are added dK·√128 and to `second` dV, or to
+// `first` dQ·√128; beside that run the scores of the next part. The loop is not unrolled: one product after the other
+// would be waited for if a part were asked for at its end.
 template <bool KEYS, int AT>
-__device__ __forceinline__ void gradients(float (&first)[HEAD / 2], float (&second)[HEAD / 2], u32 here, const Operands &ops, float scale,
-                                          const float *lse, const float *delta, volatile u32 *fault) {
-  float s[AT / 2], d[AT / 2];
-  u32 p[AT / 4], g[AT / 4];
-  ask(s, d, here, 0, ops, fault);
-#pragma unroll
-  for (int i = 0; i < TOK / AT; ++i) {
+__device__ __forceinline__ void gradients(float (&first)[HEAD / 2], float (&second)[HEAD / 2], u32 here, int from, int to, const Operands &ops,
+                                          float scale, const float *lse, const float *delta, volatile u32 *fault) {
+#pragma unroll 1
+  for (int at = from; at < to; at += AT) {
+    float s[AT / 2], d[AT / 2];
+    u32 p[AT / 4], g[AT / 4];
+    ask(s, d, here, at, ops, fault);
     products_sync<0>();
     in_flight(s);
     in_flight(d);
-    differentiate<KEYS>(p, g, s, d, scale, lse + (KEYS ? i * AT : 0), delta + (KEYS ? i * AT : 0));
+    differentiate<KEYS>(p, g, s, d, scale, lse + (KEYS ? at : 0), delta + (KEYS ? at : 0));
     in_flight(first);
     in_flight(g);
     if (KEYS) {
@@ -128,49 +130,75 @@ __device__ __forceinline__ void gradients(float (&first)[HEAD / 2], float (&seco
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int b = 0; b < AT / 16; ++b) {
-      const u32 rows = ops.all + (i * AT + 16 * b) * 128;
-      weigh(first, g + 4 * b, values(rows, HALF), i + b > 0);
-      if (KEYS) weigh(second, p + 4 * b, values(rows + 2 * HALF, HALF), i + b > 0);
+      const u32 rows = ops.all + (at + 16 * b) * 128;
+      weigh(first, g + 4 * b, values(rows, HALF), 1);
+      if (KEYS) weigh(second, p + 4 * b, values(rows + 2 * HALF, HALF), 1);
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    if (i + 1 < TOK / AT) ask(s, d, here, (i + 1) * AT, ops, fault);
   }
   products_sync<0>();
   in_flight(first);
   if (KEYS) in_flight(second);
 }
 
-// All rows of a head: of its keys and values, or of its queries.
+__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); }
+
+// To the other warpgroup, through what is here, which nobody reads any more: `v` ← v + what that one gives of it.
+__device__ __forceinline__ void give(const float (&v)[HEAD / 2], float *place) {
+#pragma unroll
+  for (int i = 0; i < HEAD / 2; ++i) place[128 * i] = v[i];
+}
+
+__device__ __forceinline__ void take(float (&v)[HEAD / 2], const float *place) {
+#pragma unroll
+  for (int i = 0; i < HEAD / 2; ++i) v[i] += place[128 * i];
+}
+
+// All rows of a head: of its keys and values, or of its queries. Where the number of tiles is odd, the warpgroups
+// share the last: each has it here, takes half of the parts of all, and adds up with the other what it writes: the
+// first dK, the second dV, or the first dQ.
 template <bool KEYS, int AT>
 __device__ __forceinline__ void run_head(const Map *map_here, const Map *other_here, const Operands &ops, char *memory, const Rows &to, const Rows &other,
                                          int head, int sample, float scale, volatile u32 *fault) {
-  const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+  const float root = 0.08838834764f, by_root[2] = {root, root}, as_it_is[2] = {1.f, 1.f};
+  const int warp = threadIdx.x / 32 % 4, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
   const u32 here = ops.here + group * 2 * TILE, bar = ops.bar + 8 * (BOXES + group);
   char *place = memory + 4 * HALF + group * 2 * TILE;
-  for (int tile = group, turn = 0; tile < TILES; tile += WG, ++turn) {
-    const int first = tile * 64 + warp * 16;
-    float lse[2], delta[2], one[HEAD / 2], two[HEAD / 2];
+#pragma unroll 1
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const bool shares = TILES % WG && turn + 1 == TURNS;
+    const int tile = shares ? TILES - 1 : turn * WG + group, first = tile * 64 + warp * 16;
+    float lse[2], delta[2], one[HEAD / 2] = {}, two[HEAD / 2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first + lane / 4 + 8 * h;
       lse[h] = row < TOK ? ops.lse[row] : 0.f, delta[h] = row < TOK ? ops.delta[row] : 0.f;
     }
+    const int middle = (TOK / AT + 1) / 2 * AT, from = shares && group ? middle : 0, end = shares && !group ? middle : TOK;
     barrier_wait(bar, turn & 1, fault);
     if (KEYS)
-      gradients<true, AT>(one, two, here, ops, scale, ops.lse + lane % 4 * 2, ops.delta + lane % 4 * 2, fault);
+      gradients<true, AT>(one, two, here, from, end, ops, scale, ops.lse + lane % 4 * 2, ops.delta + lane % 4 * 2, fault);
     else
-      gradients<false, AT>(one, two, here, ops, scale, lse, delta, fault);
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");  // all have read what is here
-    if (first < TOK) {
-      const float root = 0.08838834764f, by_root[2] = {root, root}, as_it_is[2] = {1.f, 1.f};
-      write_head(one, by_root, warp * 16, here, place, TILE / 2, row_of(to, sample, head, first), to.token, lane);
-      if (KEYS)
-        write_head(two, as_it_is, warp * 16, here + TILE, place + TILE, TILE / 2, row_of(other, sample, head, first), other.token, lane);
+      gradients<false, AT>(one, two, here, from, end, ops, scale, lse, delta, fault);
+    group_sync(group);  // all have read what is here
+    if (shares) {
+      float *mine = (float *)place + threadIdx.x % 128, *others = (float *)(memory + 4 * HALF + (1 - group) * 2 * TILE) + threadIdx.x % 128;
+      if (group) give(one, mine);
+      else if (KEYS) give(two, mine);
+      __syncthreads();
+      if (!group) take(one, others);
+      else if (KEYS) take(two, others);
+      __syncthreads();
     }
-    if (tile + WG >= TILES) break;
+    if (first < TOK && !(shares && group))
+      write_head(one, by_root, warp * 16, here, place, TILE / 2, row_of(to, sample, head, first), to.token, lane);
+    if (KEYS && first < TOK && !(shares && !group))
+      write_head(two, as_it_is, warp * 16, here + TILE, place + TILE, TILE / 2, row_of(other, sample, head, first), other.token, lane);
+    if (turn + 1 == TURNS) break;
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
-    if (threadIdx.x % 128 == 0) load_here(map_here, other_here, here, bar, tile + WG, head, sample);
+    group_sync(group);
+    const int next = TILES % WG && turn + 2 == TURNS ? TILES - 1 : tile + WG;
+    if (threadIdx.x % 128 == 0) load_here(map_here, other_here, here, bar, next, head, sample);
   }
 }
 
@@ -186,8 +214,8 @@ attention_backward(const __grid_constant__ Map map_q, const __grid_constant__ Ma
   if (threadIdx.x == 0) {
     for (int i = 0; i < BOXES + WG; ++i) barrier_init(ops.bar + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    for (int group = 0; group < WG && group < TILES; ++group)
-      load_here(of_keys ? &map_k : &map_q, of_keys ? &map_v : &map_grad, ops.here + group * 2 * TILE, ops.bar + 8 * (BOXES + group), group, head, sample);
+    for (int group = 0; group < WG; ++group)
+      load_here(of_keys ? &map_k : &map_q, of_keys ? &map_v : &map_grad, ops.here + group * 2 * TILE, ops.bar + 8 * (BOXES + group), min(group, TILES - 1), head, sample);
     load_all(of_keys ? &all_q : &all_k, of_keys ? &all_grad : &all_v, ops, head, sample);
   }
   measure(ops, out, grad, p_lse + (long long)index * TOK, head, sample);

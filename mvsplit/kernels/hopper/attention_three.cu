@@ -140,7 +140,7 @@ attention(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, 
   float *lse = p_lse ? p_lse + (long long)blockIdx.x * TOK : p_lse;
   for (int tile = group; tile < TILES; tile += WG) {
     const Slot slot(tile);
-    const u32 q = ops.q + slot.place * TILE;
+    const u32 q = uniform(ops.q + slot.place * TILE);
     barrier_wait(ops.of_slot(slot.place), slot.turn & 1, fault);
     float o[HEAD / 2], sum[2] = {};
     attend(o, sum, q, ops, scale, lane, keys, fault);

@@ -55,7 +55,7 @@ struct Worker {  // a thread that multiplies
   int warp, lane, group, index;
   int row, token;
   __device__ __forceinline__ Worker()
-      : warp(threadIdx.x / 32), lane(threadIdx.x % 32), group(warp / 4), index(ALONE ? threadIdx.x % 128 : threadIdx.x),
+      : warp(uniform(threadIdx.x / 32)), lane(threadIdx.x % 32), group(warp / 4), index(ALONE ? threadIdx.x % 128 : threadIdx.x),
         row(lane / 4), token(lane % 4 * 2) {}
 };
 
