@@ -20,7 +20,7 @@ from mvsplit.reproduce.depth.page_parts import (
     shape_table,
     timing_table,
 )
-from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchSize
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchSize, get_entries
 from mvsplit.reproduce.depth.plot import save_best, save_rates, save_seconds
 from mvsplit.reproduce.depth.table import Cell, cells, for_verdict
 from mvsplit.reproduce.depth.understood import understood
@@ -32,6 +32,7 @@ from mvsplit.reproduce.depth.verdict import (
     Losses,
     against_rivals,
     best,
+    compare,
     new_defaults,
     rule_sha256,
 )
@@ -40,8 +41,8 @@ NAME = "depth-bench"
 RESULTS = "results/depth-bench"
 AGAIN = "-again"  # behind a size's name: rows of runs that have one from another way to train
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
-# What `RuleConfig` had by default when the rule was written, and since.
-SERVED = ("mvsplit-1", "mvsplit-root")
+# What `RuleConfig` had by default when the rule was written, and since; the last is today's.
+SERVED = ("mvsplit-1", "mvsplit-root", "alpha")
 HEAD = """# The depth bench: every rule at its own learning rate
 
     mvsplit bench depth_bench --size small --out runs/depth-bench
@@ -75,7 +76,7 @@ def keep_rows(
     """Adds rows to those that the page of `folder` is drawn from: a run that is there already is
     replaced, and the rule keeps its earliest date. One row a line. Of a run that was trained both
     alone and as a member of an ensemble the row of the first counts, and the other is kept beside
-    it, in SIZE-again.json."""
+    it, in SIZE-again.json; so is the earlier of two members."""
     path, beside = (folder / RESULTS / f"{size.name}{end}.json" for end in ("", AGAIN))
     there, again = _there(path, rule), _there(beside, rule)
     by_run = {row["run"]: row for row in there["rows"]}
@@ -84,7 +85,7 @@ def keep_rows(
         name, before = row["run"], by_run.get(row["run"], row)
         one, other = (row, before) if _as_one(before) >= _as_one(row) else (before, row)
         by_run[name] = one
-        if _as_one(other) > _as_one(one):
+        if _as_one(other) and other != one:
             twice[name] = other
     first = min((there["rule"], rule), key=lambda each: each["written"])
     _write_rows(path, size, first, by_run)
@@ -232,7 +233,7 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         f"**By this size alone {_default_words(settings, labels)}{where}.** Ties are "
         f"{TIE:.0%} wide, and {ERRORS:g} standard errors count."
     )
-    return [*lines, "", tail + "\n"]
+    return [*lines, "", _against_default(settings, labels) + "\n", tail + "\n"]
 
 
 def _default_words(settings: Mapping[int, Losses], labels: Mapping[str, str]) -> str:
@@ -241,8 +242,23 @@ def _default_words(settings: Mapping[int, Losses], labels: Mapping[str, str]) ->
     for today in SERVED:
         names = [labels[name] for name in new_defaults(settings, today)]
         admitted = " or ".join(names) if names else "nothing"
-        words.append(f"{admitted} takes the place of {labels.get(today, today)}")
-    return ", and ".join(words)
+        words.append(f"{admitted} takes the place of {get_entries([today])[0].label}")
+    return f"{', '.join(words[:-1])}, and {words[-1]}"
+
+
+def _against_default(settings: Mapping[int, Losses], labels: Mapping[str, str]) -> str:
+    """Where the other settings stand against today's default, as far as it can be told."""
+    today = SERVED[-1]
+    parts = []
+    for depth, losses in settings.items():
+        standing = {name: compare(mine, losses.get(today)) for name, mine in losses.items()}
+        words = ", ".join(
+            f"{labels[name]} {place}"
+            for name, place in sorted(standing.items())
+            if name != today and place != "cannot tell"
+        )
+        parts.append(f"at {depth} layers {words or 'nothing can be told'}")
+    return f"Against today's default, {get_entries([today])[0].label}: {'; '.join(parts)}."
 
 
 def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:

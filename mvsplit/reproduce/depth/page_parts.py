@@ -8,6 +8,7 @@ from typing import Any
 from mvsplit.reproduce.depth.plan import BenchSize, get_entries, get_run
 from mvsplit.reproduce.depth.table import (
     Cell,
+    Row,
     at_equal_time,
     collapses,
     key,
@@ -152,7 +153,7 @@ def _watch(said: Mapping[str, Any] | None) -> str:
 def both_ways(
     gate: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], again: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """How far runs that were trained as one are from the same ones alone."""
+    """How far runs that were trained as one are from the same ones alone, or in other company."""
     if not gate and not again:
         return []
     parts = ["### As one and alone\n"]
@@ -166,17 +167,27 @@ def both_ways(
             f"**{'passed' if gate['passed'] else 'not passed'}**.\n"
         )
         parts[-1] = parts[-1].rstrip() + _ungated(gate, rows) + "\n"
-    alone = {row["run"]: row for row in rows}
-    pairs = [(alone[other["run"]], other) for other in again if other["run"] in alone]
+    counts = {row["run"]: row for row in rows}
+    pairs = [(counts[other["run"]], other) for other in again if other["run"] in counts]
+    parts += _twice(
+        "Whole runs of the bench that were trained both ways; the first counts above.\n",
+        ("run", "alone", "as one", "apart"),
+        [pair for pair in pairs if "together" not in pair[0]],
+    )
+    return parts + _twice(
+        "Runs that were trained as one twice, with other members; the later counts above.\n",
+        ("run", "later", "earlier", "apart"),
+        [pair for pair in pairs if "together" in pair[0]],
+    )
+
+
+def _twice(words: str, head: Sequence[str], pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """A line for each run of which there are two rows; nothing where there are none."""
     lines = [
         [row["run"], *(_ending(each) for each in (row, other)), _share(row, other)]
         for row, other in pairs
     ]
-    if lines:
-        words = "Whole runs of the bench that were trained both ways; the first counts above.\n"
-        head = ("run", "alone", "as one", "apart")
-        parts += [words, *table(head, lines)]
-    return parts
+    return [words, *table(head, lines)] if lines else []
 
 
 def _ungated(gate: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -142,8 +142,10 @@ def test_the_verdict_is_the_rules_on_the_cells():
     assert losses[2] == {"plain": [0.50, 0.51, 0.52]}  # a control is no rival
     text = "\n".join(verdict_words(TINY, found))
     assert "at least as good as its rivals" in text
-    words = "MV-Split β=1/√L takes the place of MV-Split β=1, and nothing takes the place of"
-    assert f"**By this size alone {words} MV-Split β=1/√L.**" in text
+    words = "MV-Split β=1/√L takes the place of MV-Split β=1, nothing takes the place of"
+    tail = "and nothing takes the place of MV-Split α=β=1/√L"
+    assert f"**By this size alone {words} MV-Split β=1/√L, {tail}.**" in text
+    assert "default, MV-Split α=β=1/√L: at 2 layers nothing can be told; at 3 layers" in text
     assert "3 layers: the best rival is plain, the best setting MV-Split β=1/√L (ahead" in text
     shallow = cells(TINY, ENTRIES, [r for r in rows if r["depth"] < 4])
     text = "\n".join(verdict_words(TINY, shallow))
@@ -151,7 +153,16 @@ def test_the_verdict_is_the_rules_on_the_cells():
     short = cells(TINY, ENTRIES, [r for r in rows if r["seed"] < 2])
     text = "\n".join(verdict_words(TINY, short))
     assert "**MV-Split against its rivals: cannot tell.**" in text
-    assert "alone nothing takes the place of MV-Split β=1, and nothing takes" in text
+    assert "alone nothing takes the place of MV-Split β=1, nothing takes" in text
+
+
+def test_settings_are_compared_with_todays_default():
+    names = {"alpha": 0.50, "alpha-standard": 0.40, "standard": 0.51, "mvsplit-1": 0.70}
+    rows = [row_ for name, loss in names.items() for row_ in seeds(name, [loss, loss + 0.01, loss])]
+    text = "\n".join(verdict_words(TINY, cells(TINY, [entry(name) for name in names], rows)))
+    words = "α=β=1/√L, writers standard ahead, MV-Split β=1 behind, MV-Split β=1/√L, writers"
+    assert f"default, MV-Split α=β=1/√L: at 2 layers MV-Split {words} standard tie.\n" in text
+    assert "and MV-Split α=β=1/√L, writers standard takes the place of MV-Split α=β=1/√L (" in text
 
 
 def test_a_table_shows_the_best_first_and_what_is_dead():
@@ -206,6 +217,21 @@ def test_of_a_run_by_both_ways_the_one_alone_counts_and_both_are_shown(
     assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 0.5 | 0.51 | +2.0% |" in text
     words = "It had no network that starts as MV-Split α=β=1/√L, MV-Split β=1/√L, writers standard."
     assert f"losses within 2.0e-04, where 0.01 is the limit: **passed**. {words}\n" in text
+
+
+def test_of_a_run_trained_as_one_twice_the_later_counts_and_the_earlier_is_shown(
+    tmp_path, monkeypatch
+):
+    for loss in (0.5, 0.51, 0.51):  # the last is the same row, merged again
+        path = keep_rows(TINY, RULE, [row(1e-3, loss, together=6)], tmp_path)
+    again = path.with_name(f"{TINY.name}-again.json")
+    for file, loss in ((path, 0.51), (again, 0.5)):
+        assert [r["validation_loss"] for r in json.loads(file.read_text())["rows"]] == [loss]
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    text = write_page(tmp_path).read_text()
+    assert "| run | later | earlier | apart |" in text
+    assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 0.51 | 0.5 | -2.0% |" in text
+    assert "trained both ways" not in text
 
 
 def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
