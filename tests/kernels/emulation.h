@@ -82,6 +82,13 @@ static float __shfl_xor_sync(Word, float value, int mask) {
   return t.numbers[l ^ mask];
 }
 
+static Word __shfl_xor_sync(Word all, Word value, int mask) {
+  float bits;
+  memcpy(&bits, &value, 4);
+  bits = __shfl_xor_sync(all, bits, mask);
+  memcpy(&value, &bits, 4);
+  return value;
+}
 static Word __shfl_sync(Word, Word value, int) {  // of numbers that are the same in all lanes
   const int l = lane();
   together(warp_key(), 32, [&](Together &t) { t.address[l] = value; }, [](Together &t) {

@@ -104,7 +104,7 @@ def backward(
         2 * batch * heads,
         (
             *(attention.box(t, _TILE) for t in tensors), *(attention.box(t, at) for t in tensors),
-            _rows(out), _rows(grad), lse, *map(_rows, found), ctypes.c_int(heads),
+            _rows(out), lse, *map(_rows, found), ctypes.c_int(heads),
             ctypes.c_int(batch * heads), ctypes.c_float(SCALE),
         ),
         pdl=False,
@@ -141,7 +141,8 @@ def source(rows: int) -> str:
 def shared_bytes(rows: int) -> int:
     """Of a block of backward."""
     tiles = 2 * _GROUPS * _TILE
-    return 2 * HEAD * (2 * rows + tiles) + 8 * (rows + rows // keys_at(rows) + _GROUPS)
+    numbers = max(rows, 32 * _GROUPS)
+    return 2 * HEAD * (2 * rows + tiles) + 8 * (numbers + rows // keys_at(rows) + _GROUPS)
 
 
 @cache
