@@ -123,7 +123,7 @@ class Report(logging.Handler):
         super().__init__()
         self.path, self.budget, self.started = path, budget, time.perf_counter()
         self.found: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
+            "date": datetime.datetime.now().isoformat(timespec="minutes"),
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,

@@ -55,8 +55,17 @@ bytes. What clusters give in a training step: [below](#what-the-cards-power-allo
 """  # noqa: E501
 
 
-def tried_in_a_block(found: Row) -> str:
-    """Lines on what a block of the step was tried with, from `step_tried_h200`."""
+GRADIENTS = ("attention_backward", "bprop", "dot_do_o", "convert_dq")  # kernels of either
+
+
+def tried_in_a_block(found: Row, gradients: Row) -> str:
+    """Lines on what a block of the step was tried with, from `step_tried_h200` and
+    `attention_gradients_h200`."""
+    (_, ours), (_, theirs) = gradients["rows"].items()
+    kernels = [
+        sum(us for name, us in row["by_kernel_us"].items() if any(w in name for w in GRADIENTS))
+        for row in (ours, theirs)
+    ]
     block, product = found["block"], dict(found["swiglu_product"])
     product.pop("what")
     apart = product.pop("product, then a pass")
@@ -70,6 +79,10 @@ def tried_in_a_block(found: Row) -> str:
   read more of their operands from the L2 cache.
 - Gradients of the matrices on a stream beside, to fill what kernels leave of the GPU when they begin and end:
   {base:.0f} → {beside:.0f} µs a block under load (the same block twice: ±{again:.1%}).
+- Gradients of attention in CUDA C++, seven products in one launch where cuDNN has five in three
+  ([figures](../benchmarks/results/attention_gradients_h200_2026-11-29T2112.json)): at 26 samples {kernels[0]:.0f} µs instead of {kernels[1]:.0f}, a block
+  {ours["us"]:.0f} instead of {theirs["us"]:.0f} µs. It was changed since, and no block was timed by itself after that; it
+  serves in the step of 1000 layers above, in a form before the last.
 """  # noqa: E501
 
 

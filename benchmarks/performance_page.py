@@ -18,7 +18,7 @@ from typing import Any
 from performance_engine import engine
 from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
-from performance_not_run import BACKEND, IN_CUDA, not_run, served
+from performance_not_run import BACKEND, IN_CUDA, most_steps, not_run, served
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
 from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
@@ -55,6 +55,12 @@ def merged(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return together
 
 
+def beside_the_rival(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The stages of the latest run in which torch.compile was timed: no others are compared."""
+    timed = [r for r in results if "seconds" in (r.get("compiled") or ())]
+    return list(timed[-1]) if timed else []
+
+
 def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of fused_ops, the latest of each op and shape."""
     latest = {
@@ -77,12 +83,14 @@ def ways_together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def page() -> str:
     ops = load("fused_ops_*h200_*.json")
-    graphs = merged(load("train_step_h200_*.json"))
+    steps = load("train_step_h200_*.json")
+    graphs = merged(steps) | {"beside the rival": beside_the_rival(steps)}
     eager = merged(load("train_step_eager_h200_*.json"))
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
     padded = ways_together(load("masked_attention_h200_*.json"))
     recipe = merged(load("recipe_h200_*.json"))
-    deep = merged(load("thousand_layers_h200_*.json"))
+    all_deep = load("thousand_layers_h200_*.json")
+    deep = merged(all_deep)
     clusters = merged(load("merge_clusters_h200_*.json"))
     classes = together(load("step_classes_h200_*.json"))
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
@@ -90,7 +98,7 @@ def page() -> str:
         head,
         fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
         training(graphs, reference) + updates(graphs) + layers(graphs),
-        thousand(deep, load("thousand_layers_h200_*.json")),
+        thousand(deep, all_deep),
         under_load(classes),
         masked(
             padded,
@@ -114,14 +122,19 @@ def page() -> str:
             clusters,
             *load("merge_clusters_h200_*_first.json"),
         )
-        + tried_in_a_block(*load("step_tried_h200_*.json")),
+        + tried_in_a_block(
+            *load("step_tried_h200_*.json"), *load("attention_gradients_h200_*.json")
+        ),
         not_run(
             {
                 **graphs,
                 **deep,
+                "thousand": most_steps(all_deep, deep),
                 "masked": padded,
                 "recipe": recipe,
-                IN_CUDA: served(classes, BACKEND),
+                IN_CUDA: served(
+                    together([classes, *load("attention_gradients_h200_*.json")]), BACKEND
+                ),
             }
         ),
     )

@@ -32,7 +32,7 @@ NAMES = {
 # Groups of kernels in the profile, by what their names contain.
 GROUPS = {
     "matrix products": ("nvjet", "gemm", "cutlass"),
-    "attention": ("flash", "cudnn", "sdpa", "zero_keys", "unit_attention"),
+    "attention": ("flash", "cudnn", "sdpa", "zero_keys", "attention"),
     "merges": ("split_merge", "scaled_merge"),
     "SwiGLU": ("swiglu",),
     "QK-norm and rotation": ("qk_norm_rope",),

@@ -13,7 +13,8 @@ def training(found: Found, reference: Found) -> str:
     for stage, each in real.items():
         name = STEPS[stage].format(bytes=found[stage].get("bytes_a_parameter", 7))
         name += "" if all(real.values()) else _MARK[each]
-        comparable = rival if each == real.get("compiled", each) else None
+        beside = stage in found.get("beside the rival", STEPS)
+        comparable = rival if beside and each == real.get("compiled", each) else None
         rows.append(_step(name, found[stage], comparable))
     batch, seconds, rate, mfu, peak = reference["released"]["training_step_400_layers"]["rows"][-1]
     rows.append(_step_row("released code, bf16 AdamW", batch, seconds, rate, mfu, f"{peak}", rival))
@@ -26,7 +27,7 @@ again, of 989 TFLOP/s. The rival under torch.compile has the formula as one writ
 block for all layers, every block checkpointed, fp32 weights, our optimiser; same run.
 
 {markdown(head, rows)}
-{_spread(found)}{"" if all(real.values()) else _ZEROS}{_gates(found)}"""  # noqa: E501
+{_spread(found)}{_other_cards(found)}{"" if all(real.values()) else _ZEROS}{_gates(found)}"""  # noqa: E501
 
 
 def _spread(found: Found) -> str:
@@ -39,6 +40,19 @@ def _spread(found: Found) -> str:
     best = min(both[1]) / samples[1] / (min(both[0]) / samples[0])
     return f"""Seconds are medians: of {", ".join(ours)} with bf16 weights and of {", ".join(rival)}
 under torch.compile; the best of each give {best:.2f}×.
+
+"""
+
+
+def _other_cards(found: Found) -> str:
+    """The same step in runs of the same day, of which each machine has a card of its own."""
+    others = found.get("step bf16 on other cards", ())
+    if not others:
+        return ""
+    each = ", ".join(f"{other['mfu']:.1%} ({other['load']['sm_mhz']:.0f} MHz)" for other in others)
+    own = found["step bf16"]["load"]["sm_mhz"]
+    return f"""With bf16 weights on other machines of the same evening: {each}.
+That above had {own:.0f} MHz. Kernels differ less between these runs than cards do.
 
 """
 

@@ -38,7 +38,7 @@ def test_the_page_is_what_the_command_writes(writer):
 
 def test_check_fails_on_a_page_that_was_changed(writer, tmp_path, monkeypatch):
     changed = tmp_path / "performance.md"
-    changed.write_text(TEXT.replace("46.8%", "56.8%"), encoding="utf-8")
+    changed.write_text(TEXT.replace("47.1%", "57.1%"), encoding="utf-8")
     monkeypatch.setattr(writer, "PAGE", changed)
     monkeypatch.setattr(sys, "argv", ["performance_page.py", "--check"])
     with pytest.raises(SystemExit, match="mvsplit bench page"):
@@ -102,7 +102,7 @@ def test_a_merge_of_another_form_than_serves_says_so(writer):
         ("fused_ops_merge_h200_2026-11-22.json", "merge with means"),
         ("train_step_h200_2026-11-24.json", "| 14,488 | 50.2% | 125.9 | 2.33× |"),
         ("engine_h200_2026-11-24.json", "| the engine | 2.09 | 10.07 |"),
-        ("masked_attention_h200_2026-11-28.json", "| 164 | 178 (+8%) |"),
+        ("masked_attention_h200_2026-11-28.json", "| 164 | – | 178 (+8%) |"),
         ("thousand_layers_h200_2026-11-28.json", "| MFU | 36.7%;"),
         ("thousand_layers_h200_2026-11-29_late.json", "2.177 → 1.720, first and last of 7 steps"),
         ("step_classes_h200_2026-11-29.json", "a block took 12% longer"),

@@ -29,13 +29,17 @@ def benchmark(name, monkeypatch):
     return module
 
 
-# Every candidate, one picture and the gate; eight pictures after the last change.
-NOW, EIGHT = "2026-11-29_second", "2026-11-29_third"
+# Every candidate; those of eight pictures after a change; pictures and the gate after the last, and
+# without it.
+NOW, EIGHT, LAST, WITHOUT = (
+    f"2026-11-29{name}" for name in ("_second", "_third", "T2124", "T2056")
+)
 
 
 def engine_now():
     """The report of today's engine, later stages in place of earlier ones."""
-    return result(f"engine_h200_{NOW}") | result(f"engine_h200_{EIGHT}")
+    reports = [result(f"engine_h200_{name}") for name in (NOW, EIGHT, LAST)]
+    return {stage: found for report in reports for stage, found in report.items()}
 
 
 def test_the_tables_are_those_of_the_results(monkeypatch):
@@ -63,6 +67,16 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
     for each in (alone, together):
         assert each["passes"]
         assert abs(each["difference"]) < each["difference_stderr"]
+    errors = [f"{1e6 * each['difference_stderr']:.0f}·10⁻⁶" for each in (alone, together)]
+    assert f"within their standard errors ({', '.join(errors)})" in page
+    before = result(f"engine_h200_{WITHOUT}")
+    failed = before["gate"]["8_at_a_time"]
+    assert not failed["passes"]
+    assert f"and off by {failed['plain_bf16']:.6f}: the engine, at the same" in page
+    off = failed["difference"], failed["difference"] / failed["difference_stderr"]
+    assert f"further off by {1e6 * off[0]:.0f}·10⁻⁶, {off[1]:.1f} standard errors" in page
+    seconds = [before[f"pictures_{n}"]["seconds"] for n in (1, 8)]
+    assert "another card took {:.2f} and {:.2f} s".format(*seconds) in page
     deep = starts["deep_gate"]["1_at_a_time"]
     assert f"1000 layers, one noise: {deep['engine']:.5f} ({deep['plain_bf16']:.5f})" in page
     assert deep["passes"]
@@ -78,9 +92,16 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
     for name in ("parts", "parts8"):
         assert found[name]["plan"]["attention"]["pdl"]
     assert found["parts"]["plan"]["ahead"]
-    took = found["pictures_8"]["seconds"] / 35e3 * 1e6
-    assert f"a block takes {took:.0f} µs then" in page
-    assert f"{took:.0f} µs a block and step where {8.4 / 35e3 * 1e6:.0f} are needed" in page
+    then, now = (
+        report["pictures_8"]["seconds"] / 35e3 * 1e6
+        for report in (result(f"engine_h200_{EIGHT}"), found)
+    )
+    assert f"a block takes {then:.0f} µs then" in page
+    assert f"A block and step of eight takes {now:.0f} µs" in page
+    _, of_eight = "\n".join(found["log"]).split("[16, 288", 1)
+    (best,) = re.findall(r"a block in ([\d.]+) µs by w2", of_eight)
+    assert f"a block of eight takes {float(best):.0f} µs in a graph" in page
+    assert "attention by Heads(groups=3" in of_eight
     drawing = found["drawing"] | result("engine_trace_h200_2026-11-29")["drawing"]
     for name, words in (
         ("pictures_8", "takes {:.0f} W of its 700 and runs at {:.0f} MHz instead of 1980"),
