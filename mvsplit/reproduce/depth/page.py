@@ -151,8 +151,9 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     timing = _found(folder, f"timing-{size.name}")
     main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
     here = [cell for cell in main if cell.width == size.width]
+    whole = {cell.entry.name for cell in other if cell.swept}  # at one depth at least
     save_rates(
-        [*here, *(cell for cell in other if cell.swept)],
+        [*here, *(cell for cell in other if cell.entry.name in whole)],
         size,
         folder / f"{NAME}-{size.name}-rates.png",
     )
@@ -217,8 +218,11 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     for depth in settings:
         rival, mine = best(rivals[depth]), best(settings[depth])
         if rival is None or mine is None:
+            known = "" if rival is None else f"the best rival is {labels[rival]}; "
             lacks = "rival" if rival is None else "setting of MV-Split"
-            lines.append(f"- {depth} layers: no {lacks} has {SEEDS} seeds; cannot tell")
+            lines.append(
+                f"- {depth} layers: {known}no {lacks} has {SEEDS} seeds that live; cannot tell"
+            )
             continue
         words = ", ".join(
             f"{labels[name]} {place}"
@@ -233,7 +237,25 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         f"**By this size alone {_default_words(settings, labels)}{where}.** Ties are "
         f"{TIE:.0%} wide, and {ERRORS:g} standard errors count."
     )
-    return [*lines, "", _against_default(settings, labels) + "\n", tail + "\n"]
+    without = _without(settings, rivals, labels)
+    return [*lines, "", _against_default(settings, labels) + "\n", tail + "\n", *without]
+
+
+def _without(
+    settings: Mapping[int, Losses], rivals: Mapping[int, Losses], labels: Mapping[str, str]
+) -> list[str]:
+    """What the rule would say but for the depths at which no setting has enough seeds: a verdict
+    needs every depth, and the first row of a new one takes it away."""
+    left = {depth: losses for depth, losses in settings.items() if best(losses)}
+    few = [str(depth) for depth in settings if depth not in left]
+    if not left or not few:
+        return []
+    verdict, _ = against_rivals(left, rivals)
+    return [
+        f"Were it not for {' and '.join(few)} layers, where no setting of MV-Split has {SEEDS} "
+        f"seeds that live, it would be: against its rivals, {verdict}; by this size alone "
+        f"{_default_words(left, labels)}.\n"
+    ]
 
 
 def _default_words(settings: Mapping[int, Losses], labels: Mapping[str, str]) -> str:
@@ -269,9 +291,11 @@ def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         absent = [e.label for e in ENTRIES if (e.name, depth) not in have]
         here = [have[e.name, depth] for e in ENTRIES if (e.name, depth) in have]
         few = [c.entry.label for c in here if c.rate and len(c.best) < len(size.seeds)]
+        part = [c.entry.label for c in here if not c.swept]
         ends = [c.entry.label for c in here if c.swept and c.at_end]
         for words, names in (
             ("not run", absent),
+            ("the sweep is not whole", part),
             (f"fewer than {len(size.seeds)} seeds", few),
             ("the best rate is at an end of those tried", ends),
         ):

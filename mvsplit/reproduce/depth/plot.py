@@ -74,7 +74,7 @@ def save_best(found: Sequence[Cell], size: BenchSize, path: Path) -> None:
                 capsize=3,
             )
         axes.set_yticks(range(len(here)), [c.entry.label for c in here], fontsize=8)
-        axes.set(title=f"{depth} layers", xlabel="validation loss at the best learning rate")
+        axes.set(title=f"{depth} layers", xlabel="validation loss at the best rate")
         axes.grid(axis="x", linewidth=0.3)
     _save(figure, path)
 

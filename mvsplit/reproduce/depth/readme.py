@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mvsplit.errors import UserError
-from mvsplit.reproduce.depth.page_parts import figure, table
+from mvsplit.reproduce.depth.page_parts import figure, loss_words, table
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, BenchSize
 from mvsplit.reproduce.depth.table import Cell, cells
 from mvsplit.reproduce.depth.verdict import SEEDS
@@ -56,9 +56,9 @@ def _middle(cell: Cell | None) -> float:
 
 
 def _words(cell: Cell | None) -> str:
-    if cell is None:
-        return "not run"
-    if cell.rate is None:
-        return "learns at no rate" if cell.swept else "not run whole"
+    if cell is None or cell.rate is None:
+        return "learns at no rate" if cell is not None and cell.swept else loss_words(cell)
     end = ", an end of its sweep" if cell.at_end else ""
+    if cell.tried == [cell.rate]:
+        end = ", the only rate run"
     return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}{end}"

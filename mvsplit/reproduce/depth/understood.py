@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from textwrap import fill
 from typing import Any
 
 # A figure stands as [[FILE RUN FIELD FORMAT]], of a row of FILE.json, or with the lowest and the
-# highest of several runs, [[FILE RUN* FIELD FORMAT]]. Where a row is missing, its paragraph is.
-_FIGURE = re.compile(r"\[\[(\S+) (\S+) (\S+) (\S+)\]\]")
+# highest of several runs, [[FILE RUN* FIELD FORMAT]]; [[FILE RUN* over RUN* FIELD FORMAT]] is by
+# what part the mean of some is above that of others. Where a row is missing, its paragraph is.
+_FIGURE = re.compile(r"\[\[(\S+) (\S+)(?: over (\S+))? (\S+) (\S+)\]\]")
 
 UNDERSTOOD = """## Understood so far
 
@@ -194,10 +196,11 @@ def _filled(paragraph: str, rows: dict[str, list[dict[str, Any]]]) -> str | None
     """The paragraph with its figures; None where a row is missing."""
     text = paragraph
     for match in _FIGURE.finditer(paragraph):
-        file, run, field, form = match.groups()
-        pattern = re.compile(re.escape(run).replace(r"\*", ".*"))
-        found = [r.get(field) for r in rows.get(file, []) if pattern.fullmatch(r["run"])]
-        values = [value for value in found if value is not None]
+        file, run, other, field, form = match.groups()
+        values = _values(rows.get(file, []), run, field)
+        if other:
+            others = _values(rows.get(file, []), other, field)
+            values = [fmean(values) / fmean(others) - 1] if values and others else []
         if not values:
             return None
         ends = dict.fromkeys(format(value, form) for value in (min(values), max(values)))
@@ -205,3 +208,10 @@ def _filled(paragraph: str, rows: dict[str, list[dict[str, Any]]]) -> str | None
     text = " ".join(text.split())
     indent = "  " if text.startswith("- ") else ""
     return fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _values(rows: list[dict[str, Any]], run: str, field: str) -> list[float]:
+    """Of a field, in the rows of the runs of a name with *."""
+    pattern = re.compile(re.escape(run).replace(r"\*", ".*"))
+    found = [row.get(field) for row in rows if pattern.fullmatch(row["run"])]
+    return [value for value in found if value is not None]

@@ -156,6 +156,35 @@ def test_the_verdict_is_the_rules_on_the_cells():
     assert "alone nothing takes the place of MV-Split β=1, nothing takes" in text
 
 
+def test_a_depth_with_too_few_seeds_takes_the_verdict_away_and_what_it_was_is_shown():
+    names = {"plain": 0.50, "mvsplit-root": 0.40, "mvsplit-1": 0.60}
+    every = [
+        row_
+        for depth in (2, 3)
+        for name, loss in names.items()
+        for row_ in seeds(name, [loss, loss + 0.01, loss + 0.02], depth=depth)
+    ]
+    deep = [row(3.2e-3, 0.5 + s / 100, name="plain", depth=4, seed=s) for s in range(3)]
+    deep += [row(3.2e-3, None, name="mvsplit-1", depth=4, seed=s) for s in range(3)]
+    deep += [row(3.2e-3, 0.3, name="mvsplit-root", depth=4)]
+    text = "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, [*every, *deep])))
+    assert "**MV-Split against its rivals: cannot tell.**" in text
+    few = "no setting of MV-Split has 3 seeds that live; cannot tell"
+    assert f"- 4 layers: the best rival is plain; {few}\n" in text
+    assert "alone nothing takes the place of MV-Split β=1, nothing takes the place" in text
+    words = (
+        "where no setting of MV-Split has 3 seeds that live, it would be: against its rivals, at"
+    )
+    assert f"Were it not for 4 layers, {words} least as good as its rivals; by this size" in text
+    assert text.count("MV-Split β=1/√L takes the place of MV-Split β=1, nothing") == 1
+    assert "Were it not" not in "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, every)))
+
+
+def test_what_is_left_of_sweeps_is_said():
+    found = cells(TINY, ENTRIES, [row(3.2e-3, None, name="keel", depth=3)])
+    assert "- 3 layers, the sweep is not whole: Keel" in missing(TINY, found)
+
+
 def test_settings_are_compared_with_todays_default():
     names = {"alpha": 0.50, "alpha-standard": 0.40, "standard": 0.51, "mvsplit-1": 0.70}
     rows = [row_ for name, loss in names.items() for row_ in seeds(name, [loss, loss + 0.01, loss])]
@@ -274,15 +303,22 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
         *[row(rate, None, name="plain", depth=3) for rate in TINY.rates],
         *seeds("mvsplit-root", [0.4, 0.5, 0.6], depth=3),
         *seeds("keel", [0.1]),
+        row(3.2e-3, 0.5, name="plain", depth=4),
+        row(3.2e-3, None, name="mvsplit-root", depth=4),
+        *[row(1e-2, 0.6, name="rezero", depth=4, seed=s) for s in range(3)],
     ]
     keep_rows(TINY, RULE, rows, tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write_table(readme, tmp_path / module.RESULTS, TINY)
     assert readme.read_text() == (
-        f"before\n{BEGIN}\n| residual rule | 2 layers | 3 layers |\n| --- | --- | --- |\n"
-        "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 |\n"
-        f"| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate |\n{END}\nafter\n"
+        f"before\n{BEGIN}\n| residual rule | 2 layers | 3 layers | 4 layers |\n"
+        "| --- | --- | --- | --- |\n"
+        "| ReZero | not run | not run | 0.6 ± 0 at 0.01, the only rate run |\n"
+        "| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate | "
+        "0.5 (**1 seed**) at 0.0032, the only rate run |\n"
+        "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 | dead at 0.0032, others not run |\n"
+        f"{END}\nafter\n"
     )
     readme.write_text("no marks")
     with pytest.raises(UserError, match="between which the table goes"):

@@ -40,6 +40,13 @@ def test_figures_are_those_of_the_rows_and_what_has_none_is_left_out(folder):
     )
 
 
+def test_means_of_runs_are_compared(folder, monkeypatch):
+    monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3 over plain-* loss .1%]].")
+    assert understood(folder) == ["By 50.0%.", ""]
+    monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3 over keel loss .1%]].")
+    assert understood(folder) == []
+
+
 def test_without_rows_words_without_figures_stay(tmp_path, folder):
     (folder / "gpu.json").unlink()
     assert understood(folder) == ["## Three", "", "No figure.", ""]
