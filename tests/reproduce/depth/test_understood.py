@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_rows_and_what_has_none_is_left_out(folder):
 
 
 def test_means_of_runs_are_compared(folder, monkeypatch):
-    monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3 over plain-* loss .1%]].")
+    monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3\n  over plain-* loss .1%]].")
     assert understood(folder) == ["By 50.0%.", ""]
     monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3 over keel loss .1%]].")
     assert understood(folder) == []
