@@ -2,20 +2,28 @@
 
 A verdict on a kernel is "right" or what is wrong with it, and whether that holds for later
 processes: a fault does, a wait that did not end does not, for another process on the GPU may be
-why.
+why. One that lasts is kept on the disk (see `choices`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
-from mvsplit.kernels.hopper.driver import ended_by_a_wait
+from mvsplit.kernels.choices import recall, remember
+from mvsplit.kernels.hopper.driver import DriverError, FaultError, ended_by_a_wait
+
+_logger = logging.getLogger(__name__)
+RIGHT = "right"
+Verdict = tuple[str, bool]
+Kind = TypeVar("Kind")
 
 
 class ChildError(RuntimeError):
@@ -49,7 +57,7 @@ def begin(command: Sequence[str]) -> subprocess.Popen[str]:
         raise ChildError(f"a process for them cannot be started: {error}") from error
 
 
-def verdict(code: str, task: str, patience: float) -> tuple[str, bool]:
+def verdict(code: str, task: str, patience: float) -> Verdict:
     """What another process says that runs `code` (`tell` in its end) with `task` as its argument;
     no verdict that lasts where that ends without one."""
     try:
@@ -70,6 +78,47 @@ def verdict(code: str, task: str, patience: float) -> tuple[str, bool]:
     return found, lasting
 
 
+def known(
+    verdicts: dict[tuple[Kind, torch.device], Verdict],
+    kind: Kind,
+    device: torch.device,
+    store: str,
+    name: str,
+    find: Callable[[Kind, torch.device], Verdict],
+) -> Verdict:
+    """The verdict on kernels: of this process (`verdicts`, which grows), of the disk, or what
+    `find` says now; anything but "right" is a warning, once. A capture forbids to compare, but not
+    to look on the disk.
+
+    Args:
+        store, name: of the file and of the verdict in it.
+    """
+    if (kind, device) not in verdicts:
+        words, lasting = recall(store, name), True
+        if words is None:
+            if torch.cuda.is_current_stream_capturing():
+                return "they were not compared on this machine before a graph was captured", False
+            words, lasting = find(kind, device)
+            if lasting:
+                remember(store, name, words)
+        if words != RIGHT:
+            _logger.warning("%s in CUDA C++ is not used for %s: %s", store, kind, words)
+        verdicts[kind, device] = words, lasting
+    return verdicts[kind, device]
+
+
+def judged(judge: Callable[[], Verdict]) -> Verdict:
+    """In the other process: what `judge` says, or why it could not. A fault is for `tell`."""
+    try:
+        return judge()
+    except torch.OutOfMemoryError:
+        return "no memory to compare them", False
+    except FaultError:
+        raise
+    except (DriverError, OSError) as error:
+        return f"cannot be made here ({error})", False
+
+
 def take(name: str) -> torch.device:
     """In the other process: the device to try kernels on, which are launched on the current one.
     What fails here is no verdict on a kernel."""
@@ -80,7 +129,7 @@ def take(name: str) -> torch.device:
     return device
 
 
-def tell(find: Callable[[], tuple[str, bool]]) -> None:
+def tell(find: Callable[[], Verdict]) -> None:
     """In the other process: writes its verdict as the last line of its output."""
     try:
         found = find()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 from typing import NamedTuple, cast
 
@@ -20,13 +19,10 @@ import torch
 from torch import Tensor
 
 from mvsplit.kernels import reference
-from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.fused.merge_parts import Merged, Weights, gradients, merged, weights
 from mvsplit.kernels.hopper import child, merge
-from mvsplit.kernels.hopper.driver import DriverError, FaultError
 from mvsplit.kernels.segments import Segments
 
-_logger = logging.getLogger(__name__)
 # B·T from which on clusters are the fastest, on an H200: a block of 8,320 gains 2.6 %, one of 4,608
 # nothing that is told from noise, and at 2,560 they are slower.
 FEWEST_TOKENS = 8192
@@ -34,7 +30,6 @@ AGREEMENT = 1e-2  # ‖found − wanted‖/‖wanted‖; bf16 rounds by 2⁻⁹,
 PATIENCE = (
     120.0  # seconds for a comparison; compiling takes a few, the waits of kernels are bounded
 )
-_RIGHT = "right"
 _EPS = 1e-5
 
 
@@ -86,25 +81,17 @@ def obstacle(
     )
 
 
-_verdicts: dict[tuple[Class, torch.device], str] = {}
+_verdicts: dict[tuple[Class, torch.device], child.Verdict] = {}
 
 
 def _untrusted(kind: Class, device: torch.device) -> str | None:
-    """Why a kernel is not trusted on a device, if so. A capture forbids to look."""
-    if (kind, device) not in _verdicts:
-        if torch.cuda.is_current_stream_capturing():
-            return "clusters were not compared on this machine before a graph was captured"
-        name = _name(kind, device)
-        verdict = recall("merge", name)
-        if verdict is None:
-            verdict, lasting = _verdict_elsewhere(kind, device)
-            if lasting:
-                remember("merge", name, verdict)
-        if verdict != _RIGHT:
-            _logger.warning("the merge in clusters is not used for %s: %s", kind, verdict)
-        _verdicts[kind, device] = verdict
-    verdict = _verdicts[kind, device]
-    return None if verdict == _RIGHT else f"clusters: {verdict}"
+    """Why a kernel is not trusted on a device, if so. What a capture holds by then stays in its
+    graph, so that it does not change to clusters in the middle."""
+    if (kind, device) not in _verdicts and torch.cuda.is_current_stream_capturing():
+        return "clusters were not compared on this machine before a graph was captured"
+    name = _name(kind, device)
+    words, _ = child.known(_verdicts, kind, device, "merge", name, _verdict_elsewhere)
+    return None if words == child.RIGHT else f"clusters: {words}"
 
 
 def _name(kind: Class, device: torch.device) -> str:
@@ -116,7 +103,7 @@ def _name(kind: Class, device: torch.device) -> str:
     return "; ".join(map(str, parts))
 
 
-def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
+def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
     """`_verdict`, found by another process."""
     code = "from mvsplit.kernels.hopper.merge_choice import _tell_verdict; _tell_verdict()"
     dtype = str(kind.dtype).partition(".")[2]
@@ -132,19 +119,15 @@ def _tell_verdict() -> None:
     child.tell(lambda: _verdict(kind, device))
 
 
-def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
-    """ "right", or what is wrong with a kernel; whether that holds for later processes."""
-    try:
-        off = _off_by(kind, device)
-    except torch.OutOfMemoryError:
-        return "no memory to compare them", False
-    except FaultError:
-        raise  # for `child.tell`, as where torch is told of it
-    except _VainWaitError:
-        return "a wait in a kernel did not end, as may be beside another process", False
-    except (DriverError, OSError) as error:
-        return f"cannot be made here ({error})", False
-    return (_RIGHT if off < AGREEMENT else f"off by {off:.1e}"), True
+def _verdict(kind: Class, device: torch.device) -> child.Verdict:
+    def judge() -> child.Verdict:
+        try:
+            off = _off_by(kind, device)
+        except _VainWaitError:
+            return "a wait in a kernel did not end, as may be beside another process", False
+        return (child.RIGHT if off < AGREEMENT else f"off by {off:.1e}"), True
+
+    return child.judged(judge)
 
 
 class _VainWaitError(Exception):

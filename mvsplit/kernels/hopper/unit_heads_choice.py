@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -19,17 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.hopper import attention, child, unit_heads
-from mvsplit.kernels.hopper.driver import DriverError, FaultError
 from mvsplit.kernels.masked_attention import Obstacle, by_unit_heads_in_cuda, off_by
 from mvsplit.kernels.segments import Segments
 
-_logger = logging.getLogger(__name__)
 AGREEMENT = 2.0  # of `off_by`, as in `kernels/attention.py`
 PATIENCE = 120.0  # seconds for a comparison
 SAMPLES, HEADS = 20, 8  # more blocks than a GPU holds at once
-_RIGHT = "right"
 
 
 class Class(NamedTuple):
@@ -41,7 +36,7 @@ class Class(NamedTuple):
     gradients: bool
 
 
-_verdicts: dict[tuple[Class, torch.device], tuple[str, bool]] = {}  # and whether it lasts
+_verdicts: dict[tuple[Class, torch.device], child.Verdict] = {}
 
 
 def untrusted(kind: Class, device: torch.device) -> Obstacle | None:
@@ -52,22 +47,10 @@ def untrusted(kind: Class, device: torch.device) -> Obstacle | None:
 
 
 def _untrusted(kind: Class, device: torch.device) -> Obstacle | None:
-    """A capture forbids to look."""
-    if (kind, device) not in _verdicts:
-        name = _name(kind, device)
-        verdict, lasting = recall("unit_heads", name), True
-        if verdict is None:
-            if torch.cuda.is_current_stream_capturing():
-                reason = "it was not compared on this machine before a graph was captured"
-                return Obstacle(reason, False)
-            verdict, lasting = _verdict_elsewhere(kind, device)
-            if lasting:
-                remember("unit_heads", name, verdict)
-        if verdict != _RIGHT:
-            _logger.warning("attention in CUDA C++ is not used for %s: %s", kind, verdict)
-        _verdicts[kind, device] = verdict, lasting
-    verdict, lasting = _verdicts[kind, device]
-    return None if verdict == _RIGHT else Obstacle(f"attention in CUDA C++: {verdict}", lasting)
+    name = _name(kind, device)
+    found = child.known(_verdicts, kind, device, "unit_heads", name, _verdict_elsewhere)
+    words, lasting = found
+    return None if words == child.RIGHT else Obstacle(f"attention in CUDA C++: {words}", lasting)
 
 
 def _name(kind: Class, device: torch.device) -> str:
@@ -81,7 +64,7 @@ def _name(kind: Class, device: torch.device) -> str:
     )
 
 
-def _verdict_elsewhere(kind: Class, device: torch.device) -> tuple[str, bool]:
+def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
     """`_verdict`, found by another process."""
     code = f"from {__name__} import _tell_verdict; _tell_verdict()"
     return child.verdict(code, json.dumps([str(device), *kind]), PATIENCE)
@@ -94,17 +77,13 @@ def _tell_verdict() -> None:
     child.tell(lambda: _verdict(Class(*rest), device))
 
 
-def _verdict(kind: Class, device: torch.device) -> tuple[str, bool]:
-    """ "right", or what is wrong with the kernels; whether that holds for later processes."""
-    try:
+def _verdict(kind: Class, device: torch.device) -> child.Verdict:
+    def judge() -> child.Verdict:
         times = _off_by(kind, device)
-    except torch.OutOfMemoryError:
-        return "no memory to compare them", False
-    except FaultError:
-        raise  # for `child.tell`, as where torch is told of it
-    except (DriverError, OSError) as error:
-        return f"cannot be made here ({error})", False
-    return (_RIGHT if times < AGREEMENT else f"off {times:.1f} times as far as a mask"), True
+        right = times < AGREEMENT
+        return (child.RIGHT if right else f"off {times:.1f} times as far as a mask"), True
+
+    return child.judged(judge)
 
 
 def _off_by(kind: Class, device: torch.device) -> float:
