@@ -20,6 +20,7 @@ from mvsplit.cli.explain_logs import rank, short, writers_table
 from mvsplit.diagnostics.retrospect import Retrospect, is_watched_elsewhere, look_back
 from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
+from mvsplit.training.fatal import FatalStep, fatal_step
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
 from mvsplit.training.rerun import writers
@@ -35,8 +36,8 @@ class Arguments:
 
     Attributes:
         source: a flight that the recorder wrote, a run's folder, or the run_dir of a Monitor.
-        step: which step; the one whose gradient norm stands out most if not given, or of a Monitor
-            its gravest verdict's.
+        step: which step; if not given, the one that ended the run by a value that was not finite,
+            else the one whose gradient norm stands out most, or of a Monitor its gravest verdict's.
         json: where the numbers go; explain.json of the flight, or explain_STEP.json of the run.
         device: where to run; where the run was if not given.
     """
@@ -66,7 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         explain_logs.show(found, _console())
     else:
         progress = Console(stderr=True)
-        flight = _find(args)
+        if (fatal := fatal_step(args.source)) is not None:
+            _console().print(str(fatal), soft_wrap=True, highlight=False, markup=False)
+        flight = _find(args, fatal)
         found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
         show(found, _console())
     _write(found, args)
@@ -87,9 +90,11 @@ def _write(found: Explanation | Retrospect, args: Arguments) -> None:
     _console().print(f"numbers: {out}", soft_wrap=True)
 
 
-def _find(args: Arguments) -> Flight:
+def _find(args: Arguments, fatal: FatalStep | None) -> Flight:
     if (args.source / "flight.json").exists():
         return read_flight(args.source, args.step)
+    if fatal is not None and fatal.flight is not None and args.step in (None, fatal.step):
+        return read_flight(fatal.flight, fatal.step)
     return flight_of_run(args.source, args.step)
 
 

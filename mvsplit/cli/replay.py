@@ -1,7 +1,8 @@
 """Prints what the detector says of a log, ours or any other.
 
 A file is JSONL with a `step` in each line, as metrics.jsonl and layers.jsonl are; a run folder
-stands for both of its own. Several are read as the logs of one run.
+stands for both of its own, and for the step that ended it, if a value was not finite there: such a
+step has no line in them. Several are read as the logs of one run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.replay import open_logs, replay
 from mvsplit.diagnostics.signals import LAYERED, SCALARS
 from mvsplit.errors import UserError
+from mvsplit.training.fatal import fatal_step
 
 NOTHING_JUDGED = 2
 _COLOURS = {"info": "dim", "warning": "yellow", "alarm": "bold red"}
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     logs = open_logs(options.files)
     detector = Detector()
     events = list(replay(logs, detector))
+    fatal = [step for path in options.files if path.is_dir() and (step := fatal_step(path))]
+    events += [event for step in fatal for event in detector.update(step.record)]
     if options.json:
         print(json.dumps({"events": [event.as_dict() for event in events]}, allow_nan=False))
     elif detector.understood:
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
         print(
             f"mvsplit: nothing was judged: no line holds a step and any of {known}", file=sys.stderr
         )
+    for step in fatal:
+        print(f"mvsplit: {step}", file=sys.stderr)
     for log in logs:
         if log.dropped.total:
             print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)
