@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mvsplit.cli import explain_logs
 from mvsplit.cli.explain_logs import rank, short, writers_table
+from mvsplit.cli.tables import table_console
 from mvsplit.diagnostics.retrospect import Retrospect, is_watched_elsewhere, look_back
 from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
@@ -24,8 +25,6 @@ from mvsplit.training.fatal import FatalStep, fatal_step
 from mvsplit.training.files import write_atomically
 from mvsplit.training.flight import Flight, flight_of_run, read_flight
 from mvsplit.training.rerun import writers
-
-_WIDTH = 100  # columns where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +63,16 @@ def main(arguments: Sequence[str]) -> int:
                 f"wrote, and nothing is run; leave --device out"
             )
         found = look_back(args.source, args.step)
-        explain_logs.show(found, _console())
+        explain_logs.show(found, table_console())
     else:
         progress = Console(stderr=True)
         if (fatal := fatal_step(args.source)) is not None:
-            _console().print(str(fatal), soft_wrap=True, highlight=False, markup=False)
+            table_console().print(str(fatal), soft_wrap=True, highlight=False, markup=False)
         flight = _find(args, fatal)
         found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
-        show(found, _console())
+        show(found, table_console())
     _write(found, args)
     return 0
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def _write(found: Explanation | Retrospect, args: Arguments) -> None:
@@ -87,7 +81,7 @@ def _write(found: Explanation | Retrospect, args: Arguments) -> None:
         write_atomically(out, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"json: cannot write {out}: {error.strerror}; give --json FILE") from error
-    _console().print(f"numbers: {out}", soft_wrap=True)
+    table_console().print(f"numbers: {out}", soft_wrap=True)
 
 
 def _find(args: Arguments, fatal: FatalStep | None) -> Flight:

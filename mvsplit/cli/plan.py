@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvsplit.cli.tables import table_console
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
 from mvsplit.presets import PRESETS, get_preset, list_presets
@@ -18,8 +19,6 @@ from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu, find_gpu
 from mvsplit.training.step_memory import OUTSIDE
 from mvsplit.training.step_plan import Remedy, StepPlan, plan_step, sample_of
-
-_WIDTH = 100  # columns where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(as_dict(preset, plan), indent=1, allow_nan=False))
     else:
-        console = Console(highlight=False)
-        show(preset, plan, console if console.is_terminal else Console(width=_WIDTH))
+        show(preset, plan, table_console(highlight=False))
     return 0 if plan.memory.fits else 1
 
 
