@@ -7,8 +7,8 @@ Names given by the caller come first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 from torch import nn
 
@@ -61,8 +61,9 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     attention is watched where `names.blocks` says that it is one, for what it has.
 
     Raises:
-        UserError: no blocks were found, or a given name does not exist.
+        UserError: no blocks were found, a given name does not exist, or `names` are no TapNames.
     """
+    _check_names(names)
     model = unwrapped(model)
     if isinstance(model, DiT) and names is None:
         return taps_for_dit(model)
@@ -75,6 +76,37 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
             f"in each block what has a name of its own: query='q', key='k', writer_attn='o'"
         )
     return [_tap(layer, unwrapped(block), names) for layer, block in enumerate(blocks)]
+
+
+def _check_names(names: object) -> None:
+    """Refuses what is no TapNames, a mapping above all, and says what to write."""
+    known = [field.name for field in fields(TapNames)]
+    if names is None:
+        return
+    given = repr(names) if isinstance(names, str) else type(names).__name__
+    if isinstance(names, Mapping):
+        for key in names:
+            if key not in known:
+                raise UserError(f"names: TapNames have no {key!r}; {nearest(str(key), known)}")
+        given += " of " + ", ".join(map(repr, names))
+    if not isinstance(names, TapNames):
+        raise UserError(
+            f"names={given}: expected TapNames, from mvsplit.diagnostics; write "
+            f"names=TapNames({_written(names)})"
+        )
+    for key in ("blocks", "writer_attn", "writer_ffn", "query", "key"):
+        value = getattr(names, key)
+        if not isinstance(value, str | None):
+            raise UserError(
+                f"names.{key} is a {type(value).__name__}: expected the dotted name of a module, "
+                f"for example 'attn.out'; model.named_modules() lists them"
+            )
+
+
+def _written(names: object) -> str:
+    """The arguments of TapNames that a mapping was meant for; an example for anything else."""
+    meant = names if isinstance(names, Mapping) and names else {"blocks": "transformer.layers"}
+    return ", ".join(f"{k}={v!r}" for k, v in meant.items() if isinstance(v, str | bool | None))
 
 
 # Where DistributedDataParallel, torch.compile and PyTorch's checkpoint wrapper keep what they wrap.

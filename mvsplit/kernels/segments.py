@@ -30,7 +30,8 @@ class Segments:
         mask: [B, T] booleans, true on real tokens; None where every token is real.
 
     Raises:
-        UserError: a negative length, or a `valid` that is not [B, S].
+        UserError: lengths that are no tuple of whole numbers, a negative one, or a `valid` that is
+            not [B, S].
     """
 
     lengths: tuple[int, ...]
@@ -43,6 +44,7 @@ class Segments:
     _counts: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_lengths()
         if any(n < 0 for n in self.lengths):
             raise UserError(f"Segments.lengths={self.lengths}: a length cannot be negative")
         if self.valid is not None and self.valid.shape[1:] != (len(self.lengths),):
@@ -57,6 +59,22 @@ class Segments:
         object.__setattr__(self, "_matrices", {})
         object.__setattr__(self, "_biases", {})
         object.__setattr__(self, "_counts", {})
+
+    def _check_lengths(self) -> None:
+        lengths: object = self.lengths
+        if isinstance(lengths, int):
+            raise UserError(
+                f"Segments.lengths={lengths}: expected a tuple, one length for each segment; write "
+                f"Segments(({lengths},)) for one segment over {lengths} tokens"
+            )
+        # While a network is traced, a length may be a symbol.
+        known = isinstance(lengths, tuple | list)
+        if not known or not all(isinstance(n, int | torch.SymInt) for n in self.lengths):
+            given = repr(lengths) if known else f"a {type(lengths).__name__}"
+            raise UserError(
+                f"Segments.lengths is {given}: expected a tuple of whole numbers, one length for "
+                f"each segment, for example Segments((256, 77)) for image and text"
+            )
 
     @classmethod
     def whole(cls, x: Tensor) -> Segments:

@@ -6,6 +6,7 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal
 
 from mvsplit.errors import UserError, nearest
@@ -60,9 +61,14 @@ class DiTConfig:
     def __post_init__(self) -> None:
         sizes = ("depth", "width", "heads", "ffn_width", "channels", "text_width", "patch")
         for name in (*sizes, "patch_frames"):
+            _check_whole(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.kv_heads is not None:
+            _check_whole("kv_heads", self.kv_heads)
         for name in ("rope_theta", "qk_eps", "norm_eps"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"model.{name}={getattr(self, name)!r}: must be a number")
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)}: must be greater than 0")
         if self.width % self.heads:
@@ -128,6 +134,15 @@ class DiTConfig:
     def groups(self) -> int:
         """G, the key/value heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        try:
+            near = f", for example {max(1, round(float(value)))}"  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):  # no number at all, NaN, or infinity
+            near = ""
+        raise UserError(f"model.{name}={value!r}: must be a whole number{near}")
 
 
 def _choose_heads(width: int) -> str:

@@ -125,8 +125,9 @@ def _full_gains(rule: PostNorm, factor: float, *, like: Tensor) -> tuple[Tensor,
 
 def _start_of(rule: PostNorm, gains: tuple[Tensor, Tensor, Tensor]) -> RuleConfig:
     """The configuration of the new rule: its kind and ε. The gains named in it are those of the
-    first branch, for people to read; each branch's own are in its parameters."""
-    beta, alpha, leak = (float(g.double().mean()) for g in gains)
+    first branch, for people to read, brought into what a start may be; each branch's own are in
+    its parameters."""
+    beta, alpha, leak = (max(0.0, float(g.double().mean())) for g in gains)
     return RuleConfig(
-        name="mvsplit", beta=beta, alpha=alpha, tied_leak=False, leak=leak, eps=rule.eps
+        name="mvsplit", beta=beta, alpha=alpha, tied_leak=False, leak=min(leak, 2.0), eps=rule.eps
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from torch import Tensor, nn
@@ -44,10 +45,27 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "alpha", "leak", "gamma"):
-            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                raise UserError(f"rule.{name}={getattr(self, name)}: must be a finite number")
+            self._check_gain(name, getattr(self, name))
+        # Each merge multiplies the trunk mean by 1 − λ: past 2 it grows and changes its sign.
+        leak = "alpha" if self.tied_leak else "leak"
+        if (getattr(self, leak) or 0) > 2:
+            raise UserError(
+                f"rule.{leak}={getattr(self, leak)}: must be between 0 and 2 at the start, for "
+                f"each merge multiplies the mean of the trunk by 1 − {leak}; 0 or 1/√L are usual"
+            )
         if not 0 < self.eps < math.inf:
             raise UserError(f"rule.eps={self.eps}: must be greater than 0, for example 1e-5")
+
+    def _check_gain(self, name: str, value: float | None) -> None:
+        if value is None and name in ("beta", "alpha"):
+            return
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise UserError(f"rule.{name}={value!r}: must be a finite number, for example 0.05")
+        if value < 0:
+            raise UserError(
+                f"rule.{name}={value}: must not be negative at the start; leave it out for the "
+                f"default, or give a number from 0 to 1"
+            )
 
 
 class Rule(nn.Module):

@@ -287,3 +287,21 @@ def test_explicit_names_override() -> None:
         assert tap.key.projection is block.seeks
     with pytest.raises(UserError, match="Odd has no module 'join'; did you mean joins"):
         find_taps(model, TapNames(blocks="tower", writer_attn="join"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            {"blocks": "tower"},
+            r"dict of 'blocks': .*write names=TapNames\(blocks='tower'\)",
+        ),
+        ({"block": "tower"}, r"names: TapNames have no 'block'; did you mean blocks"),
+        ("tower", r"names='tower': expected TapNames"),
+        (TapNames(blocks=nn.ModuleList()), r"names\.blocks is a ModuleList: expected the dotted"),
+    ],
+)
+def test_names_that_are_no_tap_names_are_refused(names: Any, message: str) -> None:
+    model = nn.ModuleDict({"tower": nn.ModuleList([Odd(), Odd()])})
+    with pytest.raises(UserError, match=message):
+        find_taps(model, names)

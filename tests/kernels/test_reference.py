@@ -184,6 +184,13 @@ def one_line(error):
     ("build", "words"),
     [
         (lambda x: Segments((4, -1)), ("lengths", "-1", "negative")),
+        (lambda x: Segments(17), ("lengths=17", "write Segments((17,))")),
+        (lambda x: Segments(("4",)), ("lengths is ('4',)", "tuple of whole numbers")),
+        (lambda x: Segments((8 / 2,)), ("lengths is (4.0,)", "tuple of whole numbers")),
+        (
+            lambda x: Segments(torch.ones(2, 99)),
+            ("lengths is a Tensor", "Segments((256, 77))"),
+        ),
         (lambda x: Segments((2, 2), torch.tensor([2, 2])), ("valid", "(2,)", "[batch, 2]")),
         (lambda x: split_merge(x, x, 1.0, 0.0, None, Segments((2, 3))), ("lengths", "5", "4", "T")),
         (

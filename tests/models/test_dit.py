@@ -315,6 +315,13 @@ def test_a_thousand_layers_of_full_width_on_the_meta_device():
         ({"qk_eps": float("nan")}, ("model.qk_eps=nan", "greater than 0")),
         ({"norm_eps": float("inf")}, ("model.norm_eps=inf", "greater than 0")),
         ({"writers": "none"}, ("model.writers='none'", "'zero'")),
+        ({"depth": 2.5}, ("model.depth=2.5", "whole number, for example 2")),
+        ({"depth": "4"}, ("model.depth='4'", "whole number, for example 4")),
+        ({"heads": None}, ("model.heads=None", "whole number")),
+        ({"width": float("nan")}, ("model.width=nan", "whole number")),
+        ({"patch": True}, ("model.patch=True", "whole number")),
+        ({"kv_heads": 1.0}, ("model.kv_heads=1.0", "whole number, for example 1")),
+        ({"rope_theta": "1e4"}, ("model.rope_theta='1e4'", "must be a number")),
     ],
 )
 def test_an_impossible_shape_is_refused_with_its_remedy(field, words):

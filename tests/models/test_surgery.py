@@ -69,6 +69,19 @@ def test_the_function_stays_bit_for_bit(rule: str, gain: float) -> None:
     assert torch.equal(model(latents, text), before[1])
 
 
+@pytest.mark.parametrize(("rule", "value"), [("rezero", -0.5), ("mvsplit", 2.5)])
+def test_learned_gains_that_no_start_may_have_are_taken_over(rule: str, value: float) -> None:
+    model = network(rule)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".rule_" in name:
+                parameter.fill_(value)
+    latents, text, valid = inputs()
+    before = model(latents, text, valid)
+    into_mvsplit(model)
+    assert torch.equal(model(latents, text, valid), before)
+
+
 @pytest.mark.parametrize("rule", ["plain", "deepnorm"])
 def test_another_gain_costs_a_rounding(rule: str) -> None:
     """W/g and g are each rounded once, 2⁻⁵³ in fp64; three layers magnify that a little."""

@@ -418,3 +418,26 @@ def test_of_the_mean_of_a_trunk_the_default_leaves_what_the_page_says(depth):
         y = merge.merge(y, torch.zeros_like(y), segments)
     mean = averaging_matrix((5, 3)) @ x
     torch.testing.assert_close(y, x - mean + (1 - depth**-0.5) ** (2 * depth) * mean)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"beta": -1.0}, r"rule\.beta=-1\.0: must not be negative at the start; leave it out"),
+        ({"alpha": -0.1}, r"rule\.alpha=-0\.1: must not be negative"),
+        ({"gamma": -1e-3}, r"rule\.gamma=-0\.001: must not be negative"),
+        ({"leak": -0.5}, r"rule\.leak=-0\.5: must not be negative"),
+        ({"alpha": 2.5}, r"rule\.alpha=2\.5: must be between 0 and 2 .* by 1 − alpha"),
+        ({"leak": 3.0, "tied_leak": False}, r"rule\.leak=3\.0: must be between 0 and 2"),
+        ({"beta": "1"}, r"rule\.beta='1': must be a finite number, for example"),
+        ({"gamma": None}, r"rule\.gamma=None: must be a finite number"),
+    ],
+)
+def test_gains_with_which_nothing_can_start_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        RuleConfig(**given)
+
+
+def test_gains_at_the_borders_are_taken():
+    RuleConfig(beta=0.0, alpha=2, gamma=0, leak=0)
+    RuleConfig(beta=3.0, alpha=4.0, leak=2.0, tied_leak=False)
