@@ -37,6 +37,7 @@ from mvsplit.diagnostics.ranks import (
     joined_norm,
     mean_over_ranks,
 )
+from mvsplit.diagnostics.retrospect import is_run_of_train
 from mvsplit.diagnostics.shards import GradientPart, norms, part_of
 from mvsplit.diagnostics.sinks import Sink
 from mvsplit.diagnostics.structure import TapNames, find_taps, unwrapped
@@ -45,6 +46,11 @@ from mvsplit.errors import UserError, nearest
 
 Policy = Literal["record", "stop", "skip"]
 POLICIES: tuple[Policy, ...] = ("record", "stop", "skip")
+_NAMED = {  # what may be missing: the fields of TapNames that name it
+    "no queries and keys": ("query", "key"),
+    "no attention writer": ("writer_attn",),
+    "no FFN writer": ("writer_ffn",),
+}
 _UNSEEN_AT_MOST = 20  # steps without look() before that is said
 
 _logger = logging.getLogger(__name__)
@@ -126,14 +132,15 @@ class Monitor:
             every one that is not finite, `stop` raises `Stopped`.
         cadence: when every layer is looked into.
         fields: what such a look measures.
-        run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on; None
-            writes nothing.
+        run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on, best
+            not that of a run of `mvsplit train`; None writes nothing.
         receive: is called with each event.
         sinks: are handed every line that run_dir would hold (`mvsplit.diagnostics.integrations`).
         thresholds: of the detector.
 
     Attributes:
-        missing: what this model does not have and what is therefore not measured.
+        missing: what this model does not have and what is therefore not measured; it is also
+            logged, once, as a warning.
 
     Raises:
         UserError: no blocks were found, or an unknown policy.
@@ -165,6 +172,10 @@ class Monitor:
         self._sinks: list[Sink] = [*sinks, *([] if run_dir is None else [_Logs(Path(run_dir))])]
         self._probe: LayerProbe | None = None
         self._announced = self._looked = False
+        if self.missing and is_first_rank():
+            remedy = _names_to_give(self.missing) if taps is None else ""
+            words = "; ".join(self.missing)
+            _logger.warning("%s: %s%s", type(unwrapped(model)).__name__, words, remedy)
 
     def look(self) -> AbstractContextManager[Any]:
         """The context for the forward and backward passes of the step that begins."""
@@ -285,10 +296,27 @@ class _Logs:
             raise UserError(
                 f"run_dir={str(folder)!r}: {error.strerror}; choose a folder that can be written"
             ) from error
+        if is_run_of_train(folder) and is_first_rank():
+            _logger.warning(
+                "run_dir=%r holds a run of mvsplit train: the monitor adds its lines, whose steps "
+                "count from 1, to its metrics.jsonl, layers.jsonl and events.jsonl; resumed, the "
+                "run cuts them off the first two; choose another folder, of the monitor's own",
+                str(folder),
+            )
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _names_to_give(missing: Sequence[str]) -> str:
+    """How to name what was not found, as the end of a sentence."""
+    lacks = " ".join(missing)
+    fields = [name for words, names in _NAMED.items() if words in lacks for name in names]
+    if not fields:
+        return ""
+    given = ", ".join(f"{name}='…'" for name in fields)
+    return f"; where a block has them by other names, give these: names=TapNames({given})"
 
 
 def _missing(taps: Sequence[LayerTap]) -> tuple[str, ...]:

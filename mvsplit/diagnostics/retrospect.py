@@ -84,17 +84,20 @@ class Retrospect:
 
 
 def is_watched_elsewhere(folder: Path) -> bool:
-    """Whether a folder holds the logs of a monitor and no run of `mvsplit train`, which has its
-    experiment beside them; a config.json of another program is none."""
-    if not (folder / "events.jsonl").is_file():
-        return False
+    """Whether a folder holds the logs of a monitor and no run of `mvsplit train`."""
+    return (folder / "events.jsonl").is_file() and not is_run_of_train(folder, damaged=True)
+
+
+def is_run_of_train(folder: Path, *, damaged: bool = False) -> bool:
+    """Whether a folder holds a run of `mvsplit train`, which has its experiment in config.json; a
+    config.json of another program is none. `damaged` is the answer for one that cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return True
-    except ValueError:
-        return False  # a damaged one, which reading it says
-    return not (isinstance(config, dict) and {"model", "train", "data"} <= config.keys())
+        return False
+    except (OSError, ValueError):
+        return damaged
+    return isinstance(config, dict) and {"model", "train", "data"} <= config.keys()
 
 
 def look_back(folder: Path, step: int | None = None) -> Retrospect:

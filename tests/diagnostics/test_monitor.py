@@ -194,7 +194,7 @@ def test_errors_name_the_remedy(holder):
         Cadence(calm=0)
 
 
-def test_a_model_without_attention_says_what_it_will_not_measure():
+def test_a_model_without_attention_says_what_it_will_not_measure(caplog):
     from mvsplit.diagnostics.structure import TapNames
 
     class Mixer(nn.Module):
@@ -209,6 +209,13 @@ def test_a_model_without_attention_says_what_it_will_not_measure():
         "no queries and keys",
         "no attention writer",
     ]
+    (record,) = caplog.records  # said once, and not for want of a configured logger
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        "Module: no queries and keys: their gradients are not measured; no "
+        "attention writer: its gradients are not measured; where a block has them by other names, "
+        "give these: names=TapNames(query='…', key='…', writer_attn='…')"
+    )
 
 
 @pytest.mark.parametrize(("calm", "at"), [(128, 20), (3, 6)])
@@ -228,3 +235,24 @@ def test_a_loop_that_looks_is_not_told_even_where_no_look_was_due(holder, tmp_pa
     train(holder, Monitor(holder, cadence=Cadence(calm=100, start=100), run_dir=tmp_path), 25)
     assert not caplog.records
     assert "unseen" not in (tmp_path / "events.jsonl").read_text()
+
+
+def test_in_the_folder_of_a_run_of_train_it_says_so_once(holder, tmp_path, caplog):
+    (tmp_path / "config.json").write_text('{"model": {}, "train": {}, "data": {}}')
+    monitor = Monitor(holder, run_dir=tmp_path)
+    train(holder, monitor, 3)
+    (record,) = caplog.records
+    for words in (
+        f"run_dir='{tmp_path}' holds a run of mvsplit train",
+        "metrics.jsonl, layers.jsonl and events.jsonl",
+        "choose another folder",
+    ):
+        assert words in record.message
+
+
+@pytest.mark.parametrize("config", ['{"architectures": ["Mine"]}', "{", None])
+def test_in_any_other_folder_it_says_nothing(holder, tmp_path, caplog, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    train(holder, Monitor(holder, run_dir=tmp_path), 3)
+    assert not caplog.records
