@@ -7,7 +7,7 @@ time is taken. Nearly all of the time of so narrow a network is per-operator ove
 
     python benchmarks/cpu_step.py [--depth 400] [--repeats 5] [--json benchmarks/results/FILE.json]
 
-Cost: about one minute on one core at 400 layers.
+Cost: about one minute on one CPU core, at 400 layers.
 """
 
 from __future__ import annotations

@@ -19,12 +19,11 @@ fifth of the memory; --graph-or-nothing stops where a step cannot be recorded as
 `--time --json docs/experiments/results/depth-bench/timing-gpu.json` times steps instead, alone and
 side by side.
 
-Cost: two minutes of an H200 for the timing; any number of minutes gives a part of the rest. Beside
-one other process on an H200 an ensemble of 6 networks of 100 layers took 100 s, one of 6 of 400
-layers 108 and 116 s, of which 54 and 22 for building it, and one of 9 of 1000 layers 163 s: 35 for
-building, 116 for the steps, and 73 GiB. Beside ten others the gate of --together takes four
-minutes, an ensemble of 24 of 100 layers under three, and one of 15 of 400 layers six, as one of 7
-does. Rows have these seconds; alone on the device ensembles have not been timed.
+Cost: for every row of --size small, the default, two to five hours on one CPU core, by the seconds
+that its rows hold; for --size gpu as many minutes as --minutes says on one H200. The same command
+goes on later. On an H200 shared with one other program six networks of 100 layers, trained as one,
+take two minutes, six of 400 layers two, and nine of 1000 layers three, with 73 GiB. --time takes
+two minutes on one H200.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Gate: leaving out no block changes no bit.
 
     python benchmarks/depth_on_demand.py --run runs/digits-400l-mvsplit [--json FILE --plot FILE]
 
-Cost without the training: about 12 minutes on one core.
+Cost: about 12 minutes on one CPU core.
 """
 
 from __future__ import annotations

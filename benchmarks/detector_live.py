@@ -13,7 +13,7 @@ The runs are those of the corpus with up to 100 layers that jump or are disturbe
 or more, some that collapse or stay healthy from the start, and of the held-out ones those that jump
 and the plain ones of up to 80 layers: 50.
 
-Cost: 25 to 50 minutes of one core, half a minute to a minute for each run.
+Cost: 25 to 50 minutes on one CPU core, half a minute to a minute for each run.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ spike of the writers' gradients, minus the step of the first alarm. Three logs a
 all fields, metrics alone, and `step, loss, grad_norm`. The page, docs/detector.md, shows the result
 of detector_live.py beside it.
 
-Cost: half a minute on one core.
+Cost: half a minute on one CPU core.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ Gate: the reader sees in rendered pictures what they show. Rows say whether DPO 
     python benchmarks/dpo.py all --seed 0 --json FILE --ways dpo:beta=1000,lr=1e-4,steps=150 real …
     python benchmarks/dpo.py base --save BASE …; python benchmarks/dpo.py align --base BASE …
 
-Cost: 11 minutes of one core for a seed with nine rows, pictures of 16 pixels.
-On an H200 that a dozen of others use too, six minutes for a seed with twelve rows of 32 pixels.
+Cost: for one seed, 11 minutes on one CPU core (nine settings, pictures of 16 pixels), or six
+minutes on one H200 shared with a dozen other programs (twelve settings, 32 pixels).
 """
 
 from __future__ import annotations

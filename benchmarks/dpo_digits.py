@@ -14,7 +14,7 @@ Gate: DPO begins at log 2.
 
     python benchmarks/dpo_digits.py --json FILE [--seeds 0 1 2]
 
-Cost: a quarter of an hour of one core for a seed, beside other work.
+Cost: about 15 minutes on one CPU core for each seed, three seeds by default.
 """
 
 from __future__ import annotations

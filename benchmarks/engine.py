@@ -12,8 +12,8 @@ the time to the first step, cold and from the cache. Weights are random and of f
     python benchmarks/engine.py [--budget SECONDS] [--stages gate,parts,pictures,…] [--json FILE]
     python benchmarks/engine.py --table FILE…    # the table of docs/sampling.md
 
-Cost: one GPU with 120 GB; about four minutes on an H200. Stages end when the budget does; the
-report is written after each.
+Cost: about four minutes on one H200; another GPU needs 120 GB of memory. What does not fit into
+--budget seconds is left out; the report is written after each stage.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ when it hangs; the next ones go on in another.
     python benchmarks/engine_products.py [--seconds 60] [--json FILE]
     python benchmarks/engine_products.py --table FILE    # of docs/sampling.md
 
-Cost: one Hopper GPU, about half a minute.
+Cost: about half a minute on one H200; another Hopper GPU will do.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ graph. For each of these kernels in the last block, in µs after the end of the 
     python benchmarks/engine_trace.py [--pictures 1] [--json FILE]
     python benchmarks/engine_trace.py --table FILE    # of docs/sampling.md, of the products
 
-Cost: one Hopper GPU, half a minute.
+Cost: about half a minute on one H200; another Hopper GPU will do.
 """
 
 from __future__ import annotations

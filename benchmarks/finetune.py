@@ -6,8 +6,10 @@ say so. Then it is trained on 200 pictures of purple objects alone, each way at 
 rates. Measured before and after, on 384 unseen pictures each: the validation loss of purple and of
 the old colours, with the same noise and times, and the share of drawn pictures in which the reader
 of shapes sees an object of the asked colour. Gate: a network that starts from weights has their
-validation loss, bit for bit, before its first step. Cost: about ten minutes on one core for a
-seed; with --middle and on an H200 some forty seconds.
+validation loss, bit for bit, before its first step.
+
+Cost: about ten minutes on one CPU core for one seed, the default; with --middle and --device cuda
+about 40 seconds on one H200.
 
     python benchmarks/finetune.py [--json FILE] [--steps 2500] [--tune-steps 200]
     python benchmarks/finetune.py --device cuda --seeds 0 --drawn 192 --json SEED0  (a process each)

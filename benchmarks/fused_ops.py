@@ -8,7 +8,7 @@ launch overhead nor cached inputs count. "backward" is forward and backward less
 
     python benchmarks/fused_ops.py [--ops merge,plain,rope,swiglu] [--no-compile] [--json FILE]
 
-Cost: one GPU; about 3 minutes on an H200, nearly all of it torch.compile.
+Cost: about three minutes on one H200, nearly all of it torch.compile; another CUDA GPU will do.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ before and after differs by less than 10⁻⁴ of itself, in bf16 by less than 1
     python benchmarks/growth.py --size gpu --seeds 1 --ways grown --json FILE      (a process a way)
     python benchmarks/growth.py --from FILE… [--json FILE] [--plot FILE]
 
-Cost: cpu (real digits, 2 → 10 → 50 layers, width 32) about seven minutes on one core; thousand
-(2 → 10 → 100 → 400 → 1000 layers, the same data) a minute of one core for each of five ways; gpu
-(shapes, the same depths, width 128, bf16) five minutes for each of five ways on an H200 that a
-dozen of other processes use too.
-The file is written at each point of a curve, so that a run that is stopped leaves what it had.
+Cost: --size cpu, the default (real digits, 2 → 10 → 50 layers, width 32): about seven minutes on
+one CPU core. --size thousand (2 → 10 → 100 → 400 → 1000 layers, the same data): five minutes on one
+CPU core, one for each of five ways. --size gpu (shapes, the same depths, width 128, bf16): 25
+minutes, five for each way, on one H200 shared with a dozen other programs. The file is written at
+each point of a curve, so that a run that is stopped leaves what it had.
 """
 
 from __future__ import annotations

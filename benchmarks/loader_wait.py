@@ -9,7 +9,7 @@ Gate: the prefetched batches equal those that are made when asked for, bit for b
 
     python benchmarks/loader_wait.py [--pictures 8192 --batch 256 --steps 60] [--json FILE]
 
-Cost: about 90 s and 5 GB of disk on two CPU cores at the default size.
+Cost: about 90 seconds on two CPU cores, and 5 GB of disk, at the default size.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ seeds, same samples. Mean loss of the last 1,000 steps.
 
     python benchmarks/low_moments.py [--seeds 0 1 2 3] [--steps 3000] [--json FILE]
 
-Cost: two to four minutes a seed on one CPU core.
+Cost: two to four minutes on one CPU core for each seed, four seeds by default.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ that of fused_ops. Rows are written as they are found.
 
     python benchmarks/merge_forms.py [--sizes 26,256,64 64,256,64] [--forms NAME …] [--json FILE]
 
-Cost: one GPU; about 90 s on an H200, most of it compiling. --device cpu checks the forms but the
+Cost: about 90 seconds on one H200, most of it compiling. --device cpu checks the forms but the
 clusters in small, with TRITON_INTERPRET=1, and times nothing.
 """
 

@@ -9,8 +9,9 @@ samples with the same noise and times, and its loss is set against that of the n
 regime and seed that had MV-Split from the start. Trials that are in FILE are not run again; what
 those that run have done so far is in FILE's neighbour `.progress.jsonl`.
 
-Cost: digits-32 25 s a trial on one core, digits-64 60 s, digits-400 3 minutes; shapes-400 80 to
-125 s on an H200 that two trials share.
+Cost: for each trial 25 seconds (digits-32, which `mvsplit bench` takes), one minute (digits-64) or
+three minutes (digits-400) on one CPU core; for one of shapes-400 about two minutes on one H200 that
+two trials share.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ losses must be, bit for bit, those of a run that nobody disturbed.
 
     python benchmarks/random_kills.py [--kills 50] [--json FILE]
 
-Cost: about eight minutes on two busy CPU cores.
+Cost: about eight minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ it may differ by at most 2 %. Each is a process, all at once on one GPU.
     python benchmarks/recipe.py [--variants fp32 bf16 …] [--seeds 0 1] [--budget 150] [--json FILE]
     python benchmarks/recipe.py --small         (a trial of the code on a CPU)
 
-Cost: two to three minutes on one H200 for two variants and two seeds.
+Cost: two to three minutes on one H200 for two variants and two seeds, the default.
 """
 
 from __future__ import annotations

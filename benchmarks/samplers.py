@@ -9,7 +9,7 @@ Gate: the reference, 200 steps of Heun, agrees with 400 of AB2, another method, 
 
     python benchmarks/samplers.py --run runs/shapes-small [--json FILE]
 
-Cost without the training: about 5 minutes on one core.
+Cost: about five minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ draws more right than the pictures of other captions are, by three standard erro
     python benchmarks/samplers_quality.py [--tasks …] [--weights FILE] [--json FILE]
     python benchmarks/samplers_quality.py --table FILE [--plot PNG]        # for docs/samplers.md
 
-Where there is no FILE of weights, it trains, from --start or from nothing. Cost: about two minutes
-on an H200, training included.
+Where there is no FILE of weights, it trains, from --start or from nothing.
+
+Cost: about two minutes on one H200, training included.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Then scenes a second, captions included, at several batch sizes.
 
     python benchmarks/shapes_rate.py [--json FILE]
 
-Cost: about 12 seconds of one core.
+Cost: about 12 seconds on one CPU core.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ reported: it shows where the reader ends.
 With --run, a run on the shapes, the noise of its samples is measured too: the standard deviation of
 the pixels at the border, where there is nothing.
 
-Cost: about ten minutes on a busy core.
+Cost: about ten minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ spike, with a look at every layer of each of the last steps. A row is one step: 
 the tokens (TCS) and G_mean / G_ctr, as the median of the deepest quarter, which the detector reads,
 and the largest of any layer; and both parts of the gradients of all writers together.
 
-Cost: about half a minute of one core for each of the runs.
+Cost: about half a minute on one CPU core for each run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ half of whose products multiply zeros. Last, what each of several changes gives,
     python benchmarks/step_classes.py [--only NAME…] [--budget 100] [--json FILE]
     python benchmarks/step_classes.py --small        (a trial of the code on a CPU)
 
-Cost: some five seconds a row on one H200. Rows are written as they come.
+Cost: about five seconds on one H200 for each row, under three minutes for all. Rows are written as
+they come.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ kernels' tests do not pass, what has no gate of its own is not begun, for its ti
 kernels that are wrong. What failed is named at the end, and the status is 1. `mvsplit bench page`
 puts the results into docs/performance.md.
 
-Cost: fifteen minutes of one H200 for all, eight up to the merge's rows. None of the scripts here
-outlives this one.
+Cost: 15 minutes on one H200 for everything. What still runs when --minutes are over is stopped, and
+what it has written stays.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ start. Regimes are those of policies.py.
 Gate: on samples of its own the network after the surgery has the loss that it had before, to the
 bit in fp32.
 
-Cost: digits-32-late a minute and a half of one core for each seed, digits-64-jump three minutes;
-shapes-400-jump six minutes for the plain network on an H200 that a dozen of others use too, three
-for each of what goes on from its checkpoint (in processes of their own with --have, then --add).
+Cost: for each seed a minute and a half (digits-32-late, the default) or three minutes
+(digits-64-jump) on one CPU core. shapes-400-jump, on one H200 shared with a dozen other programs:
+six minutes for the plain network, three for each network that goes on from its checkpoint (in
+processes of their own with --have, then --add).
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ layers.
     python benchmarks/train_step.py [--stages gate curves step …] [--budget 240] [--json FILE]
 
 Results are written after every stage; a stage that does not fit into the budget is not begun, and
-listed as such. Cost: about four minutes on one H200.
+listed as such.
+
+Cost: about four minutes on one H200.
 """
 
 from __future__ import annotations

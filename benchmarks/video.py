@@ -10,8 +10,8 @@ Each part first checks that the network on clips is that of the formulas (benchm
 and writes FILE after every run, so that a killed job keeps what it has. `--json` of several
 processes are put together by benchmarks/video_page.py.
 
-Cost: on one core 18 minutes for 25 runs of `frames`, 16 for six of `means`; on an H200 that others
-use too, five minutes for 24 of `frames`.
+Cost: on one CPU core 18 minutes for 25 runs of `frames`, 16 minutes for six of `means`; on one H200
+shared with other programs five minutes for 24 runs of `frames`.
 """
 
 from __future__ import annotations

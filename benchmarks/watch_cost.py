@@ -13,8 +13,9 @@ themselves: in bf16 the attention backward adds in no fixed order, which 400 lay
 
     python benchmarks/watch_cost.py [--depth 400 --batch 26 --pieces 4] [--small] [--json FILE]
 
-Cost: 90 s on one H200 at the default size (5.45 B parameters, 130 GB) with --repeats 2; the file is
-written after each round. `mvsplit bench page` puts it into docs/performance.md.
+Cost: 90 seconds on one H200 with --repeats 2, at the default size (5.45 B parameters, 130 GB of GPU
+memory); the file is written after each round. `mvsplit bench page` puts it into
+docs/performance.md.
 """
 
 from __future__ import annotations

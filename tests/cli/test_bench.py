@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_every_script_with_a_claim_is_listed_with_what_it_needs():
     assert known["train_step"].cost == "about four minutes on one H200."
     assert all(b.claim and b.cost for b in known.values())
     assert [name for name in known if name.endswith("_page")] == []
+
+
+def test_each_cost_says_how_long_it_takes_and_on_what():
+    """To somebody who knows neither the machines here nor who else used them."""
+    for name, benchmark in bench.find_benchmarks(FOLDER).items():
+        cost = benchmark.cost
+        assert re.search(r"\b(seconds?|minutes?|hours?)\b", cost), f"{name}: {cost}"
+        assert re.search(r"\b(CPU cores?|H200)\b", cost), f"{name}: {cost}"
+        assert not re.search(r"\bbusy\b|\bbeside\b|others? .*\buse\b", cost), f"{name}: {cost}"
 
 
 def test_a_script_runs_with_its_options_and_its_result_is_named_after_device_and_day(folder):
