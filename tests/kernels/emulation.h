@@ -89,6 +89,7 @@ static Word __shfl_xor_sync(Word all, Word value, int mask) {
   memcpy(&value, &bits, 4);
   return value;
 }
+
 static Word __shfl_sync(Word, Word value, int) {  // of numbers that are the same in all lanes
   const int l = lane();
   together(warp_key(), 32, [&](Together &t) { t.address[l] = value; }, [](Together &t) {
@@ -103,11 +104,19 @@ static void settle(Barrier &b) {
   if (b.pending < 0) fail("more arrivals than a barrier expects");
   if (b.pending == 0 && b.bytes == 0) { ++b.phase; b.pending = b.count; }
 }
-static void barrier_begin(Word bar, Word count) { block().barriers[bar] = Barrier{(int)count, (int)count, 0, 0}; }
-static void barrier_expects(Word bar, Word bytes) { Barrier &b = block().barriers.at(bar); b.bytes += bytes; --b.pending; settle(b); }
-static void barrier_arrives(Word bar) { Barrier &b = block().barriers.at(bar); --b.pending; settle(b); }
+static const Long MARK_OF_BARRIER = 0x5AFE5AFE5AFE5AFEull;
+static Barrier &barrier(Word bar) {
+  if (memcmp(at(bar), &MARK_OF_BARRIER, 8)) fail("something was written where a barrier lies");
+  return block().barriers.at(bar);
+}
+static void barrier_begin(Word bar, Word count) {
+  block().barriers[bar] = Barrier{(int)count, (int)count, 0, 0};
+  memcpy(at(bar), &MARK_OF_BARRIER, 8);
+}
+static void barrier_expects(Word bar, Word bytes) { Barrier &b = barrier(bar); b.bytes += bytes; --b.pending; settle(b); }
+static void barrier_arrives(Word bar) { Barrier &b = barrier(bar); --b.pending; settle(b); }
 static Word barrier_tries(Word bar, Word parity) {
-  if ((Word)(block().barriers.at(bar).phase & 1) != parity) return 1;
+  if ((Word)(barrier(bar).phase & 1) != parity) return 1;
   yield();
   return 0;
 }
@@ -245,6 +254,7 @@ static bool rests(const Fiber &f) {
 }
 
 // Runs `call` as every thread of `grid` blocks; 1 if they wait for each other for ever.
+const int BEHIND = 1024;  // bytes behind a block's memory, in which nothing is to be written
 static int run_all(int grid, int threads, int shared, void (*call)()) {
   copies.clear(), turns = 0;
   blocks.assign(grid, Block{});
@@ -252,8 +262,8 @@ static int run_all(int grid, int threads, int shared, void (*call)()) {
   gridDim.x = grid;
   for (auto &b : blocks) {
     b.threads = threads;
-    b.memory = (char *)aligned_alloc(1024, (shared + 1023) / 1024 * 1024);
-    memset(b.memory, 0xFF, shared);  // NaN
+    b.memory = (char *)aligned_alloc(1024, (shared + BEHIND + 1023) / 1024 * 1024);
+    memset(b.memory, 0xFF, shared + BEHIND);  // NaN
   }
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber &f = fibers[i];
@@ -279,6 +289,9 @@ static int run_all(int grid, int threads, int shared, void (*call)()) {
     for (auto &group : b.products)
       for (auto &open : group.second)
         if (left == 0 && !open.empty()) left = 1, fprintf(stderr, "a product that nobody waited for\n");
+  for (auto &b : blocks)
+    for (int i = 0; i < BEHIND; ++i)
+      if ((unsigned char)b.memory[shared + i] != 0xFF) fail("something was written behind a block's memory");
   if (left == 0 && !copies.empty()) left = 1, fprintf(stderr, "a copy that nobody waited for\n");
   for (auto &f : fibers) free(f.stack);
   for (auto &b : blocks) free(b.memory);

@@ -55,14 +55,14 @@ class Contexts:
     """A driver whose threads have a context or none; the primary one of device n is 100 + n."""
 
     def __init__(self, current):
-        self.current, self.retained = current, []
+        self.current, self.retained, self.seen = current, [], []
 
     def cuCtxGetCurrent(self, to):
         to._obj.value = self.current
         return 0
 
     def cuCtxSetCurrent(self, context):
-        self.current = context.value
+        self.current = context.value if context else None
         return 0
 
     def cuDeviceGet(self, to, index):
@@ -75,17 +75,23 @@ class Contexts:
         return 0
 
     def cuTensorMapEncodeTiled(self, *_):
+        self.seen.append(self.current)
         return 0 if self.current else 201
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, 100), (7, 7)])
-def test_a_thread_without_a_context_is_given_that_of_the_device(before, after, monkeypatch):
+@pytest.mark.parametrize(("before", "within"), [(None, 103), (7, 7)])
+def test_a_thread_without_a_context_has_that_of_the_device_for_a_call(before, within, monkeypatch):
     there = Contexts(before)
     monkeypatch.setattr(driver, "_driver", lambda: there)
     driver._primary_context.cache_clear()
+    memory = torch.empty(8, 64, dtype=torch.bfloat16)
+    tensor = SimpleNamespace(
+        device=torch.device("cuda", 3), dtype=memory.dtype, data_ptr=memory.data_ptr,
+        element_size=memory.element_size,
+    )  # fmt: skip
     for _ in range(2):
-        driver.TensorMap(torch.empty(8, 64, dtype=torch.bfloat16), (64, 8), (64,), (64, 8))
-        assert there.current == after
-        there.current = before
-    assert there.retained == ([10] if before is None else [])  # once
+        driver.TensorMap(tensor, (64, 8), (64,), (64, 8))
+    assert there.seen == [within, within]
+    assert there.current == before
+    assert there.retained == ([13] if before is None else [])  # once
     driver._primary_context.cache_clear()

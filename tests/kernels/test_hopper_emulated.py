@@ -1,6 +1,9 @@
 """The kernels in CUDA C++, emulated on a CPU (emulation.py), against fp32 and fp64 formulas."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tests.oracles import complex_rotation, normalise, split_merge
 
 pytestmark = needs_compiler
 
+ROOT = Path(__file__).parents[2]
 ROUNDING = 1.75e-3  # ‖bf16(y) − y‖/‖y‖ is 1.66e-3 for normal y; inputs are exact
 COUNTS = (32, 5, 17)
 STREAM = Stream(3, 256, 32)
@@ -161,3 +165,28 @@ def test_heads_are_averages_over_real_keys_and_sums_lie_beside(groups, image, te
     at = stream.image_rows
     expected = torch.stack((kept[:, :at].sum(1), kept[:, at:].sum(1)), 1)
     assert (sums.double() - expected).abs().max() < 1e-4
+
+
+PROBE = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from tests.kernels.emulation import library
+base = Path("mvsplit/kernels/hopper/base.cu").read_text()
+body = "{ out[threadIdx.x] = uniform(threadIdx.x / %s); }"
+kernel = 'extern "C" __global__ void probe(int *out) ' + body
+source = '#define TYPE "bf16"\\n#define BF16 1\\n' + base + kernel
+out = torch.full((64,), -1, dtype=torch.int32)
+place = ctypes.c_void_p(out.data_ptr())
+given = (ctypes.c_void_p * 1)(ctypes.addressof(place))
+assert library(source, "probe", Path(sys.argv[1])).run(1, 64, 16, given) == 0
+assert out.tolist() == [0] * 32 + [1] * 32
+"""
+
+
+@pytest.mark.parametrize(("lanes", "same"), [(32, True), (16, False)])
+def test_lanes_that_differ_in_what_is_uniform_are_found(lanes, same, tmp_path):
+    command = [sys.executable, "-c", PROBE % lanes, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (found.returncode == 0) == same, found.stderr
+    assert ("lanes differ in what is uniform" in found.stderr) != same

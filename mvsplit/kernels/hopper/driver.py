@@ -145,20 +145,27 @@ def _primary_context(device: int) -> ctypes.c_void_p:
     return context
 
 
-def _need_context(device: int) -> None:
-    """Gives the calling thread the context of a device where it has none: to a thread of autograd
-    torch gives one with the first call of the runtime, and the driver's may come before."""
-    context = ctypes.c_void_p()
-    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)), "current context")
-    if not context:
-        _check(_driver().cuCtxSetCurrent(_primary_context(device)), f"context of device {device}")
+@contextmanager
+def _context(device: int) -> Iterator[None]:
+    """The calling thread has a context: that of a device, until the end, where it had none. To a
+    thread of autograd torch gives one with the first call of the runtime, and the driver's may come
+    before."""
+    context, driver = ctypes.c_void_p(), _driver()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "current context")
+    if context:
+        yield
+        return
+    _check(driver.cuCtxSetCurrent(_primary_context(device)), f"context of device {device}")
+    try:
+        yield
+    finally:
+        _check(driver.cuCtxSetCurrent(None), "no context")
 
 
 @contextmanager
 def _current(device: int) -> Iterator[None]:
     """The device is the current one, of torch and of the driver."""
-    with torch.cuda.device(device):
-        _need_context(device)
+    with torch.cuda.device(device), _context(device):
         yield
 
 
@@ -223,14 +230,14 @@ class TensorMap:
         rank = len(sizes)
         self._memory = ctypes.create_string_buffer(128 + 64)
         self.address = (ctypes.addressof(self._memory) + 63) // 64 * 64
-        _need_context(tensor.device.index or 0)
         bytes_ = [s * tensor.element_size() for s in strides]
-        code = _driver().cuTensorMapEncodeTiled(
-            ctypes.c_void_p(self.address), _DATA_TYPES[tensor.dtype], rank,
-            ctypes.c_void_p(tensor.data_ptr()), (ctypes.c_uint64 * rank)(*sizes),
-            (ctypes.c_uint64 * max(1, rank - 1))(*bytes_), (ctypes.c_uint32 * rank)(*box),
-            (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128, _PROMOTE_256, 0,
-        )  # fmt: skip
+        with _context(tensor.device.index or 0):
+            code = _driver().cuTensorMapEncodeTiled(
+                ctypes.c_void_p(self.address), _DATA_TYPES[tensor.dtype], rank,
+                ctypes.c_void_p(tensor.data_ptr()), (ctypes.c_uint64 * rank)(*sizes),
+                (ctypes.c_uint64 * max(1, rank - 1))(*bytes_), (ctypes.c_uint32 * rank)(*box),
+                (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128, _PROMOTE_256, 0,
+            )  # fmt: skip
         _check(code, f"tensor map of {tuple(sizes)}, strides {tuple(strides)}, box {tuple(box)}")
 
 
@@ -290,7 +297,8 @@ class Kernel:
     def registers(self) -> int:
         """Of a thread, as a block begins."""
         count = ctypes.c_int()
-        code = _driver().cuFuncGetAttribute(ctypes.byref(count), _REGISTERS, self._function)
+        with _current(self.device):
+            code = _driver().cuFuncGetAttribute(ctypes.byref(count), _REGISTERS, self._function)
         _check(code, "registers")
         return count.value
 

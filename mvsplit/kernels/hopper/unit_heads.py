@@ -19,14 +19,15 @@ from mvsplit.kernels.hopper.attention import HEAD, SCALE, Heads
 from mvsplit.kernels.hopper.driver import Kernel, compiled
 from mvsplit.kernels.hopper.wgmma import multiply
 
-MOST_ROWS = 320  # of a sample, of which two matrices and 64 rows of two others are in shared memory
+# Of a sample; two matrices of so many rows are in shared memory, and for each warpgroup 64 of two.
+MOST_ROWS = 320
 _FOLDER = Path(__file__).parent
 _CUT = Heads(3)
 _GROUPS, _TILE = 2, 64  # of backward: warpgroups of a block, rows of each
-# Queries of keys' gradients at a time, or keys of queries': of registers, a thread has all 255, and
-# with 64 queries at a time some are spilled already (ptxas 13.0).
-_MOST = 96
-_AT_A_TIME = (64, 48, 32)  # queries of the gradients of keys; one of them divides T
+_MOST = 96  # keys of the gradients of queries at a time; more were not tried
+# Queries of the gradients of keys at a time, one of which divides T: with 64, a thread has 254
+# registers (ptxas 13.0) of the 255 that there are.
+_AT_A_TIME = (64, 48, 32)
 
 
 class _Rows(ctypes.Structure):
