@@ -127,6 +127,11 @@ class Drawing:
         with self._changing:
             self._waiting.pop(ticket, None)
 
+    def waits(self, ticket: int, visitor: str = "") -> bool:
+        """Whether the visitor's wish waits for its turn."""
+        with self._changing:
+            return self._waiting.get(ticket) == visitor
+
     def draw(self, wish: Wish, visitor: str = "", ticket: int | None = None) -> Iterator[Shown]:
         """Previews and, last, the finished pictures, or `STOPPED`. Where it is closed before, the
         drawing ends too.

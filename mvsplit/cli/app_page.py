@@ -21,7 +21,11 @@ QUIET = {  # read by gradio and what it uses when they are imported
     "HF_HUB_OFFLINE": "1",
 }
 HOST = "127.0.0.1"
-_WAITING = 16  # visitors at most; the next is told to come again
+_WAITING = 16  # wishes at most; the next is told to come again
+_FULL = (
+    "⚠ The queue is full: other drawings wait for their turn already, as many as may. Yours is not "
+    "among them; press draw again in a minute."
+)
 _CSS = """
 .gradio-container {max-width: 1100px !important; width: 100%; margin: 0 auto;}
 #preview img, #gallery img {image-rendering: pixelated;}
@@ -86,7 +90,14 @@ def _connect(
         waited = drawing.stop(request.session_hash)
         return limits.STOPPED.status if waited else gradio.skip()
 
-    for function in (enlist, updates, end):  # gradio reads from it what to pass
+    def refused(request: Any, ticket: int) -> Any:
+        # The page's queue lets a wish in or turns it away; of one that it let in, `updates` has
+        # said how it ended, and its ticket is gone.
+        full = drawing.waits(ticket, request.session_hash)
+        drawing.drop(ticket)
+        return _FULL if full else gradio.skip()
+
+    for function in (enlist, updates, end, refused):  # gradio reads from it what to pass
         function.__annotations__["request"] = gradio.Request
 
     start, stop = buttons
@@ -96,7 +107,7 @@ def _connect(
     quietly = {"show_progress": "hidden", "api_visibility": "private"}
     for trigger in (start.click, inputs[0].submit):
         enlisted = trigger(enlist, None, [ticket, status], queue=False, **quietly)
-        enlisted.then(
+        drawn = enlisted.then(
             updates,
             [ticket, *inputs],
             outputs,
@@ -105,6 +116,7 @@ def _connect(
             trigger_mode="multiple",  # or one that waits would keep what is wished next from it
             **quietly,
         )
+        drawn.failure(refused, ticket, status, queue=False, **quietly)
     stop.click(end, None, status, queue=False, **quietly)
 
 

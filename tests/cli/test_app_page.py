@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvsplit.cli import main
+from mvsplit.cli import app_page, main
 from mvsplit.cli.app_page import QUIET
 from mvsplit.sampling import read_record
 from mvsplit.training import train
@@ -66,8 +66,17 @@ class App:
     temporary: Path
 
 
+# The command with a queue for so many.
+SHORT_QUEUE = """
+import sys
+from mvsplit.cli import app_page, main
+app_page._WAITING = int(sys.argv.pop(1))
+sys.exit(main())
+"""
+
+
 @contextmanager
-def started(folder: Path) -> Iterator[App]:
+def started(folder: Path, waiting: int = 16) -> Iterator[App]:
     """The command on a run of one step, in a process that notes whom it talks to."""
     # Deep enough for 200 steps to take seconds, in which a drawing can be previewed and stopped.
     deep = replace(runs.experiment(steps=1, device="cpu"), model=replace(runs.MODEL, depth=48))
@@ -84,7 +93,10 @@ def started(folder: Path) -> Iterator[App]:
         "SPIED": str(folder / "spied.txt"),
         "TMPDIR": str(folder / "temporary"),
     }
-    command = [sys.executable, "-m", "mvsplit", "app", str(folder / "digits"), "--port", str(port)]
+    command = [sys.executable, "-c", SHORT_QUEUE, str(waiting)]
+    if waiting == app_page._WAITING:
+        command = [sys.executable, "-m", "mvsplit"]
+    command += ["app", str(folder / "digits"), "--port", str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         try:
@@ -229,6 +241,43 @@ def test_who_waits_can_stop_and_wish_again_while_another_draws(app, page, driver
         driver.switch_to.window(other)
         driver.close()
         driver.switch_to.window(one)
+
+
+@needs_gradio
+@needs_browser
+def test_a_full_queue_is_said_with_what_to_do(tmp_path, driver):
+    says = "return document.querySelector('#status').innerText.includes('{}')".format
+    page, one = AppPage(driver), driver.current_window_handle
+    with started(tmp_path, waiting=1) as app:
+        page.visit(app.url)
+        for field, value in (("pictures", "16"), ("steps", "200"), ("prompt", "three")):
+            page.fill(field, value)
+        page.find("#draw").click()
+        page.wait("return document.querySelector('#preview img')")
+        driver.switch_to.new_window("tab")
+        try:
+            page.visit(app.url)
+            page.find("#draw").click()
+            page.wait(says("Waiting"))
+            driver.switch_to.new_window("tab")
+            page.visit(app.url)
+            page.find("#draw").click()
+            page.wait(says("The queue is full"))
+            assert "press draw again" in page.status()
+            driver.switch_to.window(one)
+            page.find("#stop").click()
+            page.wait(says("Stopped"))
+            driver.switch_to.window(driver.window_handles[1])
+            page.wait(says("4 drawn in"))  # who waited is served
+            driver.switch_to.window(driver.window_handles[2])
+            assert page.pictures() == []
+            page.find("#draw").click()  # and so is who comes again
+            page.wait(says("4 drawn in"))
+        finally:
+            for tab in driver.window_handles[:0:-1]:
+                driver.switch_to.window(tab)
+                driver.close()
+            driver.switch_to.window(one)
 
 
 @needs_gradio
