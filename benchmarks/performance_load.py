@@ -40,13 +40,20 @@ def under_load(found: Found) -> str:
 Blocks of D = 1024 forward and backward from a graph, after a second of the same: time, clock and power,
 then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths. Merges:
 without the launch that adds up the gradients of gains, which begins while the merge runs and waits for it.
-Runs differ in their kernels; the last has those of today.
+Runs differ in their kernels.
 
 {markdown((*head, *KINDS), rows)}
 The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
 whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of times gain little
 (29 samples at 1000 layers were no faster than 32), and what takes energy takes time.
-{_changes(found)}"""  # noqa: E501
+{_changes(found)}{_notes(found)}"""  # noqa: E501
+
+
+def _notes(found: Found) -> str:
+    """What is to be known of the latest run."""
+    if "note" not in found:
+        return ""
+    return f"\nOf the run of {found['date'].replace('T', ' ')}: {found['note']}\n"
 
 
 def _zeros(found: Found) -> str:
@@ -77,9 +84,11 @@ def _changes(found: Found) -> str:
         base = rows.get(name.removesuffix(f", {way}"))
         if way and base:
             more = row["us"] / base["us"] - 1
-            lines.append(
-                [*name.split(", ", 2), f"{base['us']:.0f}", f"{row['us']:.0f}", f"{more:+.1%}"]
-            )
+            backends = [r.get("attention_backend") for r in (row, base)]
+            same = "attention" in way and None not in backends and backends[0] == backends[1]
+            parts = name.split(", ", 2)
+            parts[2] += " (as it is anyway: a repeat)" if same else ""
+            lines.append([*parts, f"{base['us']:.0f}", f"{row['us']:.0f}", f"{more:+.1%}"])
     if not lines:
         return ""
     head = ("samples × tokens", "computed again", "otherwise", "µs as it is", "µs otherwise", "")

@@ -79,10 +79,8 @@ def tried_in_a_block(found: Row, gradients: Row) -> str:
   read more of their operands from the L2 cache.
 - Gradients of the matrices on a stream beside, to fill what kernels leave of the GPU when they begin and end:
   {base:.0f} → {beside:.0f} µs a block under load (the same block twice: ±{again:.1%}).
-- Gradients of attention in CUDA C++, seven products in one launch where cuDNN has five in three
-  ([figures](../benchmarks/results/attention_gradients_h200_2026-11-29T2112.json)): at 26 samples {kernels[0]:.0f} µs instead of {kernels[1]:.0f}, a block
-  {ours["us"]:.0f} instead of {theirs["us"]:.0f} µs. It was changed since, and no block was timed by itself after that; it
-  serves in the step of 1000 layers above, in a form before the last.
+- Gradients of attention in CUDA C++, seven products in one launch where cuDNN has five in three: at 26 samples
+  {kernels[0]:.0f} µs instead of {kernels[1]:.0f}, a block {ours["us"]:.0f} instead of {theirs["us"]:.0f} µs ({gradients["date"].replace("T", " ")}). {gradients.get("note", "")}
 """  # noqa: E501
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 Found = dict[str, Any]
@@ -46,13 +46,6 @@ def served(classes: Found, backend: str) -> Found:
     not run in a block."""
     rows = classes.get("rows", {})
     return {name: row for name, row in rows.items() if backend in row.get("attention_backend", [])}
-
-
-def most_steps(results: Sequence[Found], latest: Found) -> Found:
-    """Of the runs of 1000 layers in the pieces of the latest, the one with the most steps."""
-    runs = [r["thousand"] for r in results if "steps" in r.get("thousand", {})]
-    now = [run for run in runs if run["piece"] == latest["thousand"]["piece"]]
-    return max(now, key=lambda run: run["steps"])
 
 
 def _has_result(graphs: Found, stage: str) -> bool:

@@ -18,10 +18,18 @@ from typing import Any
 from performance_engine import engine
 from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
-from performance_not_run import BACKEND, IN_CUDA, most_steps, not_run, served
+from performance_not_run import BACKEND, IN_CUDA, not_run, served
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
-from performance_step import layers, low_precision, masked, more_ideas, thousand, updates
+from performance_step import (
+    layers,
+    learning,
+    low_precision,
+    masked,
+    more_ideas,
+    thousand,
+    updates,
+)
 from performance_training import training
 from performance_watch import watch
 
@@ -84,13 +92,16 @@ def ways_together(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def page() -> str:
     ops = load("fused_ops_*h200_*.json")
     steps = load("train_step_h200_*.json")
-    graphs = merged(steps) | {"beside the rival": beside_the_rival(steps)}
+    graphs = merged(steps) | {
+        "beside the rival": beside_the_rival(steps),
+        "elsewhere": load("train_step_elsewhere_h200_*.json"),
+    }
     eager = merged(load("train_step_eager_h200_*.json"))
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
     padded = ways_together(load("masked_attention_h200_*.json"))
     recipe = merged(load("recipe_h200_*.json"))
     all_deep = load("thousand_layers_h200_*.json")
-    deep = merged(all_deep)
+    deep = merged(all_deep) | {"thousand": learning(all_deep)}
     clusters = merged(load("merge_clusters_h200_*.json"))
     classes = together(load("step_classes_h200_*.json"))
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
@@ -123,13 +134,12 @@ def page() -> str:
             *load("merge_clusters_h200_*_first.json"),
         )
         + tried_in_a_block(
-            *load("step_tried_h200_*.json"), *load("attention_gradients_h200_*.json")
+            *load("step_tried_h200_*.json"), load("attention_gradients_h200_*.json")[-1]
         ),
         not_run(
             {
                 **graphs,
                 **deep,
-                "thousand": most_steps(all_deep, deep),
                 "masked": padded,
                 "recipe": recipe,
                 IN_CUDA: served(

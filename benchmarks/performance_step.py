@@ -29,6 +29,10 @@ _ONE_BYTE = " The second moment had two bytes then, and\nhas one since."
 _SAVED = 4.05  # bytes of a parameter in a checkpoint: its weight and the moments
 _RACE = "2026-11-29"  # the run with the kernel of `masked_race_h200`
 OURS, ZERO_KEYS = "unit heads in CUDA C++, gradients by cudnn", "cudnn with zero keys"
+_MASKS = {
+    ZERO_KEYS: "padding left out of the finished softmax instead of masked in it",
+    OURS: "masked inside a kernel of our own for up to 320 tokens, against cuDNN's without a mask",
+}
 WAYS = ("cudnn, mask", "cudnn, square mask", "flash in sequences", "flash, packed")
 
 
@@ -50,7 +54,7 @@ def masked(found: Found, first: Found, race: Found | None = None) -> str:
 
 Forward and backward of attention as the network calls it, in µs and against the best without a mask
 (cuDNN's); 1 … 64 or 1 … 256 of the text tokens are real. *Ours*: forward in CUDA C++, up to 320 tokens, which leaves
-padding out, gradients by cuDNN; it serves where it has a figure, else zero keys do. *Zero keys*: padding takes part in the
+padding out, gradients by cuDNN; of these ways it serves where it has a figure, else zero keys do. *Zero keys*: padding takes part in the
 softmax, where a key of zero counts as exp(0) = 1, and is subtracted afterwards
 ([how](../mvsplit/kernels/masked_attention.py)). *One row*, *T×T*: of the mask, for all queries or for each.
 *Unequal lengths*: flash attention on the padded batch as twice as many sequences, real and padding
@@ -61,7 +65,7 @@ Gate: against fp64 over the real keys alone, the chosen way is off by at most {_
 gradients), and by at most {max(away):.2f} times what cuDNN without a mask is where queries and keys point away from each
 other, which leaves the real keys next to no share of the softmax.{_lost_rows(found, first, race)} cuDNN's kernel for unequal lengths
 cannot be recorded in a CUDA graph. Sorting or splitting a batch removes no mask unless lengths are equal.
-"""  # noqa: E501
+{_note(found)}"""  # noqa: E501
 
 
 def _lost_rows(found: Found, first: Found, race: Found | None) -> str:
@@ -105,9 +109,19 @@ def _ratios(row: Found) -> list[float]:
     return [o / t for o, t in zip(ours, theirs, strict=True)]
 
 
+def learning(results: Sequence[Found]) -> Found:
+    """The stage of 1000 layers of the latest day, of the run with the most steps."""
+    stages = [result["thousand"] | _source(result) for result in results if "thousand" in result]
+    day = max(stage["date"][:10] for stage in stages)
+    return max((s for s in stages if s["date"][:10] == day), key=lambda s: s.get("steps", 0))
+
+
+def _source(result: Found) -> Found:
+    return {key: result[key] for key in ("date", "note") if key in result}
+
+
 def thousand(found: Found, results: Sequence[Found] = ()) -> str:
-    """13.64 billion parameters on one GPU; `results`: all there are, of which the one with the most
-    steps says how the loss falls."""
+    """13.64 billion parameters on one GPU; `results`: all there are."""
     stage = found.get("thousand", {})
     if "seconds" not in stage:
         return ""
@@ -151,7 +165,7 @@ def thousand(found: Found, results: Sequence[Found] = ()) -> str:
 `mvsplit train mvsplit-1000l-h200` by the run's own step: every parameter, clipping by the true global
 norm, {_bytes(stage)} bytes a parameter. Captions are padded to the longest of the batch, masked.
 
-{markdown(("", ""), rows)}{_again(stage)}{_longest(stage, results)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
+{markdown(("", ""), rows)}{_note(stage)}{_again(stage)}{_others(stage, results)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
 
 
 def _loss(stage: Found) -> str:
@@ -175,16 +189,25 @@ def _again(stage: Found) -> str:
     return f"\nOf the step, {share:.0%} is what backward computes again.\n"
 
 
-def _longest(stage: Found, results: Sequence[Found]) -> str:
-    """The run with the most steps, where that is another one."""
-    runs = [r["thousand"] for r in results if "losses" in r.get("thousand", {})]
-    longest = max(runs, key=lambda run: len(run["losses"]), default=stage)
-    if len(longest["losses"]) <= len(stage["losses"]):
+def _note(stage: Found) -> str:
+    return f"\n{stage['note']}\n" if "note" in stage else ""
+
+
+def _others(stage: Found, results: Sequence[Found]) -> str:
+    """Runs of fewer steps of the same day, in the same pieces."""
+    stages = [r["thousand"] | _source(r) for r in results if "mfu" in r.get("thousand", {})]
+    same = [
+        f"- {run['date'][11:]}, {run['steps']} steps, loss {run['losses'][0]:.3f} → "
+        f"{run['losses'][-1]:.3f}: {run['seconds']:.2f} s, {run['mfu']:.1%} MFU. "
+        f"{run.get('note', '')}".rstrip()
+        for run in stages
+        if run["piece"] == stage["piece"] and run["date"][:10] == stage.get("date", "")[:10]
+        and "losses" in run and run["date"] != stage["date"] and "T" in run["date"]
+    ]  # fmt: skip
+    if not same:
         return ""
-    return (
-        f"An earlier run of more steps, in pieces of {longest['piece']} samples and with "
-        f"{_bytes(longest)} bytes a parameter: loss {_loss(longest)}; {longest['mfu']:.1%} MFU.\n"
-    )
+    lines = "\n".join(same)
+    return f"\nShorter runs of that day, each on a card of its own:\n\n{lines}\n"
 
 
 def _bytes(stage: Found) -> int:
@@ -269,11 +292,7 @@ def updates(graphs: Found) -> str:
     ]
     if not each:
         return ""
-    shown = ", ".join(each)
-    return (
-        f"\nNorm, clipping and update take {shown} of a step. The kernel for bf16 weights\n"
-        "has fewer instructions since, which was tested on the GPU, but not timed.\n"
-    )
+    return f"\nNorm, clipping and update take {', '.join(each)} of a step.\n"
 
 
 def layers(graphs: Found) -> str:
@@ -304,16 +323,23 @@ def more_ideas(deep: Found, padded: Found) -> list[list[str]]:
             ]
         )
     if padded:
-        costs = [
-            [way["over_unmasked"] for way in ways if "over_unmasked" in way]
-            for ways in (
-                [row["ways"].get("cudnn, mask", {}) for row in padded["rows"]],
-                [row["ways"][_chosen(row)] for row in padded["rows"]],
-            )
-        ]
-        each = " → ".join(f"{min(c):+.0%} … {max(c):+.0%}" for c in costs)
-        rows.append(["padding left out of the finished softmax instead of masked in it", each])
+        for name, idea in _MASKS.items():
+            costs = [
+                [w["over_unmasked"] for w in ways if "over_unmasked" in w]
+                for ways in (
+                    [r["ways"].get(n, {}) for r in padded["rows"]] for n in (WAYS[0], name)
+                )
+            ]
+            if all(costs):
+                each = " → ".join(f"{min(c):+.0%} … {max(c):+.0%}" for c in costs)
+                rows.append([idea, each])
     return rows
+
+
+def _costs(padded: Found, name: str) -> list[float]:
+    """What a way costs over none, of the rows that have it."""
+    ways = [row["ways"].get(name, {}) for row in padded["rows"]]
+    return [way["over_unmasked"] for way in ways if "over_unmasked" in way]
 
 
 def _recompute_seconds(stage: Found, levels: list[Recompute] | None) -> float:

@@ -17,14 +17,15 @@ def training(found: Found, reference: Found) -> str:
         comparable = rival if beside and each == real.get("compiled", each) else None
         rows.append(_step(name, found[stage], comparable))
     batch, seconds, rate, mfu, peak = reference["released"]["training_step_400_layers"]["rows"][-1]
-    rows.append(_step_row("released code, bf16 AdamW", batch, seconds, rate, mfu, f"{peak}", rival))
+    rows.append(_step_row("released code, bf16 AdamW", batch, seconds, rate, mfu, f"{peak}", None))
     head = ("400 layers, 256 + 64 tokens", "samples", "s", "tokens/s", "MFU", "peak GiB")
     head = (*head, "÷ torch.compile")
     return f"""## The training step
 
 AdamW with clipping by the true global norm, on one GPU. MFU: 6N and attention, nothing that is computed
 again, of 989 TFLOP/s. The rival under torch.compile has the formula as one writes it, one compiled
-block for all layers, every block checkpointed, fp32 weights, our optimiser; same run.
+block for all layers, every block checkpointed, fp32 weights, our optimiser; what is divided by its figure is of the
+same run.
 
 {markdown(head, rows)}
 {_spread(found)}{_other_cards(found)}{"" if all(real.values()) else _ZEROS}{_gates(found)}"""  # noqa: E501
@@ -45,14 +46,17 @@ under torch.compile; the best of each give {best:.2f}×.
 
 
 def _other_cards(found: Found) -> str:
-    """The same step in runs of the same day, of which each machine has a card of its own."""
-    others = found.get("step bf16 on other cards", ())
+    """The same step in runs on other machines, each with a card of its own."""
+    others = [
+        f"{run['step bf16']['mfu']:.1%} at {run['step bf16']['load']['sm_mhz']:.0f} MHz "
+        f"({run['date'].replace('T', ' ')})"
+        for run in found.get("elsewhere", ())
+    ]
     if not others:
         return ""
-    each = ", ".join(f"{other['mfu']:.1%} ({other['load']['sm_mhz']:.0f} MHz)" for other in others)
     own = found["step bf16"]["load"]["sm_mhz"]
-    return f"""With bf16 weights on other machines of the same evening: {each}.
-That above had {own:.0f} MHz. Kernels differ less between these runs than cards do.
+    return f"""With bf16 weights on other machines: {", ".join(others)};
+that above had {own:.0f} MHz ({found["date"].replace("T", " ")}).
 
 """
 

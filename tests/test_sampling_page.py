@@ -63,16 +63,18 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
     assert (
         f"{alone['engine']:.6f} drawn one by one, {together['engine']:.6f} drawn together" in page
     )
-    assert f"bf16 ops {alone['plain_bf16']:.6f}" in page
+    assert f"bf16 ops with a library's attention {alone['plain_bf16']:.6f}" in page
     for each in (alone, together):
         assert each["passes"]
         assert abs(each["difference"]) < each["difference_stderr"]
     errors = [f"{1e6 * each['difference_stderr']:.0f}·10⁻⁶" for each in (alone, together)]
     assert f"within their standard errors ({', '.join(errors)})" in page
+    assert together["plain_bf16"] == alone["plain_bf16"]
     before = result(f"engine_h200_{WITHOUT}")
     failed = before["gate"]["8_at_a_time"]
     assert not failed["passes"]
-    assert f"and off by {failed['plain_bf16']:.6f}: the engine, at the same" in page
+    assert f"in CUDA C++, off by {failed['plain_bf16']:.6f}; the engine, at the same" in page
+    assert f"{together['engine']:.6f}, was further off" in page
     off = failed["difference"], failed["difference"] / failed["difference_stderr"]
     assert f"further off by {1e6 * off[0]:.0f}·10⁻⁶, {off[1]:.1f} standard errors" in page
     seconds = [before[f"pictures_{n}"]["seconds"] for n in (1, 8)]
@@ -99,8 +101,12 @@ def test_what_is_quoted_of_the_engine_is_in_the_results():
     assert f"a block takes {then:.0f} µs then" in page
     assert f"A block and step of eight takes {now:.0f} µs" in page
     _, of_eight = "\n".join(found["log"]).split("[16, 288", 1)
-    (best,) = re.findall(r"a block in ([\d.]+) µs by w2", of_eight)
-    assert f"a block of eight takes {float(best):.0f} µs in a graph" in page
+    blocks = [
+        re.findall(r"a block in (\d{3}\.\d) µs", "\n".join(report["log"]))
+        for report in (found, before)
+    ]
+    now, then = (min(times) for times in blocks)
+    assert f"{now} µs by the tuner's graph where it took {then} half an hour before" in page
     assert "attention by Heads(groups=3" in of_eight
     drawing = found["drawing"] | result("engine_trace_h200_2026-11-29")["drawing"]
     for name, words in (
