@@ -40,6 +40,7 @@ from mvsplit.reproduce.depth.verdict import (
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
 AGAIN = "-again"  # behind a size's name: rows of runs that have one from another way to train
+OURS, RIVALS = ("mvsplit", "candidate"), ("rival",)  # kinds of entries, as the rule takes them
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
 # What `RuleConfig` had by default when the rule was written, and since; the last is today's.
 SERVED = ("mvsplit-1", "mvsplit-root", "alpha")
@@ -208,8 +209,7 @@ def _changed(result: Mapping[str, Any]) -> str:
 
 def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     """What the rule says, and the numbers that it says it of."""
-    settings = for_verdict(found, size, ("mvsplit", "candidate"))
-    rivals = for_verdict(found, size, ("rival",))
+    settings, rivals = (for_verdict(found, size, kinds) for kinds in (OURS, RIVALS))
     verdict, standing = against_rivals(settings, rivals)
     labels = {cell.entry.name: cell.entry.label for cell in found}
     not_run = [str(depth) for depth in size.depths if depth not in settings]
@@ -217,18 +217,21 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
     lines = [f"**MV-Split against its rivals: {verdict}{where}.** By the rule of the verdicts:\n"]
     for depth in settings:
         rival, mine = best(rivals[depth]), best(settings[depth])
-        if rival is None or mine is None:
-            known = "" if rival is None else f"the best rival is {labels[rival]}; "
-            lacks = "rival" if rival is None else "setting of MV-Split"
-            lines.append(
-                f"- {depth} layers: {known}no {lacks} has {SEEDS} seeds that live; cannot tell"
-            )
-            continue
         words = ", ".join(
             f"{labels[name]} {place}"
             for name, place in sorted(standing[depth].items())
             if place != "cannot tell"
         )
+        if rival is None or mine is None:
+            known = "" if rival is None else f"the best rival is {labels[rival]}; "
+            lack = {"rival": (RIVALS, rival), "setting of MV-Split": (OURS, mine)}
+            none = [(name, kinds) for name, (kinds, top) in lack.items() if top is None]
+            lacking = " and ".join(f"no {name}" for name, _ in none)
+            dead = [each for _, kinds in none for each in _dead(found, size, depth, kinds)]
+            told = f"all that can be told: {words}" if words else "cannot tell"
+            few = f"{lacking} has {SEEDS} seeds that live"
+            lines.append(f"- {depth} layers: {known}{'; '.join([few, *dead, told])}")
+            continue
         lines.append(
             f"- {depth} layers: the best rival is {labels[rival]}, the best setting "
             f"{labels[mine]} ({standing[depth][mine]}; all that can be told: {words or 'nothing'})"
@@ -237,24 +240,50 @@ def verdict_words(size: BenchSize, found: Sequence[Cell]) -> list[str]:
         f"**By this size alone {_default_words(settings, labels)}{where}.** Ties are "
         f"{TIE:.0%} wide, and {ERRORS:g} standard errors count."
     )
-    without = _without(settings, rivals, labels)
+    without = _without(size, found, settings, rivals)
     return [*lines, "", _against_default(settings, labels) + "\n", tail + "\n", *without]
 
 
+def _dead(found: Sequence[Cell], size: BenchSize, depth: int, kinds: Sequence[str]) -> list[str]:
+    """The entries that have enough seeds at a rate, but not all of them live: else they would look
+    as if their seeds had not been run."""
+    words = []
+    for cell in found:
+        if cell.entry.kind not in kinds or (cell.depth, cell.width) != (depth, size.width):
+            continue
+        for rate in cell.tried:
+            lives = [row["lives"] for row in cell.rows if row["rate"] == rate]
+            if len(lives) >= SEEDS and not all(lives):
+                living = {0: "none lives", 1: "1 lives"}.get(sum(lives), f"{sum(lives)} live")
+                words.append(f"{cell.entry.label} has {len(lives)} at {rate:.2g}, {living}")
+    return words
+
+
 def _without(
-    settings: Mapping[int, Losses], rivals: Mapping[int, Losses], labels: Mapping[str, str]
+    size: BenchSize,
+    found: Sequence[Cell],
+    settings: Mapping[int, Losses],
+    rivals: Mapping[int, Losses],
 ) -> list[str]:
-    """What the rule would say but for the depths at which no setting has enough seeds: a verdict
-    needs every depth, and the first row of a new one takes it away."""
-    left = {depth: losses for depth, losses in settings.items() if best(losses)}
-    few = [str(depth) for depth in settings if depth not in left]
+    """What the rule would say but for the depths at which no setting has enough seeds and nothing
+    can be told: a verdict needs every depth, and the first row of a new one takes it away. A depth
+    at which a setting is behind stays, for it counts against MV-Split."""
+    labels = {cell.entry.name: cell.entry.label for cell in found}
+    _, standing = against_rivals(settings, rivals)
+    few = [
+        depth
+        for depth, losses in settings.items()
+        if best(losses) is None and "behind" not in standing[depth].values()
+    ]
+    left = {depth: losses for depth, losses in settings.items() if depth not in few}
     if not left or not few:
         return []
     verdict, _ = against_rivals(left, rivals)
+    dead = "; ".join(each for depth in few for each in _dead(found, size, depth, OURS))
     return [
-        f"Were it not for {' and '.join(few)} layers, where no setting of MV-Split has {SEEDS} "
-        f"seeds that live, it would be: against its rivals, {verdict}; by this size alone "
-        f"{_default_words(left, labels)}.\n"
+        f"Were it not for {' and '.join(map(str, few))} layers, where no setting of MV-Split has "
+        f"{SEEDS} seeds that live{f' ({dead})' if dead else ''}, it would be: against its rivals, "
+        f"{verdict}; by this size alone {_default_words(left, labels)}.\n"
     ]
 
 

@@ -169,15 +169,39 @@ def test_a_depth_with_too_few_seeds_takes_the_verdict_away_and_what_it_was_is_sh
     deep += [row(3.2e-3, 0.3, name="mvsplit-root", depth=4)]
     text = "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, [*every, *deep])))
     assert "**MV-Split against its rivals: cannot tell.**" in text
-    few = "no setting of MV-Split has 3 seeds that live; cannot tell"
-    assert f"- 4 layers: the best rival is plain; {few}\n" in text
+    few = "no setting of MV-Split has 3 seeds that live"
+    dead = "MV-Split β=1 has 3 at 0.0032, none lives"
+    assert f"- 4 layers: the best rival is plain; {few}; {dead}; cannot tell\n" in text
     assert "alone nothing takes the place of MV-Split β=1, nothing takes the place" in text
-    words = (
-        "where no setting of MV-Split has 3 seeds that live, it would be: against its rivals, at"
-    )
+    words = f"where {few} ({dead}), it would be: against its rivals, at"
     assert f"Were it not for 4 layers, {words} least as good as its rivals; by this size" in text
     assert text.count("MV-Split β=1/√L takes the place of MV-Split β=1, nothing") == 1
     assert "Were it not" not in "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, every)))
+
+
+def test_a_depth_at_which_every_setting_is_dead_is_never_left_out():
+    rows = [*seeds("plain", [0.50, 0.51, 0.52]), *seeds("mvsplit-root", [0.40, 0.41, 0.42])]
+    rows += seeds("plain", [0.50, 0.51, 0.52], depth=3)
+    rows += [row(rate, None, depth=3) for rate in TINY.rates]
+    text = "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, rows)))
+    assert "**MV-Split against its rivals: not as good as its rivals" in text
+    told = "no setting of MV-Split has 3 seeds that live; all that can be told: MV-Split β=1/√L"
+    assert f"- 3 layers: the best rival is plain; {told} behind\n" in text
+    assert "Were it not" not in text
+    open_ = [row(3.2e-3, 0.5, depth=4), *seeds("plain", [0.50, 0.51, 0.52], depth=4)]
+    text = "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, [*rows, *open_])))
+    assert "Were it not for 4 layers, where" in text
+    assert "it would be: against its rivals, not as good as its rivals" in text
+
+
+def test_seeds_that_did_not_all_live_are_told_from_seeds_that_were_not_run():
+    rows = [row(3.2e-3, None if s else 0.5, name="plain", seed=s) for s in range(3)]
+    rows += [row(1e-2, 0.5 if s else None, name="mvsplit-1", seed=s) for s in range(3)]
+    rows += [row(3.2e-3, 0.5, seed=s) for s in range(2)]
+    text = "\n".join(verdict_words(TINY, cells(TINY, ENTRIES, rows)))
+    few = "no rival and no setting of MV-Split has 3 seeds that live"
+    dead = "plain has 3 at 0.0032, 1 lives; MV-Split β=1 has 3 at 0.01, 2 live"
+    assert f"- 2 layers: {few}; {dead}; cannot tell\n" in text
 
 
 def test_what_is_left_of_sweeps_is_said():
