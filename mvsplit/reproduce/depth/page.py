@@ -39,7 +39,7 @@ from mvsplit.reproduce.depth.verdict import (
 
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
-AGAIN = "-again"  # behind a size's name: rows of runs that have one from another way to train
+AGAIN = "-again"  # behind a size's name: other rows of runs of which one counts
 OURS, RIVALS = ("mvsplit", "candidate"), ("rival",)  # kinds of entries, as the rule takes them
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
 # What `RuleConfig` had by default when the rule was written, and since; the last is today's.
@@ -74,24 +74,26 @@ whatever their loss.
 def keep_rows(
     size: BenchSize, rule: Mapping[str, str], rows: Sequence[Mapping[str, Any]], folder: Path
 ) -> Path:
-    """Adds rows to those that the page of `folder` is drawn from: a run that is there already is
-    replaced, and the rule keeps its earliest date. One row a line. Of a run that was trained both
-    alone and as a member of an ensemble the row of the first counts, and the other is kept beside
-    it, in SIZE-again.json; so is the earlier of two members."""
+    """Adds rows to those that the page of `folder` is drawn from, one row a line; the rule keeps
+    its earliest date. Of several rows of a run one counts (`_rank`), and all the others are kept in
+    SIZE-again.json, whatever the order in which they come; a row that is there already adds
+    nothing."""
     path, beside = (folder / RESULTS / f"{size.name}{end}.json" for end in ("", AGAIN))
     there, again = _there(path, rule), _there(beside, rule)
-    by_run = {row["run"]: row for row in there["rows"]}
-    twice = {row["run"]: row for row in again["rows"]}
-    for row in rows:
-        name, before = row["run"], by_run.get(row["run"], row)
-        one, other = (row, before) if _as_one(before) >= _as_one(row) else (before, row)
-        by_run[name] = one
-        if _as_one(other) and other != one:
-            twice[name] = other
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
+    for row in [*there["rows"], *again["rows"], *rows]:
+        found = by_run.setdefault(row["run"], [])
+        if row not in found:
+            found.append(row)
     first = min((there["rule"], rule), key=lambda each: each["written"])
-    _write_rows(path, size, first, by_run)
-    if twice:
-        _write_rows(beside, size, first, twice)
+    counts, others = [], []
+    for name in sorted(by_run):
+        one = max(by_run[name], key=_rank)  # the first of equals, so that what counts stays
+        counts.append(one)
+        others += [row for row in by_run[name] if row is not one]
+    _write_rows(path, size, first, counts)
+    if others:
+        _write_rows(beside, size, first, others)
     return path
 
 
@@ -99,15 +101,17 @@ def _there(path: Path, rule: Mapping[str, str]) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {"rule": rule, "rows": []}
 
 
-def _as_one(row: Mapping[str, Any]) -> bool:
-    """Whether it comes from an ensemble, and be it one of a single network."""
-    return "together" in row
+def _rank(row: Mapping[str, Any]) -> tuple[bool, str]:
+    """Of the rows of a run the greatest counts: one alone before one from an ensemble (and be it of
+    a single network), then the later. Rows made before rows had dates are taken to be older than
+    those that have one."""
+    return "together" not in row, row.get("date", "")
 
 
 def _write_rows(
-    path: Path, size: BenchSize, rule: Mapping[str, str], by_run: Mapping[str, Mapping[str, Any]]
+    path: Path, size: BenchSize, rule: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    lines = ",\n".join(json.dumps(by_run[name]) for name in sorted(by_run))
+    lines = ",\n".join(map(json.dumps, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f'"size": {json.dumps(size.name)},\n"rule": {json.dumps(rule)},\n'
     path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")

@@ -172,12 +172,26 @@ def both_ways(
     parts += _twice(
         "Whole runs of the bench that were trained both ways; the first counts above.\n",
         ("run", "alone", "as one", "apart"),
-        [pair for pair in pairs if "together" not in pair[0]],
+        [pair for pair in pairs if "together" not in pair[0] and "together" in pair[1]],
     )
-    return parts + _twice(
-        "Runs that were trained as one twice, with other members; the later counts above.\n",
-        ("run", "later", "earlier", "apart"),
-        [pair for pair in pairs if "together" in pair[0]],
+    for words, together in (
+        ("Runs that were trained as one more than once, with other members", True),
+        ("Runs that were run alone more than once", False),
+    ):
+        same = [pair for pair in pairs if {"together" in each for each in pair} == {together}]
+        head = ("run", "counts", "beside it", "apart")
+        parts += _twice(f"{words}; {_which_counts(same)}.\n", head, same)
+    return parts
+
+
+def _which_counts(pairs: Sequence[tuple[Row, Row]]) -> str:
+    """Why of two rows of a run by the same way the first is the one above."""
+    known = "the later counts above"
+    if all("date" in row for pair in pairs for row in pair):
+        return known
+    return (
+        f"{known}. A row without a date, from before rows had one, is taken to be older than one "
+        "that has it; of two without, nothing says which is later, and what counts is left as it is"
     )
 
 

@@ -7,6 +7,7 @@ OUT/rows/NAME.json   its row, once it is finished; the run folder goes then
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -97,7 +98,7 @@ def run_bench(
     except NonFiniteError as error:
         ended = f"non-finite: {error}"
     trained, cpu = time.perf_counter() - began, time.process_time() - cpu
-    row = head(run, size) | {"ended": ended, "floor": token_floor(experiment)}
+    row = head(run, size) | {"date": now(), "ended": ended, "floor": token_floor(experiment)}
     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     row["device"] = torch.cuda.get_device_name() if on_gpu else "cpu"
     row["torch"] = torch.__version__
@@ -111,6 +112,11 @@ def run_bench(
     write_row(row, out)
     shutil.rmtree(path)
     return True
+
+
+def now() -> str:
+    """When a row is made: of several rows of a run the later counts."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def head(run: BenchRun, size: BenchSize) -> dict[str, Any]:

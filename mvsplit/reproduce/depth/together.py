@@ -30,6 +30,7 @@ from mvsplit.reproduce.depth.run import (
     WINDOW,
     collapse,
     head,
+    now,
     six_digits,
     windows,
     write_row,
@@ -375,6 +376,7 @@ def run_together(
     floors = {r.seed: token_floor(r.experiment(size)) for r in runs}
     on_gpu = training.device.type == "cuda"
     common = {
+        "date": now(),
         "together": len(runs),
         "graphs": int(training._graph is not None),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,8 @@ def test_a_table_shows_the_best_first_and_what_is_dead():
 def test_rows_are_added_to_what_is_kept_and_the_rule_keeps_its_date(tmp_path):
     keep_rows(TINY, RULE, [row(1e-3, 0.5), row(1e-2, 0.6)], tmp_path)
     later = RULE | {"written": "2026-03-01T00:00:00+00:00"}
-    path = keep_rows(TINY, later, [row(1e-2, 0.7), row(3.2e-3, 0.4)], tmp_path)
+    again = row(1e-2, 0.7, date="2026-03-01T00:00:00+00:00")
+    path = keep_rows(TINY, later, [again, row(3.2e-3, 0.4)], tmp_path)
     kept = json.loads(path.read_text())
     assert kept["rule"] == RULE
     assert sorted(r["validation_loss"] for r in kept["rows"]) == [0.4, 0.5, 0.7]
@@ -272,19 +274,60 @@ def test_of_a_run_by_both_ways_the_one_alone_counts_and_both_are_shown(
     assert f"losses within 2.0e-04, where 0.01 is the limit: **passed**. {words}\n" in text
 
 
-def test_of_a_run_trained_as_one_twice_the_later_counts_and_the_earlier_is_shown(
+def dated(day: int, loss: float, **fields):
+    return row(1e-3, loss, date=f"2026-02-0{day}T00:00:00+00:00", **fields)
+
+
+MADE = {  # the rows of one run, the one that counts first
+    "as one": [dated(3, 0.53, together=6), dated(2, 0.52, together=6), row(1e-3, 0.5, together=6)],
+    "alone": [dated(3, 0.53), dated(2, 0.52), row(1e-3, 0.5)],
+    "both": [row(1e-3, 0.5), dated(3, 0.53, together=6), dated(2, 0.52, together=6)],
+}
+
+
+@pytest.mark.parametrize("order", [*permutations(range(3))])
+@pytest.mark.parametrize("way", [*MADE])
+def test_the_row_made_last_counts_in_whatever_order_they_are_kept_and_none_is_lost(
+    tmp_path, way, order
+):
+    made = MADE[way]
+    for n in (*order, *order):  # the second time each is there already
+        path = keep_rows(TINY, RULE, [made[n]], tmp_path)
+    again = path.with_name(f"{TINY.name}-again.json")
+    assert json.loads(path.read_text())["rows"] == made[:1]
+    beside = json.loads(again.read_text())["rows"]
+    assert sorted(each["validation_loss"] for each in beside) == sorted(
+        each["validation_loss"] for each in made[1:]
+    )
+
+
+@pytest.mark.parametrize("way", [*MADE])
+def test_every_row_of_a_run_stands_beside_the_one_that_counts(tmp_path, monkeypatch, way):
+    made = MADE[way]
+    keep_rows(TINY, RULE, made, tmp_path)
+    monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
+    text = write_page(tmp_path).read_text()
+    for other in made[1:]:
+        losses = [each["validation_loss"] for each in (made[0], other)]
+        words = f"{losses[0]:.4g} | {losses[1]:.4g} | {losses[1] / losses[0] - 1:+.1%} |"
+        assert f"| mvsplit-root-2x16-lr1.0e-03-seed0 | {words}" in text
+    titles = {"as one": "trained as one more than", "alone": "run alone more", "both": "both ways"}
+    assert [way for way, words in titles.items() if words in text] == [way]
+    assert ("A row without a date" in text) == (way != "both")
+
+
+def test_of_two_rows_without_a_date_the_one_that_counts_stays_and_the_page_says_so(
     tmp_path, monkeypatch
 ):
     for loss in (0.5, 0.51, 0.51):  # the last is the same row, merged again
         path = keep_rows(TINY, RULE, [row(1e-3, loss, together=6)], tmp_path)
     again = path.with_name(f"{TINY.name}-again.json")
-    for file, loss in ((path, 0.51), (again, 0.5)):
+    for file, loss in ((path, 0.5), (again, 0.51)):
         assert [r["validation_loss"] for r in json.loads(file.read_text())["rows"]] == [loss]
     monkeypatch.setattr(module, "SIZES", {"tiny": TINY})
     text = write_page(tmp_path).read_text()
-    assert "| run | later | earlier | apart |" in text
-    assert "| mvsplit-root-2x16-lr1.0e-03-seed0 | 0.51 | 0.5 | -2.0% |" in text
-    assert "trained both ways" not in text
+    assert "of two without, nothing says which is later, and what counts is left as it is." in text
+    assert "| run | counts | beside it | apart |" in text
 
 
 def test_a_page_comes_from_its_rows_alone(tmp_path, monkeypatch):
@@ -312,6 +355,20 @@ def test_the_rows_of_the_repository_are_of_the_runs_that_the_bench_would_run(nam
     for row_ in json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []:
         shape = {field: row_[field] for field in ("depth", "width", "rate", "seed")}
         check_row(BenchRun(entry=entry(row_["entry"]), **shape), SIZES[name], row_, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*SIZES])
+def test_rows_of_the_repository_that_are_kept_again_change_nothing(name, tmp_path):
+    paths = [PAGES / module.RESULTS / f"{name}{end}.json" for end in ("", module.AGAIN)]
+    paths = [path for path in paths if path.exists()]
+    (tmp_path / module.RESULTS).mkdir(parents=True)
+    for path in paths:
+        (tmp_path / module.RESULTS / path.name).write_bytes(path.read_bytes())
+    for path in paths:
+        result = json.loads(path.read_text("utf-8"))
+        keep_rows(SIZES[name], result["rule"], result["rows"], tmp_path)
+    for path in paths:
+        assert (tmp_path / module.RESULTS / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):

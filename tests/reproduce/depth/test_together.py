@@ -1,6 +1,7 @@
 """Runs that are trained as one against the same runs alone, by both ways to train."""
 
 import dataclasses
+import datetime
 import json
 import math
 import time
@@ -44,6 +45,7 @@ def runs_of(names, rates=(1e-3, 3.2e-3)) -> list[BenchRun]:
 )
 def test_a_run_is_what_it_is_alone(tmp_path, names):
     runs = runs_of(names)
+    began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     assert run_together(runs, TINY, tmp_path / "one")
     for run in runs[1::2]:
         run_bench(run, TINY, tmp_path / "alone")
@@ -57,6 +59,9 @@ def test_a_run_is_what_it_is_alone(tmp_path, names):
             assert other[name] == near, (row["run"], name)
         assert other["similarity"] == pytest.approx(row["similarity"], rel=1e-4)
         assert other["together"] == len(runs)
+        for each in (row, other):  # by which one of several rows of a run counts
+            made = datetime.datetime.fromisoformat(each["date"])
+            assert began <= made <= datetime.datetime.now(datetime.UTC)
         for name in ("peak_gib", "seconds_a_step", "collapse_seconds", "tasks", "watch"):
             assert other[name] is None
         assert other.keys() >= row.keys() - {"cpu_seconds", "graphs"} - {
