@@ -16,7 +16,14 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
 from mvsplit.reproduce.plot import save_plot
-from mvsplit.reproduce.reruns import beside, machine, other_verdicts, rerun_lines, succeed
+from mvsplit.reproduce.reruns import (
+    beside,
+    beyond_spread,
+    machine,
+    other_verdicts,
+    rerun_lines,
+    succeed,
+)
 from mvsplit.reproduce.sizes import SIZES
 
 RESULTS = "results"
@@ -163,7 +170,7 @@ def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     ]
     if result["panels"]:
         parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
-    return [*parts, _figures(result), _runs(runs), *rerun_lines(result)]
+    return [*parts, _figures(result), *beyond_spread(result), _runs(runs), *rerun_lines(result)]
 
 
 def _figures(result: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ kernels, with the same seed. How far, only a rerun shows.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,13 +102,50 @@ def rerun_lines(result: Mapping[str, Any]) -> list[str]:
             name,
             _listed(now[name]),
             *(_listed(each["values"].get(name, {})) for each in reruns),
-            _most(now, reruns, name),
-            _spread(now[name]),
+            _two_digits(_step(now, reruns, name)),
+            _two_digits(_stdev(now[name])),
         ]
         for name in moved
     ]
     lines = [head, ["---"] * len(head), *rows]
     return [*parts, "\n".join("| " + " | ".join(cells) + " |" for cells in lines)]
+
+
+def beyond_spread(result: Mapping[str, Any]) -> list[str]:
+    """One sentence, to stand where figures have their ±: which of them move by more, with the same
+    seeds, than they spread over seeds. Nothing where nothing was run again, or nothing moved."""
+    now = {name: figure["values"] for name, figure in result["figures"].items()}
+    moved = {name: _step(now, result.get(AGAIN, []), name) for name in now}
+    known = {
+        n: (step, wide)
+        for n, step in moved.items()
+        if step and (wide := _stdev(now[n])) is not None
+    }
+    if not any(moved.values()):
+        return []
+    if not known:
+        return [
+            "Figures move with the same seed as well (below), and there is no spread over seeds."
+        ]
+    more = sorted(
+        (
+            (step / wide if wide else math.inf, name)
+            for name, (step, wide) in known.items()
+            if step > wide
+        ),
+        reverse=True,
+    )
+    if not more:
+        return ["With the same seeds no figure moves by more (below) than its spread over seeds."]
+    words = ", ".join(f"{name} ({_times(ratio)})" for ratio, name in more)
+    return [
+        "**The ± understates the noise.** With the same seeds, run again (below), these figures "
+        f"move by more than they spread over seeds: {words}."
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times the spread" if math.isfinite(ratio) else "the spread is 0"
 
 
 def _name(each: Mapping[str, Any]) -> str:
@@ -144,16 +182,20 @@ def _listed(values: Mapping[str, float | None]) -> str:
     return ", ".join("none" if v is None else f"{v:.3g}" for v in values.values()) or "–"
 
 
-def _most(now: Values, reruns: Sequence[Mapping[str, Any]], name: str) -> str:
+def _step(now: Values, reruns: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """By how much a figure of a seed moves at most."""
     pairs = [
         (value, each["values"].get(name, {}).get(seed))
         for each in reruns
         for seed, value in now[name].items()
     ]
-    steps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    return f"{max(steps):.2g}" if steps else "–"
+    return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
 
 
-def _spread(values: Mapping[str, float | None]) -> str:
+def _stdev(values: Mapping[str, float | None]) -> float | None:
     there = [value for value in values.values() if value is not None]
-    return f"{statistics.stdev(there):.2g}" if len(there) > 1 else "–"
+    return statistics.stdev(there) if len(there) > 1 else None
+
+
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mvsplit.cli import main
@@ -112,6 +114,54 @@ def test_the_page_says_by_how_much_a_figure_moves(result, tmp_path):
     assert f"- elsewhere, {LATER}, revision fffffff, torch" in text
     assert text.count(f"{count - 1} of {count} figures are the same to four digits") == 2
     assert f"| {CROSSED} | 0.4, 0.3 | 0.35, 0.3 | 0.4, 0.1 | 0.2 | 0.071 |" in text
+
+
+def test_where_figures_have_their_spread_the_page_says_which_move_by_more(result, tmp_path):
+    def text(now: float, again: float) -> str:
+        keep_result(changed(result, seed0=now), tmp_path)
+        keep_result(changed(result, seed0=again), tmp_path, "elsewhere")
+        found = page_text(FRONT, [kept(tmp_path)])
+        (tmp_path / "results" / "front-small.json").unlink()
+        return found
+
+    words = "**The ± understates the noise.** With the same seeds, run again (below), these figures"
+    more = f"{words} move by more than they spread over seeds: {CROSSED}"
+    # Over seeds 0.5 and 0.3 spread by 0.141, 0.3 and 0.3 by nothing.
+    assert f"{more} (2.83 times the spread)." in text(0.5, 0.1)
+    assert f"{more} (the spread is 0)." in text(0.3, 0.29)
+    none = "With the same seeds no figure moves by more (below) than its spread over seeds."
+    within, still = text(0.5, 0.4), text(0.5, 0.5)
+    assert none in within
+    assert words not in within
+    assert none not in still
+    assert words not in still
+    assert text(0.5, 0.1).index(words) < text(0.5, 0.1).index("### The same runs again")
+
+
+def test_of_one_seed_the_page_says_that_figures_move_and_have_no_spread(result, tmp_path):
+    for values in (result, again := changed(result, seed0=0.1)):
+        for figure in values["figures"].values():
+            figure["values"] = {"0": figure["values"]["0"]}
+    keep_result(result, tmp_path)
+    keep_result(again, tmp_path, "elsewhere")
+    words = "Figures move with the same seed as well (below), and there is no spread over seeds."
+    assert words in page_text(FRONT, [kept(tmp_path)])
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("results/*.json")), ids=lambda p: p.stem)
+def test_pages_of_the_repository_say_which_figures_move_by_more_than_their_spread(path):
+    """Counted here by another way than the page's."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    page = (PAGES / f"{result['claim']}.md").read_text(encoding="utf-8")
+    (found,) = [*re.findall(r"^\*\*The ± understates the noise.*$", page, re.M), ""][:1]
+    for name, figure in result["figures"].items():
+        values = np.array([[*figure["values"].values()]], float)
+        again = [[*each["values"].get(name, {}).values()] for each in result.get(AGAIN, [])]
+        others = np.array([each for each in again if each], float)
+        if values.size < 2 or not others.size:
+            continue
+        more = np.nanmax(abs(others - values), initial=0.0) > np.nanstd(values, ddof=1)
+        assert (f" {name} (" in found) == more, name
 
 
 def test_where_nothing_moves_the_page_says_so_without_a_table(result, tmp_path):
