@@ -3,7 +3,7 @@
 from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.logs import read_jsonl
-from mvsplit.diagnostics.monitor import Cadence, Monitor
+from mvsplit.diagnostics.monitor import Cadence, Monitor, Stopped
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
 from mvsplit.diagnostics.report import write_report
 from mvsplit.diagnostics.structure import TapNames, find_taps
@@ -28,6 +28,7 @@ __all__ = [
     "LayerTap",
     "Monitor",
     "ParameterRows",
+    "Stopped",
     "TapNames",
     "Thresholds",
     "find_taps",

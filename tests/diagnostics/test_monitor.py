@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvsplit.diagnostics.monitor import Cadence, Monitor, Schedule, Stopped
+from mvsplit.diagnostics import Cadence, Monitor, Stopped
+from mvsplit.diagnostics.monitor import Schedule
 from mvsplit.errors import UserError
 
 
