@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from mvsplit.cli import COMMANDS
+from mvsplit.diagnostics import Stopped
 from mvsplit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,25 @@ def test_the_loop_of_the_example_is_watched(tmp_path, monkeypatch):
     looks = (tmp_path / "runs" / "mine" / "layers.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert len(json.loads(looks[0])["layer"]) == 3
+
+
+def test_the_loop_of_the_example_trains_no_network_on_that_an_alarm_gave_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 3)
+    batches = torch.randn(4, 2, 5, 16)
+    batches[2] = torch.nan
+    names = {
+        "model": model,
+        "batches": batches,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "compute_loss": lambda model, batch: model(batch).square().mean(),
+    }
+    with pytest.raises(Stopped, match="step 3: Not finite"):
+        exec(EXAMPLES[1], names)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert f"`{Stopped.__module__.rsplit('.', 1)[0]}.Stopped`" in README
 
 
 def test_every_file_it_links_to_exists():
