@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the plan and returns 0, or 1 where the step does not fit.
 
     Raises:
-        UserError: an unknown preset or GPU, or a batch that cannot be divided.
+        UserError: an unknown preset or GPU, --device, or a batch that cannot be divided.
     """
     preset, options = _parse(list(arguments))
     experiment = Experiment(model=options.model, data=options.data, train=options.train)
@@ -63,6 +63,8 @@ def _parse(arguments: list[str]) -> tuple[str, _Options]:
     else:
         prog = f"mvsplit plan {arguments[0]}"
     preset, *rest = arguments
+    if any(word.split("=")[0] == "--device" for word in rest):  # a field of the training's
+        raise UserError("device: plan takes --gpu NAME, or --gpu auto for that of this machine")
     experiment = get_preset(preset)
     defaults = _Options(train=experiment.train, model=experiment.model, data=experiment.data)
     return preset, tyro.cli(

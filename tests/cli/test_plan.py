@@ -58,6 +58,8 @@ def test_the_table_says_whether_it_fits(capsys):
         (["nothing-like-it"], "is unknown"),
         (["tiny", "--gpu", "b300"], "gpu='b300' is unknown"),
         (["tiny", "--tflops", "0"], "tflops=0.0: must be positive"),
+        (["tiny", "--device", "a100"], "device: plan takes --gpu"),
+        (["tiny", "--device=cpu"], "device: plan takes --gpu"),
     ],
 )
 def test_errors_name_the_field(capsys, arguments, message):
