@@ -23,7 +23,9 @@ DTYPES: dict[str, torch.dtype | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Converts weights; every format holds them bit for bit.
+    """Converts weights; every format holds them bit for bit. pt, safetensors and shards are the
+    released layout, which holds only networks of the rule mvsplit with a tied leak;
+    checkpoint and diffusers hold every rule.
 
     Attributes:
         source: model.pt, a .safetensors file, the index of shards or their folder; a run or one of

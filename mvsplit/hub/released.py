@@ -277,4 +277,7 @@ def _check_exportable(config: DiTConfig) -> None:
     }
     for name, (value, needed) in fixed.items():
         if value != needed:
-            raise UserError(f"{name}={value!r}: the released layout can only hold {needed!r}")
+            raise UserError(
+                f"{name}={value!r}: the released layout can only hold {needed!r}; use --to "
+                "checkpoint or --to diffusers (mvsplit grow: a folder as --out)"
+            )

@@ -273,6 +273,37 @@ def test_what_the_released_layout_cannot_hold_leaves_no_trace(tmp_path):
     assert_same_model(load_weights(write(model, tmp_path, "checkpoint")), model)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": RuleConfig(name="plain")},
+        {"rule": RuleConfig(name="keel")},
+        {"patch_frames": 2, "mean": "frame"},
+        {"norm_eps": 1e-6},
+    ],
+    ids=["plain", "keel", "clips", "eps"],
+)
+def test_a_refused_layout_names_those_that_hold_the_network(tmp_path, capsys, changes):
+    """The message's remedy is then taken, and holds."""
+    model = tiny_dit(**changes)
+    source = write(model, tmp_path, "checkpoint")
+    assert main(["convert", str(source), str(tmp_path / "a.safetensors")]) == 2
+    assert "use --to checkpoint or --to diffusers" in capsys.readouterr().err
+    library("diffusers")
+    for kind in ("checkpoint", "diffusers"):
+        target = tmp_path / f"to_{kind}"
+        assert main(["convert", str(source), str(target), "--to", kind]) == 0
+        assert_same_model(load_weights(target), model)
+
+
+def test_the_help_says_which_formats_hold_which_rules(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "released layout, which holds only networks of the rule mvsplit" in said
+    assert "checkpoint and diffusers hold every rule" in said
+
+
 def test_without_the_extra_its_name_is_said(monkeypatch):
     for module in ("diffusers_pipeline", "diffusers_model"):
         monkeypatch.delitem(sys.modules, f"mvsplit.hub.{module}", raising=False)
