@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype | None] = {
 class Arguments:
     """Converts weights; every format holds them bit for bit. pt, safetensors and shards are the
     released layout, which holds only networks of the rule mvsplit with a tied leak;
-    checkpoint and diffusers hold every rule.
+    checkpoint and diffusers hold every rule. pt does not hold the number of heads.
 
     Attributes:
         source: model.pt, a .safetensors file, the index of shards or their folder; a run or one of

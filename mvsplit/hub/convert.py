@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvsplit.errors import UserError, nearest
-from mvsplit.hub.released import export_released, released_metadata
+from mvsplit.hub.released import export_released, heads_unsaid, released_metadata
 from mvsplit.hub.stored import INDEX
 from mvsplit.models import DiT
 from mvsplit.training.checkpoint import Snapshot, save_checkpoint
@@ -87,6 +88,8 @@ def _writer(path: Path, kind: str | None) -> Writer:
 def _write_pt(model: DiT, path: Path, shard_gb: float) -> None:
     with open(path, "wb") as file:  # given a path, torch raises RuntimeError where it cannot write
         torch.save(export_released(model), file)
+    if (unsaid := heads_unsaid(model.config)) is not None:
+        warnings.warn(f"target: {unsaid}", stacklevel=4)  # the caller of write_weights
 
 
 def _write_safetensors(model: DiT, path: Path, shard_gb: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_released(
         source: a `.safetensors` file, or the index file of its shards; a `.pt` file with the
             state dict itself or under "model" or "state_dict"; or such a dict.
         num_heads: query heads; if None, those that `released_metadata` left in the file, or
-            width / 128.
+            width / 128, with a warning, for no shape shows whether that is right.
         num_kv_heads: key/value heads; from the rows of `k_proj` if None.
         likely_heads: what `num_heads` is instead of width / 128.
         dtype: of all parameters; as in the source if None.
@@ -193,7 +194,22 @@ def _heads(width: int, num_heads: int | None) -> int:
             f"num_heads: the default, width / 128, is not a whole number at width {width}; "
             "give num_heads"
         )
+    warnings.warn(
+        f"heads guessed as {width // 128} from width / 128, for the file does not hold their "
+        "number; give --num-heads (num_heads)",
+        stacklevel=4,  # the caller of load_released
+    )
     return width // 128
+
+
+def heads_unsaid(config: DiTConfig) -> str | None:
+    """What to say where a file without metadata is written whose heads would be guessed wrongly."""
+    if config.heads * 128 == config.width:
+        return None
+    return (
+        f"the file does not hold the number of heads ({config.heads}); give --num-heads "
+        f"{config.heads} when it is read"
+    )
 
 
 def _kv_heads(rows: int, width: int, heads: int) -> int:

@@ -110,6 +110,35 @@ def test_the_command_converts_a_run_there_and_back(digits_run, tmp_path, capsys)
     assert_same_model(load_weights(tmp_path / "c"), load_run(digits_run).model)
 
 
+def test_a_number_of_heads_that_pt_does_not_hold_is_said_where_it_is_lost(tmp_path, capsys):
+    """A chain of files goes wrong only with a warning at either end, and right as they advise."""
+    model = tiny_dit(width=128, heads=4, text_width=128)
+    source = write(model, tmp_path, "checkpoint")
+
+    def convert(start: Path, name: str, *options: str) -> tuple[Path, str]:
+        assert main(["convert", str(start), str(tmp_path / name), *options]) == 0
+        return tmp_path / name, capsys.readouterr().err
+
+    held, said = convert(source, "held.safetensors")
+    assert said == ""
+    pt, said = convert(held, "w.pt")
+    assert "the file does not hold the number of heads (4); give --num-heads 4 when" in said
+    guessed, said = convert(pt, "guessed.safetensors")
+    assert "heads guessed as 1 from width / 128" in said
+    assert "give --num-heads" in said
+    assert load_weights(guessed).config.heads == 1
+    back, said = convert(pt, "back.safetensors", "--num-heads", "4")
+    assert said == ""
+    assert_same_model(load_weights(back), model)
+
+
+def test_heads_that_would_be_guessed_rightly_are_written_without_a_warning(tmp_path, recwarn):
+    write_weights(tiny_dit(width=128, heads=1), tmp_path / "w.pt")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="heads guessed as 1 from width / 128"):
+        load_weights(tmp_path / "w.pt")
+
+
 def test_dtype_is_given_while_reading(tmp_path):
     model = tiny_dit()
     path = write(model, tmp_path, "pt")
