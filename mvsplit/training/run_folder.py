@@ -34,6 +34,7 @@ from mvsplit.training.files import (
     read_lines,
     write_atomically,
 )
+from mvsplit.training.traces import LOCK, Traces
 
 
 class RunFolder:
@@ -43,8 +44,8 @@ class RunFolder:
         path: created if it does not exist.
         experiment: must agree with the folder's own, but for the fields that may change.
 
-    Nothing is written but the lock until `begin`, so that an experiment that turns out to be
-    impossible leaves no trace.
+    Nothing is written but the lock until `begin`, and what was made here is taken away again where
+    the run is refused before its first step: an impossible experiment leaves no trace.
 
     Attributes:
         changed: fields that differ from the last time, (old, new) by dotted name.
@@ -57,9 +58,12 @@ class RunFolder:
 
     def __init__(self, path: Path | str, experiment: Experiment) -> None:
         self.path, self.experiment = Path(path), experiment
-        _create(self.path)
+        traces = Traces(self.path)
         with ExitStack() as stack:
+            stack.push(traces.remove_folders)
+            _create(self.path)
             stack.enter_context(_lock(self.path))
+            stack.push(traces.remove_files)
             self.changed = _agree(self.path, experiment)
             self._stack = stack.pop_all()
 
@@ -132,7 +136,7 @@ class RunFolder:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(exc_type, exc, traceback)
 
     def _open(self, name: str, lines: int | None) -> JsonLines:
         log = JsonLines(self.path / name, keep_lines(self.path / name, lines))
@@ -215,13 +219,15 @@ def _create(path: Path) -> None:
 def _lock(path: Path) -> IO[str]:
     """The folder's lock, which the system releases when the process ends, however it ends."""
     with _writing_to(path), ExitStack() as stack:
-        file = stack.enter_context(open(path / ".lock", "a+", encoding="utf-8"))
+        file = stack.enter_context(open(path / LOCK, "a+", encoding="utf-8"))
         if not _try_lock(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
                 f"{path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
             )
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder was refused, and took it away
+            return _lock(path)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mvsplit.errors import UserError
-from mvsplit.training import RunFolder, read_experiment, train
+from mvsplit.training import Experiment, RunFolder, read_experiment, train
 from mvsplit.training.files import JsonLines, keep_lines, read_lines
+from mvsplit.training.observer import Observer
+from mvsplit.training.state import TrainState
 from tests.training import runs
 
 
@@ -90,6 +92,37 @@ def test_an_impossible_experiment_leaves_the_folder_free(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"model\.patch=3 does not divide the image size 8×8"):
         train(impossible, tmp_path / "run")
     train(runs.experiment(steps=1), tmp_path / "run")
+
+
+def test_what_is_refused_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    impossible = replace(runs.experiment(), model=replace(runs.MODEL, patch=3))
+    (tmp_path / "mine").mkdir()
+    for name in ("runs/new", "mine"):
+        with pytest.raises(UserError, match=r"model\.patch=3"):
+            train(impossible, tmp_path / name)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+class _Refuses(Observer):
+    """When the run's files are written."""
+
+    def on_start(self, state: TrainState, experiment: Experiment) -> None:
+        raise UserError("not today")
+
+
+def test_a_refusal_takes_away_only_what_it_has_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not today"):
+        train(runs.experiment(steps=1), tmp_path / "new", observers=[_Refuses()])
+    assert list(tmp_path.iterdir()) == []
+    run = tmp_path / "run"
+    train(runs.experiment(steps=1), run)
+    before = {path: path.stat().st_size for path in run.rglob("*") if path.suffix != ".jsonl"}
+    with pytest.raises(UserError, match="not today"):
+        train(runs.experiment(steps=2), run, observers=[_Refuses()])
+    with pytest.raises(UserError, match="another experiment"):
+        train(runs.experiment(steps=2, lr=0.5), run)
+    assert before.keys() <= set(run.rglob("*"))
+    assert train(runs.experiment(steps=2), run).step == 2
 
 
 def test_log_that_a_kill_cut_off(tmp_path: Path) -> None:
