@@ -35,8 +35,9 @@ class Arguments:
 
     Attributes:
         source: a flight that the recorder wrote, a run's folder, or the run_dir of a Monitor.
-        step: which step; if not given, the one that ended the run by a value that was not finite,
-            else the one whose gradient norm stands out most, or of a Monitor its gravest verdict's.
+        step: which step; if not given, of a flight its own, else the one that ended the run by a
+            value that was not finite, else that of the first of the gravest verdicts, and without
+            any the one whose gradient norm stands out most.
         json: where the numbers go; explain.json of the flight, or explain_STEP.json of the run.
         device: where to run; where the run was if not given.
     """
@@ -88,7 +89,7 @@ def _find(args: Arguments, fatal: FatalStep | None) -> Flight:
     if (args.source / "flight.json").exists():
         return read_flight(args.source, args.step)
     if fatal is not None and fatal.flight is not None and args.step in (None, fatal.step):
-        return read_flight(fatal.flight, fatal.step)
+        return read_flight(fatal.flight, args.step)
     return flight_of_run(args.source, args.step)
 
 

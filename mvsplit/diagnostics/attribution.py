@@ -99,13 +99,12 @@ def calm_norm(earlier: Sequence[float]) -> float | None:
     return median(finite) if finite else None
 
 
-def most_unusual(norms: Sequence[float], among: Sequence[int] | None = None) -> int:
+def most_unusual(norms: Sequence[float]) -> int:
     """The place of the gradient norm that is the largest multiple of the median of up to `HISTORY`
     before it; the first that is not finite, where one is.
 
     Args:
         norms: of successive steps, at least one.
-        among: the places that may be chosen; None for all.
     """
 
     def unusual(i: int) -> float:
@@ -114,7 +113,7 @@ def most_unusual(norms: Sequence[float], among: Sequence[int] | None = None) -> 
         calm = calm_norm(norms[max(0, i - HISTORY) : i])
         return norms[i] / calm if calm else 0.0
 
-    return max(range(len(norms)) if among is None else among, key=unusual)
+    return max(range(len(norms)), key=unusual)
 
 
 def removed_share(observed: float, trial: float, calm: float | None) -> float | None:

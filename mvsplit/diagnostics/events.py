@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -59,8 +59,9 @@ class Event:
 
     @classmethod
     def of_line(cls, line: Mapping[str, Any]) -> Event | None:
-        """The verdict that a line of events.jsonl holds, None where it holds none."""
-        layer, evidence = line.get("layer"), line.get("evidence")
+        """The verdict that a line of events.jsonl holds, None where it holds none. In those of
+        `mvsplit train` the line's own step counts the updates made, and `at_step` is the step."""
+        layer, evidence, step = line.get("layer"), line.get("evidence"), line.get("at_step")
         known = line.get("level") in LEVELS and line.get("verdict") in get_args(Verdict)
         if not known or not isinstance(evidence, dict):
             return None
@@ -69,13 +70,19 @@ class Event:
         except (TypeError, ValueError):  # of another program
             return None
         return cls(
-            step=line["step"],
+            step=step if isinstance(step, int) else line["step"],
             level=line["level"],
             verdict=line["verdict"],
             layer=layer if isinstance(layer, int) else None,
             message=str(line.get("message")),
             evidence=numbers,
         )
+
+
+def gravest(events: Iterable[Event], steps: Container[int]) -> Event | None:
+    """The first of the gravest verdicts on one of `steps`; None where there is none."""
+    told = (event for event in events if event.step in steps)
+    return max(told, key=lambda event: event.gravity, default=None)
 
 
 def _for_json(value: float) -> float | str:

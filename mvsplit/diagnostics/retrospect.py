@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvsplit.diagnostics.attribution import HISTORY, calm_norm, most_unusual
-from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.events import Event, gravest
 from mvsplit.diagnostics.logs import Dropped, Record, as_number, read_jsonl
 from mvsplit.errors import UserError
 
@@ -117,7 +117,7 @@ def look_back(folder: Path, step: int | None = None) -> Retrospect:
     lines, left_out = _standing(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder}: metrics.jsonl holds no step; call monitor.step() once a step")
-    step, chosen = _choose(said.events, lines) if step is None else (step, "as asked for")
+    step, chosen = _choose(said.events, lines) if step is None else (step, "as asked")
     at = next((place for place, line in enumerate(lines) if line["step"] == step), None)
     first, last = lines[0]["step"], lines[-1]["step"]
     if at is None:
@@ -201,10 +201,11 @@ def _left_out(dropped: Dropped, replaced: int) -> str:
 def _choose(events: Sequence[Event], lines: Sequence[Record]) -> tuple[int, str]:
     """A step of which there is a line, and why it is told of."""
     steps = [line["step"] for line in lines]
-    if told := [event for event in events if event.step in set(steps)]:
-        gravest = max(told, key=lambda event: event.gravity)  # the first of them
-        lost = "" if len(told) == len(events) else " of which the numbers are there"
-        return gravest.step, f"its first {gravest.level}{lost}"
+    there = set(steps)
+    if (told := gravest(events, there)) is not None:
+        whole = all(event.step in there for event in events)
+        lost = "" if whole else " of which the numbers are there"
+        return told.step, f"its first {told.level}{lost}"
     why = "no line has the step of a verdict" if events else "there is no verdict"
     norms = [as_number(line.get("grad_norm")) for line in lines]
     if all(norm is None for norm in norms):

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mvsplit.data import Batch
 from mvsplit.diagnostics.attribution import HISTORY, most_unusual
+from mvsplit.diagnostics.events import Event, gravest
 from mvsplit.errors import UserError
 from mvsplit.training.checkpoint import (
     Snapshot,
@@ -54,6 +55,7 @@ from mvsplit.training.step import STREAMS, Gradients
 FORMAT = "mvsplit-flight"
 VERSION = 1
 BESIDE = "beside."  # before the names of what comes beside the batch
+_NO_VERDICT = "chosen by its gradient norm, for there is no verdict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Flight:
         path: where it was read from.
         experiment: what was run.
         step: the step to explain.
-        reason: why it was recorded.
+        reason: why it is this step, and what the watch said of it.
         records: a mapping for each recorded step, the last one of `step`: at least `step`, `loss`
             and `grad_norm`.
         world: processes that shared a batch; each had a run of successive rows.
@@ -253,9 +255,9 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
 
     Args:
         path: the flight's folder.
-        step: which of the recorded steps is to be explained; None for the one whose gradient norm
-            stands out most. The last is run from the weights before it, those before it from the
-            newest checkpoint, as far as no policy changed the run on the way.
+        step: which of the recorded steps is to be explained; None for the flight's own, the last.
+            That is run from the weights before it, those before it from the newest checkpoint, as
+            far as no policy changed the run on the way.
 
     Raises:
         UserError: there is no flight, its files cannot be read, or it does not reach the step.
@@ -278,12 +280,14 @@ def read_flight(path: Path | str, step: int | None = None) -> Flight:
             f"step={step}: the flight {path} reaches {', '.join(map(str, steps))}; name the run's "
             f"folder for another step"
         )
-    step = _most_unusual(flight["records"], steps) if step is None else step
+    reason = flight["reason"] if step in (None, last) else f"the flight is of step {last}"
+    reason = reason if step is None else f"as asked; {reason}"
+    step = last if step is None else step
     return Flight(
         path=path,
         experiment=from_json(config.read_text(encoding="utf-8"), config),
         step=step,
-        reason=flight["reason"],
+        reason=reason,
         records=[record for record in flight["records"] if record["step"] <= step],
         world=flight["world"],
         batch=_read_batch(tensors) if step == last else None,
@@ -310,7 +314,8 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
 
     Args:
         path: the run's folder.
-        step: which one; None for the one whose gradient norm stands out most.
+        step: which one; None for the first of the gravest verdicts, from its flight where it has
+            one, and without a verdict for the one whose gradient norm stands out most.
 
     Raises:
         UserError: there is no run, or it has not taken the step.
@@ -318,9 +323,19 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
     path = Path(path)
     experiment = read_experiment(path)
     lines = {line["step"]: line for line in read_lines(path / "metrics.jsonl")}
+    told = [e for line in read_lines(path / "events.jsonl") if (e := Event.of_line(line))]
+    flights = {step_of(folder): folder for folder in list_checkpoints(path / "flights")}
+    if step is None and (worst := gravest(told, lines.keys() | flights.keys())) is not None:
+        step, why = worst.step, f"the run's first {worst.level}. {worst.message}"
+        if step in flights:
+            return dataclasses.replace(read_flight(flights[step]), reason=why)
+    elif step is not None:
+        said = gravest(told, (step,))
+        why = "as asked" if said is None else f"as asked; {said.message}"
     if not lines:
         raise UserError(f"{path} has taken no step yet; train it first")
-    step = _most_unusual(list(lines.values()), list(lines)) if step is None else step
+    if step is None:
+        step, why = _most_unusual(list(lines.values())), _NO_VERDICT
     if step not in lines:
         raise UserError(f"step={step}: {path} has the steps {min(lines)} to {max(lines)}")
     checkpoints = _before(path / "checkpoints", step)
@@ -328,7 +343,7 @@ def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
         path=path,
         experiment=experiment,
         step=step,
-        reason="chosen by its gradient norm",
+        reason=why,
         records=[line for n, line in sorted(lines.items()) if step - HISTORY <= n <= step],
         world=1,
         batch=None,
@@ -347,7 +362,6 @@ def _altered(run: Path, start: int, step: int) -> str | None:
     return None
 
 
-def _most_unusual(lines: list[dict[str, Any]], steps: list[int]) -> int:
-    """The one of `steps` whose gradient norm is the largest multiple of the median before it."""
-    among = [i for i, line in enumerate(lines) if line["step"] in steps]
-    return lines[most_unusual([line["grad_norm"] for line in lines], among)]["step"]
+def _most_unusual(lines: list[dict[str, Any]]) -> int:
+    """The step whose gradient norm is the largest multiple of the median before it."""
+    return lines[most_unusual([line["grad_norm"] for line in lines])]["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def test_the_flight_of_the_alarm_is_exact_whatever_was_done_about_it(
     found = explain(read_flight(tmp_path / "flights" / f"step_{ALARM:08d}"))
     assert (found.step, found.state_step) == (ALARM, ALARM - 1)
     assert found.reproduction.exact
+
+
+@pytest.mark.parametrize("policy", ["record", "stop", "rollback"])
+def test_of_a_run_the_step_of_its_alarm_is_taken_from_its_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    monkeypatch.setattr("mvsplit.training.watch.Detector", Alarming)
+    with suppress(SystemExit, UserError):
+        train(runs.experiment(on_alarm=policy, reaction=ReactionConfig(margin=1)), tmp_path)
+    found = explain(flight_of_run(tmp_path))
+    assert (found.step, found.reason) == (ALARM, "the run's first alarm. as told")
+    assert found.reproduction.exact
+    if policy == "record":
+        assert flight_of_run(tmp_path, ALARM).reason == "as asked; as told"
+        assert flight_of_run(tmp_path, 3).reason == "as asked"
+        (tmp_path / "flights").rename(tmp_path / "gone")
+        again = flight_of_run(tmp_path)  # from a checkpoint
+        assert (again.step, again.path) == (ALARM, tmp_path)
 
 
 def test_a_flight_reaches_the_steps_since_the_checkpoint_that_no_policy_changed(

@@ -96,16 +96,20 @@ def test_an_alarm_after_the_update_links_the_checkpoint_before_the_step(tmp_path
     assert [step_of(path) for path in kept] == [6, 8], "the run itself has dropped step 3"
 
 
-def test_the_recorded_step_that_stands_out_is_explained(tmp_path: Path) -> None:
+def test_a_flight_is_of_its_own_step_whichever_stands_out(tmp_path: Path) -> None:
     path = flights.fly(tmp_path, flights.plain(), flights.nothing)
     flight = json.loads((path / "flight.json").read_text())
     for record, norm in zip(flight["records"], (1.0, 1.0, 9.0, 1.0, 1.0), strict=True):
         record["grad_norm"] = norm
     (path / "flight.json").write_text(json.dumps(flight | {"from_start": False}))
-    assert read_flight(path).step == 5, "the weights before step 5 reach no other"
+    with pytest.raises(UserError, match="reaches 5;"):
+        read_flight(path, 3)
     (path / "flight.json").write_text(json.dumps(flight))
-    found = read_flight(path)
+    assert (read_flight(path).step, read_flight(path).reason) == (5, "a test")
+    assert read_flight(path, 5).reason == "as asked; a test"
+    found = read_flight(path, 3)
     assert (found.step, found.batch) == (3, None)
+    assert found.reason == "as asked; the flight is of step 5", "what was said is of that step"
     assert [record["step"] for record in found.records] == [1, 2, 3]
 
 
@@ -245,5 +249,7 @@ def test_a_step_of_a_run(whole_run: Path, tmp_path: Path) -> None:
     norms = [1.0, 2.0, 1.5, 30.0, 20.0, 80.0, 1.0, 1.0]
     lines = [{"step": n, "loss": 1, "grad_norm": g} for n, g in enumerate(norms, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert flight_of_run(run).step == 6  # 80 over the median 2; 30 over 1.5
+    found = flight_of_run(run)  # 80 over the median 2; 30 over 1.5
+    assert (found.step, found.reason) == (6, "chosen by its gradient norm, for there is no verdict")
+    assert flight_of_run(run, 4).reason == "as asked"
     assert replace(flight, path=run).path == run
