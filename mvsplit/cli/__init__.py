@@ -7,10 +7,12 @@ when it is asked for, so that `mvsplit --help` does not wait for torch.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from mvsplit import __version__
 from mvsplit.errors import UserError, nearest
@@ -35,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module, what it does)
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+UNREAD = 141  # 128 + SIGPIPE
 _WITHOUT_KERNELS = (  # of a GPU's fault, Python's traceback shows nothing
     "give the command again when nothing else uses the GPU, or take another one "
     "(CUDA_VISIBLE_DEVICES=1); on the CPU (CUDA_VISIBLE_DEVICES= before the command) none of these "
@@ -44,10 +47,12 @@ _WITHOUT_KERNELS = (  # of a GPU's fault, Python's traceback shows nothing
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, 2 after an error that the user can put right,
-    130 after Ctrl-C, or the command's own."""
+    130 after Ctrl-C, 141 where nobody reads the rest (| head), or the command's own."""
     warnings.showwarning = _show_warning
     try:
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, for at Python's end a closed pipe has a traceback
+        return status
     except UserError as error:
         return _refuse(str(error))
     except RuntimeError as error:
@@ -57,6 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mvsplit: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        if not _is_closed(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return UNREAD
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _refuse(message: str) -> int:
@@ -94,7 +111,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
-    return import_module(COMMANDS[name][0]).main(rest)
+    try:
+        return import_module(COMMANDS[name][0]).main(rest)
+    except SystemExit:  # the end of a --help, of which a part may not be written yet
+        sys.stdout.flush()
+        raise
 
 
 def _help() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -144,3 +145,23 @@ def test_every_command_exists_and_explains_itself(name, capsys):
         status = stopped.code
     assert status == 0
     assert f"usage: mvsplit {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["app", "--help"]])
+def test_where_nobody_reads_the_rest_it_ends_silently(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as unread:
+        done = subprocess.run(
+            [sys.executable, "-m", "mvsplit", *arguments], stdout=unread, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (cli.UNREAD, b"")
+
+
+def test_another_pipe_that_breaks_keeps_its_traceback(command, capfd):
+    def fail(arguments):
+        raise BrokenPipeError("of a worker")
+
+    command.main = fail
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.main(["fake"])
