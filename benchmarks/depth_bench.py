@@ -35,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.reproduce.check import check_training
 from mvsplit.reproduce.depth.gate import check_together
@@ -171,7 +172,7 @@ def keep(result: object, path: Path | None) -> None:
         print(json.dumps(result, indent=1))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.check import check_training
 from mvsplit.reproduce.depth.gate import check_together
@@ -80,7 +81,7 @@ def main() -> None:
     for claim in claims:  # one after the other, so that a result is kept before the next begins
         for result in study.run([claim], minutes=(end - time.monotonic()) / 60):
             path = options.json / f"{result['claim']}-gpu.json"
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(result, indent=1) + "\n")
             minutes = sum(row["seconds"] for row in result["runs"]) / 60
             words = f"{result['claim']:15} {result['verdict']:26} {minutes:.1f} minutes of runs"
             print(words, flush=True)

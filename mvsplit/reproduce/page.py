@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
@@ -64,7 +65,7 @@ def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = Non
         )
     whole = succeed(result, there) if again is None else beside(result, there or {}, again)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(whole, indent=1) + "\n")
     return path
 
 

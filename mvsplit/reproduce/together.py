@@ -17,6 +17,7 @@ from typing import Any
 from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.together import Training
 from mvsplit.reproduce.trial import RECORD, Trial, token_floor
+from mvsplit.training.files import write_atomically
 from mvsplit.training.optimizer import peak_learning_rate, warmup_then_constant
 from mvsplit.training.run_folder import RunFolder
 
@@ -67,7 +68,7 @@ def run_trials(
         record: dict[str, Any] = {"label": trial.label, "seed": trial.seed, "times": None}
         record |= {"jump": trial.jump, "factor": trial.factor}
         record |= {"ended": _write(training, member, trial, folder / trial.name)} | common
-        (folder / trial.name / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_atomically(folder / trial.name / RECORD, json.dumps(record) + "\n")
     return True
 
 

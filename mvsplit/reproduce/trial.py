@@ -25,7 +25,7 @@ from mvsplit.training import (
 )
 from mvsplit.training.builders import build_data
 from mvsplit.training.config import differences
-from mvsplit.training.files import read_lines
+from mvsplit.training.files import read_lines, write_atomically
 
 RECORD = "trial.json"
 SAMPLES = 256  # of the data, for the floor of the loss
@@ -122,7 +122,7 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
     record["floor"] = token_floor(trial.experiment)
     if trial.reads_times and record["ended"] == "finished":
         record["times"] = read_times(path, trial.experiment)
-    (path / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_atomically(path / RECORD, json.dumps(record) + "\n")
     return True
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.page_parts import (
     best_table,
@@ -114,7 +115,7 @@ def _write_rows(
     lines = ",\n".join(map(json.dumps, rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f'"size": {json.dumps(size.name)},\n"rule": {json.dumps(rule)},\n'
-    path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_atomically(path, f'{{{head}"rows": [\n{lines}\n]}}\n')
 
 
 def write_page(folder: Path | str) -> Path:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from mvsplit.data.atomic import write_atomically
+
 TIE = 0.03
 SEEDS = 3
 ERRORS = 2.0
@@ -114,7 +116,7 @@ def note_rule(path: Path) -> dict[str, str]:
     if not path.exists():
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"sha256": rule_sha256(), "written": now}) + "\n", "utf-8")
+        write_atomically(path, json.dumps({"sha256": rule_sha256(), "written": now}) + "\n")
     return dict(json.loads(path.read_text("utf-8")))
 
 
