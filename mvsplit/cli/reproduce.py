@@ -1,7 +1,9 @@
 """Runs claims of the paper here, and judges them.
 
 `mvsplit reproduce --list` names them; `all` stands for every one. The verdict follows a rule that
-is written down before the first run. Finished runs are not run again, and claims share them.
+is written down before the first run. Finished runs are not run again, and claims share them. After
+Ctrl-C or SIGTERM nothing more begins, the runs under way are saved, for which they have 20 seconds,
+and the same command goes on; a second one ends all of it at once.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.page import keep_result, write_index, write_page
 from mvsplit.reproduce.sizes import get_size
+from mvsplit.reproduce.workers import Stopped
 
 _COLOURS = {"holds": "green", "does not hold": "red"}
 
@@ -43,7 +46,8 @@ class _Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns 0, whatever the verdicts are.
+    """Runs the command and returns its exit status: 0, whatever the verdicts are, or 130 and 143
+    after Ctrl-C and SIGTERM.
 
     Raises:
         UserError: an unknown claim, none at all, or a run that failed.
@@ -61,7 +65,10 @@ def main(arguments: Sequence[str]) -> int:
         _draw(claims, options.pages)
         return 0
     study = Study(options.out, get_size(options.size), workers=options.workers)
-    results = study.run(claims, minutes=options.minutes)
+    try:
+        results = study.run(claims, minutes=options.minutes)
+    except Stopped as stop:
+        return stop.status
     for result in results:
         claim = get_claim(result["claim"])
         _print_result(claim, result)

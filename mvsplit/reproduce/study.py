@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
+from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
@@ -19,7 +21,8 @@ from mvsplit.reproduce.runlog import Runs, read_run
 from mvsplit.reproduce.sizes import Size
 from mvsplit.reproduce.together import groups, run_trials
 from mvsplit.reproduce.trial import Trial, run_trial
-from mvsplit.reproduce.workers import worker_pool
+from mvsplit.reproduce.workers import Stopped, stoppable, worker_pool
+from mvsplit.training.checkpoint import list_checkpoints
 
 RULES = "rules.json"
 
@@ -73,15 +76,29 @@ class Study:
 
         Raises:
             UserError: a run failed, or a folder holds another.
-            KeyboardInterrupt: a signal stopped it; the same again goes on.
+            Stopped: SIGTERM or Ctrl-C stopped it, which is said; the same again goes on.
         """
-        self._note_rules(claims)
         trials = {t.name: t for claim in claims for t in claim.trials(self.size)}
-        todo = [t for t in trials.values() if not t.finished(self.runs)]
-        if len(todo) < len(trials):
-            self.say(f"{len(trials) - len(todo)} of {len(trials)} runs are there already")
-        self._train(todo, math.inf if minutes is None else time.time() + 60 * minutes)
-        return [self.judge(claim) for claim in claims if self.complete(claim)]
+        try:
+            with stoppable():
+                self._note_rules(claims)
+                todo = [t for t in trials.values() if not t.finished(self.runs)]
+                if len(todo) < len(trials):
+                    self.say(f"{len(trials) - len(todo)} of {len(trials)} runs are there already")
+                self._train(todo, math.inf if minutes is None else time.time() + 60 * minutes)
+                return [self.judge(claim) for claim in claims if self.complete(claim)]
+        except Stopped as stop:
+            self.say(stop.words(self._kept(trials.values())))
+            raise
+
+    def _kept(self, trials: Collection[Trial]) -> str:
+        """What is there of them, in words."""
+        left = [t for t in trials if not t.finished(self.runs)]
+        saved = [t for t in left if list_checkpoints(self.runs / t.name / "checkpoints")]
+        return (
+            f"of {len(trials)} runs {len(trials) - len(left)} finished and {len(saved)} begun are "
+            f"kept in {self.runs}"
+        )
 
     def complete(self, claim: Claim) -> bool:
         """Whether all runs of a claim are finished."""
@@ -152,7 +169,7 @@ class Study:
                 if not whole and time.time() > end:
                     continue
                 if not whole:
-                    raise KeyboardInterrupt
+                    raise Stopped(signal.SIGTERM)  # only a worker has had one
                 done += 1
                 self.say(f"{name} ({done} of {len(todo)}, {time.monotonic() - began:.0f} s)")
 
@@ -183,7 +200,4 @@ def _environment(run: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-    """In one step, so that a reader never meets half a file."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")

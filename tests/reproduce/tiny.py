@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mvsplit.reproduce.runlog import RunLog
@@ -25,6 +26,7 @@ TINY = Size(
         "thousand": _REGIME,
     },
 )
+ONE_SEED = replace(TINY, name="small", seeds=(0,), few=(0,))
 STEPS, JUMP = 100, 50
 LAYERS = 8
 

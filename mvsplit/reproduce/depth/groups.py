@@ -15,7 +15,7 @@ from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.order import best_rate, beyond, in_order, swept
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, place
 from mvsplit.reproduce.depth.run import read_rows
-from mvsplit.reproduce.depth.study import MARGIN
+from mvsplit.reproduce.depth.study import MARGIN, stopped_with_rows
 from mvsplit.reproduce.depth.together import room_for, run_together
 from mvsplit.training.builders import resolve_device
 
@@ -92,6 +92,9 @@ def study_together(
     Args:
         only: runs, in order, in place of those that the bench would choose.
         recompute, graph_or_nothing: see `Training`.
+
+    Raises:
+        Stopped: SIGTERM or Ctrl-C stopped it, which is said; the same again goes on.
     """
     how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": graph_or_nothing}
     end = math.inf if minutes is None else time.time() + 60 * minutes
@@ -103,24 +106,25 @@ def study_together(
         seconds = took.get((run.depth, run.width), max(known, default=0.0))
         return time.time() + MARGIN * seconds < end
 
-    while True:
-        rows = read_rows(out)
-        done = {row["run"] for row in rows}
-        chosen = wanted(size, entries, rows) if only is None else only
-        runs = [run for run in chosen if run.name not in done]
-        group = next_group(runs, lambda run: _members(run, size, most, bool(recompute)), left)
-        if not group:
-            return rows
-        began, first = time.time(), group[0]
-        if not run_together(group, size, out, end, **how):
-            return rows
-        took[first.depth, first.width] = time.time() - began
-        each = {row["run"]: row for row in read_rows(out)}
-        words = [f"{r.name} {_words(each[r.name])}" for r in group]
-        say(f"{len(group)} runs in {time.time() - began:.0f} s:\n  " + "\n  ".join(words))
-        gc.collect()
-        if size.device != "cpu":
-            torch.cuda.empty_cache()
+    with stopped_with_rows(out, say):
+        while True:
+            rows = read_rows(out)
+            done = {row["run"] for row in rows}
+            chosen = wanted(size, entries, rows) if only is None else only
+            runs = [run for run in chosen if run.name not in done]
+            group = next_group(runs, lambda run: _members(run, size, most, bool(recompute)), left)
+            if not group:
+                return rows
+            began, first = time.time(), group[0]
+            if not run_together(group, size, out, end, **how):
+                return rows
+            took[first.depth, first.width] = time.time() - began
+            each = {row["run"]: row for row in read_rows(out)}
+            words = [f"{r.name} {_words(each[r.name])}" for r in group]
+            say(f"{len(group)} runs in {time.time() - began:.0f} s:\n  " + "\n  ".join(words))
+            gc.collect()
+            if size.device != "cpu":
+                torch.cuda.empty_cache()
 
 
 def _members(run: BenchRun, size: BenchSize, most: int, recompute: bool) -> int:

@@ -6,9 +6,10 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from mvsplit.reproduce.depth.run import (
     run_bench,
 )
 from mvsplit.reproduce.depth.verdict import note_rule
-from mvsplit.reproduce.workers import worker_pool
+from mvsplit.reproduce.workers import Stopped, stoppable, worker_pool
+from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.files import read_lines
 
 RULE_FILE = "rule.json"
@@ -88,11 +90,16 @@ class DepthStudy:
 
         Raises:
             UserError: a row is of another experiment, or worker processes keep dying.
+            Stopped: SIGTERM or Ctrl-C stopped it, which is said; the same again goes on.
         """
         end = math.inf if minutes is None else time.time() + 60 * minutes
-        self._rows = self.rows()
-        note_rule(self.out / RULE_FILE)
+        with stopped_with_rows(self.out, self.say, self.scratch):
+            return self._run(end)
+
+    def _run(self, end: float) -> list[dict[str, Any]]:
         for _ in range(RESTARTS):
+            self._rows = self.rows()
+            note_rule(self.out / RULE_FILE)
             try:
                 self._work(end)
                 return self.rows()
@@ -170,6 +177,22 @@ class DepthStudy:
         loss = row.get("validation_loss")
         words = f"loss {loss:.4g}" if loss is not None else row["ended"]
         self.say(f"{run.name}: {words}, {row['seconds']:.0f} s")
+
+
+@contextmanager
+def stopped_with_rows(
+    out: Path, say: Callable[[str], None], scratch: Path | None = None
+) -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise `Stopped` here, and it is said what is kept."""
+    try:
+        with stoppable():
+            yield
+    except Stopped as stop:
+        finished = {row["run"] for row in read_rows(out)}
+        folders = (scratch or out / RUNS).glob("*/checkpoints")
+        begun = [p for p in folders if p.parent.name not in finished and list_checkpoints(p)]
+        say(stop.words(f"{len(finished)} runs finished and {len(begun)} begun are kept in {out}"))
+        raise
 
 
 def expected(run: BenchRun, took: Sequence[tuple[int, float]]) -> float:

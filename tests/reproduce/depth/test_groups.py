@@ -1,5 +1,6 @@
 """Which runs are trained as one: the order, the room, the time, and that nothing is left out."""
 
+import signal
 import time
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from mvsplit.reproduce.depth.groups import family, next_group, study_together, w
 from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import BenchRun, get_entries, get_run
 from mvsplit.reproduce.depth.run import read_rows, write_row
+from mvsplit.reproduce.workers import Stopped
 from tests.reproduce.depth.tiny import TINY, entry, row
 
 ENTRIES = get_entries(["plain", "mvsplit-root", "keel"])
@@ -89,6 +91,24 @@ def test_it_goes_on_until_nothing_is_left(tmp_path, trained):
     names = [name for group in trained for name in group]
     assert len(names) == len(set(names)) == len(rows)
     assert not wanted(TINY, ENTRIES, rows)
+
+
+def test_a_signal_stops_it_and_it_is_said_what_is_kept(tmp_path, trained, monkeypatch):
+    before, train, said = signal.getsignal(signal.SIGTERM), module.run_together, []
+
+    def together(*given, **how) -> bool:
+        if trained:
+            signal.raise_signal(signal.SIGTERM)
+        return train(*given, **how)
+
+    monkeypatch.setattr(module, "run_together", together)
+    with pytest.raises(Stopped) as stopped:
+        study_together(tmp_path, TINY, ENTRIES, most=8, say=said.append)
+    assert stopped.value.code == 143
+    words = f"stopped by SIGTERM: 8 runs finished and 0 begun are kept in {tmp_path}; give the same"
+    assert said[-1] == f"{words} command again to go on"
+    assert len(trained) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_runs_that_are_named_are_the_only_ones(tmp_path, trained):
