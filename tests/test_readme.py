@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvsplit.cli import COMMANDS
+from mvsplit.cli import COMMANDS, main
 from mvsplit.diagnostics import Stopped
+from mvsplit.evaluation.passport import read_evaluation
 from mvsplit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +89,14 @@ def test_every_command_and_preset_it_shows_exists():
         assert command in COMMANDS
         if command == "train" and not argument.startswith("-"):
             assert argument in PRESETS
+
+
+def test_its_first_run_draws_what_is_asked_for(tmp_path, monkeypatch):
+    """Most pictures are read as the digit of the prompt; chance is one in ten."""
+    command = re.search(r"^mvsplit (train tiny .*?) *#", README, re.MULTILINE)[1].split()
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 0
+    run = command[command.index("--run-dir") + 1]
+    options = ["-n", "100", "--steps", "12", "--validation-samples", "0"]
+    assert main(["evaluate", run, *options]) == 0
+    assert read_evaluation(Path(run)).scores["digit_accuracy"] > 0.7
