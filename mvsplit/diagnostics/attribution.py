@@ -164,7 +164,7 @@ def conclude(
         removed_by = tuple(sorted(removed_by, key="without-samples".__eq__))  # the samples last
     verdict = _verdict(observed, calm, reproduced, removed_by)
     by_name = {t.name: t for t in trials}
-    first = _first_sentence(verdict, by_name, removed_by, calm, dropped)
+    first = _first_sentence(verdict, by_name, removed_by, shares, calm, dropped)
     further = _further_sentences(verdict, removed_by, dropped, split)
     return Conclusion(verdict=verdict, removed_by=removed_by, sentences=(first, *further))
 
@@ -188,6 +188,7 @@ def _first_sentence(
     verdict: Verdict,
     trials: dict[str, Trial],
     removed_by: Sequence[str],
+    shares: dict[str, float | None],
     calm: float | None,
     dropped: Sequence[Sample],
 ) -> str:
@@ -202,10 +203,17 @@ def _first_sentence(
         return f"Nothing to explain in {spike}: {known}."
     if verdict == "unexplained" and not math.isfinite(observed):
         return "Nothing that was tried makes the gradient norm finite."
-    if verdict == "unexplained":
-        return f"Nothing that was tried removes {spike}: it is spread over the whole step."
-    norm = trials[removed_by[0]].grad_norm
-    return f"{_how(removed_by[0], dropped)}, {spike} falls to {norm:.3g}."
+    best = removed_by[0] if removed_by else max(shares, key=lambda name: shares[name] or 0.0)
+    falls = f"{_how(best, dropped)}, {spike} falls to {trials[best].grad_norm:.3g}"
+    if verdict != "unexplained":
+        return f"{falls}."
+    share = f"{shares[best] or 0.0:.0%}"  # as the table has it
+    if share == "0%":
+        return f"Nothing that was tried removes any of {spike}."
+    return (
+        f"Nothing that was tried removes the spike. {falls} at best: {share} of it on a "
+        f"logarithmic scale, where {REMOVED:.0%} would name a cause."
+    )
 
 
 def _further_sentences(

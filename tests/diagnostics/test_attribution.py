@@ -91,6 +91,26 @@ def test_sentences_carry_the_numbers() -> None:
     assert "sample 91 (row 2 of the batch" in named.sentences[0]
 
 
+def test_what_removes_a_part_of_the_spike_is_said_with_that_part() -> None:
+    norms = {"as-it-was": 100.0, "centered-attn": 60.0, "centered-both": 100**0.43}
+    found = conclusion(norms)
+    assert (found.verdict, found.removed_by) == ("unexplained", ())
+    assert found.sentences[0] == (
+        "Nothing that was tried removes the spike. With MV-Split on attention and the FFN (the "
+        "mean adjoint shut off), the gradient norm 100 (100 times the 1 of the steps before) falls "
+        "to 7.24 at best: 57% of it on a logarithmic scale, where 75% would name a cause."
+    )
+
+
+@pytest.mark.parametrize("norm", [100.0, 120.0, NAN])
+def test_where_nothing_is_removed_nothing_is_said_of_where_it_lies(norm: float) -> None:
+    found = conclusion({"as-it-was": 100.0, "centered-both": norm})
+    assert found.sentences[0] == (
+        "Nothing that was tried removes any of the gradient norm 100 (100 times the 1 of the steps "
+        "before)."
+    )
+
+
 def test_what_was_not_reproduced_is_not_explained() -> None:
     norms = {"as-it-was": 100.0, "centered-both": 1.0}
     assert conclusion(norms, reproduced=False).verdict == "not-reproduced"
