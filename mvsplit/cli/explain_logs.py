@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mvsplit.cli.replay import events_table
 from mvsplit.diagnostics.logs import Record
-from mvsplit.diagnostics.retrospect import Retrospect
+from mvsplit.diagnostics.retrospect import Retrospect, other_runs
 
 _LAYERS = 5  # rows of the table of writers
 _REMARKS = 5  # lines of what the monitor said beside its verdicts
@@ -39,6 +39,8 @@ def _head(found: Retrospect) -> Iterator[str]:
         f"step {found.step:,} of {found.source}, {found.chosen}; {found.lines:,} steps from "
         f"{found.first:,} to {found.last:,}, {found.looks:,} looks into every layer"
     )
+    if found.runs > 1:
+        yield other_runs(found.runs, found.first, found.last, found.source)
     yield found.watching
     yield from found.remarks[:_REMARKS]
     if len(found.remarks) > _REMARKS:

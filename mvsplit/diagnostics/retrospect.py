@@ -56,6 +56,7 @@ class Retrospect:
         source: the folder.
         watching: what the monitor said of itself when it began, what it cannot measure included.
         remarks: what else it said of itself, and updates that it left out.
+        runs: how many trainings wrote into the folder, of which the last is told of.
         first, last, lines: of the steps that it has seen, and how many lines there are of them.
         looks: how often every layer was looked into.
         events: its verdicts, in the order in which they were given.
@@ -70,6 +71,7 @@ class Retrospect:
     source: str
     watching: str
     remarks: list[str]
+    runs: int
     first: int
     last: int
     lines: int
@@ -114,20 +116,22 @@ def look_back(folder: Path, step: int | None = None) -> Retrospect:
         UserError: no monitor wrote these logs, they hold no step, or not this one.
     """
     said = _Said.of(folder)
-    lines, left_out = _standing(folder / "metrics.jsonl")
+    lines, left_out, runs = _standing(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder}: metrics.jsonl holds no step; call monitor.step() once a step")
     step, chosen = _choose(said.events, lines) if step is None else (step, "as asked")
     at = next((place for place, line in enumerate(lines) if line["step"] == step), None)
     first, last = lines[0]["step"], lines[-1]["step"]
     if at is None:
-        raise UserError(f"step={step}: {folder} has the steps {first} to {last}")
-    looks, looks_left_out = _standing(folder / "layers.jsonl")
+        more = f"; {other_runs(runs, first, last, folder)}" if runs > 1 else ""
+        raise UserError(f"step={step}: {folder} has the steps {first} to {last}{more}")
+    looks, looks_left_out, _ = _standing(folder / "layers.jsonl")
     reasons = {**said.left_out, "metrics.jsonl": left_out, "layers.jsonl": looks_left_out}
     return Retrospect(
         source=str(folder),
         watching=said.watching,
         remarks=said.remarks,
+        runs=runs,
         first=first,
         last=last,
         lines=len(lines),
@@ -138,6 +142,14 @@ def look_back(folder: Path, step: int | None = None) -> Retrospect:
         numbers=_numbers(lines, at),
         look=min(looks, key=lambda look: abs(look["step"] - step), default=None),
         left_out={log: reason for log, reason in reasons.items() if reason},
+    )
+
+
+def other_runs(runs: int, first: int, last: int, source: Path | str) -> str:
+    """That the folder holds other runs than the one that is shown, and how to see them."""
+    return (
+        f"{runs} runs in this folder; showing the last (steps {first:,} to {last:,}); "
+        f"mvsplit monitor replay {source} gives the verdicts on all, one after the other"
     )
 
 
@@ -176,19 +188,21 @@ class _Said:
         )
 
 
-def _standing(path: Path) -> tuple[list[Record], str]:
-    """The lines of a log whose steps no later watch took again, and what was left out."""
+def _standing(path: Path) -> tuple[list[Record], str, int]:
+    """The lines of a log whose steps no later watch took again, what was left out, and how many
+    runs there are: one that begins no later than all that came before is another."""
     if not path.is_file():
-        return [], ""
+        return [], "", 0
     log = read_jsonl(path, latest=False)
     lines: list[Record] = []
-    replaced = 0
+    replaced = runs = 0
     for line in log:
+        runs += not lines or line["step"] <= lines[0]["step"]
         while lines and lines[-1]["step"] >= line["step"]:
             lines.pop()
             replaced += 1
         lines.append(line)
-    return lines, _left_out(log.dropped, replaced)
+    return lines, _left_out(log.dropped, replaced), runs
 
 
 def _left_out(dropped: Dropped, replaced: int) -> str:

@@ -115,6 +115,28 @@ def test_of_a_training_of_ones_own_it_says_what_was_seen_and_what_is_not_there(
     assert json.loads((watched / "explain_00000030.json").read_text())["step"] == 30
 
 
+def test_of_two_trainings_in_a_folder_it_says_that_it_shows_the_last(
+    watched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 4
+    )
+    monitor = Monitor(model, run_dir=watched)
+    for _ in range(2):
+        with monitor.look():
+            loss = model(torch.randn(2, 5, 16)).square().mean()
+            loss.backward()
+        monitor.step(loss)
+        model.zero_grad()
+    assert main(["explain", str(watched)]) == 0
+    said = capsys.readouterr().out
+    assert "2 runs in this folder; showing the last (steps 1 to 2);" in said
+    assert f"mvsplit monitor replay {watched} gives the verdicts on all" in said
+    assert main(["monitor", "replay", str(watched), "--json"]) == 0
+    events = json.loads(capsys.readouterr().out)["events"]
+    assert [event["step"] for event in events if event["level"] == "alarm"] == [30]
+
+
 def test_another_step_of_it_and_what_cannot_be_asked(
     watched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

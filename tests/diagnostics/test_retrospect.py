@@ -88,6 +88,9 @@ def test_a_later_watch_in_the_folder_takes_the_place_of_the_earlier(tmp_path):
     write(tmp_path, "metrics", metrics(range(1, 41)) + metrics(range(1, 21)))
     found = look_back(tmp_path)
     assert ([e.step for e in found.events], found.last, found.lines) == ([12], 20, 20)
+    assert found.runs == 2
+    with pytest.raises(UserError, match=r"steps 1 to 20; 2 runs in this folder; showing the last"):
+        look_back(tmp_path, 35)
     assert found.left_out == {
         "events.jsonl": "1 of an earlier watch in this folder",
         "metrics.jsonl": "40 of an earlier watch in this folder",
@@ -100,7 +103,7 @@ def test_a_watch_that_went_on_keeps_what_was_said_before(tmp_path):
     write(tmp_path, "metrics", metrics(range(1, 41)) + metrics(range(31, 51)))
     found = look_back(tmp_path)
     assert ([e.step for e in found.events], found.step) == ([25], 25)
-    assert (found.first, found.last, found.lines) == (1, 50, 50)
+    assert (found.first, found.last, found.lines, found.runs) == (1, 50, 50, 1)
 
 
 def test_a_line_that_was_cut_off_is_counted(tmp_path):
