@@ -47,6 +47,8 @@ class Arguments(Options):
 
     Attributes:
         prompt: what to draw; "" for no condition. A run knows the words of its data (see above).
+        settings: for weights converted or grown from a run, that run: its data's words, its shape
+            and its shift are taken.
         num_images: how many pictures, or clips.
         frames: of a clip; only those of the run's training are possible, and are taken if not
             given.
@@ -77,6 +79,7 @@ class Arguments(Options):
     """
 
     prompt: str
+    settings: Path | None = None
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
     frames: int | None = None
     fps: float | None = None
@@ -134,7 +137,7 @@ def describe() -> str:
 
 def run(args: Arguments) -> None:
     """Draws the pictures and says where they are, also when it is interrupted."""
-    subject = open_subject(args)
+    subject = open_subject(args, args.settings)
     _check_clips(args, subject)
     config = sampling_config(args, subject)
     edit = read_edit(args.image, args.mask, args.strength, subject)

@@ -18,13 +18,14 @@ from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
-from mvsplit.hub.weights import is_ours, require_weights
+from mvsplit.hub.weights import ends_of
 from mvsplit.models import DiT
 from mvsplit.sampling import SamplingConfig
 from mvsplit.training import Experiment, load_run
 from mvsplit.training.builders import build_codec, build_data, resolve_device
 
 RELEASED_SHIFT = 4.0  # paper §5
+RELEASED_ENDS = (128, 1024)  # channels of FLUX.2's latents, width of Qwen3-0.6B's states
 DEFAULT_SIDE = 256  # pixels, of the released model
 DTYPES: dict[str, torch.dtype | None] = {
     "keep": None,
@@ -96,13 +97,21 @@ class Options:
     dtype: Literal["keep", "fp32", "bf16"] = "keep"
 
 
-def open_subject(args: Options) -> Subject:
+def open_subject(args: Options, settings: Path | None = None) -> Subject:
     """The run or the weights at `args.source`.
+
+    Args:
+        args: what draws.
+        settings: for weights of a run, the run whose data, words and shift they are drawn with.
 
     Raises:
         UserError: neither is there; options that do not belong to it, or do not fit.
     """
     run = find_run(args.source)
+    if settings is not None:
+        if run is not None:
+            raise UserError(f"settings={settings}: {args.source} is a run and has its own")
+        return _with_settings(args, settings)
     if run is not None:
         return _of_run(run, args)
     if args.source.exists() or args.source.suffix in (".pt", ".safetensors"):
@@ -164,6 +173,37 @@ def _of_run(run: Path, args: Options) -> Subject:
     )
 
 
+def _with_settings(args: Options, settings: Path) -> Subject:
+    """The weights in the place of those of the run at `settings`."""
+    run = find_run(settings)
+    if run is None:
+        raise nothing_at(settings)
+    trained = _of_run(run, replace(args, source=settings, num_heads=None))
+    theirs = trained.model.config
+    model = load_weights(
+        args.source,
+        ema=args.ema,
+        num_heads=args.num_heads,
+        likely_heads=theirs.heads,
+        device=resolve_device(args.device),
+    )
+    for name in ("channels", "text_width", "patch_frames"):
+        ours, needed = getattr(model.config, name), getattr(theirs, name)
+        if ours != needed:
+            raise UserError(
+                f"settings={settings}: the run's model.{name} is {needed}, that of {args.source} "
+                f"{ours}; name the run that the weights are from"
+            )
+    return replace(
+        trained,
+        model=model.requires_grad_(False).eval(),
+        title=args.source.name,
+        folder=Path("samples"),
+        name=args.source.stem,
+        record={"weights": str(args.source), "settings": str(settings)},
+    )
+
+
 def _of_weights(args: Options) -> Subject:
     """The weights are read last: what is wrong with the rest is said before."""
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
@@ -206,19 +246,25 @@ def _autoencoder(args: Options, device: torch.device) -> Flux2Autoencoder | None
 def _text_encoder(args: Options) -> str:
     source = args.text_encoder or _beside(args.source, "text_encoder")
     if source is None:
-        require_weights(args.source)
-        go_on = f"mvsplit train PRESET --from {args.source}, of its shape, and name that run"
-        if is_ours(args.source):
-            raise UserError(
-                f"{args.source} has no run's settings, as mvsplit grow and convert write weights; "
-                f"go on with {go_on}, or give the --text-encoder of the training"
-            )
-        raise UserError(
-            f"text_encoder: {args.source} holds none; give --text-encoder, a folder or a hub id, "
-            "for the released weights Qwen/Qwen3-0.6B; for weights of a run, name the run itself; "
-            f"what mvsplit grow wrote has no run's settings: go on with {go_on}"
-        )
+        raise _without_text_encoder(args.source)
     return source
+
+
+def _without_text_encoder(source: Path) -> UserError:
+    """What is said of weights that bring none, by what their sizes tell of where they are from."""
+    channels, width = ends_of(source)
+    if (channels, width) == RELEASED_ENDS:
+        return UserError(
+            f"text_encoder: {source} holds none; give --text-encoder Qwen/Qwen3-0.6B, or a folder "
+            "with it"
+        )
+    return UserError(
+        f"text_encoder: {source} has no run's settings and is not of the released model's sizes "
+        f"({channels} channels and text of width {width}, not {RELEASED_ENDS[0]} and "
+        f"{RELEASED_ENDS[1]}); converted from a run: name the run itself; grown from one: mvsplit "
+        f"sample {source} --settings RUN, or go on with mvsplit train PRESET --from {source}, of "
+        "its shape, and name that run; of a training elsewhere: give its --text-encoder"
+    )
 
 
 def _beside(source: Path, part: str) -> str | None:

@@ -142,7 +142,6 @@ def _infer_config(
 ) -> DiTConfig:
     width, channels, patch, kv_rows, ffn_width = _sizes(tensors)
     heads = _heads(width, num_heads)
-    context = tensors.get("context_proj.weight")
     return DiTConfig(
         depth=_depth(tensors),
         width=width,
@@ -151,7 +150,7 @@ def _infer_config(
         ffn_width=ffn_width,
         channels=channels,
         patch=patch,
-        text_width=width if context is None else context.shape[-1],
+        text_width=_text_width(tensors, width),
         attention_bias=_any_block(tensors, r"operator\.[qkv]_proj\.bias"),
         ffn_bias=_any_block(tensors, r"ffn\.w(13|2)\.bias"),
         rule=RuleConfig(name="mvsplit"),
@@ -173,6 +172,17 @@ def _sizes(tensors: Mapping[str, Stored]) -> tuple[int, int, int, int, int]:
             f" {list(k_proj)} and ffn.w2.weight {list(w2)} must have 4, 2 and 2 axes"
         )
     return patch.shape[0], patch.shape[1], patch.shape[2], k_proj[0], w2[1]
+
+
+def _text_width(tensors: Mapping[str, Stored], width: int) -> int:
+    context = tensors.get("context_proj.weight")
+    return width if context is None else context.shape[-1]
+
+
+def released_ends(tensors: Mapping[str, Stored]) -> tuple[int, int]:
+    """Channels of the latents and width of the text states. Raises UserError for another layout."""
+    width, channels, *_ = _sizes(tensors)
+    return channels, _text_width(tensors, width)
 
 
 def _depth(tensors: Mapping[str, Stored]) -> int:

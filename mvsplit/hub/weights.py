@@ -12,7 +12,7 @@ import torch
 
 from mvsplit.errors import UserError
 from mvsplit.hub.fill import fill_in
-from mvsplit.hub.released import load_released
+from mvsplit.hub.released import load_released, released_ends
 from mvsplit.hub.stored import INDEX, Stored, in_memory, read_weights
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import merge_lora
@@ -72,10 +72,16 @@ def load_weights(
     return load_released(_released_file(path), **options)
 
 
-def require_weights(source: Path) -> None:
-    """Raises UserError where nothing at `source` can be read as weights, before reading them."""
-    if not is_ours(source) and diffusers_transformer(source) is None:
-        read_weights(_released_file(source))
+def ends_of(source: Path) -> tuple[int, int]:
+    """Channels of the latents and width of the text states, without reading the weights. Raises
+    UserError where nothing at `source` can be read as weights."""
+    if is_ours(source):
+        config = _trained_as(find_checkpoint(source))[0]
+    elif (transformer := diffusers_transformer(source)) is not None:
+        config = _diffusers_config(transformer)
+    else:
+        return released_ends(read_weights(_released_file(source)).tensors)
+    return config.channels, config.text_width
 
 
 def diffusers_transformer(path: Path) -> Path | None:
@@ -144,7 +150,7 @@ def _trained_as(checkpoint: Path) -> tuple[DiTConfig, Experiment | None]:
 # A diffusers folder
 
 
-def _from_diffusers(folder: Path, options: dict[str, Any]) -> DiT:
+def _diffusers_config(folder: Path) -> DiTConfig:
     config = _json(folder / "config.json")
     if config.get("_class_name") != DIFFUSERS_CLASS:
         raise UserError(
@@ -152,7 +158,11 @@ def _from_diffusers(folder: Path, options: dict[str, Any]) -> DiT:
             "be read"
         )
     known = {field.name for field in fields(DiTConfig)} & config.keys()
-    model = read_model_config({key: config[key] for key in known}, f"{folder}/config.json")
+    return read_model_config({key: config[key] for key in known}, f"{folder}/config.json")
+
+
+def _from_diffusers(folder: Path, options: dict[str, Any]) -> DiT:
+    model = _diffusers_config(folder)
     found = [folder / name for name in _DIFFUSERS_FILES if (folder / name).is_file()]
     if not found:
         raise UserError(f"checkpoint: {folder} has no {' or '.join(_DIFFUSERS_FILES[::2])}")

@@ -15,8 +15,10 @@ from PIL import Image
 
 import mvsplit.cli.sample as command
 from mvsplit.cli import main
+from mvsplit.hub import write_weights
 from mvsplit.kernels.hopper import driver
 from mvsplit.sampling import Engine, read_record
+from tests.hub.tiny import tiny_dit
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +358,44 @@ def test_grown_weights_have_no_settings_and_it_is_said_how_to_go_on(run, capsys,
     line = error_line(capsys)
     assert "has no run's settings" in line
     assert f"go on with mvsplit train PRESET --from {deeper}" in line
-    assert ("Qwen" in line) == (name != "deeper")
+    assert f"mvsplit sample {deeper} --settings RUN" in line
+    assert "Qwen" not in line
     options = ["--model.depth", "6", "--run-dir", str(on), "--steps", "1", "--device", "cpu"]
     assert main(["train", "tiny", "--from", str(deeper), *options]) == 0
     assert draw(on, count=1) == 0
+
+
+@pytest.mark.parametrize("name", ["same", "same.safetensors"])
+def test_weights_are_drawn_with_the_settings_of_their_run(run, tmp_path, name):
+    """Pictures and shift are those of the run itself, bit for bit, also where it grew."""
+    same, deeper = tmp_path / name, tmp_path / f"deeper_{name}"
+    to = [] if same.suffix else ["--to", "checkpoint"]
+    assert main(["convert", str(run), str(same), *to]) == 0
+    assert main(["grow", str(run), "--depth", "6", "--out", str(deeper)]) == 0
+    assert draw(run, "--out", str(tmp_path / "run"), count=2) == 0
+    expected = np.asarray(Image.open(tmp_path / "run" / "00001.png")).astype(int)
+    for weights, off in ((same, 0), (deeper, 1)):  # more layers round otherwise
+        out = tmp_path / f"of_{weights.name}"
+        assert draw(weights, "--settings", str(run), "--out", str(out), count=2) == 0
+        drawn = np.asarray(Image.open(out / "00001.png")).astype(int)
+        assert abs(drawn - expected).max() <= off
+        record = json.loads((out / "metadata.jsonl").read_text().splitlines()[1])
+        assert (record["weights"], record["settings"]) == (str(weights), str(run))
+
+
+def test_settings_that_do_not_belong_to_the_weights_are_one_line(run, tmp_path, capsys):
+    assert draw(run, "--settings", str(run)) == 2
+    assert "is a run and has its own" in error_line(capsys)
+    write_weights(tiny_dit(), tmp_path / "other.safetensors")
+    assert draw(tmp_path / "other.safetensors", "--settings", str(run)) == 2
+    assert "the run's model.channels is 1, that of" in error_line(capsys)
+    assert draw(tmp_path / "other.safetensors", "--settings", str(tmp_path / "none")) == 2
+    assert "no run at" in error_line(capsys)
+
+
+def test_weights_of_the_released_sizes_are_told_of_qwen_only(tmp_path, capsys):
+    write_weights(tiny_dit(text_width=1024), tmp_path / "released.safetensors")
+    assert draw(tmp_path / "released.safetensors") == 2
+    line = error_line(capsys)
+    assert "holds none; give --text-encoder Qwen/Qwen3-0.6B" in line
+    assert "run" not in line.split("holds none")[1]

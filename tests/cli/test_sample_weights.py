@@ -174,7 +174,7 @@ def test_an_empty_prompt_is_drawn_and_an_overlong_one_says_what_is_cut(parts, tm
         (["--resolution", "large"], "resolution=large: give a side as 256"),
         (["--resolution", "0"], "resolution=0: 0 is not a multiple of 16"),
         (["--vae", ""], "draws latents of 128 channels; give --vae"),
-        (["--text-encoder", ""], "holds none; give --text-encoder"),
+        (["--text-encoder", ""], "of a training elsewhere: give its --text-encoder"),
         (["--vae", "no/such/folder"], "vae='no/such/folder': neither a folder nor a hub id"),
         (["--num-heads", "3"], "num_heads=3"),
     ],
