@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_NEAR = 0.6  # difflib's ratio; at 0.5 "nonsense" is near "finetune"
+
 
 class UserError(Exception):
     """Something the caller can put right: the message names the field, the value and the remedy.
@@ -18,19 +20,33 @@ class UserError(Exception):
     """
 
 
-def nearest(name: str, known: Iterable[str], *, listed: Iterable[str] | None = None) -> str:
+def nearest(
+    name: str,
+    known: Iterable[str],
+    *,
+    listed: Iterable[str] | None = None,
+    cutoff: float = _NEAR,
+) -> str:
     """Says which known names are closest to `name`, for the end of an error message.
 
     Args:
         name: what was given.
         known: what could have been.
         listed: what is named where nothing is close, if `known` is too long for that.
+        cutoff: difflib's ratio from which on a name is close.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose one of: {', '.join(known if listed is None else sorted(listed))}"
+
+
+def nearest_of_all(name: str, known: Iterable[str]) -> str:
+    """`nearest`, and all of the known names also where some are close."""
+    known = sorted(known)
+    near = nearest(name, known)
+    return f"{near} known: {', '.join(known)}" if near.startswith("did you mean") else near
 
 
 @contextmanager

@@ -102,7 +102,9 @@ def main(arguments: Sequence[str]) -> int:
         print(listing(map(_entry, known.values())))
         return 0
     if name not in known:
-        raise UserError(f"benchmark={name!r} is unknown: {nearest(name, (*known, 'page'))}")
+        names = ("--list", "--help", "page", *known)
+        near = nearest(name, names, listed=["those of mvsplit bench --list"])
+        raise UserError(f"bench {name}: unknown; {near}")
     return _measure(known[name], rest, folder)
 
 

@@ -121,7 +121,7 @@ def _matching(model: DiT, tune: TuneConfig) -> list[str]:
     for pattern in tune.only:
         if not any(fnmatchcase(name, pattern) for name in names):
             kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
-            near = nearest(pattern, names[:200], listed=kinds)
+            near = nearest(pattern, names[:200], listed=kinds, cutoff=0.5)  # of the names a part
             raise UserError(f"train.tune.only={pattern!r} matches no parameter; {near}")
     return [n for n in names if not tune.only or any(fnmatchcase(n, p) for p in tune.only)]
 

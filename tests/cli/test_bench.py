@@ -105,6 +105,10 @@ def test_errors_say_what_to_do(folder, capsys, monkeypatch, tmp_path):
     assert "bench quick: needs a GPU" in capsys.readouterr().err
     assert cli.main(["bench", "qiuck"]) == cli.USER_ERROR
     assert "did you mean quick" in capsys.readouterr().err
+    assert cli.main(["bench", "--lsit"]) == cli.USER_ERROR
+    assert "did you mean --list?" in capsys.readouterr().err
+    assert cli.main(["bench", "nonsense"]) == cli.USER_ERROR
+    assert "choose one of: those of mvsplit bench --list\n" in capsys.readouterr().err
     monkeypatch.setitem(bench._NEEDS, "quick", "CPU")
     assert cli.main(["bench", "quick", "--json"]) == cli.USER_ERROR
     assert "--json wants the name of a file" in capsys.readouterr().err
