@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
             pictures.
     """
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit encode")
-    part, device = _part(args.shard), resolve_device(args.device)
+    part, device = _part(args.shard), resolve_device(args.device, "--device")
     source = open_source(
         args.source,
         split=args.split,
@@ -102,7 +102,7 @@ def _run(
         encoders,
         args.config,
         part=part,
-        device=resolve_device(args.device),
+        device=resolve_device(args.device, "--device"),
         on_shard=on_shard,
     )
 

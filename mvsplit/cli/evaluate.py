@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     if arguments and arguments[0] == "compare":
         return evaluate_compare.main(arguments[1:])
+    if (named := list(takewhile(lambda word: not word.startswith("-"), arguments)))[1:]:
+        raise UserError(
+            f"evaluate scores one run at a time, and here are {len(named)}; to see scores side by "
+            f"side: mvsplit evaluate compare {' '.join(named)}"
+        )
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit evaluate")
     Evaluating(args, ["evaluate", *arguments]).run()
     return 0
@@ -126,6 +132,11 @@ class Evaluating:
         self.data = None if run is None else read_experiment(run).data
         if self.subject.kind == "clip" and args.num_images:
             require_frames(self.subject.shape[1])
+        if args.num_images == 1 and (self._kind in ("digits", "shapes") or args.reference):
+            raise UserError(
+                "-n 1 (--num-images): a Fréchet distance needs two pictures or more; give at least "
+                "-n 2, or -n 0 for the validation loss alone"
+            )
         self.folder = Path("evaluations") if run is None else run / "evaluations"
         self.config = sampling_config(args, self.subject)
         self.name = args.name or _name(args, self.subject, self.config)

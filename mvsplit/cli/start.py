@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from mvsplit.cli.subject import nothing_at
 from mvsplit.errors import UserError
 from mvsplit.hub import load_weights
 from mvsplit.hub.adapter import Adapter, merge_adapter, read_adapter
@@ -89,6 +90,10 @@ def starter(experiment: Experiment) -> Callable[[], Start] | None:
 
 def _read(experiment: Experiment, origin: Origin) -> Start:
     source = Path(origin.source)
+    if not source.exists():
+        split = "--split-from" if origin.split else "--from"
+        option = split if origin.grow is None else "--grow-from"
+        raise UserError(f"{option} {source}: {nothing_at(source)}")
     model = load_weights(
         source, ema=origin.ema, likely_heads=experiment.model.heads, dtype=torch.float32
     )

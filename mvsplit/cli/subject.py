@@ -154,7 +154,7 @@ def _of_run(run: Path, args: Options) -> Subject:
             raise UserError(f"{name}={value}: a run has its own; it is an option for weights")
     if args.dtype != "keep":
         raise UserError(f"dtype={args.dtype}: a run is drawn with as it was trained; leave it out")
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, "--device")
     loaded = load_run(args.source, ema=args.ema, device=device)
     data = build_data(replace(loaded.experiment.data, verify=False))  # only its shape is asked
     weights = "averaged" if args.ema else "as trained"
@@ -206,7 +206,7 @@ def _with_settings(args: Options, settings: Path) -> Subject:
 
 def _of_weights(args: Options) -> Subject:
     """The weights are read last: what is wrong with the rest is said before."""
-    device, dtype = resolve_device(args.device), DTYPES[args.dtype]
+    device, dtype = resolve_device(args.device, "--device"), DTYPES[args.dtype]
     shift, shift_source = _shift_of_weights(args.source)
     vae = _autoencoder(args, device)
     side = _side(args.resolution, 1 if vae is None else vae.multiple)

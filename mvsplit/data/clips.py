@@ -61,13 +61,17 @@ class Clips:
         device: torch.device | str = "cpu",
     ) -> None:
         if size not in (32, 64):
-            raise UserError(f"clips: size={size!r} is not possible; choose 32 or 64")
+            raise UserError(f"data.size={size!r} is not possible for clips; choose 32 or 64")
         if not 1 <= frames <= MOST_FRAMES:
-            raise UserError(f"clips: frames={frames} is not possible; choose 1 … {MOST_FRAMES}")
+            raise UserError(
+                f"data.frames={frames} is not possible for clips; choose 1 … {MOST_FRAMES}"
+            )
         self.motions = tuple(MOTIONS if motions is None else motions)
         for motion in self.motions:
             if motion not in MOTIONS:
-                raise UserError(f"clips: motion {motion!r} is unknown; {nearest(motion, MOTIONS)}")
+                raise UserError(
+                    f"data.motions: motion {motion!r} is unknown; {nearest(motion, MOTIONS)}"
+                )
         if not self.motions:
             raise UserError(f"clips: motions=() leaves none; choose from {', '.join(MOTIONS)}")
         self.height = self.width = size

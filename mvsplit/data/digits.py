@@ -34,7 +34,7 @@ class Digits:
 
     def __init__(self, split: str = "all") -> None:
         if split not in SPLITS:
-            raise UserError(f"digits: split={split!r} is unknown; {nearest(split, SPLITS)}")
+            raise UserError(f"data.split={split!r} is unknown; {nearest(split, SPLITS)}")
         from sklearn.datasets import load_digits  # here: the import costs about a second
 
         digits = load_digits()

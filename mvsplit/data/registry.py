@@ -11,7 +11,7 @@ from mvsplit.data.clips import Clips
 from mvsplit.data.digits import Digits
 from mvsplit.data.shapes import Shapes
 from mvsplit.data.types import Dataset
-from mvsplit.errors import UserError, nearest
+from mvsplit.errors import UserError, nearest, nearest_of_all
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "cache": Cache,
@@ -24,10 +24,13 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 def build_dataset(name: str, **options: Any) -> Dataset:
     """The data set `name` with its options. Raises UserError for an unknown name or option."""
     if name not in DATASETS:
-        raise UserError(f"dataset: unknown name {name!r}; {nearest(name, DATASETS)}")
+        raise UserError(f"data.dataset={name!r} is unknown; {nearest_of_all(name, DATASETS)}")
     known = inspect.signature(DATASETS[name]).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             remedy = nearest(option, known) if known else "it takes no options"
-            raise UserError(f"dataset {name}: unknown option {option!r}; {remedy}")
+            field = "series" if option == "seed" else option  # as DataConfig names it
+            raise UserError(
+                f"data.{field}={value!r}: dataset {name}: unknown option {option!r}; {remedy}"
+            )
     return DATASETS[name](**options)

@@ -32,7 +32,7 @@ class Shapes:
 
     def __init__(self, size: int = 32, seed: int = 0, device: torch.device | str = "cpu") -> None:
         if size not in (32, 64):
-            raise UserError(f"shapes: size={size!r} is not possible; choose 32 or 64")
+            raise UserError(f"data.size={size!r} is not possible for shapes; choose 32 or 64")
         self.height = self.width = size
         self.seed = seed
         self.device = device

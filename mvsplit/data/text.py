@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvsplit.errors import UserError, nearest
+from mvsplit.errors import UserError, nearest_of_all
 
 _WORD = re.compile(r"[^\W\d_]+|\d+")  # a run of letters or a run of digits; the rest separates
 _NUMERALS = {
@@ -123,7 +123,7 @@ class WordEmbedder:
         if unknown:
             raise UserError(
                 f"prompt: unknown word {unknown[0]!r} in {prompt!r}; "
-                f"{nearest(unknown[0], self.vocabulary)}"
+                f"{nearest_of_all(unknown[0], self.vocabulary)}"
             )
         return [self._index[word] for word in words]
 

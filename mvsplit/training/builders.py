@@ -125,9 +125,12 @@ def _pieces(model: DiT) -> list[nn.Module]:
     return [model.patch_in, model.text_in, *model.blocks, model.head]
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, option: str = "train.device") -> torch.device:
     """The device that `name` means; auto is cuda where there is one. A GPU that is named by its
     number becomes the current one, for kernels are launched and graphs recorded there.
+
+    Args:
+        option: what the caller knows it by.
 
     Raises:
         UserError: there is no such device here.
@@ -139,7 +142,7 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"train.device={name!r} cannot be used here; choose cpu"
+            f"{option}={name!r} cannot be used here; choose cpu"
             f"{' or cuda' if torch.cuda.is_available() else ''}"
         ) from error
     device = torch.device(name)

@@ -158,6 +158,7 @@ def test_no_validation_without_samples_apart(place, capsys):
     ("options", "message"),
     [
         (["--num-images", "-1"], "num_images=-1: must not be negative"),
+        (["-n", "1"], "-n 1 (--num-images): a Fréchet distance needs two pictures"),
         (["--validation-samples", "0", "--num-images", "0"], "nothing to score"),
         (["--reference", "photographs"], "FID needs both"),
         (["--prompts", "nowhere.txt"], "prompts=nowhere.txt: No such file"),
@@ -183,6 +184,11 @@ def test_other_settings_under_the_same_name_are_refused(place, capsys):
     assert evaluate(place / "digits0", "--name", "mine") == 0
     assert evaluate(place / "digits0", "--name", "mine", "--guidance", "3") == 2
     assert "guidance: 2.0 there, 3.0 now" in error_line(capsys).replace("\n", " ")
+
+
+def test_two_runs_are_for_compare(capsys):
+    assert main(["evaluate", "A", "B", "--seed", "1"]) == 2
+    assert "mvsplit evaluate compare A B" in error_line(capsys)
 
 
 @pytest.mark.parametrize("given", [[], ["one"]])

@@ -321,13 +321,14 @@ def test_a_foreign_checkpoint_is_named(run, capsys):
         (["--seed", "-1"], "seed=-1: must not be negative"),
         (["--batch-size", "0"], "batch_size=0: must be at least 1"),
         (["--sampler", "oiler"], "sampler='oiler' is unknown; did you mean euler"),
+        (["--guidance", "-5"], "guidance=-5.0: must be at least 0"),
         (["--guidance-interval", "0.9", "0.1"], "guidance_interval=0.9 0.1: give two times"),
         (["--guidance-rescale", "2"], "guidance_rescale=2.0: must be in [0, 1]"),
         (["--strength", "0.5"], "strength=0.5: needs a picture; give it with --image"),
         (["--mask", "a.png"], "mask=a.png: needs a picture; give it with --image"),
         (["--skip-blocks", "4"], "skip_blocks=4: must be at least 0 and less than the 4 blocks"),
         (["--image", "none.png"], "image=none.png: cannot be read as a picture"),
-        (["--device", "abacus"], "device='abacus' cannot be used here"),
+        (["--device", "abacus"], "--device='abacus' cannot be used here"),
     ],
 )
 def test_options_out_of_range_are_one_line(run, capsys, options, message):

@@ -43,9 +43,21 @@ def test_registry_builds_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digit", {}, "dataset: unknown name 'digit'; did you mean digits?"),
-        ("shapes", {"sise": 32}, "dataset shapes: unknown option 'sise'; did you mean size"),
-        ("digits", {"size": 8}, "dataset digits: unknown option 'size'; choose one of: split"),
+        (
+            "digit",
+            {},
+            "data.dataset='digit' is unknown; did you mean digits? known: cache",
+        ),
+        (
+            "shapes",
+            {"sise": 32},
+            "data.sise=32: dataset shapes: unknown option 'sise'; did you",
+        ),
+        (
+            "digits",
+            {"size": 8},
+            "data.size=8: dataset digits: unknown option 'size'; choose",
+        ),
     ],
 )
 def test_registry_errors(name, options, message):

@@ -198,7 +198,7 @@ def test_latents_stay_in_range():
 
 
 def test_bad_input():
-    with pytest.raises(UserError, match=r"^shapes: size=48 is not possible; choose 32 or 64$"):
+    with pytest.raises(UserError, match=r"^data.size=48 is not possible for shapes; choose 32 or"):
         Shapes(size=48)
     for index in (-1, 2**58):
         with pytest.raises(IndexError):

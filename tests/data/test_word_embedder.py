@@ -101,6 +101,7 @@ def test_spec_round_trip(embedder):
     ("prompts", "message"),
     [
         (["a rad circle"], "prompt: unknown word 'rad' in 'a rad circle'; did you mean red"),
+        (["a rad circle"], " known: a, "),
         (["a"] * 2 + ["a " * 9], "has 9 words, at most 8 are possible; shorten it by 1"),
         (["?!"], "prompt: '?!' has no words"),
         ([], "prompts: none given"),
