@@ -93,7 +93,8 @@ def _read(experiment: Experiment, origin: Origin) -> Start:
     if not source.exists():
         split = "--split-from" if origin.split else "--from"
         option = split if origin.grow is None else "--grow-from"
-        raise UserError(f"{option} {source}: {nothing_at(source)}")
+        why = "there is no file of that name" if source.suffix else nothing_at(source)
+        raise UserError(f"{option} {source}: {why}")
     model = load_weights(
         source, ema=origin.ema, likely_heads=experiment.model.heads, dtype=torch.float32
     )

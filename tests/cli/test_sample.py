@@ -321,7 +321,7 @@ def test_a_foreign_checkpoint_is_named(run, capsys):
         (["--seed", "-1"], "seed=-1: must not be negative"),
         (["--batch-size", "0"], "batch_size=0: must be at least 1"),
         (["--sampler", "oiler"], "sampler='oiler' is unknown; did you mean euler"),
-        (["--guidance", "-5"], "guidance=-5.0: must be at least 0"),
+        (["--guidance", "-5"], "guidance=-5.0: must be a number of at least 0"),
         (["--guidance-interval", "0.9", "0.1"], "guidance_interval=0.9 0.1: give two times"),
         (["--guidance-rescale", "2"], "guidance_rescale=2.0: must be in [0, 1]"),
         (["--strength", "0.5"], "strength=0.5: needs a picture; give it with --image"),
