@@ -54,7 +54,9 @@ class SamplingConfig:
         if not 0 < self.shift < math.inf:
             raise UserError(f"shift={self.shift}: must be greater than 0; 1 leaves time as it is")
         if not 0 <= self.guidance < math.inf:
-            raise UserError(f"guidance={self.guidance}: must be a number of at least 0; 1 is no guidance")
+            raise UserError(
+                f"guidance={self.guidance}: must be a number of at least 0; 1 is no guidance"
+            )
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise UserError(
