@@ -245,6 +245,7 @@ def test_who_waits_can_stop_and_wish_again_while_another_draws(app, page, driver
 
 @needs_gradio
 @needs_browser
+@pytest.mark.skipif("MVSPLIT_SLOW_TESTS" not in os.environ, reason="MVSPLIT_SLOW_TESTS=1 runs it")
 def test_a_full_queue_is_said_with_what_to_do(tmp_path, driver):
     says = "return document.querySelector('#status').innerText.includes('{}')".format
     page, one = AppPage(driver), driver.current_window_handle
