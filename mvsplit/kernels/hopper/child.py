@@ -83,7 +83,7 @@ def known(
     kind: Kind,
     device: torch.device,
     store: str,
-    name: str,
+    name: Callable[[Kind, torch.device], str],
     find: Callable[[Kind, torch.device], Verdict],
 ) -> Verdict:
     """The verdict on kernels: of this process (`verdicts`, which grows), of the disk, or what
@@ -91,16 +91,18 @@ def known(
     to look on the disk.
 
     Args:
-        store, name: of the file and of the verdict in it.
+        store, name: of the file and of the verdict in it, which takes the kernels' sources and is
+            asked for once.
     """
     if (kind, device) not in verdicts:
-        words, lasting = recall(store, name), True
+        key = name(kind, device)
+        words, lasting = recall(store, key), True
         if words is None:
             if torch.cuda.is_current_stream_capturing():
                 return "they were not compared on this machine before a graph was captured", False
             words, lasting = find(kind, device)
             if lasting:
-                remember(store, name, words)
+                remember(store, key, words)
         if words != RIGHT:
             _logger.warning("%s in CUDA C++ is not used for %s: %s", store, kind, words)
         verdicts[kind, device] = words, lasting

@@ -89,8 +89,7 @@ def _untrusted(kind: Class, device: torch.device) -> str | None:
     graph, so that it does not change to clusters in the middle."""
     if (kind, device) not in _verdicts and torch.cuda.is_current_stream_capturing():
         return "clusters were not compared on this machine before a graph was captured"
-    name = _name(kind, device)
-    words, _ = child.known(_verdicts, kind, device, "merge", name, _verdict_elsewhere)
+    words, _ = child.known(_verdicts, kind, device, "merge", _name, _verdict_elsewhere)
     return None if words == child.RIGHT else f"clusters: {words}"
 
 

@@ -47,8 +47,7 @@ def untrusted(kind: Class, device: torch.device) -> Obstacle | None:
 
 
 def _untrusted(kind: Class, device: torch.device) -> Obstacle | None:
-    name = _name(kind, device)
-    found = child.known(_verdicts, kind, device, "unit_heads", name, _verdict_elsewhere)
+    found = child.known(_verdicts, kind, device, "unit_heads", _name, _verdict_elsewhere)
     words, lasting = found
     return None if words == child.RIGHT else Obstacle(f"attention in CUDA C++: {words}", lasting)
 
