@@ -1,7 +1,6 @@
 """What the README shows runs, and what it names exists."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from mvsplit.cli import COMMANDS, main
 from mvsplit.diagnostics import Stopped
 from mvsplit.evaluation.passport import read_evaluation
 from mvsplit.presets import PRESETS
+from tests.slow import slow
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,7 +92,7 @@ def test_every_command_and_preset_it_shows_exists():
             assert argument in PRESETS
 
 
-@pytest.mark.skipif("MVSPLIT_SLOW_TESTS" not in os.environ, reason="MVSPLIT_SLOW_TESTS=1 runs it")
+@slow
 def test_its_first_run_draws_what_is_asked_for(tmp_path, monkeypatch):
     """Most pictures are read as the digit of the prompt; chance is one in ten."""
     command = re.search(r"^mvsplit (train tiny .*?) *#", README, re.MULTILINE)[1].split()

@@ -185,7 +185,7 @@ def _with_settings(args: Options, settings: Path) -> Subject:
         ema=args.ema,
         num_heads=args.num_heads,
         likely_heads=theirs.heads,
-        device=resolve_device(args.device),
+        device=resolve_device(args.device, "--device"),
     )
     for name in ("channels", "text_width", "patch_frames"):
         ours, needed = getattr(model.config, name), getattr(theirs, name)

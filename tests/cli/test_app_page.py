@@ -29,6 +29,7 @@ from mvsplit.cli.app_page import QUIET
 from mvsplit.sampling import read_record
 from mvsplit.training import train
 from tests.diagnostics.browser import Keys, Page, needs_browser, start_browser
+from tests.slow import slow
 from tests.training import runs
 
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
@@ -245,7 +246,7 @@ def test_who_waits_can_stop_and_wish_again_while_another_draws(app, page, driver
 
 @needs_gradio
 @needs_browser
-@pytest.mark.skipif("MVSPLIT_SLOW_TESTS" not in os.environ, reason="MVSPLIT_SLOW_TESTS=1 runs it")
+@slow
 def test_a_full_queue_is_said_with_what_to_do(tmp_path, driver):
     says = "return document.querySelector('#status').innerText.includes('{}')".format
     page, one = AppPage(driver), driver.current_window_handle

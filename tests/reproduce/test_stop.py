@@ -1,7 +1,6 @@
 """`python -m mvsplit reproduce` and the depth bench are stopped at several moments, and go on."""
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from mvsplit.reproduce.trial import RECORD, run_trial
 from mvsplit.training.checkpoint import list_checkpoints
 from tests.reproduce.processes import Begun, begun, wait_until
 from tests.reproduce.tiny import ONE_SEED
+from tests.slow import slow
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 TRIALS = get_claim("collapse").trials(ONE_SEED)  # four
@@ -96,7 +96,7 @@ def line(number: int, finished: int, saved: int, out: Path) -> str:
     )
 
 
-@pytest.mark.skipif("MVSPLIT_SLOW_TESTS" not in os.environ, reason="MVSPLIT_SLOW_TESTS=1 runs it")
+@slow
 def test_the_run_that_trains_is_saved_and_goes_on(tmp_path, start):
     out, runs = tmp_path / "out", tmp_path / "out" / "small" / "runs"
     with start("waits") as it:
@@ -131,7 +131,7 @@ def test_a_second_signal_ends_it_at_once_and_half_a_run_counts_as_none(tmp_path,
     assert not (run / RECORD).exists()
 
 
-@pytest.mark.skipif("MVSPLIT_SLOW_TESTS" not in os.environ, reason="MVSPLIT_SLOW_TESTS=1 runs it")
+@slow
 def test_the_depth_bench_stops_likewise(tmp_path):
     names = [f"mvsplit-root-4x48-lr1.0e-03-seed{seed}" for seed in range(3)]
     script = [sys.executable, ROOT / "benchmarks" / "depth_bench.py", "--gate", "elsewhere"]
