@@ -78,3 +78,21 @@ def test_a_fault_that_the_driver_tells_is_none_of_what_cannot_be_made(
         verdict, lasting = choice._verdict(None, torch.device("cpu"))
         assert verdict == f"cannot be made here (launch: unknown error ({code}))"
         assert not lasting
+
+
+def test_what_a_verdict_is_kept_by_is_found_out_once(monkeypatch, tmp_path):
+    """It takes the kernels' sources, and every call of a merge asks for the verdict."""
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    asked, verdicts, device = [], {}, torch.device("cpu")
+
+    def name(kind, _):
+        asked.append(kind)
+        return f"of {kind}"
+
+    found = [
+        child.known(verdicts, "a kind", device, "merge", name, lambda *_: ("right", True))
+        for _ in range(3)
+    ]
+    assert found == [("right", True)] * 3
+    assert asked == ["a kind"]
