@@ -19,6 +19,7 @@ Shapes: n tokens of a piece, T tokens of a sample. Units: seconds.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -125,7 +126,7 @@ def step_time(
         "attention": depth * (each.attention("forward") + each.attention("backward")),
         "element-wise kernels": depth * (each.elements("forward") + each.elements("backward")),
         "casts of weights": depth * each.casts() if low and config.weights == "fp32" else 0.0,
-        "recompute": sum(each.again(level) for level in levels),
+        "recompute": sum(n * each.again(level) for level, n in Counter(levels).items()),
     }
     busy = sum(parts.values())
     sharded = ranks > 1 and config.parallel.layout == "shard"
