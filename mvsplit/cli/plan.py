@@ -26,7 +26,7 @@ class _Options:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: DiTConfig
     data: DataConfig
-    gpu: str = "h200"  # h200, h100, a100, or auto: that of this machine
+    gpu: str = "h200"  # h200, h100, a100, rtx4090, or auto: that of this machine
     gpus: int = 1  # that share the batch and the network
     image_tokens: int | None = None  # of a sample; as the data have it if not given
     text_tokens: int | None = None  # the same for captions

@@ -90,6 +90,19 @@ GPUS: dict[str, Gpu] = {
         link=200e9,
         source=_SHEET,
     ),
+    "rtx4090": Gpu(
+        name="NVIDIA GeForce RTX 4090",
+        memory=23.6 * GIB,
+        products=131e12,
+        under_load=115e12,
+        products_fp32=64e12,
+        copy=0.89e12,
+        peak=165e12,
+        processors=128,
+        clusters=False,
+        link=20e9,
+        source=_SHEET,
+    ),
 }
 
 
@@ -111,8 +124,9 @@ def _this_gpu() -> Gpu:
     if not torch.cuda.is_available():
         raise UserError(f"gpu='auto': this machine has no GPU; name one of {known}")
     found = torch.cuda.get_device_name()
+    words = found.lower().replace(" ", "")
     for name, gpu in GPUS.items():
-        if name in found.lower():
+        if name in words and "laptop" not in words:  # which have less of everything
             return gpu
     raise UserError(
         f"gpu='auto': nothing is known of {found}; name the nearest of {known} and give "

@@ -441,6 +441,9 @@ def test_gpus_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert find_gpu("auto") is GPUS["h200"]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Radeon")
-    with pytest.raises(UserError, match="nothing is known of Radeon"):
-        find_gpu("auto")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    assert find_gpu("auto") is GPUS["rtx4090"]
+    for other in ("Radeon", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=other: name)
+        with pytest.raises(UserError, match=f"nothing is known of {other}"):
+            find_gpu("auto")
