@@ -60,9 +60,11 @@ _SHOWN = (
     "train_step",
 )
 _PAGE = "performance_page"
+_PAGES = (_PAGE, "what_you_get_page")  # both are written from all results
 _USAGE = """usage: mvsplit bench [--list]
        mvsplit bench NAME [--json FILE] [options of the script; --help shows them]
-       mvsplit bench page [--check]     docs/performance.md from benchmarks/results/
+       mvsplit bench page [--check]     docs/performance.md and docs/what-you-get.md
+                                        from benchmarks/results/
 """
 
 
@@ -96,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     folder = find_folder()
     if name == "page":
-        return _run([sys.executable, str(folder / f"{_PAGE}.py"), *rest], folder)
+        found = [_run([sys.executable, str(folder / f"{p}.py"), *rest], folder) for p in _PAGES]
+        return next(filter(None, found), 0)
     known = find_benchmarks(folder)
     if name == "--list":
         print(listing(map(_entry, known.values())))

@@ -89,6 +89,20 @@ def test_arguments_without_which_a_script_does_not_run(folder, tmp_path, monkeyp
         assert json.loads(out.read_text()) == expected
 
 
+@pytest.mark.parametrize("fails", [None, "performance_page.py", "what_you_get_page.py"])
+def test_every_page_of_all_results_is_written_and_a_failure_of_one_is_told(monkeypatch, fails):
+    done = []
+
+    def run(command, folder):
+        done.append((Path(command[1]).name, *command[2:]))
+        assert Path(command[1]).is_file()
+        return int(done[-1][0] == fails)
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert cli.main(["bench", "page", "--check"]) == (fails is not None)
+    assert done == [("performance_page.py", "--check"), ("what_you_get_page.py", "--check")]
+
+
 def test_the_list(folder, capsys):
     for arguments in (["bench"], ["bench", "--list"]):
         assert cli.main(arguments) == 0

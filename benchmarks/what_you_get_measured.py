@@ -1,0 +1,158 @@
+"""The measured figures of docs/what-you-get.md, each with the file it is from
+(`what_you_get_page.py`). Units: seconds, GiB."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from performance_parts import markdown
+
+from mvsplit.presets import PRESETS, get_preset
+from mvsplit.training.gpus import GIB
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CPU, H200, TWO = "CPU, one or two cores", "one H200", "two H200"
+Found = dict[str, Any]
+Row = list[str]
+
+
+def newest(pattern: str, *stages: str) -> tuple[Found, str]:
+    """The newest result that holds such stages, and a link to its file."""
+    found = []
+    for path in sorted(RESULTS.glob(pattern)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(result.get(stage), dict | list) for stage in stages):
+            found.append((result.get("date", ""), path.name, result))
+    _, name, result = max(found, key=lambda each: each[:2])
+    return result, f"[{name.removesuffix('.json')}](../benchmarks/results/{name})"
+
+
+def trained() -> str:
+    """Steps of training, the narrow networks first."""
+    head = ("network", "machine", "samples a step", "s a step", "all steps", "peak GiB", "file")
+    return markdown(head, (*_narrow(), *_wide(), *_on_two()))
+
+
+def _row(
+    what: str, where: str, batch: int | None, seconds: float, file: str, gib: float | None = None
+) -> Row:
+    """What is called as a preset has its number of steps."""
+    preset = PRESETS.get(what.strip("`"))
+    whole = "–" if preset is None else _long(preset.train.steps * seconds)
+    memory = "–" if gib is None else f"{gib:.0f}"
+    return [what, where, str(batch or "–"), f"{seconds:.3g}", whole, memory, file]
+
+
+def _long(seconds: float) -> str:
+    for size, name in ((86400, "d"), (3600, "h")):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {name}"
+    return f"{seconds / 60:.2g} min"
+
+
+def _narrow() -> Iterator[Row]:
+    twin = "digits-400l-mvsplit"
+    demo = json.loads((ROOT / "docs" / "demo" / "demo.json").read_text(encoding="utf-8"))
+    seconds = demo["twins"]["mvsplit"]["seconds_per_step"]
+    batch = get_preset(twin).train.batch_size
+    yield _row(f"`{twin}`", CPU, batch, seconds, "[demo](demo/demo.json)")
+    found, file = newest("video_cpu_*.json", "times")
+    step = next(run for run in found["times"]["runs"] if "step_of" in run)
+    yield _row(f"`{step['step_of']}`", CPU, step["clips"], step["seconds"], file)
+    found, file = newest("finetune_cpu*.json", "after")
+    yield _row("8 layers of width 64", CPU, None, found["base_seconds"] / found["steps"], file)
+    found, file = newest("video_h200_*.json", "preset")
+    run = found["preset"]["runs"][-1]
+    batch = get_preset(run["preset"]).train.batch_size
+    yield _row(f"`{run['preset']}`", f"{H200}, shared", batch, run["seconds"] / run["step"], file)
+
+
+def _wide() -> Iterator[Row]:
+    for stage, name in (("step bf16", "bf16"), ("step split", "split"), ("step fp32", "fp32")):
+        found, file = newest("train_step_h200_*.json", stage)
+        yield _stage(f"400 layers of width 1024, {name} weights", H200, found[stage], file)
+    found, file = newest("thousand_layers_h200_*.json", "thousand")
+    yield _stage("`mvsplit-1000l-h200`", H200, found["thousand"], file)
+
+
+def _on_two() -> Iterator[Row]:
+    each = {
+        "replicated bf16": "400 layers of width 1024, bf16 weights, a whole network on each",
+        "replicated fp32": "the same with fp32 weights",
+        "thousand sharded": "1000 layers of width 1024, bf16 weights, sharded",
+    }
+    for stage, name in each.items():
+        found, file = newest("parallel_step_h200x2*.json", stage)
+        yield _stage(name, TWO, found[stage], file, found["processes"])
+
+
+def _stage(name: str, where: str, stage: Found, file: str, processes: int = 1) -> Row:
+    name += "" if "load" in stage else "; zero writers"
+    batch = stage.get("samples") or processes * stage["samples_on_each"]
+    return _row(name, where, batch, stage["seconds"], file, stage["peak_gib"])
+
+
+def drawn() -> tuple[float, str]:
+    """GiB that a picture takes beside the weights, and what was measured in a sentence."""
+    found, file = newest("engine_h200_*.json", "pictures_1", "pictures_8")
+    one, eight = found["pictures_1"], found["pictures_8"]
+    more = (one["memory_gb"] - one["weights_gb"]) * 1e9 / GIB
+    return more, (
+        f"1000 layers of width 1024 on {H200}, 35 Euler steps with guidance: one picture "
+        f"{one['seconds']:.2f} s,\neight {eight['seconds']:.2f} s, "
+        f"{eight['memory_gb'] * 1e9 / GIB:.1f} GiB ({file})."
+    )
+
+
+def further() -> str:
+    """What trained on, and how long that took."""
+    rows = (*_finetuned(), *_preferred(), *_grown(), *_operated())
+    return markdown(("measured", "network", "machine", "s", "file"), rows)
+
+
+def _finetuned() -> Iterator[Row]:
+    ways = {"full": "everything", "gains": "gains only", "lora": "adapters (LoRA)"}
+    for where, pattern in ((CPU, "finetune_cpu*.json"), (H200, "finetune_h200_*.json")):
+        found, file = newest(pattern, "after")
+        for way, name in ways.items():
+            times = [row["seconds"] for row in found["after"] if row["way"] == way]
+            what = f"fine-tuning, {name}, {found['tune_steps']} steps"
+            yield [what, "8 layers of width 64", where, _span(times), file]
+
+
+def _preferred() -> Iterator[Row]:
+    found, file = newest("dpo_digits_cpu_*.json", "rows")
+    times = [row["seconds"] for row in found["rows"] if row["way"] == "DPO, β = 100, 200 steps"]
+    yield ["preferences, 200 steps", "`tiny`", CPU, _span(times), file]
+    found, file = newest("dpo_shapes_h200_*.json", "rows", "model")
+    rows = [row for row in found["rows"] if row["way"].startswith("DPO") and "seconds" in row]
+    model = found["model"]
+    network = f"{model['depth']} layers of width {model['width']}"
+    what = f"preferences, {rows[0]['steps']} steps"
+    yield [what, network, H200, _span([row["seconds"] for row in rows]), file]
+
+
+def _grown() -> Iterator[Row]:
+    for where, pattern in ((CPU, "growth_thousand_cpu.json"), (H200, "growth_gpu_h200_*.json")):
+        found, file = newest(pattern, "summary")
+        times = [row["seconds"] for row in found["summary"] if row["way"] == "grown"]
+        shared = ", shared" if "shared" in found.get("note", "") else ""
+        first, last = (found["stages"][place][0] for place in (0, -1))
+        network = f"{first} to {last} layers of width {found['settings']['width']}"
+        yield ["growth in depth, the whole run", network, where + shared, _span(times), file]
+
+
+def _operated() -> Iterator[Row]:
+    found, file = newest("surgery_h200_*.json", "rows")
+    row = next(row for row in found["rows"] if row["way"].startswith("surgery"))
+    what = f"surgery and {len(row['losses'])} steps more"
+    yield [what, "400 layers of width 128", f"{H200}, shared", _span([row["seconds"]]), file]
+
+
+def _span(seconds: Sequence[float]) -> str:
+    low, high = (f"{s:.3g}" for s in (min(seconds), max(seconds)))
+    return low if low == high else f"{low}–{high}"
