@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mvsplit.errors import UserError
+from mvsplit.evaluation.meanings import explain_scores
 from mvsplit.evaluation.passport import Evaluation, differences, read_evaluation
 from mvsplit.evaluation.scores import STDERR
 
@@ -62,13 +63,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(evaluations: Sequence[Evaluation]) -> None:
-    """Prints a row for each score, a column for each evaluation, with standard errors."""
+    """Prints a row for each score, a column for each evaluation, with standard errors; then what
+    each score says."""
     table = Table("score", *(evaluation.name for evaluation in evaluations))
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
     for name in names:
         if not name.endswith(STDERR):
             table.add_row(name, *(_value(evaluation, name) for evaluation in evaluations))
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for line in explain_scores(names):
+        console.print(line, soft_wrap=True)
 
 
 def _value(evaluation: Evaluation, name: str) -> str:

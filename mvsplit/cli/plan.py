@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mvsplit.cli.plan_key import LAST_LINE, key
 from mvsplit.cli.tables import table_console
 from mvsplit.errors import UserError
 from mvsplit.models import DiTConfig
@@ -73,7 +74,7 @@ def _parse(arguments: list[str]) -> tuple[str, _Options]:
         args=rest,
         prog=prog,
         description="Memory and time of a training step on a GPU. Presets:\n\n"
-        f"{list_presets()}\n\nThe defaults shown are those of {preset}.",
+        f"{list_presets()}\n\n{key()}\n\nThe defaults shown are those of {preset}.",
     )
 
 
@@ -193,6 +194,7 @@ def _foot(plan: StepPlan) -> Iterable[str]:
     yield f"rates: {plan.gpu.source}"
     for note in plan.notes:
         yield f"note: {note}"
+    yield LAST_LINE
 
 
 def _verdict(plan: StepPlan) -> Iterable[str]:

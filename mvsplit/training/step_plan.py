@@ -182,6 +182,8 @@ def _notes(experiment: Experiment, gpus: int, layout: Layout) -> Iterator[str]:
         yield "several GPUs: what their links reach is assumed (two H200: docs/performance.md)"
     if gpus > 1 and layout.name == "shard":
         yield "sharded: kernels are launched one by one; a run on two H200 took 1.4 times as long"
+    if experiment.train.tune.freezes:
+        yield "of training with everything free; what is frozen needs no gradients and no moments"
     if experiment.train.objective == "dpo":
         real = ", and samples of the data set beside them as many again"
         yield (

@@ -52,6 +52,10 @@ def test_scores_of_digits_and_all_they_depend_on(place, tmp_path, capsys):
     assert evaluate(run, "--seed", "3", "--json", str(tmp_path / "here.json")) == 0
     found = read_evaluation(run)
     shown = capsys.readouterr().out
+    explained = [line.partition(": ")[0] for line in shown.splitlines() if " is better" in line]
+    assert explained[0] == "validation_loss"
+    assert explained[-1] == "digit_frechet"
+    assert "± is one standard error" in shown
     assert f"evaluations/{'step_00000002_euler2_g2_shift1_seed3_n7'}.json" in shown
     assert found.passport == json.loads((tmp_path / "here.json").read_text())["passport"]
     expected = {"validation_loss", "digit_accuracy", "digit_accuracy_real", "digit_frechet"}

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from mvsplit import cli
+from mvsplit.cli import plan_key
+from mvsplit.kernels.block_parts import RECOMPUTE
 
 
 def planned(capsys, *arguments):
@@ -65,3 +67,33 @@ def test_the_table_says_whether_it_fits(capsys):
 def test_errors_name_the_field(capsys, arguments, message):
     assert cli.main(["plan", *arguments]) == cli.USER_ERROR
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tiny",),
+        ("mvsplit-1000l-h200",),
+        ("mvsplit-400l", "--gpus", "2", "--weights", "bf16", "--ema-decay", "0"),
+        ("mvsplit-1000l", "--gpus", "2", "--weights", "bf16", "--parallel.layout", "shard"),
+    ],
+)
+def test_the_key_has_every_line_that_a_plan_may_have(capsys, arguments):
+    _, plan = planned(capsys, *arguments)
+    assert plan["memory"]["parts"].keys() <= plan_key.MEMORY.keys()
+    assert plan["time"]["parts"].keys() <= plan_key.TIME.keys()
+    assert set(plan_key.LEVELS) == set(RECOMPUTE)
+    cli.main(["plan", *arguments])
+    assert capsys.readouterr().out.splitlines()[-1] == plan_key.LAST_LINE
+
+
+def test_help_shows_the_key_with_units_and_which_way_is_better(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    shown = capsys.readouterr().out
+    for meanings in (plan_key.MEMORY, plan_key.TIME, plan_key.LEVELS):
+        for name, says in meanings.items():
+            assert f"{name}: {says}" in shown
+    assert "Less is better of memory and time, more of tokens/s and MFU" in shown
+    for unit in ("GiB (2^30 bytes)", "time of a step, s:", "GB (10^9 bytes)"):
+        assert unit in shown

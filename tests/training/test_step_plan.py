@@ -15,6 +15,7 @@ from mvsplit.models import DiT, DiTConfig
 from mvsplit.presets import PRESETS, get_preset
 from mvsplit.residuals import RULES, RuleConfig
 from mvsplit.training import TrainConfig
+from mvsplit.training.config import TuneConfig
 from mvsplit.training.gpus import GIB, GPUS, find_gpu
 from mvsplit.training.kernel_times import FIRST, KERNELS
 from mvsplit.training.memory_plan import kept_bytes
@@ -305,6 +306,14 @@ def test_a_plan_says_what_it_leaves_out_of_pairs():
     more -= set(plan_step(flow, GPUS["h100"], 1, sample).notes)
     assert len(more) == 1
     assert "a forward pass more" in more.pop()
+
+
+def test_a_plan_says_that_it_is_of_everything_free():
+    flow = get_preset("tiny")
+    part = replace(flow, train=replace(flow.train, tune=TuneConfig(what="lora")))
+    sample = sample_of(flow)
+    notes = [set(plan_step(each, GPUS["h100"], 1, sample).notes) for each in (flow, part)]
+    assert [note for note in notes[1] - notes[0] if "what is frozen needs no gradients" in note]
 
 
 def test_several_gpus_send_what_fsdp_sends():
