@@ -18,6 +18,7 @@ def together(results: Iterable[Found]) -> Found:
     of zeros and the same with others."""
     found: Found = {}
     for result in results:
+        found.pop("note", None)  # it is of an earlier run
         names = [name for name in result["rows"] if name.endswith(", zero writers")]
         pairs = [(name, name.removesuffix(", zero writers")) for name in names]
         pair = {"zero": [[result["rows"][n] for n in pair] for pair in pairs]} if pairs else {}

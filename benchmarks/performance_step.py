@@ -25,6 +25,7 @@ _OTHER_BITS = (
     "**other bits**, for the backward of attention adds up in any order (`--deterministic` has it "
     "fixed since, not run on a GPU yet)"
 )
+_ONE_BYTE_SINCE = "2026-11-29"
 _ONE_BYTE = " The second moment had two bytes then, and\nhas one since."
 _SAVED = 4.05  # bytes of a parameter in a checkpoint: its weight and the moments
 _RACE = "2026-11-29"  # the run with the kernel of `masked_race_h200`
@@ -253,7 +254,7 @@ def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) ->
             f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, {steps:,} of "
             f"{recipe.get('of_steps', 1000):,} steps, "
             f"mean loss of the last 100 against\nfp32 AdamW from the same seed: {gaps}. "
-            f"At most 2 % was allowed.{_ONE_BYTE if moments else ''}"
+            f"At most 2 % was allowed.{_ONE_BYTE if recipe['date'] < _ONE_BYTE_SINCE else ''}"
         )
     if moments:
         costs = {n: statistics.fmean(each) for n, each in moments["over_fp32"].items()}
