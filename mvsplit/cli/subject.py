@@ -21,7 +21,7 @@ from mvsplit.hub import load_weights
 from mvsplit.hub.weights import ends_of
 from mvsplit.models import DiT
 from mvsplit.sampling import SamplingConfig
-from mvsplit.training import Experiment, load_run
+from mvsplit.training import Experiment, load_run, load_settings
 from mvsplit.training.builders import build_codec, build_data, resolve_device
 
 RELEASED_SHIFT = 4.0  # paper §5
@@ -148,12 +148,17 @@ def find_run(path: Path) -> Path | None:
     return run if config.is_file() and "_class_name" not in _read(config) else None
 
 
-def _of_run(run: Path, args: Options) -> Subject:
-    for name in ("vae", "text_encoder", "padding", "resolution", "num_heads"):
+def _refuse_options(args: Options, *names: str) -> None:
+    """Of what a run brings with it."""
+    for name in ("vae", "text_encoder", "padding", "resolution", *names):
         if (value := getattr(args, name)) is not None:
             raise UserError(f"{name}={value}: a run has its own; it is an option for weights")
     if args.dtype != "keep":
         raise UserError(f"dtype={args.dtype}: a run is drawn with as it was trained; leave it out")
+
+
+def _of_run(run: Path, args: Options) -> Subject:
+    _refuse_options(args, "num_heads")
     device = resolve_device(args.device, "--device")
     loaded = load_run(args.source, ema=args.ema, device=device)
     data = build_data(replace(loaded.experiment.data, verify=False))  # only its shape is asked
@@ -178,14 +183,17 @@ def _with_settings(args: Options, settings: Path) -> Subject:
     run = find_run(settings)
     if run is None:
         raise nothing_at(settings)
-    trained = _of_run(run, replace(args, source=settings, num_heads=None))
-    theirs = trained.model.config
+    _refuse_options(args)
+    device = resolve_device(args.device, "--device")
+    trained = load_settings(settings)
+    theirs = trained.experiment.model
+    data = build_data(replace(trained.experiment.data, verify=False))  # only its shape is asked
     model = load_weights(
         args.source,
         ema=args.ema,
         num_heads=args.num_heads,
         likely_heads=theirs.heads,
-        device=resolve_device(args.device, "--device"),
+        device=device,
     )
     for name in ("channels", "text_width", "patch_frames"):
         ours, needed = getattr(model.config, name), getattr(theirs, name)
@@ -194,9 +202,14 @@ def _with_settings(args: Options, settings: Path) -> Subject:
                 f"settings={settings}: the run's model.{name} is {needed}, that of {args.source} "
                 f"{ours}; name the run that the weights are from"
             )
-    return replace(
-        trained,
+    shift, shift_source = _shift_of_run(trained.experiment)
+    return Subject(
         model=model.requires_grad_(False).eval(),
+        embedder=trained.embedder,
+        shape=sample_shape(data),
+        codec=build_codec(data, device),
+        shift=shift,
+        shift_source=shift_source,
         title=args.source.name,
         folder=Path("samples"),
         name=args.source.stem,

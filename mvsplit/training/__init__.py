@@ -3,7 +3,7 @@
 from mvsplit.training.builders import build_state
 from mvsplit.training.config import DataConfig, Experiment, Origin, TrainConfig, TuneConfig
 from mvsplit.training.finetune import Start
-from mvsplit.training.load import LoadedRun, load_run
+from mvsplit.training.load import LoadedRun, RunSettings, load_run, load_settings
 from mvsplit.training.loop import Outcome, train
 from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.observer import Observer
@@ -22,12 +22,14 @@ __all__ = [
     "Outcome",
     "ProgressLine",
     "RunFolder",
+    "RunSettings",
     "Start",
     "TrainConfig",
     "TrainState",
     "TuneConfig",
     "build_state",
     "load_run",
+    "load_settings",
     "read_experiment",
     "train",
     "train_step",

@@ -36,6 +36,30 @@ class LoadedRun:
     step: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run was trained as, what encodes its prompts, and where it stood."""
+
+    experiment: Experiment
+    embedder: WordEmbedder | CachedText
+    step: int
+
+
+def load_settings(path: Path | str) -> RunSettings:
+    """What a run's newest checkpoint says beside its weights, of which no file is opened.
+
+    Args:
+        path: a run folder, or one of its checkpoints.
+
+    Raises:
+        UserError: there is no run or no readable checkpoint.
+    """
+    path = Path(path)
+    experiment, snapshot = _experiment_of(path), _read(path, [])
+    embedder = _load_embedder(experiment, snapshot.values["embedder"])
+    return RunSettings(experiment=experiment, embedder=embedder, step=snapshot.step)
+
+
 def load_run(
     path: Path | str, *, ema: bool = True, device: torch.device | str = "cpu"
 ) -> LoadedRun:
@@ -50,15 +74,14 @@ def load_run(
         UserError: there is no run or no readable checkpoint, or the run keeps no averaged weights.
     """
     path = Path(path)
-    one = (path / "manifest.json").exists()
-    experiment = read_experiment(path.parent.parent if one else path)
+    experiment = _experiment_of(path)
     if ema and not experiment.train.ema_decay:
         raise UserError(
             f"{path} keeps no averaged weights (train.ema_decay=0); ask for the weights as trained "
             "with --no-ema"
         )
     names = weight_files(experiment, ema=ema)
-    snapshot = _read_one(path, names) if one else _read_newest(path, names)
+    snapshot = _read(path, names)
     rule = RuleConfig(**snapshot.values["rule"])  # which a policy may have changed since the start
     with torch.device("meta"):  # no initial values, and no draw from the global generator
         model = DiT(replace(experiment.model, rule=rule))
@@ -96,6 +119,18 @@ def _load_embedder(experiment: Experiment, spec: dict[str, Any]) -> WordEmbedder
     return embedder
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "manifest.json").exists()
+
+
+def _experiment_of(path: Path) -> Experiment:
+    return read_experiment(path.parent.parent if _is_checkpoint(path) else path)
+
+
+def _read(path: Path, names: list[str]) -> Snapshot:
+    return _read_one(path, names) if _is_checkpoint(path) else _read_newest(path, names)
+
+
 def _read_one(path: Path, names: list[str]) -> Snapshot:
     try:
         return read_checkpoint(path, names)
@@ -108,5 +143,5 @@ def _read_newest(path: Path, names: list[str]) -> Snapshot:
     if snapshot is None:
         raise UserError(f"{path} has no checkpoint yet; train it until the first is saved")
     for error in damaged:
-        warnings.warn(f"{error}; using step {snapshot.step}", stacklevel=3)
+        warnings.warn(f"{error}; using step {snapshot.step}", stacklevel=4)
     return snapshot

@@ -384,6 +384,26 @@ def test_weights_are_drawn_with_the_settings_of_their_run(run, tmp_path, name):
         assert (record["weights"], record["settings"]) == (str(weights), str(run))
 
 
+def test_settings_are_read_without_any_file_of_weights(run, tmp_path, capsys):
+    """Which may be many gigabytes; here there are none any more."""
+    weights = tmp_path / "weights.safetensors"
+    assert main(["convert", str(run), str(weights)]) == 0
+    assert draw(weights, "--settings", str(run), "--out", str(tmp_path / "a"), count=1) == 0
+    files = list(run.glob("checkpoints/*/*.safetensors"))
+    assert {path.stem for path in files} >= {"model", "ema", "optimizer"}
+    for path in files:
+        path.unlink()
+    one = run / "checkpoints" / "step_00000002"
+    for settings, name in ((run, "b"), (one, "c")):
+        out = tmp_path / name
+        assert draw(weights, "--settings", str(settings), "--out", str(out), count=1) == 0
+        drawn, before = (Image.open(f / "00000.png") for f in (out, tmp_path / "a"))
+        assert np.array_equal(np.asarray(drawn), np.asarray(before))
+    capsys.readouterr()
+    assert draw(weights, "--settings", str(run), "--dtype", "bf16") == 2
+    assert "dtype=bf16: a run is drawn with as it was trained" in error_line(capsys)
+
+
 def test_settings_that_do_not_belong_to_the_weights_are_one_line(run, tmp_path, capsys):
     assert draw(run, "--settings", str(run)) == 2
     assert "is a run and has its own" in error_line(capsys)
