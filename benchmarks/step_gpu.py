@@ -74,7 +74,7 @@ _UNIT_HEADS = (
 _SHORT = "16 × (256+32 masked), packed"
 WORK: dict[str, Work] = {
     "train_step": Work(
-        60, 110, ("train_step.py", "--stages", "gate", "step bf16", "compiled"), gated=True
+        110, 170, ("train_step.py", "--stages", "gate", "step bf16", "compiled"), gated=True
     ),
     "step_classes": Work(
         15, 110,
