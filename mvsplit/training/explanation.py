@@ -92,7 +92,7 @@ def explain(
         calm=calm,
         reproduced=reproduction.close,
         dropped=dropped,
-        split=_largest_mean(trace.mode_split),
+        split=largest_mean(trace.mode_split),
     )
     observed = trials[0].grad_norm
     return Explanation(
@@ -137,7 +137,7 @@ def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-def _largest_mean(split: dict[str, list[float | None]]) -> ModeSplit | None:
+def largest_mean(split: dict[str, list[float | None]]) -> ModeSplit | None:
     """The writer with the largest finite G_mean."""
     found = [
         ModeSplit(writer=w, layer=l, g_mean=m, g_ctr=c)

@@ -1,4 +1,5 @@
-"""Parsed JSON as what a type asks for: dataclasses, tuples, literals, X | None."""
+"""Parsed JSON as what a type asks for: dataclasses, tuples, lists, dicts of strings,
+literals, X | None."""
 
 from __future__ import annotations
 
@@ -22,6 +23,10 @@ def read_as(hint: Any, value: Any, name: str) -> Any:
         return tuple(read_as(arguments[0], v, name) for v in value)
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(read_as(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if origin is list and isinstance(value, list):
+        return [read_as(arguments[0], v, name) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {key: read_as(arguments[1], v, f"{name}.{key}") for key, v in value.items()}
     if origin is Literal and value in arguments:
         return value
     if hint is float and type(value) is int:
