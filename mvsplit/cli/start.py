@@ -14,6 +14,7 @@ from mvsplit.cli.subject import nothing_at
 from mvsplit.errors import UserError
 from mvsplit.hub import load_weights
 from mvsplit.hub.adapter import Adapter, merge_adapter, read_adapter
+from mvsplit.hub.released import LikelyHeads
 from mvsplit.hub.weights import find_checkpoint, is_ours
 from mvsplit.models import DiT
 from mvsplit.models.lora import fingerprint
@@ -95,9 +96,12 @@ def _read(experiment: Experiment, origin: Origin) -> Start:
         option = split if origin.grow is None else "--grow-from"
         why = "there is no file of that name" if source.suffix else nothing_at(source)
         raise UserError(f"{option} {source}: {why}")
-    model = load_weights(
-        source, ema=origin.ema, likely_heads=experiment.model.heads, dtype=torch.float32
+    heads = LikelyHeads(
+        count=experiment.model.heads,
+        whose="the model.heads of this training",
+        option="--model.heads",
     )
+    model = load_weights(source, ema=origin.ema, likely_heads=heads, dtype=torch.float32)
     adapter = None if origin.adapter is None else read_adapter(origin.adapter)
     tune = experiment.train.tune
     goes_on = tune.what == "lora" and adapter is not None

@@ -18,6 +18,7 @@ from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
 from mvsplit.errors import UserError, nearest
 from mvsplit.hub import load_weights
+from mvsplit.hub.released import LikelyHeads
 from mvsplit.hub.weights import ends_of
 from mvsplit.models import DiT
 from mvsplit.sampling import SamplingConfig
@@ -192,7 +193,9 @@ def _with_settings(args: Options, settings: Path) -> Subject:
         args.source,
         ema=args.ema,
         num_heads=args.num_heads,
-        likely_heads=theirs.heads,
+        likely_heads=LikelyHeads(
+            count=theirs.heads, whose=f"those of the run {settings}", option="--num-heads"
+        ),
         device=device,
     )
     for name in ("channels", "text_width", "patch_frames"):

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,12 +41,27 @@ _NAMED_AT_MOST = 20  # keys of one kind in an error message
 _HEADS = "mvsplit.heads"  # in a safetensors file's metadata: what the shapes do not tell
 
 
+@dataclass(frozen=True, kw_only=True)
+class LikelyHeads:
+    """How many query heads a network probably has whose file does not say it.
+
+    Attributes:
+        count: the heads.
+        whose: of whom this number is, for people.
+        option: what sets another one.
+    """
+
+    count: int
+    whose: str
+    option: str
+
+
 def load_released(
     source: str | Path | Mapping[str, Tensor],
     *,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
-    likely_heads: int | None = None,
+    likely_heads: LikelyHeads | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:
@@ -61,7 +77,7 @@ def load_released(
         num_heads: query heads; if None, those that `released_metadata` left in the file, or
             width / 128, with a warning, for no shape shows whether that is right.
         num_kv_heads: key/value heads; from the rows of `k_proj` if None.
-        likely_heads: what `num_heads` is instead of width / 128.
+        likely_heads: what `num_heads` is instead of width / 128, with a warning too.
         dtype: of all parameters; as in the source if None.
         device: of all parameters.
 
@@ -77,7 +93,8 @@ def load_released(
         tensors, metadata = in_memory(unwrap(source, "source")), {}
     if num_heads is None and _HEADS in metadata:
         num_heads = json.loads(metadata[_HEADS])
-    num_heads = likely_heads if num_heads is None else num_heads
+    if num_heads is None and likely_heads is not None:
+        num_heads = _taken(likely_heads, tensors, num_kv_heads)
     config = _infer_config(tensors, num_heads, num_kv_heads)
     with torch.device("meta"):
         model = DiT(config)
@@ -212,6 +229,23 @@ def _heads(width: int, num_heads: int | None) -> int:
     return width // 128
 
 
+def _taken(likely: LikelyHeads, tensors: Mapping[str, Stored], num_kv_heads: int | None) -> int:
+    """The likely number, said aloud; an error where the shapes tell that it cannot be."""
+    width, *_, kv_rows, _ = _sizes(tensors)
+    if num_kv_heads is None and not _are_heads(width, kv_rows, likely.count):
+        raise UserError(
+            f"{likely.option} {likely.count} ({likely.whose}): the {width} rows of q_proj and "
+            f"{kv_rows} rows of k_proj are not a whole number of heads, and the file does not hold "
+            f"their number; give that of the training with {likely.option}"
+        )
+    warnings.warn(
+        f"heads taken as {likely.count}, {likely.whose}, for the file does not hold their number; "
+        f"if the network was trained with another, give it with {likely.option}",
+        stacklevel=4,  # the caller of load_weights
+    )
+    return likely.count
+
+
 def heads_unsaid(config: DiTConfig) -> str | None:
     """What to say where a file without metadata is written whose heads would be guessed wrongly."""
     if config.heads * 128 == config.width:
@@ -223,12 +257,17 @@ def heads_unsaid(config: DiTConfig) -> str | None:
 
 
 def _kv_heads(rows: int, width: int, heads: int) -> int:
-    if heads < 1 or width % heads or rows % (width // heads):
+    if not _are_heads(width, rows, heads):
         raise UserError(
             f"num_heads={heads}: the {width} rows of q_proj and {rows} rows of k_proj are not a "
             "whole number of heads; give the num_heads that the model was trained with"
         )
     return rows * heads // width
+
+
+def _are_heads(width: int, rows: int, heads: int) -> bool:
+    """Whether the rows of q_proj and of k_proj are whole heads."""
+    return heads >= 1 and width % heads == 0 and rows % (width // heads) == 0
 
 
 def _usual_shape(tensors: Mapping[str, Stored], suffix: str) -> Shape | None:

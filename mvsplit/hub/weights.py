@@ -12,7 +12,7 @@ import torch
 
 from mvsplit.errors import UserError
 from mvsplit.hub.fill import fill_in
-from mvsplit.hub.released import load_released, released_ends
+from mvsplit.hub.released import LikelyHeads, load_released, released_ends
 from mvsplit.hub.stored import INDEX, Stored, in_memory, read_weights
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import merge_lora
@@ -43,7 +43,7 @@ def load_weights(
     ema: bool = True,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
-    likely_heads: int | None = None,
+    likely_heads: LikelyHeads | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> DiT:

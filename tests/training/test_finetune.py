@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from mvsplit.cli.start import starter
 from mvsplit.diagnostics.taps import gradient_norms, taps_for_dit
 from mvsplit.errors import UserError
-from mvsplit.hub import load_weights
+from mvsplit.hub import load_weights, write_weights
+from mvsplit.models import DiT
 from mvsplit.models.lora import LoRAConfig, fingerprint
 from mvsplit.training import Experiment, Origin, TuneConfig, build_state, load_run, train
 from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
@@ -203,6 +205,31 @@ def test_other_weights_are_refused_by_field(
     with pytest.raises(UserError, match=message):
         start(wrong, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # an impossible run leaves no trace
+
+
+def test_heads_that_the_file_does_not_hold_are_said_and_refused_where_they_cannot_be(
+    tmp_path: Path,
+) -> None:
+    """A .pt says nothing of them; the number of the preset is taken, aloud."""
+    model = DiT(replace(runs.MODEL, heads=4, kv_heads=1))  # heads of 4 rows each
+    with pytest.warns(UserWarning, match="does not hold the number of heads"):
+        write_weights(model, tmp_path / "w.pt")
+    write_weights(model, tmp_path / "w.safetensors")
+
+    def begin(name: str, heads: int) -> None:
+        asked = replace(runs.MODEL, heads=heads, kv_heads=1)
+        whole = tuning(tmp_path / name, TuneConfig(), steps=1)
+        start(replace(whole, model=asked), tmp_path / f"run-{name}-{heads}")
+
+    said = r"heads taken as 4, the model.heads of this training, .* give it with --model\.heads"
+    with pytest.warns(UserWarning, match=said):
+        begin("w.pt", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begin("w.safetensors", 4)
+    with pytest.raises(UserError, match=r"--model\.heads 2 .*16 rows of q_proj and 4 rows of k_p"):
+        begin("w.pt", 2)
+    assert not (tmp_path / "run-w.pt-2" / "config.json").exists()
 
 
 def test_what_cannot_be_is_refused(whole_run: Path, tmp_path: Path) -> None:
