@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from mvsplit.errors import UserError, needs_extra
 from mvsplit.hub.model_card import write_card
 from mvsplit.models import DiT, DiTConfig
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, as_recorded
 
 with needs_extra("hub"):
     from diffusers import ConfigMixin, ModelMixin
@@ -58,7 +59,7 @@ class MVSplitDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         given = {f.name: self.config[f.name] for f in dataclasses.fields(DiTConfig)}
-        self.dit = DiT(DiTConfig(**{**given, "rule": RuleConfig(**(rule or {}))}))
+        self.dit = DiT(DiTConfig(**{**given, "rule": _rule(rule or {})}))
 
     @classmethod
     def from_dit(cls, dit: DiT, *, sample_size: int | None = None) -> MVSplitDiTTransformer2DModel:
@@ -99,3 +100,16 @@ class MVSplitDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise UserError(f"save_directory={save_directory}: is a file; give a folder")
         write_card(Path(save_directory), self.dit, pipeline=False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _rule(given: dict[str, Any]) -> RuleConfig:
+    """The rule of a configuration, of a new network or of weights: nothing tells which."""
+    kept = as_recorded(given)
+    for name in kept:
+        if kept[name] != given[name]:
+            warnings.warn(
+                f"rule.{name}={given[name]}: no network starts with it; {kept[name]:g} is taken, "
+                "and weights that are loaded have their own",
+                stacklevel=5,
+            )
+    return RuleConfig(**kept)

@@ -16,7 +16,7 @@ from mvsplit.hub.released import LikelyHeads, load_released, released_ends
 from mvsplit.hub.stored import INDEX, Stored, in_memory, read_weights
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.models.lora import merge_lora
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, as_recorded
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
     list_checkpoints,
@@ -143,7 +143,8 @@ def _trained_as(checkpoint: Path) -> tuple[DiTConfig, Experiment | None]:
     if "model" in state:
         return read_model_config(state["model"], f"{checkpoint}/state.json: model"), None
     experiment = read_experiment(checkpoint.parent.parent)
-    rule = RuleConfig(**state["rule"])  # which a policy may have changed since the start
+    # Which a policy may have changed since the start.
+    rule = RuleConfig(**as_recorded(state["rule"]))
     return replace(experiment.model, rule=rule), experiment
 
 

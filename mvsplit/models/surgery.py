@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mvsplit.errors import UserError
 from mvsplit.models.block import Block
 from mvsplit.models.dit import DiT
-from mvsplit.residuals import MVSplit, PostNorm, Rule, RuleConfig, build_rule
+from mvsplit.residuals import MVSplit, PostNorm, Rule, RuleConfig, as_recorded, build_rule
 
 
 def into_mvsplit(model: DiT, *, gain: float = 1.0) -> list[str]:
@@ -125,9 +125,7 @@ def _full_gains(rule: PostNorm, factor: float, *, like: Tensor) -> tuple[Tensor,
 
 def _start_of(rule: PostNorm, gains: tuple[Tensor, Tensor, Tensor]) -> RuleConfig:
     """The configuration of the new rule: its kind and ε. The gains named in it are those of the
-    first branch, for people to read, brought into what a start may be; each branch's own are in
-    its parameters."""
-    beta, alpha, leak = (max(0.0, float(g.double().mean())) for g in gains)
-    return RuleConfig(
-        name="mvsplit", beta=beta, alpha=alpha, tied_leak=False, leak=min(leak, 2.0), eps=rule.eps
-    )
+    first branch, for people to read; each branch's own are in its parameters."""
+    beta, alpha, leak = (float(g.double().mean()) for g in gains)
+    fields = {"beta": beta, "alpha": alpha, "tied_leak": False, "leak": leak}
+    return RuleConfig(name="mvsplit", eps=rule.eps, **as_recorded(fields))

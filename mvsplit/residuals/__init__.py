@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from mvsplit.errors import UserError, nearest
-from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig
+from mvsplit.residuals.base import Branch, PostNorm, Rule, RuleConfig, as_recorded
 from mvsplit.residuals.controls import HardCenter, mvsplit_attention_only
 from mvsplit.residuals.mvsplit import MVSplit, UnnormedMVSplit
 from mvsplit.residuals.rivals import (
@@ -70,5 +70,6 @@ __all__ = [
     "RuleConfig",
     "Sandwich",
     "UnnormedMVSplit",
+    "as_recorded",
     "build_rule",
 ]

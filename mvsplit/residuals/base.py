@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ from mvsplit.errors import UserError
 from mvsplit.kernels import Gains, Segments, split_merge
 
 Branch = Literal["attention", "ffn"]
+_GAINS = ("beta", "alpha", "leak", "gamma")  # fields of a `RuleConfig`
+# Each merge multiplies the trunk mean by 1 − λ: past 2 it grows and changes its sign.
+_MOST_LEAK = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,10 @@ class RuleConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("beta", "alpha", "leak", "gamma"):
+        for name in _GAINS:
             self._check_gain(name, getattr(self, name))
-        # Each merge multiplies the trunk mean by 1 − λ: past 2 it grows and changes its sign.
         leak = "alpha" if self.tied_leak else "leak"
-        if (getattr(self, leak) or 0) > 2:
+        if (getattr(self, leak) or 0) > _MOST_LEAK:
             raise UserError(
                 f"rule.{leak}={getattr(self, leak)}: must be between 0 and 2 at the start, for "
                 f"each merge multiplies the mean of the trunk by 1 − {leak}; 0 or 1/√L are usual"
@@ -66,6 +69,21 @@ class RuleConfig:
                 f"rule.{name}={value}: must not be negative at the start; leave it out for the "
                 f"default, or give a number from 0 to 1"
             )
+
+
+def as_recorded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `RuleConfig` that names the gains of weights, which learned them: what no
+    start may be, a gain below 0 or a λ past 2, is brought to the nearest that one may. It is there
+    for people to read, for the gains themselves lie in the weights; and what turned networks into
+    MV-Split wrote it as it was until starts were restricted. All else stays, to be refused."""
+    leak = "alpha" if fields.get("tied_leak", True) else "leak"
+    found = dict(fields)
+    for name in _GAINS:
+        value = found.get(name)
+        most = _MOST_LEAK if name == leak else math.inf
+        if isinstance(value, int | float) and math.isfinite(value) and not 0 <= value <= most:
+            found[name] = 0.0 if value < 0 else most
+    return found
 
 
 class Rule(nn.Module):

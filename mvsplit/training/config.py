@@ -15,7 +15,7 @@ from mvsplit.errors import UserError
 from mvsplit.flow import DPOConfig
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, as_recorded
 from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training.typed_json import read_as
 
@@ -399,11 +399,19 @@ def from_json(text: str, source: Path | str = "config.json") -> Experiment:
             f"{source} is not valid JSON ({error}); restore it, or start a new run folder"
         ) from error
     try:
-        return read_as(Experiment, tree, "")
+        return read_as(Experiment, _recorded(tree, "rule_now"), "")
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
 def read_model_config(tree: Any, name: str) -> DiTConfig:
-    """The network's configuration from parsed JSON. Raises UserError that begins with `name`."""
-    return read_as(DiTConfig, tree, name)
+    """The configuration of the network of some weights, from parsed JSON. Raises UserError that
+    begins with `name`."""
+    return read_as(DiTConfig, _recorded(tree, "rule"), name)
+
+
+def _recorded(tree: Any, field: str) -> Any:
+    """Parsed JSON with the rule in `field`, which decides nothing, as one may be."""
+    if isinstance(tree, dict) and isinstance(tree.get(field), dict):
+        return {**tree, field: as_recorded(tree[field])}
+    return tree

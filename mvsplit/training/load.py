@@ -13,7 +13,7 @@ from mvsplit.data import CachedText, WordEmbedder
 from mvsplit.errors import UserError
 from mvsplit.models import DiT
 from mvsplit.models.lora import merge_lora
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, as_recorded
 from mvsplit.training.builders import build_data, build_embedder
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
@@ -82,7 +82,8 @@ def load_run(
         )
     names = weight_files(experiment, ema=ema)
     snapshot = _read(path, names)
-    rule = RuleConfig(**snapshot.values["rule"])  # which a policy may have changed since the start
+    # Which a policy may have changed since the start.
+    rule = RuleConfig(**as_recorded(snapshot.values["rule"]))
     with torch.device("meta"):  # no initial values, and no draw from the global generator
         model = DiT(replace(experiment.model, rule=rule))
         choose_parameters(model, experiment.train.tune)

@@ -15,7 +15,7 @@ from mvsplit.errors import UserError
 from mvsplit.models import DiT
 from mvsplit.models.growth import parameters_of_layers
 from mvsplit.models.surgery import gain_names, set_rule
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, as_recorded
 from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training.checkpoint import Snapshot
 from mvsplit.training.distributed import rank, world
@@ -151,7 +151,7 @@ class TrainState:
 
     def _take_rule(self, snapshot: Snapshot) -> None:
         """Gives the model the rule that it had when the snapshot was taken."""
-        rule = RuleConfig(**snapshot.values["rule"])
+        rule = RuleConfig(**as_recorded(snapshot.values["rule"]))
         joined = "joined" in snapshot.values["updates"]
         depth, has = self.model.config.depth, self.model.config.rule
         other = written_out(rule, depth) != written_out(has, depth)

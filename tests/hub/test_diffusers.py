@@ -311,3 +311,18 @@ def test_without_a_text_encoder_or_a_size_it_says_so(digits, tmp_path):
     held = json.loads((tmp_path / "model_index.json").read_text())
     assert held["transformer"][1] == "MVSplitDiTTransformer2DModel"
     assert MVSplitPipeline.from_pretrained(tmp_path).vae is None
+
+
+def test_gains_that_an_older_surgery_wrote_are_read_aloud_and_the_weights_keep_theirs(tmp_path):
+    model = MVSplitDiTTransformer2DModel.from_dit(tiny_dit())
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    tree = json.loads(config.read_text())
+    tree["rule"]["alpha"] = -0.25
+    config.write_text(json.dumps(tree))
+    with pytest.warns(
+        UserWarning, match=r"rule\.alpha=-0\.25: no network starts with it; 0 is taken"
+    ):
+        back = MVSplitDiTTransformer2DModel.from_pretrained(tmp_path)
+    theirs = back.dit.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in model.dit.state_dict().items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,21 @@ from rich.console import Console
 from torch import Tensor
 
 from mvsplit.cli.start import StartOptions, origin_of, starter
+from mvsplit.data.atomic import sha256
 from mvsplit.errors import UserError
-from mvsplit.hub import load_weights
+from mvsplit.hub import load_weights, write_weights
+from mvsplit.models import DiT
 from mvsplit.residuals import RuleConfig
-from mvsplit.training import Experiment, Origin, TrainState, TuneConfig, build_state, train
+from mvsplit.training import (
+    Experiment,
+    Origin,
+    TrainState,
+    TuneConfig,
+    build_state,
+    load_run,
+    read_experiment,
+    train,
+)
 from mvsplit.training.carried import correction
 from mvsplit.training.checkpoint import list_checkpoints, read_checkpoint
 from mvsplit.training.config import ReactionConfig
@@ -293,3 +306,77 @@ def test_a_source_of_another_rule_gets_the_flag_of_the_one_before(
     as_it_is = replace(wrong, origin=Origin(source=str(plain_run)))
     with pytest.raises(UserError, match=re.escape("use --model.rule.name plain, or other")):
         split(as_it_is, tmp_path / "run")
+
+
+OLD = {"beta": -0.5, "alpha": -0.001, "leak": 2.5}  # what a surgery wrote of learned gains
+
+
+def aged(run: Path) -> None:
+    """Writes into the files of a run what they had held before starts were restricted."""
+    config = run / "config.json"
+    tree = json.loads(config.read_text())
+    assert tree["rule_now"]["name"] == "mvsplit"
+    tree["rule_now"] |= OLD
+    config.write_text(json.dumps(tree))
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        state, manifest = checkpoint / "state.json", checkpoint / "manifest.json"
+        values = json.loads(state.read_text())
+        values["rule"] |= OLD
+        state.write_text(json.dumps(values))
+        listed = json.loads(manifest.read_text())
+        listed["files"]["state.json"] = {"bytes": state.stat().st_size, "sha256": sha256(state)}
+        manifest.write_text(json.dumps(listed))
+
+
+def test_a_run_of_before_gains_were_restricted_is_read_and_goes_on(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    """The gains are in the weights; those in the files are for people."""
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    split(splitting(plain_run, steps=4), old)
+    shutil.copytree(old, whole)
+    aged(old)
+    rule = read_experiment(old).rule_now
+    assert rule is not None
+    assert (rule.beta, rule.alpha, rule.leak) == (0.0, 0.0, 2.0)
+    for load in (lambda run: load_run(run).model, load_weights):
+        same(load(old), load(whole))
+    for run in (old, whole):
+        split(splitting(plain_run, steps=6), run)
+    runs.assert_same_weights(saved(old), saved(whole))
+
+
+def same(left: DiT, right: DiT) -> None:
+    theirs = right.state_dict()
+    assert theirs.keys() == left.state_dict().keys()
+    assert all(torch.equal(t, theirs[name]) for name, t in left.state_dict().items())
+
+
+def test_what_was_converted_from_it_is_read_too(plain_run: Path, tmp_path: Path) -> None:
+    split(splitting(plain_run, steps=1), tmp_path / "run")
+    model = load_weights(tmp_path / "run")
+    write_weights(model, tmp_path / "copy", "checkpoint")
+    write_weights(model, tmp_path / "pipeline", "diffusers")
+    changed = 0
+    for path in tmp_path.glob("*/**/*.json"):
+        tree = json.loads(path.read_text())
+        rule = tree.get("rule") or tree.get("model", {}).get("rule")
+        if "run" not in path.parts and rule:
+            rule |= OLD
+            path.write_text(json.dumps(tree))
+            changed += 1
+    assert changed == 2
+    for name in ("copy", "pipeline"):
+        same(load_weights(tmp_path / name), model)
+
+
+def test_a_start_that_a_file_asks_for_is_refused_all_the_same(
+    plain_run: Path, tmp_path: Path
+) -> None:
+    split(splitting(plain_run, steps=1), tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    tree = json.loads(config.read_text())
+    tree["model"]["rule"]["alpha"] = -0.25
+    config.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"config\.json: rule\.alpha=-0\.25: must not be negative"):
+        read_experiment(tmp_path / "run")
