@@ -1,6 +1,6 @@
 """Writes docs/performance.md from the results in benchmarks/results/, or shows one as a table.
 
-    python benchmarks/performance_page.py [--check]
+    mvsplit bench page [--check]    # writes docs/what-you-get.md as well, from the same results
     python benchmarks/performance_page.py --table FILE…    # of a script in `mvsplit bench`
 
 --check writes nothing and fails where the page is not what the results give. Takes a second.
@@ -38,7 +38,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
-Written by `python benchmarks/performance_page.py` from [`benchmarks/results/`](../benchmarks/results),
+Written by `mvsplit bench page` from [`benchmarks/results/`](../benchmarks/results),
 so every figure is that of a file there. One NVIDIA H200, torch {torch}, Triton {triton}, bf16, D = 1024,
 8 heads of 128, FFN 3072. *Released* is the code that came with the paper, run as it is; its figures and
 those of cuDNN's attention were measured once by hand ([reference_h200.json](../benchmarks/results/reference_h200.json)).

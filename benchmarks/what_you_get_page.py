@@ -1,6 +1,6 @@
 """Writes docs/what-you-get.md: what trains, draws and is trained further on which machine.
 
-    python benchmarks/what_you_get_page.py [--check]    # mvsplit bench page does it too
+    mvsplit bench page [--check]    # writes docs/performance.md as well, from the same results
 
 Predicted figures are those of `mvsplit plan`, measured ones those of files in benchmarks/results/.
 --check writes nothing and fails where the page is not what both give. Takes seconds.
@@ -35,7 +35,7 @@ MOST = 4096  # layers that are tried
 DAY = 86400
 HEAD = """# What you get on which machine
 
-Written by `python benchmarks/what_you_get_page.py`. **Predicted** figures are those of `mvsplit plan`; how near they
+Written by `mvsplit bench page`. **Predicted** figures are those of `mvsplit plan`; how near they
 are to what an H200 took is on [another page](performance.md#what-mvsplit-plan-foretells). Of an H100 its products and its
 copy are measured, of an RTX 4090 nothing: its rates are the data sheet's. **Measured** figures are of the file in
 their row.
@@ -222,7 +222,7 @@ def main() -> None:
         PAGE.write_text(page(), encoding="utf-8")
         print(f"wrote {PAGE}")
     elif PAGE.read_text(encoding="utf-8") != page():
-        sys.exit(f"{PAGE.name} is out of date: python benchmarks/what_you_get_page.py writes it")
+        sys.exit(f"{PAGE.name} is out of date: mvsplit bench page writes it")
 
 
 if __name__ == "__main__":
