@@ -32,7 +32,7 @@ import torch
 from card_load import CardLoad
 from step_parts import Size, Trainer, free, keep_busy, synchronise
 
-from mvsplit.kernels import attention
+from mvsplit.kernels import attention, masked_attention
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.kernels.fused import qk_norm_rope
 from mvsplit.kernels.hopper import merge_choice
@@ -73,6 +73,7 @@ WAYS: dict[str, tuple[Any, str, Any]] = {
         "ways",
         _without("unit heads in CUDA C++, gradients by it"),
     ),
+    "norm and rotation on their own": (masked_attention, "turns_back", lambda _: False),
     "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
 }
 

@@ -119,7 +119,37 @@ def with_unit_heads_in_cuda(
         raise (RuntimeError if found.lasting else NotComparedError)(found.reason)
     if not gradients:
         _check(q, k, v, can_use_cudnn_attention)
-    return by_unit_heads_in_cuda(q, k, v, segments, gradients=gradients)
+        return by_unit_heads_in_cuda(q, k, v, segments, gradients=False)
+    turns = q.requires_grad and turns_back(q)
+    return _InCuda.apply(q, k, v, segments.first_tokens(), True, turns)
+
+
+def turns_back(q: Tensor) -> bool:
+    """Whether the kernel of the gradients may go on to the projection that was turned and
+    normalised; it is compared and timed first, where it was not yet."""
+    from mvsplit.kernels.hopper import unit_heads_choice
+
+    kind = unit_heads_choice.Class(q.shape[2], masked=False, gradients=True, turned=True)
+    return unit_heads_choice.obstacle(kind, q.device) is None
+
+
+def gradient_of_projection(
+    out: Tensor, grad: Tensor, r: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor | None:
+    """The gradient of the projection [B, T, 3H·K] that `qk_norm_rope` made q, k and v from, from
+    that of the output of `attend` [B, H, T, K], in one kernel; None where none serves that can.
+
+    Args:
+        out: with its graph, which stays.
+        r, cos, sin: as `unit_heads.backward_of_projection` has them.
+    """
+    from mvsplit.kernels.hopper import unit_heads
+
+    node: Any = out.grad_fn
+    if not getattr(node, "turns", False) or not unit_heads.takes_turn(r, cos, sin):
+        return None
+    q, k, v, result, lse = node.saved_tensors
+    return unit_heads.backward_of_projection(grad, q, k, v, result, lse, r, cos, sin)
 
 
 def obstacle_in_cuda(
@@ -141,7 +171,7 @@ def by_unit_heads_in_cuda(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, gradients: bool
 ) -> Tensor:
     """As `with_unit_heads_in_cuda`, whose kernels take such inputs."""
-    return _InCuda.apply(q, k, v, segments.first_tokens(), gradients)
+    return _InCuda.apply(q, k, v, segments.first_tokens(), gradients, False)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, takes: Callable[..., bool]) -> None:
@@ -318,13 +348,14 @@ class _UnitHeads(torch.autograd.Function):
 class _InCuda(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, gradients: bool
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, gradients: bool,
+        turns: bool,
+    ) -> Tensor:  # fmt: skip
         from mvsplit.kernels.hopper import unit_heads
 
         out, lse = unit_heads.forward(q, k, v, counts)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.gradients = gradients
+        ctx.gradients, ctx.turns = gradients, turns
         return out
 
     @staticmethod
@@ -334,9 +365,9 @@ class _InCuda(torch.autograd.Function):
 
         q, k, v, out, lse = ctx.saved_tensors
         if ctx.gradients:
-            return *unit_heads.backward(grad, q, k, v, out, lse), None, None
+            return *unit_heads.backward(grad, q, k, v, out, lse), None, None, None
         chance = torch.empty((), dtype=torch.int64, device=q.device)  # not read without dropout
-        return *_cudnn_backward(grad, q, k, v, out, lse, chance, chance), None, None
+        return *_cudnn_backward(grad, q, k, v, out, lse, chance, chance), None, None, None
 
 
 def _cudnn_backward(

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mvsplit.kernels import Segments
+from mvsplit.kernels import Segments, reference
 from mvsplit.kernels import masked_attention as masked
 from mvsplit.kernels.hopper import attention, unit_heads
 from mvsplit.kernels.hopper import unit_heads_choice as choice
@@ -41,13 +41,21 @@ def draw(rows, counts, device="cpu"):
 def truth(q, k, v, grad, counts):
     """Output, log-sum-exp and gradients in fp64."""
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    scores = leaves[0] @ leaves[1].mT / math.sqrt(128)
-    if counts is not None:
-        keys = torch.arange(q.shape[2]) < torch.tensor(counts)[:, None]
-        scores = scores.masked_fill(~keys[:, None, None].to(q.device), -1e30)
-    out = scores.softmax(-1) @ leaves[2]
+    out = truth_of(*leaves, counts)
     grads = torch.autograd.grad(out, leaves, grad.double())
-    return out.detach(), scores.logsumexp(-1).detach(), grads
+    return out.detach(), scores_of(*leaves[:2], counts).logsumexp(-1).detach(), grads
+
+
+def scores_of(q, k, counts):
+    scores = q @ k.mT / math.sqrt(128)
+    if counts is None:
+        return scores
+    keys = torch.arange(q.shape[2]) < torch.tensor(counts)[:, None]
+    return scores.masked_fill(~keys[:, None, None].to(q.device), -1e30)
+
+
+def truth_of(q, k, v, counts):
+    return scores_of(q, k, counts).softmax(-1) @ v
 
 
 def check(rows, counts, device):
@@ -67,6 +75,42 @@ def check(rows, counts, device):
     assert (lse[..., 0].transpose(1, 2)[real] - of_lse.transpose(1, 2)[real]).abs().max() < 1e-5
 
 
+def raw(rows, counts, device="cpu"):
+    """A packed projection, zero on padding, and the tables that it is turned by; fp32."""
+    noise = torch.Generator().manual_seed(rows)
+    x = torch.randn(BATCH, rows, 3 * HEADS, 128, generator=noise)
+    x *= torch.rand(BATCH, rows, 3 * HEADS, 1, generator=noise) + 0.1
+    if counts is not None:
+        x *= torch.arange(rows)[:, None, None] < torch.tensor(counts)[:, None, None, None]
+    angles = 6 * torch.rand(rows, 64, generator=noise)
+    angles[3 * rows // 4 :] = 0  # text is not turned
+    tables = torch.stack((angles.cos(), angles.sin()), 1).to(device)  # rows of 128
+    return x.flatten(-2).to(device), *tables.unbind(1)
+
+
+def check_of_projection(rows, counts, device):
+    x, cos, sin = raw(rows, counts, device)
+    y = reference.qk_norm_rope_forward(x, cos, sin, HEADS, HEADS, 1e-6)
+    heads = torch.cat((y.y, y.v), 2).bfloat16().transpose(1, 2)
+    q, k, v = heads.split(HEADS, 1)
+    grad = draw(rows, counts, device)[3]
+    number = None if counts is None else torch.tensor(counts, dtype=torch.int32, device=device)
+    out, lse = unit_heads.forward(q, k, v, number)
+    r = y.r[..., 0].contiguous()
+    assert unit_heads.takes_turn(r, cos, sin)
+    found = unit_heads.backward_of_projection(grad, q, k, v, out, lse, r, cos, sin)
+    leaf = x.double().requires_grad_()
+    turned = reference.qk_norm_rope(leaf, cos.double(), sin.double(), HEADS, HEADS)
+    (wanted,) = torch.autograd.grad(truth_of(*turned, counts), leaf, grad.double())
+    real = torch.ones(BATCH, rows, dtype=torch.bool, device=device)
+    if number is not None:
+        real = torch.arange(rows, device=device) < number[:, None]
+    assert found.isfinite().all()
+    for ours, right in zip(found.chunk(3, -1), wanted.chunk(3, -1), strict=True):
+        ours, right = ours[real].double(), right[real]
+        assert (ours - right).norm() / right.norm() < 8e-3
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """What is allocated holds NaN."""
@@ -82,6 +126,13 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize(("rows", "counts"), SIZES)
 def test_output_and_gradients_are_those_of_attention(rows, counts):
     check(rows, counts, "cpu")
+
+
+@needs_compiler
+@pytest.mark.usefixtures("emulation", "poisoned")
+@pytest.mark.parametrize(("rows", "counts"), [SIZES[1], SIZES[2]])
+def test_gradients_of_the_projection_are_those_of_autograd(rows, counts):
+    check_of_projection(rows, counts, "cpu")
 
 
 @needs_compiler
@@ -118,6 +169,29 @@ def test_autograd_takes_both_backwards(own, monkeypatch):
         assert (ours - right).norm() / right.norm() < 6e-3
 
 
+@needs_compiler
+@pytest.mark.usefixtures("emulation")
+def test_a_block_takes_the_gradient_of_its_projection_from_the_kernel_that_gives_it():
+    x, cos, sin = raw(48, (48, 41))
+    y = reference.qk_norm_rope_forward(x, cos, sin, HEADS, HEADS, 1e-6)
+    q, k, v = torch.cat((y.y, y.v), 2).bfloat16().transpose(1, 2).split(HEADS, 1)
+    r, grad = y.r[..., 0].contiguous(), draw(48, (48, 41))[3]
+    counts = torch.tensor((48, 41), dtype=torch.int32)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = masked._InCuda.apply(*leaves, counts, True, True)
+    found = masked.gradient_of_projection(out, grad, r, cos, sin)
+    of_q, of_k, of_v = (g.transpose(1, 2).float() for g in torch.autograd.grad(out, leaves, grad))
+    heads = torch.cat((of_q, of_k), 2)
+    wanted = reference.qk_norm_rope_backward(heads, of_v, y.y.bfloat16().float(), y.r, cos, sin)
+    real = torch.arange(48) < counts[:, None]
+    assert (found[real] - wanted[real]).norm() / wanted[real].norm() < 4e-3  # two roundings
+    assert masked.gradient_of_projection(out, grad, r.double(), cos, sin) is None
+    assert masked.gradient_of_projection(out, grad, r, cos[:, ::2], sin) is None
+    for way in ((True, False), (False, False)):  # by a kernel of heads alone, by cuDNN
+        other = masked._InCuda.apply(*leaves, counts, *way)
+        assert masked.gradient_of_projection(other, grad, r, cos, sin) is None
+
+
 def from_what_was_kept(grad, q, k, v, out, lse, *_):
     """As cuDNN's operator has it, in fp32."""
     q, k, v, grad, out = (t.float() for t in (q, k, v, grad, out))
@@ -140,6 +214,7 @@ def test_what_it_takes_fits_into_shared_memory(rows):
 @pytest.mark.parametrize(("rows", "counts"), [*SIZES, (64, (3, 64)), (256, None)])
 def test_on_a_gpu_too(rows, counts):
     check(rows, counts, "cuda")
+    check_of_projection(rows, counts, "cuda")
 
 
 @pytest.mark.gpu
@@ -161,7 +236,15 @@ def test_a_thread_that_has_not_called_the_gpu_yet():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("kind", [choice.Class(320, False, True), choice.Class(288, True, True)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        choice.Class(320, False, True),
+        choice.Class(288, True, True),
+        choice.Class(320, False, True, turned=True),
+        choice.Class(288, False, True, turned=True),
+    ],
+)
 def test_the_kernels_are_right_by_their_own_comparison(kind):
     assert choice._verdict_elsewhere(kind, torch.device("cuda", 0)) == ("right", True)
 
@@ -170,6 +253,7 @@ def test_the_kernels_are_right_by_their_own_comparison(kind):
 
 CPU = torch.device("cpu")
 KINDS = [choice.Class(64, True, True), choice.Class(48, False, True), choice.Class(64, True, False)]
+TURNED = choice.Class(64, False, True, turned=True)
 
 
 def formula(q, k, v, counts):
@@ -188,7 +272,51 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(choice, "HEADS", 2)
     monkeypatch.setattr(unit_heads, "forward", formula)
     monkeypatch.setattr(unit_heads, "backward", from_what_was_kept)
+    monkeypatch.setattr(unit_heads, "backward_of_projection", projection_from_what_was_kept)
+    monkeypatch.setattr(choice._Given, "by_two_kernels", choice._Given.by_one_kernel)
     monkeypatch.setattr(masked, "_cudnn_backward", from_what_was_kept)
+
+
+def projection_from_what_was_kept(grad, q, k, v, out, lse, r, cos, sin):
+    of_q, of_k, of_v = (
+        t.transpose(1, 2).float() for t in from_what_was_kept(grad, q, k, v, out, lse)
+    )
+    heads, y = (torch.cat(t, 2) for t in ((of_q, of_k), (q.transpose(1, 2), k.transpose(1, 2))))
+    return reference.qk_norm_rope_backward(
+        heads, of_v, y.float(), r.unsqueeze(-1), cos, sin
+    ).bfloat16()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_gradient_of_a_projection_is_compared_too(monkeypatch):
+    assert choice._verdict(TURNED, CPU) == ("right", True)
+    right, calls = projection_from_what_was_kept, []
+    monkeypatch.setattr(choice._Given, "by_two_kernels", lambda self: right(
+        self.grad, *self.heads, self.out, self.lse, self.r, self.cos, self.sin
+    ))  # fmt: skip
+
+    def unturned(grad, q, k, v, out, lse, r, cos, sin):
+        return right(grad, q, k, v, out, lse, r, cos, -sin)
+
+    def one_head_longer(*given):
+        found = right(*given)
+        found[..., 128:256] *= 1.02
+        return found
+
+    def now_and_then(*given):
+        calls.append(None)
+        found = right(*given)
+        found[0, 0, 0] += len(calls) % 2 * 0.1
+        return found
+
+    def not_finite(*given):
+        found = right(*given)
+        found[-1, -1, -1] = torch.nan
+        return found
+
+    for wrong in (unturned, one_head_longer, now_and_then, not_finite):
+        monkeypatch.setattr(unit_heads, "backward_of_projection", wrong)
+        assert choice._verdict(TURNED, CPU)[0].startswith("off ")
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -272,7 +400,7 @@ def test_a_verdict_is_kept_and_said_and_never_made_in_a_capture(monkeypatch, tmp
 
 def test_forward_is_asked_about_alone_only_where_backward_is_not_right(monkeypatch):
     asked, answers = [], {}
-    monkeypatch.setattr(choice, "_untrusted", lambda kind, _: asked.append(kind) or answers[kind])
+    monkeypatch.setattr(choice, "obstacle", lambda kind, _: asked.append(kind) or answers[kind])
     both, alone = choice.Class(64, True, True), choice.Class(64, True, False)
     answers |= {both: None, alone: "off"}
     assert choice.untrusted(alone, CPU) is None

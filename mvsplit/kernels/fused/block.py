@@ -41,6 +41,7 @@ from mvsplit.kernels.block_parts import (
 )
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
+from mvsplit.kernels.masked_attention import gradient_of_projection
 from mvsplit.kernels.reference import Gain, Gains
 
 
@@ -228,13 +229,15 @@ def _attention_backward(
     assert kept.attended is not None
     assert kept.y is not None
     assert kept.first is not None
-    q, k, v, r, mixed, f = kept.attended
+    q, k, v, r, out, f = kept.attended
     of = merge_backward(grad, kept.y, f, kept.first, merge)
     grad_proj = _weight_gradient(weights.proj, of.f, kept.attended.mixed, s.adds)
     upstream = (of.f @ low.proj).unflatten(-1, (s.heads, -1)).transpose(1, 2)
-    with torch.enable_grad():
-        grads = torch.autograd.grad(mixed, (q, k, v), upstream)
-    grad_qkv = qk_norm_rope._backward_op(*grads, q.detach(), k.detach(), r, s.cos, s.sin)
+    grad_qkv = gradient_of_projection(out, upstream, r, s.cos, s.sin)
+    if grad_qkv is None:
+        with torch.enable_grad():
+            grads = torch.autograd.grad(out, (q, k, v), upstream)
+        grad_qkv = qk_norm_rope._backward_op(*grads, q.detach(), k.detach(), r, s.cos, s.sin)
     grad_w = _weight_gradient(weights.qkv, grad_qkv, x, s.adds)
     return _add_input_gradient(of.x, grad_qkv, low.qkv), of[2:], grad_w, grad_proj
 

@@ -10,8 +10,13 @@
 // blocks of queries come first: those of keys need δ of all queries before they can begin, and by then find O and dO
 // in the L2 cache. What is said of "all" is Q, dO or K, V; of "here", K, V or Q, dO.
 //
+// TURNED: queries and keys are rows ŷ = R·x/RMS(x) of x that R had turned, and what is written are the gradients of x,
+//
+//   dx = R⁻¹·(dŷ − ŷ·Σ dŷ⊙ŷ/128)/RMS(x)
+//
 //   TOK     rows of a sample; BOX of them are copied at once, TOK/BOX times
 //   KEYS_AT, QUERIES_AT  multiples of BOX: of "all", how many are taken at a time for keys, for queries
+//   TURNED  0 or 1
 //   TYPE    bf16
 
 #define WG 2
@@ -26,6 +31,8 @@
 #define TURNS ((TILES + WG - 1) / WG)
 
 struct Rows { char *p; long long sample, head, token; };  // [B, H, T, 128] in memory; bytes from one to the next
+
+struct Turn { const float *r, *cos, *sin; int cos_token, sin_token; };  // 1/RMS [B, T, 2H]; [T, 64], floats from one to the next
 
 struct Operands {  // in shared memory: all, twice; here, twice, of each warpgroup; two numbers of each query; barriers
   u32 all, here, bar;
@@ -155,7 +162,8 @@ __device__ __forceinline__ void differentiate(u32 (&p)[N / 2], u32 (&g)[N / 2], 
 
 // Of the 64 rows at `here` and rows `from` … `to` of all: to `first` are added dK·√128 and to `second` dV, or to
 // `first` dQ·√128; beside that run the scores of the next part, which is asked for as its turn begins: asked for at
-// the end of the turn before, each product waits for the one before it (ptxas 13.0).
+// the end of the turn before, each product waits for the one before it (ptxas 13.0). `here` is said to be uniform at
+// each turn, or ptxas moves it to a uniform register between products.
 template <bool KEYS, int AT>
 __device__ __forceinline__ void gradients(float (&first)[HEAD / 2], float (&second)[HEAD / 2], u32 here, int from, int to, const Operands &ops,
                                           float scale, const float *lse, const float *delta, volatile u32 *fault) {
@@ -164,7 +172,7 @@ __device__ __forceinline__ void gradients(float (&first)[HEAD / 2], float (&seco
     float s[AT / 2], d[AT / 2];
     u32 p[AT / 4], g[AT / 4];
     const u32 now = uniform(at);
-    ask(s, d, here, now, ops, fault);
+    ask(s, d, uniform(here), now, ops, fault);
     products_sync<0>();
     in_flight(s);
     in_flight(d);
@@ -227,12 +235,56 @@ __device__ __forceinline__ void write_rows(const float (&v)[HEAD / 2], float fac
     }
 }
 
+// The pairs of channels of a warp's 16 rows that a thread has of a product with 128 columns, of a matrix here.
+__device__ __forceinline__ void keep(u32 (&y)[HEAD / 4], const char *matrix, int first, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; ++j) {
+      const int row = first + lane / 4 + 8 * h;
+      y[HEAD / 8 * h + j] = *(const u32 *)(matrix + j / 8 * (TILE / 2) + row * 128 + ((j ^ row) % 8 << 4) + lane % 4 * 4);
+    }
+}
+
+// dŷ·√128 of a warp's 16 rows, tokens from `first` on → dx; `r` is the one of token 0, `pitch` further that of token 1.
+__device__ __forceinline__ void turn_back(float (&g)[HEAD / 2], const u32 (&y)[HEAD / 4], const Turn &turn, const float *r, int pitch, int first, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int t = first + lane / 4 + 8 * h, channel = lane % 4 * 2;
+    const float inverse = r[t * pitch] * RSQRT_HEAD;
+    float along = 0.f;
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; ++j) {
+      const u32 both = y[HEAD / 8 * h + j];
+      along += g[4 * j + 2 * h] * low_half(both) + g[4 * j + 2 * h + 1] * high_half(both);
+    }
+    along += __shfl_xor_sync(~0u, along, 1);
+    along += __shfl_xor_sync(~0u, along, 2);
+    along *= 1.f / HEAD;
+#pragma unroll
+    for (int j = 0; j < HEAD / 16; ++j) {  // a channel is turned with the one 64 further
+      const float2 cos = *(const float2 *)(turn.cos + t * turn.cos_token + 8 * j + channel);
+      const float2 sin = *(const float2 *)(turn.sin + t * turn.sin_token + 8 * j + channel);
+      const u32 near = y[HEAD / 8 * h + j], far = y[HEAD / 8 * h + j + HEAD / 16];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float &one = g[4 * j + 2 * h + e], &two = g[4 * (j + HEAD / 16) + 2 * h + e];
+        const float a = (one - (e ? high_half(near) : low_half(near)) * along) * inverse;
+        const float b = (two - (e ? high_half(far) : low_half(far)) * along) * inverse;
+        one = a * (e ? cos.y : cos.x) - b * (e ? sin.y : sin.x);
+        two = b * (e ? cos.y : cos.x) + a * (e ? sin.y : sin.x);
+      }
+    }
+  }
+}
+
 // All rows of a head: of its keys and values, or of its queries. Where the number of tiles is odd, the warpgroups
 // share the last: each has it here, takes half of the parts of all, and adds up with the other what it writes: the
 // first dK, the second dV, or the first dQ.
 template <bool KEYS, int AT>
 __device__ __forceinline__ void run_head(const Map *map_here, const Map *other_here, const Operands &ops, char *memory, const Rows &to, const Rows &other,
-                                         const Rows &out, const float *p_lse, int head, int sample, float scale, volatile u32 *fault) {
+                                         const Rows &out, const float *p_lse, const Turn &rotation, int heads, int head, int sample, float scale,
+                                         volatile u32 *fault) {
   const int warp = threadIdx.x / 32 % 4, group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32, own = warp * 16 + lane / 4;
   const u32 here = ops.here + group * 2 * TILE, bar = ops.bar + 8 * (BOXES + group);
   char *place = memory + 4 * HALF + group * 2 * TILE;
@@ -253,8 +305,12 @@ __device__ __forceinline__ void run_head(const Map *map_here, const Map *other_h
       delta[0] = own_delta[own], delta[1] = own_delta[own + 8];
       gradients<false, AT>(one, two, here, from, end, ops, scale, measured.lse, delta, fault);
     }
-    group_sync(group);  // all have read what is here
     const int first = tile * 64 + warp * 16;
+#if TURNED
+    u32 y[HEAD / 4];
+    keep(y, place, warp * 16, lane);
+#endif
+    group_sync(group);  // all have read what is here
     if (turn + 1 < TURNS) {
       tile = TILES % WG && turn + 2 == TURNS ? TILES - 1 : tile + WG;
       if (threadIdx.x % 128 == 0) load_here(map_here, other_here, here, bar, tile, head, sample);
@@ -269,7 +325,12 @@ __device__ __forceinline__ void run_head(const Map *map_here, const Map *other_h
       else if (KEYS) take(two, others);
     }
     const bool real = first < TOK;
-    if (real && !(shares && group)) write_rows(one, RSQRT_HEAD, row_of(to, sample, head, first), to.token, lane);
+    if (real && !(shares && group)) {
+#if TURNED
+      turn_back(one, y, rotation, rotation.r + (long long)sample * TOK * 2 * heads + (KEYS ? heads : 0) + head, 2 * heads, first, lane);
+#endif
+      write_rows(one, TURNED ? 1.f : RSQRT_HEAD, row_of(to, sample, head, first), to.token, lane);
+    }
     if (KEYS && real && !(shares && !group)) write_rows(two, 1.f, row_of(other, sample, head, first), other.token, lane);
   }
 }
@@ -278,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_backward(const __grid_constant__ Map map_q, const __grid_constant__ Map map_k, const __grid_constant__ Map map_v,
                    const __grid_constant__ Map map_grad, const __grid_constant__ Map all_q, const __grid_constant__ Map all_k,
                    const __grid_constant__ Map all_v, const __grid_constant__ Map all_grad, Rows out, const float *p_lse, Rows to_q,
-                   Rows to_k, Rows to_v, int heads, int n_heads, float scale, volatile u32 *fault) {
+                   Rows to_k, Rows to_v, Turn rotation, int heads, int n_heads, float scale, volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
   const Operands ops(memory);
   const bool of_keys = blockIdx.x >= n_heads;
@@ -297,7 +358,7 @@ attention_backward(const __grid_constant__ Map map_q, const __grid_constant__ Ma
     __syncthreads();
   }
   if (of_keys)
-    run_head<true, KEYS_AT>(&map_k, &map_v, ops, memory, to_k, to_v, out, p_lse, head, sample, scale, fault);
+    run_head<true, KEYS_AT>(&map_k, &map_v, ops, memory, to_k, to_v, out, p_lse, rotation, heads, head, sample, scale, fault);
   else
-    run_head<false, QUERIES_AT>(&map_q, &map_grad, ops, memory, to_q, to_q, out, p_lse, head, sample, scale, fault);
+    run_head<false, QUERIES_AT>(&map_q, &map_grad, ops, memory, to_q, to_q, out, p_lse, rotation, heads, head, sample, scale, fault);
 }

@@ -1,5 +1,6 @@
 """Attention of heads of unit RMS in a training step on Hopper: attention_three.cu, which leaves the
-log-sum-exp, and attention_backward.cu, which makes the gradients from it.
+log-sum-exp, and attention_backward.cu, which makes the gradients from it, of queries and keys, or
+of what they were before they were turned and normalised.
 
 Shapes: B samples, H heads, T tokens, K = 128 head width.
 """
@@ -35,6 +36,16 @@ class _Rows(ctypes.Structure):
         ("p", ctypes.c_void_p), ("sample", ctypes.c_longlong), ("head", ctypes.c_longlong),
         ("token", ctypes.c_longlong),
     )  # fmt: skip
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        ("r", ctypes.c_void_p), ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p),
+        ("cos_token", ctypes.c_int), ("sin_token", ctypes.c_int),
+    )  # fmt: skip
+
+
+_NOT_TURNED = _Turn()
 
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -96,21 +107,56 @@ def backward(
     and what `forward` gave. Rows of padding have to be zero in k, v and `grad`: what their
     queries would add to the gradients of real keys and values is not left out. Their own gradients
     have no meaning. Results are deterministic."""
+    found = _empty(q), _empty(q), _empty(q)
+    _launch_backward(grad, q, k, v, out, lse, found, None)
+    return found
+
+
+def takes_turn(r: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `backward_of_projection` takes such numbers: fp32, rows dense and of whole pairs."""
+    tables = all(
+        t.stride(-1) == 1 and t.stride(0) % 2 == 0 and t.data_ptr() % 8 == 0 for t in (cos, sin)
+    )
+    return tables and r.is_contiguous() and all(t.dtype == torch.float32 for t in (r, cos, sin))
+
+
+def backward_of_projection(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, r: Tensor,
+    cos: Tensor, sin: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `backward`, but the gradient of the projection that `fused/qk_norm_rope.py` made q, k and
+    v from, [B, T, 3H·K]. Gradients of q and k are not rounded on the way.
+
+    Args:
+        r: [B, T, 2H], 1/RMS of the queries' and the keys' heads.
+        cos, sin: of the rotation before the norm, [T, K/2]; see `takes_turn`.
+    """
+    batch, heads, rows, width = q.shape
+    packed = q.new_empty(batch, rows, 3 * heads * width)
+    found = packed.unflatten(-1, (3 * heads, width)).transpose(1, 2).split(heads, 1)
+    strides = (cos.stride(0), sin.stride(0))
+    turn = _Turn(r.data_ptr(), cos.data_ptr(), sin.data_ptr(), *strides)
+    _launch_backward(grad, q, k, v, out, lse, found, turn)
+    return packed
+
+
+def _launch_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    found: tuple[Tensor, ...], turn: _Turn | None,
+) -> None:  # fmt: skip
     batch, heads, rows, _ = q.shape
     grad = grad if _is_aligned(grad) else grad.clone(memory_format=torch.contiguous_format)
-    found = _empty(q), _empty(q), _empty(q)
     at = keys_at(rows)
     tensors = (q, k, v, grad)
-    _kernel(rows, q.device.index or 0).launch(
+    _kernel(rows, turn is not None, q.device.index or 0).launch(
         2 * batch * heads,
         (
             *(attention.box(t, _TILE) for t in tensors), *(attention.box(t, at) for t in tensors),
-            _rows(out), lse, *map(_rows, found), ctypes.c_int(heads),
+            _rows(out), lse, *map(_rows, found), turn or _NOT_TURNED, ctypes.c_int(heads),
             ctypes.c_int(batch * heads), ctypes.c_float(SCALE),
         ),
         pdl=False,
     )  # fmt: skip
-    return found
 
 
 def _rows(x: Tensor) -> _Rows:
@@ -123,13 +169,14 @@ def keys_at(rows: int) -> int:
     return next(n for n in _AT_A_TIME if rows % n == 0)
 
 
-def source(rows: int) -> str:
-    """The CUDA C++ of backward for samples of `rows` rows."""
+def source(rows: int, turned: bool = False) -> str:
+    """The CUDA C++ of backward for samples of `rows` rows, or, `turned`, of
+    `backward_of_projection`."""
     at = keys_at(rows)
     queries_at = 2 * at if rows % (2 * at) == 0 and 2 * at <= _MOST else at
     macros = {
         "TOK": rows, "BOX": at, "KEYS_AT": at, "QUERIES_AT": queries_at, "MASKED": 0, "TRAP": 1,
-        "TYPE": '"bf16"', "BF16": 1,
+        "TURNED": int(turned), "TYPE": '"bf16"', "BF16": 1,
     }  # fmt: skip
     head = "".join(f"#define {key} {value}\n" for key, value in macros.items())
     files = ("base.cu", "common.cu", "heads.cu", "attention_backward.cu")
@@ -147,8 +194,8 @@ def shared_bytes(rows: int) -> int:
 
 
 @cache
-def _kernel(rows: int, device: int) -> Kernel:
-    binary = compiled(source(rows), cache_folder() / "cuda")
+def _kernel(rows: int, turned: bool, device: int) -> Kernel:
+    binary = compiled(source(rows, turned), cache_folder() / "cuda")
     threads, shared = 128 * _GROUPS, shared_bytes(rows)
     return Kernel(
         binary, "attention_backward", threads=threads, shared=shared, cluster=1, device=device
