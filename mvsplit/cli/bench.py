@@ -11,7 +11,6 @@ import ast
 import datetime
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 import mvsplit
 from mvsplit.cli.listing import listing
 from mvsplit.errors import UserError, nearest
+from mvsplit.reproduce.workers import run_command
 
 Needs = Literal["CPU", "GPU", "GPUs"]
 
@@ -217,7 +217,8 @@ def _launcher(benchmark: Benchmark) -> list[str]:
 
 
 def _run(command: list[str], folder: Path) -> int:
-    """In the caller's folder, with the scripts' package first."""
+    """In the caller's folder, with the scripts' package first; a signal ends it and all that it
+    began."""
     paths = [str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return run_command(command, environment)

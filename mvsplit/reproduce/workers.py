@@ -1,4 +1,5 @@
-"""Worker processes that end with the process that started them, and as soon as a signal says so.
+"""Processes that end with the one that started them, and as soon as a signal says so: a pool of
+workers, workers that stay and are asked by hand, and a command.
 
 A process of the pool gets one job after the other, each when the last is done, so that nothing
 waits in a queue that a worker could still go to after a signal.
@@ -9,10 +10,11 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -30,6 +32,7 @@ LAST = 5.0  # seconds within which what was killed is gone; a GPU's driver may h
 MARK = "MVSPLIT_POOL"  # in the environment of workers, and so of all that they begin
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
+Task = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _Handler = Callable[[int, FrameType | None], None]
 
 
@@ -81,9 +84,100 @@ def worker_pool(count: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def _on_signals(handler: _Handler) -> Iterator[Callable[[], None]]:
-    """Has SIGTERM and SIGINT handled, in a main thread, for others can set no handlers; gives what
-    restores those before."""
+def standing_workers(count: int) -> Iterator[list[Connection]]:
+    """Worker processes that stay, each by a pipe for `ask_each`, and keep what their modules hold.
+
+    After the first SIGTERM or Ctrl-C, which raises `Stopped` here, and after any other failure they
+    are ended with all that they began, whatever they are about; so they are after a second signal.
+    """
+    mark, pipes = _new_mark(), []
+    workers: list[SpawnProcess] = []
+    try:
+        with stoppable():
+            for _ in range(count):
+                worker, pipe = _begin(mark)
+                workers.append(worker)
+                pipes.append(pipe)
+            yield pipes
+    except BaseException:
+        for worker in workers:
+            worker.kill()
+        raise
+    finally:
+        for pipe in pipes:
+            pipe.close()  # which ends those that wait for a question
+        for worker in workers:
+            worker.join(GRACE)
+        _kill_marked(mark)
+
+
+def ask_each(pipes: Sequence[Connection], tasks: Sequence[Task]) -> list[Any]:
+    """The results of tasks that workers do at the same time, the first by the first.
+
+    Raises:
+        BrokenProcessPool: a worker has died. An error in one is raised here.
+    """
+    try:
+        for pipe, task in zip(pipes, tasks, strict=True):
+            pipe.send(task)
+        answers = [pipe.recv() for pipe in pipes]
+    except (EOFError, ConnectionError) as lost:
+        raise BrokenProcessPool("a worker process has died") from lost
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a command to its end and returns its status.
+
+    The first SIGTERM, Ctrl-C or hang-up goes on to it as a SIGTERM, and to nobody else: it may save
+    what it has and end what it began. What is left of all that after GRACE seconds and a few is
+    killed, and `Stopped` raised. A second signal kills all of it and this process at once.
+    """
+    mark, told = _new_mark(), list[int]()
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if told:
+            _kill_command(process, mark)
+            os._exit(128 + number)
+        told.append(number)
+        if process is not None:
+            process.terminate()
+
+    heard = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # else nohup asks for it to go on
+    with _on_signals(stop, (*STOPS, signal.SIGHUP) if heard else STOPS):
+        # In a group of its own, for else Ctrl-C in a terminal would reach it as a signal more.
+        process = subprocess.Popen(command, env={**environment, MARK: mark}, process_group=0)
+        if told:
+            process.terminate()
+        end = None
+        while end is None or time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK)
+                break
+            if told and end is None:
+                end = time.monotonic() + GRACE + LAST  # its own workers may take GRACE
+    if told:
+        _kill_command(process, mark)
+        raise Stopped(told[0])
+    return process.returncode
+
+
+def _kill_command(process: subprocess.Popen[bytes] | None, mark: str) -> None:
+    if process is not None:
+        process.kill()
+    _kill_marked(mark)
+
+
+@contextmanager
+def _on_signals(
+    handler: _Handler, numbers: Sequence[signal.Signals] = STOPS
+) -> Iterator[Callable[[], None]]:
+    """Has signals handled, in a main thread, for others can set no handlers; gives what restores
+    those before."""
     before: dict[signal.Signals, Any] = {}
 
     def restore() -> None:
@@ -91,7 +185,7 @@ def _on_signals(handler: _Handler) -> Iterator[Callable[[], None]]:
             signal.signal(*before.popitem())
 
     if threading.current_thread() is threading.main_thread():
-        before |= {number: signal.signal(number, handler) for number in STOPS}
+        before |= {number: signal.signal(number, handler) for number in numbers}
     try:
         yield restore
     finally:
@@ -111,7 +205,7 @@ class _Pool(Executor):
 
     def __init__(self, count: int) -> None:
         self.over: BaseException | None = None
-        self._count, self._mark = count, f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._count, self._mark = count, _new_mark()
         self._signalled = False
         self._lock = threading.Lock()  # no job is handed out while workers are being told to stop
         self._todo: SimpleQueue[tuple[Future[Any], Any] | None] = SimpleQueue()
@@ -158,14 +252,9 @@ class _Pool(Executor):
         self._end.put(None)
 
     def _start(self) -> None:
-        resource_tracker.ensure_running()  # a child of this process that must not have the mark
-        context = get_context("spawn")
-        mine, theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(theirs, os.getpid(), self._mark))
-        with self._lock, _marked(self._mark), _without_ctrl_c():
-            worker.start()
+        with self._lock:
+            worker, mine = _begin(self._mark)
             self._workers.append(worker)
-        theirs.close()
         leader = threading.Thread(target=self._lead, args=(worker, mine), daemon=True)
         self._leaders.append(leader)
         leader.start()
@@ -217,6 +306,22 @@ class _Pool(Executor):
         for worker in [*self._workers]:
             worker.kill()
         _kill_marked(self._mark)
+
+
+def _new_mark() -> str:
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _begin(mark: str) -> tuple[SpawnProcess, Connection]:
+    """A worker and the pipe to it."""
+    resource_tracker.ensure_running()  # a child of this process that must not have the mark
+    context = get_context("spawn")
+    mine, theirs = context.Pipe()
+    worker = context.Process(target=_serve, args=(theirs, os.getpid(), mark))
+    with _marked(mark), _without_ctrl_c():
+        worker.start()
+    theirs.close()
+    return worker, mine
 
 
 def _reason(status: int | None) -> BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ def test_a_given_file_is_used_and_a_failure_is_passed_on(folder, tmp_path, writt
     assert cli.main(["bench", "quick", *written.format(out).split(), "--fail"]) == 7
     assert json.loads(out.read_text()) == ["--fail"]
     assert not list((folder / "results").iterdir())
+
+
+def test_a_signal_ends_the_script_and_the_command_says_so(folder, tmp_path, monkeypatch):
+    """Sent by the script, for it is known then that it runs."""
+    stops = SCRIPT.partition("if __name__")[0] + (
+        "import os, signal, time, pathlib  # takes --json\n"
+        'if __name__ == "__main__":\n'
+        "    os.kill(os.getppid(), signal.SIGTERM)\n"
+        "    time.sleep(20)\n"
+        f"    pathlib.Path({str(tmp_path / 'went on')!r}).touch()\n"
+    )
+    (folder / "quick.py").write_text(stops)
+    monkeypatch.setattr(bench, "_SHOWN", ("quick",))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # where it were not heard
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", "quick", "--json", str(tmp_path / "x.json")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert not (tmp_path / "went on").exists()
 
 
 def test_arguments_without_which_a_script_does_not_run(folder, tmp_path, monkeypatch):

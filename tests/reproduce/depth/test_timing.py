@@ -2,9 +2,9 @@
 
 import itertools
 import threading
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import Pipe
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,17 +15,34 @@ from tests.reproduce.depth.tiny import TINY
 SIZE = replace(TINY, shapes=((3, 16), (1, 32)))
 
 
+@contextmanager
+def threads(count: int):
+    """In the place of `standing_workers`."""
+    ends = [Pipe() for _ in range(count)]
+
+    def serve(pipe) -> None:
+        with suppress(EOFError):
+            while True:
+                function, args, kwargs = pipe.recv()
+                pipe.send((function(*args, **kwargs), None))
+
+    for _, theirs in ends:
+        threading.Thread(target=serve, args=(theirs,), daemon=True).start()
+    yield [mine for mine, _ in ends]
+    for mine, _ in ends:
+        mine.close()
+
+
 @pytest.fixture
 def steps(monkeypatch) -> list[int]:
     """The depths of the networks that took a step."""
     taken: list[int] = []
-    context = SimpleNamespace(Pipe=Pipe, Process=threading.Thread)
-    monkeypatch.setattr(module, "get_context", lambda kind: context)
+    monkeypatch.setattr(module, "standing_workers", threads)
     monkeypatch.setattr(module, "build_state", lambda experiment: experiment.model.depth)
 
-    def train_step(depth, config):
-        taken.append(depth)
-        return {"loss": 1.0 + depth}
+    def train_step(state, config):
+        taken.append(state)
+        return {"loss": 1.0 + state}
 
     monkeypatch.setattr(module, "train_step", train_step)
     return taken
