@@ -43,8 +43,9 @@ their row.
 | | trains | draws | trains further |
 | --- | --- | --- | --- |
 | a CPU, two cores | {small}: minutes where measured | what it has trained | the same networks |
-| one consumer GPU of 24 GB | the same; {layers} layers of width 1024 | {fits} | the same networks |
-| one H100 or H200 | {deep} | every preset | the same, whole or in part |
+| one consumer GPU of 24 GB | the same; {layers} layers of width 1024 | {drawable} | the same networks |
+| one H100 | {h100} | every preset | the same, whole or in part |
+| one H200 | {h200} | every preset | the same, whole or in part |
 | two GPUs and more | the same in less time; {rest} | on one of them | whole; in part, by preferences or in depth on one |
 """  # noqa: E501
 TRAINING = """## Training, predicted
@@ -189,15 +190,16 @@ def _names(presets: list[str]) -> str:
 
 
 def head() -> str:
-    one = [n for n in DEEP if any(planned_on(n, gpu) for gpu in ("h100", "h200"))]
+    fit = {gpu: [name for name in DEEP if fits(name, gpu)] for gpu in ("h100", "h200")}
     draws = sorted({p.depth for p in (get_preset(n).model for n in DEEP) if holds("rtx4090", p)})
     return HEAD.format(
         small=_names(SMALL),
         layers=most_layers("rtx4090"),
-        fits=f"networks of {' and '.join(map(str, draws))} layers of that width",
-        deep=_names(one),
+        drawable=f"networks of {' and '.join(map(str, draws))} layers of that width",
+        h100=_names(fit["h100"]),
+        h200=_names(fit["h200"]),
         rest="; ".join(
-            f"`{name}` on {_first_that_holds(name)}" for name in DEEP if name not in one
+            f"`{name}` on {_first_that_holds(name)}" for name in DEEP if name not in fit["h200"]
         ),
     )
 
@@ -206,7 +208,7 @@ def _first_that_holds(preset: str) -> str:
     return next(machine(*each) for each in MACHINES if chosen(preset, *each).memory.fits)
 
 
-def planned_on(preset: str, gpu: str) -> bool:
+def fits(preset: str, gpu: str) -> bool:
     return chosen(preset, gpu, 1).memory.fits
 
 
