@@ -16,9 +16,8 @@ its first steps would not be through before the minutes are over stops there and
 run, too; --members has fewer in one. Its gate is that of depth_bench.py, and comes first.
 
 Cost: as many minutes as --minutes says, nine by default, on one H200; the same command goes on
-later. How long all claims take was not measured: a step of 400 layers of width 64 takes 0.08 s
-there, and with ten other programs on the GPU the six networks of `front`, trained as one, were not
-through in 1.8 minutes.
+later. Six runs that delayed, modes, alignment and extinction share took 3 to 6.4 minutes each,
+four at a time, with a third of today's looks; how long the other claims take was not measured.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from mvsplit.reproduce.trial import Trial
 from mvsplit.residuals import RuleConfig
 
 POINTS = 160  # of a line of a plot, at most
+Values = Mapping[str, Mapping[str, float | None]]  # of figures, by seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Claim:
         measure: the figures, from the runs.
         rule: the bounds that give the verdict.
         afterwards: what was understood only from the runs; it changes no verdict.
+        remarks: sentences that stand beside the figures of a size, from their values by seed.
         panels: the plots.
     """
 
@@ -73,6 +75,7 @@ class Claim:
     measure: Callable[[Runs], list[Figure]]
     rule: tuple[Condition, ...]
     afterwards: str = ""
+    remarks: Callable[[Values], list[str]] = field(default=lambda values: [])
     panels: Callable[[Runs], list[Panel]] = field(default=lambda runs: [])
 
 
@@ -98,6 +101,7 @@ def trial(
         experiment=size.experiment(there, rule, seed, **changes),
         jump=there.jump,
         factor=there.factor,
+        look_every=there.look_every,
         reads_times=reads_times,
     )
 
@@ -116,6 +120,13 @@ def curves(
                 Line(label=label, x=rounded(x[keep]), y=rounded(y[keep]), faint=number > 0)
             )
     return lines
+
+
+def span(values: Mapping[str, float | None]) -> str:
+    """A figure over its seeds, in words: "8.2 to 11"; "unknown" where no seed has it."""
+    there = sorted(value for value in values.values() if value is not None)
+    ends = [f"{value:.3g}" for value in (*there[:1], *there[-1:])]
+    return " to ".join(dict.fromkeys(ends)) or "unknown"
 
 
 def rounded(values: Any) -> list[Any]:
@@ -155,7 +166,7 @@ def grouped(runs: Runs, labels: Sequence[str] = ()) -> list[Figure]:
         found += [
             runs.figure(
                 f"{label}: collapsed",
-                "1: tokens alike and the loss at its floor",
+                "1: tokens alike and the loss at its floor or above",
                 label,
                 lambda log: log.collapsed,
             ),

@@ -12,9 +12,11 @@ from mvsplit.reproduce.claim import (
     Claim,
     Line,
     Panel,
+    Values,
     grouped,
     healthy,
     rounded,
+    span,
 )
 from mvsplit.reproduce.claims_gradients import (
     COLLAPSED,
@@ -93,6 +95,13 @@ def _alignment_panel(runs: Runs) -> Panel:
     )
 
 
+def _alignment_remarks(values: Values) -> list[str]:
+    return [
+        f"In the last fifth the loss is {span(values['plain: end loss'])} of the floor: 1 is the "
+        "least that a network can have whose tokens are all alike."
+    ]
+
+
 ALIGNMENT = Claim(
     name="alignment",
     title="The amplification of a writer gradient follows the alignment of its tokens",
@@ -103,16 +112,18 @@ ALIGNMENT = Claim(
     "tokens are alike. Eq. 6 itself is an identity; what is tested is its reading.",
     limits=ON_DEMAND + " Two samples a look.",
     afterwards="The rule counts every look with tokens alike, also those long after the entry. "
-    "There the network stands where its loss is least for what it can still do, so that the mean "
-    "adjoint is noise about zero, and A − 1 with it, while the envelope, of absolute values, stays "
-    "high. The rule took more than the paper says; `alignment-entry` looks at the entry alone, on "
-    "seeds that had not been run when its rule was written. The first record of the small size is "
-    "of the version before c1797ed, with which the envelope of a dead network's shallow layers "
-    "underflowed in fp32. That version, run where the runs below were, gives its figures of seed 2 "
-    "again, with the losses of the runs below bit for bit: there the rank correlation moved by "
-    "what was mended, and not by rounding.",
+    "At the small size the network stands there at the least loss that it can still have, so that "
+    "the mean adjoint is noise about zero, and A − 1 with it, while the envelope, of absolute "
+    "values, stays high. At the GPU size (2026-11-30) A − 1 is far below the envelope, too, and "
+    "the loss stands above that least: there the reason is not known. The rule took more than the "
+    "paper says; `alignment-entry` looks at the entry alone, on seeds that had not been run when "
+    "its rule was written. The first record of the small size is of the version before c1797ed, "
+    "with which the envelope of a dead network's shallow layers underflowed in fp32. That version, "
+    "run where the runs below were, gives its figures of seed 2 again, with the losses of the runs "
+    "below bit for bit: there the rank correlation moved by what was mended, and not by rounding.",
     cost=COST,
     trials=plain_trials,
+    remarks=_alignment_remarks,
     measure=lambda runs: [
         runs.figure(
             "points under the envelope",
@@ -232,7 +243,7 @@ ENTRY = Claim(
     "long after the peak, had underflowed in fp32. With that mended the figures that are judged "
     "are the same. In the seed that leaves the verdict open the mean gradient of W_O is largest "
     "in another layer than the last.",
-    cost={"small": "3 runs of about a minute on a core", "gpu": "3 runs of some minutes"},
+    cost={"small": "3 runs of 4 to 5 minutes on a core", "gpu": "3 runs, not measured"},
     trials=_entry_trials,
     measure=_entry_figures,
     rule=(

@@ -20,8 +20,10 @@ from mvsplit.reproduce.plot import save_plot
 from mvsplit.reproduce.reruns import (
     beside,
     beyond_spread,
+    changed_lines,
     machine,
     other_verdicts,
+    place,
     rerun_lines,
     succeed,
 )
@@ -161,17 +163,39 @@ def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     )
     minutes = sum(row["seconds"] for row in runs) / 60
     versions = result["environment"]["versions"]
-    written = f"The rule was written {result['rule_written']}, before the first of the runs"
     parts = [
         f"## {size}: {result['verdict']}",
         f"{result['hardware']}; {len(runs)} runs, {spread}, {minutes:.1f} minutes of them in all; "
-        f"torch {versions['torch']}, {machine(result['environment'])}, {result['date']}. "
-        + (written + "." if result["rule_unchanged"] else written + ", **and changed since**."),
+        f"torch {versions['torch']}, {machine(result['environment'])}, {result['date']}."
+        f"{_other_places(result)} {_written(result)}",
+        *changed_lines(result),
         "\n".join(f"- {reason}" for reason in result["reasons"]),
+        *_remarks(claim, result),
     ]
     if result["panels"]:
         parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
     return [*parts, _figures(result), *beyond_spread(result), _runs(runs), *rerun_lines(result)]
+
+
+def _written(result: Mapping[str, Any]) -> str:
+    """When the rule was, and by what it is known to be the same."""
+    known = "" if result.get("measure_sha256") else " (compared by its bounds only)"
+    changed = "" if result["rule_unchanged"] else ", **and changed since**"
+    when = f"The rule was written {result['rule_written']}, before the first of the runs"
+    return f"{when}{changed}{known}."
+
+
+def _other_places(result: Mapping[str, Any]) -> str:
+    """Where the runs were, if not all in one place and of one version."""
+    places = result.get("environments", ())
+    if not places:
+        return ""
+    each = "; ".join(f"{place(e['environment'])} ({', '.join(e['runs'])})" for e in places)
+    return f" **The runs are of several places or versions**: {each}."
+
+
+def _remarks(claim: Claim, result: Mapping[str, Any]) -> list[str]:
+    return claim.remarks({name: figure["values"] for name, figure in result["figures"].items()})
 
 
 def _figures(result: Mapping[str, Any]) -> str:
@@ -195,11 +219,12 @@ def spelled(values: Mapping[str, float | None]) -> str:
 def _runs(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         f"| {r['label']} | {r['seed']} | {r['depth']} × {r['width']} | {r['lr']:.3g}{_jump(r)} | "
-        f"{r['steps']} | {r['seconds']:.0f} | {r['ended'].split(':')[0]} |"
+        f"{r['steps']} | {r['seconds']:.0f} | {r.get('together') or 1} | "
+        f"{r['ended'].split(':')[0]} |"
         for r in runs
     ]
-    head = "| run | seed | layers × width | learning rate | steps | seconds | ended |"
-    return "\n".join([head, "|---" * 7 + "|", *rows])
+    head = "| run | seed | layers × width | learning rate | steps | seconds | runs as one | ended |"
+    return "\n".join([head, "|---" * 8 + "|", *rows])
 
 
 def _jump(row: Mapping[str, Any]) -> str:

@@ -15,7 +15,12 @@ from typing import Any
 from mvsplit.errors import UserError
 
 AGAIN = "again"  # of a stored result: what its reruns came to
-_OF_RERUN = ("words", "date", "verdict", "environment", "values")
+CHANGED = "changed"  # of a stored result: the records that other rules judged before, oldest first
+_OF_RERUN = ("words", "date", "verdict", "environment", "together", "values")
+_OF_RECORD = (
+    *("date", "verdict", "reasons", "environment"),
+    *("rule", "rule_written", "rule_unchanged", "measure_sha256"),
+)
 _HOW_IT_WENT = ("ended", "seconds", "together")  # of a run's row; the rest says which run it is
 Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
 
@@ -23,14 +28,15 @@ Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
 def rerun(result: Mapping[str, Any], words: str) -> dict[str, Any]:
     """What is kept of a result that stands beside another: its verdict and its figures."""
     values = {name: figure["values"] for name, figure in result["figures"].items()}
-    fields = {"words": words, "values": values}
+    together = max((row.get("together") or 1 for row in result["runs"]), default=1)
+    fields = {"words": words, "values": values, "together": together}
     return {name: fields.get(name, result.get(name)) for name in _OF_RERUN}
 
 
 def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns; not
     where other runs have been made since. A rule that is the same was written when it was first
-    written."""
+    written; of another one the record that it judged is kept, whatever was run."""
     whole = dict(result)
     if before is None:
         return whole
@@ -39,9 +45,23 @@ def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict
         earlier = [*before.get(AGAIN, [])]
         if _signature(result) != _signature(before):
             earlier.insert(0, rerun(before, "an earlier record"))
-    if result["rule"] == before["rule"] and before["rule_unchanged"]:
+    changed = [*before.get(CHANGED, [])]
+    if not _same_rule(result, before):
+        changed.append(record(before))
+    elif before["rule_unchanged"]:
         whole["rule_written"] = min(result["rule_written"], before["rule_written"])
-    return whole | ({AGAIN: earlier} if earlier else {})
+    return whole | ({AGAIN: earlier} if earlier else {}) | ({CHANGED: changed} if changed else {})
+
+
+def record(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a result whose rule has been changed since."""
+    return {name: result.get(name) for name in _OF_RECORD}
+
+
+def _same_rule(result: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """By the bounds, and by what is put to them where both say it."""
+    measures = [each.get("measure_sha256") for each in (result, before)]
+    return result["rule"] == before["rule"] and (None in measures or measures[0] == measures[1])
 
 
 def beside(result: Mapping[str, Any], there: Mapping[str, Any], words: str) -> dict[str, Any]:
@@ -71,6 +91,34 @@ def _signature(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes it another rerun: where and of what it was run, and what came out."""
     values = {name: figure["values"] for name, figure in result["figures"].items()}
     return result["date"], result["environment"], values
+
+
+def changed_lines(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each record that another rule judged: what it said, and what is otherwise."""
+    records = result.get(CHANGED, [])
+    rules = [each["rule"] for each in (*records, result)][1:]
+    return [_changed(each, rule, result) for each, rule in zip(records, rules, strict=True)]
+
+
+def _changed(
+    before: Mapping[str, Any], rule: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
+) -> str:
+    then, now = ({row["figure"]: row for row in each} for each in (before["rule"], rule))
+    parts = {
+        "new": [name for name in now if name not in then],
+        "gone": [name for name in then if name not in now],
+        "with other bounds or another reason": [
+            name for name, row in now.items() if name in then and row != then[name]
+        ],
+    }
+    rows = "; ".join(f"{words}: {', '.join(names)}" for words, names in parts.items() if names)
+    rows = rows or "as they were, but of figures that were measured otherwise"
+    same = before["date"] == result["date"] and before["environment"] == result["environment"]
+    return (
+        f"**The rule has changed since the record of {before['date']}**, of which it said: "
+        f"*{before['verdict']}*. Rows {rows}."
+        + (" The runs are those of that record." if same else "")
+    )
 
 
 def other_verdicts(result: Mapping[str, Any]) -> list[str]:
@@ -149,11 +197,18 @@ def _times(ratio: float) -> str:
 
 
 def _name(each: Mapping[str, Any]) -> str:
-    environment = each["environment"]
-    return (
-        f"{each['words']}, {each['date']}, revision {_revision(environment)}, torch "
-        f"{environment['versions']['torch']}, {machine(environment)}"
-    )
+    return f"{each['words']}, {each['date']}, {place(each['environment'])}{_together(each)}"
+
+
+def place(environment: Mapping[str, Any]) -> str:
+    """The version and the machine."""
+    torch = environment["versions"]["torch"]
+    return f"revision {_revision(environment)}, torch {torch}, {machine(environment)}"
+
+
+def _together(each: Mapping[str, Any]) -> str:
+    count = each.get("together") or 1
+    return f", {count} runs trained as one" if count > 1 else ""
 
 
 def machine(environment: Mapping[str, Any]) -> str:

@@ -110,6 +110,39 @@ class RunLog:
         apart = len(before) > 0 and before[-1] < APART
         return float(loss is not None and loss < LIVING_LOSS and apart)
 
+    @property
+    def settled(self) -> float | None:
+        """The step of the look from which on, to the last, the tokens of the deepest quarter are
+        alike; None where they are not in the last."""
+        steps, _ = self.deep("tcs")
+        apart = self._apart
+        if not len(steps) or apart[-1]:
+            return None
+        return float(steps[np.flatnonzero(apart)[-1] + 1] if apart.any() else steps[0])
+
+    @property
+    def settled_within(self) -> float | None:
+        """How finely `settled` is known: the steps from the look before it to it."""
+        steps, _ = self.deep("tcs")
+        before = steps[steps < self.settled] if self.settled is not None else steps[:0]
+        return None if self.settled is None else self.settled - float(before[-1:].sum())
+
+    @property
+    def entry_gap(self) -> float | None:
+        """The most steps from one look to the next, from the rise of the rate until tokens are
+        alike for good, or until the peak is no longer looked for; None without a look there."""
+        steps, _ = self.looks("tcs")
+        jump, last = self.record["jump"], self.record["jump"] + SPIKE
+        end = last if self.settled is None else min(self.settled, last)
+        there = steps[(steps > jump) & (steps < end)]
+        if not (steps[(steps > jump) & (steps <= end)]).size:
+            return None
+        return float(np.diff([jump, *there, end]).max())
+
+    @property
+    def _apart(self) -> NDArray[np.bool_]:
+        return ~(self.deep("tcs")[1] >= ALIKE)  # NaN counts as apart
+
     def loss_at(self, share: float) -> float | None:
         """The mean loss of the tenth of the steps that ends at `share` of them, over the floor."""
         steps, losses = self.column("loss")

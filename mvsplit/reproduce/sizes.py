@@ -24,6 +24,8 @@ class Regime:
     Attributes:
         low: what the learning rate is multiplied by in the trials at a lower one.
         probe: "all" adds the fields that need T×T matrices to each look.
+        look_every: steps between looks around the rise of the rate, from 20 before it to 40 after;
+            0: those of `probe_every` are near enough.
     """
 
     depth: int
@@ -38,6 +40,7 @@ class Regime:
     factor: float = 1.0
     probe_every: int = 4
     probe: Literal["cheap", "all"] = "cheap"
+    look_every: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +156,14 @@ GPU = Size(
     regimes={
         "start": _GPU_START,
         "jump": replace(
-            _GPU_START, lr=1e-4, steps=240, jump=160, factor=10, probe_every=20, probe="all"
+            _GPU_START,
+            lr=1e-4,
+            steps=240,
+            jump=160,
+            factor=10,
+            probe_every=20,
+            probe="all",
+            look_every=2,
         ),
         "front": replace(_GPU_START, depth=128, steps=100, probe_every=5),
         "calm": replace(_GPU_START, depth=100, steps=600, probe_every=100),

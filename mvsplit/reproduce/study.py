@@ -16,6 +16,7 @@ from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
+from mvsplit.reproduce.measured_by import measure_fingerprint
 from mvsplit.reproduce.rule import fingerprint, judge
 from mvsplit.reproduce.runlog import Runs, read_run
 from mvsplit.reproduce.sizes import Size
@@ -31,8 +32,8 @@ class Study:
     """Claims at one size in one folder.
 
     `OUT/SIZE/runs/` holds a run folder for each trial, which claims share; `OUT/SIZE/rules.json`
-    the fingerprints of all rules as they were before the first run; `OUT/SIZE/CLAIM.json` a
-    claim's result.
+    the fingerprints of all rules, and of what measures their figures, as they were before the first
+    run; `OUT/SIZE/CLAIM.json` a claim's result.
 
     Args:
         out: the folder; the same one again goes on where it stopped.
@@ -110,7 +111,7 @@ class Study:
         runs = Runs(logs=[read_run(t, self.runs) for t in trials])
         figures = claim.measure(runs)
         found = judge(claim.rule, figures)
-        rule = self._rules()[claim.name]
+        rule, now = self._rules()[claim.name], _fingerprints(claim)
         result = {
             "claim": claim.name,
             "size": self.size.name,
@@ -119,13 +120,15 @@ class Study:
             "reasons": list(found.reasons),
             "rule": [condition.as_dict() for condition in claim.rule],
             "rule_written": rule["written"],
-            "rule_unchanged": rule["sha256"] == fingerprint(claim.rule),
+            # Of rules that an older version wrote down the bounds alone are known.
+            "rule_unchanged": all(rule.get(name, print_) == print_ for name, print_ in now.items()),
+            "measure_sha256": now["measure"] if "measure" in rule else None,
             "figures": {figure.name: figure.as_dict() for figure in figures},
             "panels": [panel.as_dict() for panel in claim.panels(runs)],
             "runs": [_row(t, log.record) for t, log in zip(trials, runs.logs, strict=True)],
             "date": datetime.date.today().isoformat(),
             "command": f"mvsplit reproduce {claim.name} --size {self.size.name}",
-            "environment": _environment(self.runs / trials[0].name),
+            **_environments(self.runs, trials),
         }
         _write(self.folder / f"{claim.name}.json", result)
         return result
@@ -136,7 +139,7 @@ class Study:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         known = CLAIMS | {claim.name: claim for claim in claims}
         new = {
-            name: {"sha256": fingerprint(claim.rule), "written": now}
+            name: _fingerprints(claim) | {"written": now}
             for name, claim in known.items()
             if name not in there
         }
@@ -174,6 +177,11 @@ class Study:
                 self.say(f"{name} ({done} of {len(todo)}, {time.monotonic() - began:.0f} s)")
 
 
+def _fingerprints(claim: Claim) -> dict[str, str]:
+    """Of the bounds, and of what they are put to."""
+    return {"sha256": fingerprint(claim.rule), "measure": measure_fingerprint(claim)}
+
+
 def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
     experiment = trial.experiment
     return {
@@ -190,7 +198,23 @@ def _row(trial: Trial, record: Mapping[str, Any]) -> dict[str, Any]:
         "jump": trial.jump,
         "factor": trial.factor,
         "together": record.get("together", 1),
-    }
+    } | ({"look_every": trial.look_every} if trial.look_every else {})
+
+
+def _environments(folder: Path, trials: Sequence[Trial]) -> dict[str, Any]:
+    """`environment`: that of the first; `environments`, where they are not one: each with its
+    runs."""
+    found: list[dict[str, Any]] = []
+    for trial in trials:
+        here = _environment(folder / trial.name)
+        same = next((each for each in found if each["environment"] == here), None)
+        if same is None:
+            same = {"environment": here, "runs": []}
+            found.append(same)
+        same["runs"].append(trial.name)
+    return {"environment": found[0]["environment"]} | (
+        {"environments": found} if len(found) > 1 else {}
+    )
 
 
 def _environment(run: Path) -> dict[str, Any]:

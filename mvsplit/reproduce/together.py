@@ -16,7 +16,7 @@ from typing import Any
 
 from mvsplit.reproduce.depth.ensemble import Family
 from mvsplit.reproduce.depth.together import Training
-from mvsplit.reproduce.trial import RECORD, Trial, token_floor
+from mvsplit.reproduce.trial import RECORD, Looks, Trial, token_floor
 from mvsplit.training.files import write_atomically
 from mvsplit.training.optimizer import peak_learning_rate, warmup_then_constant
 from mvsplit.training.run_folder import RunFolder
@@ -55,7 +55,12 @@ def run_trials(
     nothing."""
     began, experiments = time.perf_counter(), [trial.experiment for trial in trials]
     config = experiments[0].train
-    looks = range(config.probe_every, config.steps + 1, config.probe_every)
+    asked = [Looks(trial) for trial in trials]
+    looks = [
+        step
+        for step in range(1, config.steps + 1)
+        if step % config.probe_every == 0 or any(each.wants_look(step) for each in asked)
+    ]
     factors = [_factor(trial) for trial in trials]
     # Without a graph such deep networks would take hours, not minutes.
     how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": True}
@@ -66,7 +71,7 @@ def run_trials(
     common = {"seconds": round(seconds / len(trials), 1), "floor": floor, "together": len(trials)}
     for member, trial in enumerate(trials):
         record: dict[str, Any] = {"label": trial.label, "seed": trial.seed, "times": None}
-        record |= {"jump": trial.jump, "factor": trial.factor}
+        record |= {"jump": trial.jump, "factor": trial.factor, "look_every": trial.look_every}
         record |= {"ended": _write(training, member, trial, folder / trial.name)} | common
         write_atomically(folder / trial.name / RECORD, json.dumps(record) + "\n")
     return True

@@ -29,6 +29,7 @@ from mvsplit.training.files import read_lines, write_atomically
 
 RECORD = "trial.json"
 SAMPLES = 256  # of the data, for the floor of the loss
+LOOKS_BEFORE, LOOKS_AFTER = 20, 40  # steps around the rise of the rate in which looks are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Trial:
         name: of its folder; the same name is the same run, whichever claim asks for it.
         label: which of a claim's networks it is; its seeds share it.
         jump, factor: the learning rate is multiplied by `factor` after step `jump`.
+        look_every: steps between looks around that step, whatever else asks for one; 0 for none.
         reads_times: whether the time is read from its states at the end (App. H).
     """
 
@@ -48,6 +50,7 @@ class Trial:
     experiment: Experiment
     jump: int = 0
     factor: float = 1.0
+    look_every: int = 0
     reads_times: bool = False
 
     def finished(self, folder: Path) -> bool:
@@ -61,8 +64,9 @@ class Trial:
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
         changed = differences(read_experiment(folder / self.name), self.experiment)
-        if changed or [record["jump"], record["factor"]] != [self.jump, self.factor]:
-            names = ", ".join(changed) or "the rise of the learning rate"
+        there = [record["jump"], record["factor"], record.get("look_every", 0)]
+        if changed or there != [self.jump, self.factor, self.look_every]:
+            names = ", ".join(changed) or "the rise of the learning rate, or the looks around it"
             raise UserError(
                 f"{folder / self.name} is a run with other settings ({names}); choose another --out"
             )
@@ -80,6 +84,18 @@ class Jump(Observer):
         state.schedule = lambda step: (
             before(step) * (trial.factor if trial.jump and step > trial.jump else 1.0)
         )
+
+
+class Looks(Observer):
+    """Looks into every layer around the rise of the rate, so that the entry into a collapse is
+    seen: the watch asks for a few looks in a row and then for none."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+
+    def wants_look(self, step: int) -> bool:
+        every, after = self.trial.look_every, step - self.trial.jump
+        return every > 0 and -LOOKS_BEFORE <= after <= LOOKS_AFTER and after % every == 0
 
 
 class Deadline(Observer):
@@ -110,9 +126,11 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
         return False
     record: dict[str, Any] = {"label": trial.label, "seed": trial.seed, "ended": None}
     record |= {"jump": trial.jump, "factor": trial.factor, "times": None}
+    record |= {"look_every": trial.look_every}
     began, earlier = time.perf_counter(), _seconds(path)
+    observers = [Jump(trial), Looks(trial), Deadline(end)]
     try:
-        outcome = train(trial.experiment, path, observers=[Jump(trial), Deadline(end)])
+        outcome = train(trial.experiment, path, observers=observers)
         if outcome.signal is not None:
             return False
         record["ended"] = "finished"

@@ -47,6 +47,7 @@ from mvsplit.training.watch import Watch
 # What a rank tells the others between two steps, as bits of one number.
 _SIGNALS: dict[Signals | None, int] = {SIGTERM: 1, SIGINT: 2}
 _FAILED = 4  # a save
+_LOOK = 8  # an observer wants one in the next step; only the first rank has observers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class _Run:
         self.stopped = False  # by an alarm
         self.signal: Signals | None = None  # that any rank has received
         self._first = state.step  # at which this process began
+        self._wanted = False  # a look in the next step, by an observer
         self._probe: LayerProbe | None = None  # of the step that is being taken
         self._looking = ExitStack()
 
@@ -178,7 +180,9 @@ class _Run:
         """Whether there is another step to take; the ranks agree, whichever got a signal."""
         if (saved := self.saver.finished()) is not None:
             self._tell("saved", f"saved {saved}")
-        word = either(_SIGNALS.get(received, 0) | _FAILED * self.saver.failed)
+        wanted = any(each.wants_look(self.state.step + 1) for each in self.observers)
+        word = either(_SIGNALS.get(received, 0) | _FAILED * self.saver.failed | _LOOK * wanted)
+        self._wanted = bool(word & _LOOK)
         if word & _FAILED:
             self.settle()
         self.signal = next((s for s, bit in _SIGNALS.items() if word & bit), None)
@@ -194,10 +198,11 @@ class _Run:
 
     @contextmanager
     def look(self, step: int) -> Iterator[None]:
-        """For the passes of a step: looks into every layer if that is due at `step`, or if the last
-        step left the usual. What it saw is read before the update is made."""
+        """For the passes of a step: looks into every layer if that is due at `step`, if the last
+        step left the usual, or if an observer wants it. What it saw is read before the update is
+        made."""
         every = self.config.probe_every
-        due = every and (step % every == 0 or self._watch.stirred)
+        due = self._wanted or (every and (step % every == 0 or self._watch.stirred))
         fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
         self._probe = LayerProbe(self.state.taps, fields=fields) if due else None
         with ExitStack() as self._looking:

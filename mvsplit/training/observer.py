@@ -15,6 +15,11 @@ class Observer:
     def on_start(self, state: TrainState, experiment: Experiment) -> None:
         """The run is about to take step `state.step + 1`."""
 
+    def wants_look(self, step: int) -> bool:
+        """Whether every layer is to be looked into during `step`, beside the looks that are due; is
+        asked before it, once a step. One such observer is enough."""
+        return False
+
     def on_gradients(self, state: TrainState, gradients: Gradients) -> None:
         """The gradients of step `state.step + 1` are known, finite or not; its update is not made
         yet."""

@@ -91,6 +91,13 @@ def gradients(
     return seeds(label, before=at(0), after=at(1), **end)
 
 
+def unseen(logs: list[RunLog]) -> list[RunLog]:
+    """Without the looks of three steps after the rise of the rate."""
+    for log in logs:
+        log.layers[:] = [x for x in log.layers if not JUMP < x["step"] <= JUMP + 3]  # type: ignore[index]
+    return logs
+
+
 def jumps(plain: list[RunLog], attention: list[RunLog] | None = None) -> list[RunLog]:
     return plain + (attention or []) + seeds("MV-Split", **LIVE)
 
@@ -138,6 +145,7 @@ CASES: list[tuple[str, str, Callable[[], list[RunLog]]]] = [
     ("modes", FAILS, lambda: jumps(gradients("plain", mean=(1, 3)))),
     ("modes", OPEN, lambda: jumps(gradients("plain", mean=(1, 20)))),
     ("modes", OPEN, lambda: jumps(gradients("plain", mean=(1, 150), end=LIVE))),
+    ("modes", OPEN, lambda: jumps(unseen(gradients("plain", mean=(1, 3))))),
     ("alignment", HOLDS, lambda: jumps(gradients("plain"))),
     ("alignment", FAILS, lambda: jumps(gradients("plain", excess=(9.0, 40.0)))),
     ("alignment", FAILS, lambda: jumps(gradients("plain", excess=(0.5, 0.6)))),

@@ -15,7 +15,7 @@ from mvsplit.cli import main
 from mvsplit.errors import UserError
 from mvsplit.reproduce import get_claim
 from mvsplit.reproduce.page import keep_result, page_text, stored_results, write_index
-from mvsplit.reproduce.reruns import AGAIN
+from mvsplit.reproduce.reruns import AGAIN, CHANGED
 from mvsplit.reproduce.rule import Figure, judge
 
 PAGES = Path(__file__).parents[2] / "docs" / "experiments"
@@ -71,7 +71,26 @@ def test_a_rule_that_was_changed_has_its_own_date(result, tmp_path):
     other = changed(result)
     other["rule"][0]["why"] = "because"
     keep_result(other, tmp_path)
-    assert kept(tmp_path)["rule_written"] == other["rule_written"]
+    now = kept(tmp_path)
+    assert now["rule_written"] == other["rule_written"]
+    # A fresh folder of runs knows of no other rule; the record that it judged does.
+    (before,) = now[CHANGED]
+    assert (before["verdict"], before["rule"]) == (result["verdict"], result["rule"])
+    words = f"**The rule has changed since the record of {result['date']}**, of which it said: *"
+    row = f"Rows with other bounds or another reason: {result['rule'][0]['figure']}."
+    assert words in page_text(FRONT, [now])
+    assert row in page_text(FRONT, [now])
+    keep_result(other | {"date": "2030-01-03"}, tmp_path)  # the same rule once more
+    assert kept(tmp_path)[CHANGED] == [before]
+
+
+def test_a_rule_whose_figures_are_measured_otherwise_has_changed(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result) | {"measure_sha256": "a"}, tmp_path)
+    assert CHANGED not in kept(tmp_path)  # of the first the bounds alone are known
+    keep_result(changed(result) | {"measure_sha256": "b"}, tmp_path)
+    text = page_text(FRONT, [kept(tmp_path)])
+    assert "Rows as they were, but of figures that were measured otherwise." in text
 
 
 def test_a_rerun_takes_the_place_of_none_but_its_own_name(result, tmp_path):
@@ -85,6 +104,17 @@ def test_a_rerun_takes_the_place_of_none_but_its_own_name(result, tmp_path):
     assert [each["words"] for each in now[AGAIN]] == ["other kernels", "elsewhere"]
     now.pop(AGAIN)
     assert now == result
+
+
+def test_runs_that_were_trained_as_one_are_told(result, tmp_path):
+    keep_result(result, tmp_path)
+    other = changed(result, seed1=0.2)
+    for row in other["runs"]:
+        row["together"] = 4
+    keep_result(other, tmp_path, "elsewhere")
+    assert ", 4 runs trained as one: " in page_text(FRONT, [kept(tmp_path)])
+    keep_result(other, tmp_path)
+    assert page_text(FRONT, [kept(tmp_path)]).count("| 4 | finished |") == len(other["runs"])
 
 
 def test_other_runs_are_no_rerun(result, tmp_path):

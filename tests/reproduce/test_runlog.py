@@ -78,6 +78,30 @@ def test_a_run_that_has_not_learned_was_not_healthy_before():
     assert log.healthy_before == 0
 
 
+def seen(*looks: tuple[int, float]) -> RunLog:
+    """A run with a rise of the rate after step 50 and looks at steps, each with a similarity."""
+    lines = [{"step": step, "layer": [0], "tcs": [tcs]} for step, tcs in looks]
+    return RunLog(**{**vars(hand_made("plain")), "layers": lines})
+
+
+def test_a_network_has_settled_where_its_tokens_stay_alike():
+    log = seen((40, 0.1), (52, 0.97), (54, 0.3), (59, 0.96), (80, 1.0))
+    assert (log.settled, log.settled_within) == (59, 5)
+    assert seen((40, 0.1), (52, 0.97), (54, 0.3)).settled is None
+    assert seen((40, 0.1), (52, 0.97), (54, 0.3)).settled_within is None
+    assert seen((40, 1.0), (50, 1.0)).settled == 40
+    assert seen().settled is None
+
+
+def test_the_entry_is_seen_as_finely_as_its_widest_gap():
+    assert seen((50, 0.1), (52, 0.5), (58, 0.6), (60, 1.0), (90, 1.0)).entry_gap == 6
+    assert seen((50, 0.1), (60, 1.0), (62, 1.0)).entry_gap == 10  # from the rise itself
+    assert seen((50, 0.1), (52, 0.5), (54, 0.5)).entry_gap == 36  # to where no peak is looked for
+    assert seen((50, 0.1), (95, 1.0)).entry_gap is None
+    assert seen().entry_gap is None
+    assert hand_made("plain", **DEAD).entry_gap == 2
+
+
 def test_the_floor_is_what_tokens_alike_can_reach():
     experiment = TINY.experiment(TINY.regimes["start"], RuleConfig(name="plain"), 0)
     x0 = Digits().fetch(range(256)).latents

@@ -26,7 +26,7 @@ from mvsplit.reproduce.page import (
 )
 from mvsplit.reproduce.rule import Figure, fingerprint, judge
 from mvsplit.reproduce.study import RULES
-from mvsplit.reproduce.trial import RECORD, Jump, Trial, run_trial
+from mvsplit.reproduce.trial import RECORD, Jump, Looks, Trial, run_trial
 from mvsplit.training import Experiment, Observer, TrainState
 from tests.reproduce.tiny import TINY
 
@@ -95,6 +95,34 @@ def test_a_rule_that_was_changed_after_the_runs_is_told(done, tmp_path):
     noted = json.loads((tmp_path / "tiny" / RULES).read_text())
     assert noted.keys() == CLAIMS.keys()  # all were written down before the first run
     assert noted["timestep"]["sha256"] == fingerprint(CLAIM.rule)
+    # So is one of the same bounds whose figures are measured otherwise; of a rule that an older
+    # version wrote down, the bounds alone are known.
+    assert study.judge(CLAIM)["rule_unchanged"]
+    other = dataclasses.replace(CLAIM, measure=lambda runs: CLAIM.measure(runs))
+    assert not study.judge(other)["rule_unchanged"]
+    for rule in noted.values():
+        del rule["measure"]
+    (tmp_path / "tiny" / RULES).write_text(json.dumps(noted))
+    older = study.judge(other)
+    assert older["rule_unchanged"]
+    assert "before the first of the runs (compared by its bounds only)." in page_text(
+        CLAIM, [older]
+    )
+
+
+def test_runs_of_several_places_are_named(done, tmp_path):
+    out = tmp_path / "out"
+    Study(out, TINY, workers=2).run([CLAIM])
+    path = out / "tiny" / "runs" / CLAIM.trials(TINY)[1].name / "environment.json"
+    there = json.loads(path.read_text()) | {"revision": "e" * 40}
+    assert "environments" not in json.loads((out / "tiny" / "timestep.json").read_text())
+    path.write_text(json.dumps(there))
+    result = Study(out, TINY, workers=1).judge(CLAIM)
+    first, second = (t.name for t in CLAIM.trials(TINY))
+    assert [each["runs"] for each in result["environments"]] == [[first], [second]]
+    text = page_text(CLAIM, [result])
+    assert "**The runs are of several places or versions**: revision" in text
+    assert f"revision eeeeeee, torch {there['versions']['torch']}" in text
 
 
 class StopAt(Observer):
@@ -106,6 +134,22 @@ class StopAt(Observer):
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         if state.step == self.step:
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_looks_are_taken_around_the_rise_of_the_rate(tmp_path):
+    seldom = dataclasses.replace(ALONE.regimes["jump"], probe_every=8, look_every=2, steps=9)
+    size = dataclasses.replace(ALONE, regimes={**ALONE.regimes, "jump": seldom})
+    trial = next(t for t in get_claim("modes").trials(size) if t.label == "plain")
+    assert trial.jump == 4
+    assert run_trial(trial, tmp_path)
+    lines = (tmp_path / trial.name / "layers.jsonl").read_text().splitlines()
+    looks = {json.loads(line)["step"] for line in lines}
+    assert looks >= {2, 4, 6, 8}
+    around = Looks(dataclasses.replace(trial, jump=100))
+    asked = [step for step in range(1, 200) if around.wants_look(step)]
+    assert asked == [*range(80, 141, 2)]
+    with pytest.raises(UserError, match="the looks around it"):
+        dataclasses.replace(trial, look_every=0).finished(tmp_path)
 
 
 def jumping() -> Trial:
@@ -191,7 +235,7 @@ def test_what_is_kept_is_judged_by_todays_rule(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     claim = get_claim(result["claim"])
     assert result["verdict"] == again(result)
-    assert result["rule_unchanged"]
+    assert result["rule_unchanged"] or result["changed"]
     assert result["rule"] == [condition.as_dict() for condition in claim.rule]
     page = (PAGES / f"{claim.name}.md").read_text(encoding="utf-8")
     assert page == page_text(claim, stored_results(claim, PAGES))

@@ -55,6 +55,26 @@ def test_fields_that_may_change_on_continuation(tmp_path: Path) -> None:
     assert [line["step"] for line in runs.lines(run / "layers.jsonl")] == [2, 3, 4]
 
 
+class _At(Observer):
+    """Wants a look in some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def wants_look(self, step: int) -> bool:
+        return step in self.steps
+
+
+def test_an_observer_gets_the_looks_that_it_wants_and_changes_no_step(tmp_path: Path) -> None:
+    for name, every, looks in (("some", 5, [1, 4, 5]), ("alone", 0, [1, 4])):
+        given = runs.experiment(steps=6, probe_every=every, probe_burst=0)
+        train(given, tmp_path / name, observers=[_At(9), _At(1, 4)])
+        taken = [line["step"] for line in runs.lines(tmp_path / name / "layers.jsonl")]
+        assert taken == looks
+    train(runs.experiment(steps=6, probe_every=5, probe_burst=0), tmp_path / "none")
+    assert runs.log_of(tmp_path / "none") == runs.log_of(tmp_path / "some")
+
+
 def test_what_a_run_leaves(whole_run: Path) -> None:
     assert read_experiment(whole_run) == runs.experiment()
     environment = json.loads((whole_run / "environment.json").read_text())
