@@ -31,11 +31,14 @@ from unittest import mock
 import torch
 from card_load import CardLoad
 from step_parts import Size, Trainer, free, keep_busy, synchronise
+from torch import Tensor
+from torch.nn import functional
 
 from mvsplit.kernels import attention, masked_attention
 from mvsplit.kernels.block_parts import Recompute
-from mvsplit.kernels.fused import qk_norm_rope
-from mvsplit.kernels.hopper import merge_choice
+from mvsplit.kernels.fused import products, qk_norm_rope
+from mvsplit.kernels.hopper import block_product_choice, merge_choice
+from mvsplit.kernels.hopper.block_product import DOWN, HEADS, UP
 from mvsplit.training import TrainConfig
 from mvsplit.training.step import add_gradients
 from mvsplit.training.step_time import model_flops
@@ -47,14 +50,27 @@ KINDS = {  # the first whose word is in a kernel's name
     "attention": ("unit_attention", "sdpa", "flash", "fmha", "attention", "dot_do_o", "convert_dq"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk"),
     "merges": ("merge",),
+    "products with what follows": ("block_product",),
     "SwiGLU": ("swiglu",),
     "QK-norm and rotation": ("qk_norm", "rope"),
     "copies and fills": ("copy", "memset", "memcpy", "fill"),
 }
 
 
-def _two_launches(*_: Any) -> str:
+def _left_out(*_: Any) -> str:
     return "left out to see what it gives"
+
+
+def _but(*left_out: int) -> Any:
+    """What serves of the products in CUDA C++, but for these."""
+    serving = block_product_choice.serving
+    return lambda which, *given: _left_out() if which in left_out else serving(which, *given)
+
+
+def _copied(x: Tensor, w_qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, eps: float) -> Any:
+    """`products.heads`, not in place."""
+    qkv = functional.linear(x, w_qkv)
+    return qk_norm_rope._forward_op(qkv, cos, sin, n_heads, n_heads, eps)
 
 
 def _without(beginning: str, all_ways: Callable[..., dict[str, Any]] = attention.ways) -> Any:
@@ -64,7 +80,7 @@ def _without(beginning: str, all_ways: Callable[..., dict[str, Any]] = attention
 
 # What can be otherwise: the attribute that is replaced, and what by.
 WAYS: dict[str, tuple[Any, str, Any]] = {
-    "merge without clusters": (merge_choice, "obstacle", _two_launches),
+    "merge without clusters": (merge_choice, "obstacle", _left_out),
     "merge in clusters": (merge_choice, "FEWEST_TOKENS", 0),
     "attention by libraries": (attention, "ways", _without("unit heads")),
     "attention without CUDA C++": (attention, "ways", _without("unit heads in CUDA C++")),
@@ -74,14 +90,17 @@ WAYS: dict[str, tuple[Any, str, Any]] = {
         _without("unit heads in CUDA C++, gradients by it"),
     ),
     "norm and rotation on their own": (masked_attention, "turns_back", lambda _: False),
-    "q, k, v copied": (qk_norm_rope, "qk_norm_rope_", qk_norm_rope._forward_op),
+    "all products by libraries": (block_product_choice, "serving", _left_out),
+    "FFN by libraries": (block_product_choice, "serving", _but(UP, DOWN)),
+    "QKV by libraries": (block_product_choice, "serving", _but(HEADS)),
+    "q, k, v copied": (products, "heads", _copied),
 }
 
 
 @contextmanager
 def changed(way: str) -> Iterator[None]:
-    """With one of `WAYS`, or none. No attention serves yet, so that a row names its own."""
-    with mock.patch.object(attention, "_chosen", {}):
+    """With one of `WAYS`, or none. Nothing serves yet, so that a row names its own."""
+    with mock.patch.object(attention, "_chosen", {}), mock.patch.object(products, "_ways", {}):
         if not way:
             yield
             return
@@ -153,6 +172,7 @@ def measure(row: Row, depth: int, width: int, device: str) -> dict[str, Any]:
         "flops": model_flops(model, tokens, size.tokens) / depth,
         "load": load.found,
         "attention_backend": attention.backends_so_far(),
+        "products": products.ways_so_far(),
     }
     if device == "cuda":
         found |= by_kind(run, depth)

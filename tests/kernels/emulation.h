@@ -1,8 +1,8 @@
 // CUDA C++ on a CPU: every thread of every block is a fiber, they run by turns, and what several threads
 // do together (a warp's matrices, barriers) happens when the last of them has come. Copies are done one after
 // the other, long after they were asked for, and wgmma when it is waited for, of what its operands hold then: where
-// such a wait is missing, or an operand is written too early, other numbers come out. A wait that never ends is seen
-// too.
+// such a wait is missing, or an operand is written too early, other numbers come out. Copies to memory are done when
+// they are waited for, of what is there then. A wait that never ends is seen too.
 // Included before a translated source (emulation.py).
 #include <math.h>
 #include <ucontext.h>
@@ -45,11 +45,18 @@ struct Block {
   int threads, last_copy;
 };
 struct Copy { int block, due; Word to, bar; const Tensor *tensor; std::vector<int> from; };
-struct Fiber { ucontext_t context; int thread, block; bool ended; char *stack; };
+struct Store { Word from; const Tensor *tensor; std::vector<int> to; };
+struct Fiber {
+  ucontext_t context;
+  int thread, block;
+  bool ended;
+  char *stack;
+  std::deque<std::vector<Store>> stores;  // not yet done: groups, the last still open
+};
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
 static std::vector<Copy> copies;  // not yet done
-static int turns;
+static int turns, cluster_size;
 static Fiber *now;
 static ucontext_t scheduler;
 static long progress;
@@ -72,6 +79,13 @@ template <class In, class Work> static Together &together(int key, int n, In in,
 }
 static void meet(int barrier, int n) { together(barrier, n, [](Together &) {}, [](Together &) {}); }
 static void __syncthreads() { meet(0, block().threads); }
+static int first_of_cluster() { return now->block / cluster_size * cluster_size; }
+static void meet_cluster() {
+  Together &t = blocks[first_of_cluster()].met[-1];
+  const int turn = t.turn;
+  if (++t.come == block().threads * cluster_size) { t.come = 0; ++t.turn; ++progress; }
+  while (t.turn == turn) yield();
+}
 static int lane() { return threadIdx.x % 32; }
 static int warp_key() { return 100 + threadIdx.x / 32; }
 static void __syncwarp() { meet(warp_key(), 32); }
@@ -115,6 +129,13 @@ static void barrier_begin(Word bar, Word count) {
 }
 static void barrier_expects(Word bar, Word bytes) { Barrier &b = barrier(bar); b.bytes += bytes; --b.pending; settle(b); }
 static void barrier_arrives(Word bar) { Barrier &b = barrier(bar); --b.pending; settle(b); }
+static void barrier_arrives_in(Word bar, Word rank) {  // in another block of the cluster
+  Fiber *me = now;
+  now = &fibers[(size_t)(first_of_cluster() + rank) * block().threads];
+  if (now->ended) fail("an arrival in a block that has ended");
+  barrier_arrives(bar);
+  now = me;
+}
 static Word barrier_tries(Word bar, Word parity) {
   if ((Word)(barrier(bar).phase & 1) != parity) return 1;
   yield();
@@ -123,30 +144,52 @@ static Word barrier_tries(Word bar, Word parity) {
 
 // Memory that is swizzled by 128 bytes
 static Word swizzled(Word address) { return address ^ ((address >> 7 & 7) << 4); }
-static void copy(Word to, const void *map, Word bar, std::initializer_list<int> from) {
+static void copy(Word to, const void *map, Word bar, std::initializer_list<int> from, int blocks_of_cluster = 0) {
   if (to % 1024) fail("a copy to where no swizzled tile begins");
   int &last = block().last_copy;  // one after the other, slowly
   last = (last > turns ? last : turns) + 40;
-  copies.push_back({now->block, last, to, bar, *(const Tensor *const *)map, from});
+  const Tensor *tensor = *(const Tensor *const *)map;
+  if (!blocks_of_cluster) copies.push_back({now->block, last, to, bar, tensor, from});
+  for (int i = 0; blocks_of_cluster >> i; ++i)
+    if (blocks_of_cluster >> i & 1) copies.push_back({first_of_cluster() + i, last + 40 * i, to, bar, tensor, from});
   ++progress;
 }
-static void do_copy(const Copy &c) {
-  const Tensor &t = *c.tensor;
+// The elements of a box: how far each lies in shared memory, and in the tensor, or null outside of it.
+template <class Work> static long each_of_box(const Tensor &t, const std::vector<int> &from, Work work) {
   long count = 1;
   for (int i = 0; i < t.rank; ++i) count *= t.box[i];
   for (long n = 0; n < count; ++n) {
     bool inside = true;
     long rest = n, offset = 0;
     for (int i = 0; i < t.rank; rest /= t.box[i++]) {
-      const long place = c.from[i] + rest % t.box[i];
+      const long place = from[i] + rest % t.box[i];
       inside = inside && place >= 0 && place < t.sizes[i];
       offset += place * t.strides[i];
     }
-    *(unsigned short *)at(swizzled(c.to + 2 * n)) = inside ? *(unsigned short *)(t.data + offset) : 0;
+    work(2 * n, inside ? (unsigned short *)(t.data + offset) : nullptr);
   }
+  return count;
+}
+static void do_copy(const Copy &c) {
+  const long count = each_of_box(*c.tensor, c.from, [&](long place, unsigned short *of) {
+    *(unsigned short *)at(swizzled(c.to + place)) = of ? *of : 0;
+  });
   Barrier &b = block().barriers.at(c.bar);
   b.bytes -= 2 * count;
   settle(b);
+}
+static void copy_out(const void *map, Word from, std::initializer_list<int> to) {
+  if (from % 1024) fail("a copy from where no swizzled tile begins");
+  if (now->stores.empty()) now->stores.emplace_back();
+  now->stores.back().push_back({from, *(const Tensor *const *)map, to});
+}
+static void copies_out_commit() { now->stores.emplace_back(); }
+static void copies_out_wait(int left) {  // for all groups but the last ones
+  for (; (int)now->stores.size() > left + 1; now->stores.pop_front())
+    for (const Store &s : now->stores.front())
+      each_of_box(*s.tensor, s.to, [&](long place, unsigned short *to) {
+        if (to) *to = *(unsigned short *)at(swizzled(s.from + place));
+      });
 }
 static void do_copies() {  // those whose turn it is
   std::vector<Copy> all;
@@ -293,6 +336,9 @@ static int run_all(int grid, int threads, int shared, void (*call)()) {
     for (int i = 0; i < BEHIND; ++i)
       if ((unsigned char)b.memory[shared + i] != 0xFF) fail("something was written behind a block's memory");
   if (left == 0 && !copies.empty()) left = 1, fprintf(stderr, "a copy that nobody waited for\n");
+  for (auto &f : fibers)
+    for (auto &group : f.stores)
+      if (left == 0 && !group.empty()) left = 1, fprintf(stderr, "a copy to memory that nobody waited for\n");
   for (auto &f : fibers) free(f.stack);
   for (auto &b : blocks) free(b.memory);
   return left > 0;

@@ -14,20 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvsplit.kernels.hopper import attention, product, unit_heads
+from mvsplit.kernels.hopper import attention, block_product, product, unit_heads
 
 HEADER = Path(__file__).with_name("emulation.h")
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
-MODULES = (product, attention, unit_heads)
+MODULES = (product, attention, unit_heads, block_product)
 NOTHING = ("setmaxnreg", "griddepcontrol", "wgmma.fence", "fence.", "prefetch", "cvt.f32.f16")
+NOTHING += ("cluster.arrive",)  # its wait does it
 # What PTX contains → C++ of its operands, by number
 CALLS = {
     "mbarrier.init": "barrier_begin({0}, {1})",
     "expect_tx": "barrier_expects({0}, {1})",
     "try_wait": "{0} = barrier_tries({1}, {2})",
-    "mbarrier.arrive.shared": "barrier_arrives({0})",
+    "mbarrier.arrive.shared::cta": "barrier_arrives({0})",
+    "mapa.shared::cluster": "barrier_arrives_in({0}, {1})",
+    "barrier.cluster.wait": "meet_cluster()",
+    "bulk.commit_group": "copies_out_commit()",
+    "bulk.wait_group.read": "copies_out_wait({0})",
     "cvt.rn.": "{0} = rounded({2}) | rounded({1}) << 16",
     "globaltimer": "{0} = clock += 1000000000",
     "ex2.": "{0} = exp2f({1})",
@@ -38,6 +43,9 @@ CALLS = {
     "stmatrix.sync.aligned.m8n8.x4.shared": "store_matrices(4, false, {0}, {{{1}, {2}, {3}, {4}}})",
     "ldmatrix.sync.aligned.m8n8.x2.trans": (
         "Word *m = load_matrices(2, true, {2}); {0} = m[0], {1} = m[1]"
+    ),
+    "ldmatrix.sync.aligned.m8n8.x4.shared": (
+        "Word *m = load_matrices(4, false, {4}); {0} = m[0], {1} = m[1], {2} = m[2], {3} = m[3]"
     ),
     "st.relaxed": "*{0} = {1}; ++progress",
     "ld.relaxed": "yield(); {0} = *{1}",
@@ -76,6 +84,10 @@ def emulated(statement):
     if "cp.async.bulk.tensor" in template:
         places = re.search(r"\{(%\d(?:, %\d)+)\}", template).group(1)
         coordinates = ", ".join(given[int(n)] for n in re.findall(r"%(\d)", places))
+        if "global.shared" in template:
+            return f"copy_out({given[0]}, {given[1]}, {{{coordinates}}})"
+        if "multicast" in template:
+            return f"copy({given[0]}, {given[1]}, {given[2]}, {{{coordinates}}}, {given[5]})"
         return f"copy({given[0]}, {given[1]}, {given[2]}, {{{coordinates}}})"
     if "bar.sync" in template:
         numbers = re.search(r"bar\.sync (\S+), (\S+);", template).groups()
@@ -113,10 +125,13 @@ def library(source, name, folder):
     given = ", ".join(f"*({kind.strip()} *)given[{i}]" for i, kind in enumerate(types))
     text = f"""#include "{HEADER}"
 {text}
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 static void **given;
 static void call() {{ {name}({given}); now->ended = true; }}
 extern "C" int run(int grid, int threads, int shared, void **arguments) {{
-  given = arguments;
+  given = arguments, cluster_size = CLUSTER;
   return run_all(grid, threads, shared, call);
 }}
 """
@@ -158,7 +173,7 @@ def emulation(monkeypatch, tmp_path):
 
         def __init__(self, source, name, *, threads, shared, cluster, device):
             self.run = library(source, name, tmp_path).run
-            self.threads, self.shared = threads, shared
+            self.threads, self.shared, self.cluster = threads, shared, cluster
 
         def launch(self, grid, arguments, *, pdl):
             fault = torch.zeros(1, dtype=torch.int32)
@@ -170,7 +185,7 @@ def emulation(monkeypatch, tmp_path):
             maps = [v.address if isinstance(v, EmulatedMap) else None for v in values]
             places = [m or ctypes.addressof(v) for m, v in zip(maps, values, strict=True)]
             pointers = (ctypes.c_void_p * len(places))(*places)
-            begun = grid - self.missing
+            begun = grid * self.cluster - self.missing
             assert self.run(begun, self.threads, self.shared, pointers) == 0, "waits never end"
             assert fault.item() == (self.missing > 0)
 

@@ -2,17 +2,25 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from mvsplit.kernels.hopper import child, driver, merge_choice, unit_heads_choice
+from mvsplit.kernels.hopper import (
+    block_product_choice,
+    child,
+    driver,
+    merge_choice,
+    unit_heads_choice,
+)
 
 BOTH = [
     (merge_choice, ["forward", "bfloat16", 2, "", False, True]),
     (unit_heads_choice, [64, True, True]),
+    (block_product_choice, [0, "bfloat16", 64, 256, 4608, False]),
 ]
 
 
@@ -21,7 +29,9 @@ def test_kernels_are_tried_on_the_device_that_was_asked_about(choice, kind, monk
     current, empty = [0], torch.empty
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
     monkeypatch.setattr(torch, "empty", lambda *a, device: empty(*a))
-    monkeypatch.setattr(choice, "_verdict", lambda kind, device: (f"{current[-1]} {device}", True))
+    monkeypatch.setattr(
+        choice, "_verdict", lambda kind, device, **_: (f"{current[-1]} {device}", True)
+    )
     monkeypatch.setattr(sys, "argv", ["-c", json.dumps(["cuda:3", *kind])])
     choice._tell_verdict()
     assert json.loads(capsys.readouterr().out) == ["3 cuda:3", True]
@@ -69,13 +79,14 @@ def test_a_fault_that_the_driver_tells_is_none_of_what_cannot_be_made(
         def cuGetErrorString(self, code, to):
             pass
 
+    kind = SimpleNamespace(turned=False)
     monkeypatch.setattr(driver, "_driver", Driver)
     monkeypatch.setattr(choice, "_off_by", lambda *_: driver._check(code, "launch"))
     if fault:
         with pytest.raises(driver.FaultError, match=f"unknown error .{code}."):
-            choice._verdict(None, torch.device("cpu"))
+            choice._verdict(kind, torch.device("cpu"))
     else:
-        verdict, lasting = choice._verdict(None, torch.device("cpu"))
+        verdict, lasting = choice._verdict(kind, torch.device("cpu"))
         assert verdict == f"cannot be made here (launch: unknown error ({code}))"
         assert not lasting
 

@@ -1,9 +1,10 @@
 """A whole post-norm block as one autograd node on a GPU: deep training at the memory's limit.
 
-Between matrix products stand the fused ops, and nothing else is launched. The node decides what a
-block keeps between its forward and its backward (`Recompute`), writes the gradients of its matrices
-straight into the buffers of the optimiser where those exist, and never builds a graph of its parts.
-It computes what the parts compute one by one; `mvsplit.models.Block` says when it is used.
+Between matrix products stand the fused ops, or they are part of a product (`fused/products.py`),
+and nothing else is launched. The node decides what a block keeps between its forward and its
+backward (`Recompute`), writes the gradients of its matrices straight into the buffers of the
+optimiser where those exist, and never builds a graph of its parts. It computes what the parts
+compute one by one; `mvsplit.models.Block` says when it is used.
 
 Kept per token, in bytes of bf16 at D = 1024, F = 3D (x and the output belong to the trunk, 2D each
 of which one counts here):
@@ -39,7 +40,7 @@ from mvsplit.kernels.block_parts import (
     Recompute,
     has_gradient_hooks,
 )
-from mvsplit.kernels.fused import qk_norm_rope, swiglu
+from mvsplit.kernels.fused import products, qk_norm_rope
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
 from mvsplit.kernels.masked_attention import gradient_of_projection
 from mvsplit.kernels.reference import Gain, Gains
@@ -73,8 +74,7 @@ class _Kept(NamedTuple):
 
 
 def _attention_branch(x: Tensor, weights: BlockWeights, s: BlockSettings) -> _Attended:
-    qkv = linear(x, weights.qkv)
-    q, k, v, r = qk_norm_rope.qk_norm_rope_(qkv, s.cos, s.sin, s.heads, s.heads, s.qk_eps)
+    q, k, v, r = products.heads(x, weights.qkv, s.cos, s.sin, s.heads, s.qk_eps)
     learns = not torch.is_inference_mode_enabled()  # where nothing can be differentiated
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_(learns) for t in (q, k, v))
@@ -83,8 +83,11 @@ def _attention_branch(x: Tensor, weights: BlockWeights, s: BlockSettings) -> _At
     return _Attended(q, k, v, r, out, f)
 
 
-def _ffn_output(packed: Tensor, weights: BlockWeights) -> Tensor:
-    return linear(swiglu.swiglu(packed), weights.w2)
+def _ffn_branch(y: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
+    """(gate, value) [B, T, 2F], and the branch's output [B, T, D]."""
+    packed, hidden = products.project(y, weights.w13, hidden=True)
+    assert hidden is not None
+    return packed, linear(hidden, weights.w2)
 
 
 def _forward(
@@ -92,8 +95,7 @@ def _forward(
 ) -> tuple[Tensor, _Kept]:
     attended = _attention_branch(x, weights, s)
     y, first = merge_forward(x, attended.f, merges[0])
-    packed = linear(y, weights.w13)
-    f = _ffn_output(packed, weights)
+    packed, f = _ffn_branch(y, weights)
     out, second = merge_forward(y, f, merges[1])
     return out, _Kept(attended, y, first, packed, f, second)
 
@@ -120,10 +122,10 @@ def _completed(
         attended = _attention_branch(x, weights, s)
     if y is None:
         y, first = merge_forward(x, attended.f, merges[0])
-    if packed is None:
-        packed = linear(y, weights.w13)
-    if f is None and merges[1].learns:
-        f = _ffn_output(packed, weights)
+    if f is None and merges[1].learns:  # `packed` was not kept either
+        packed, f = _ffn_branch(y, weights)
+    elif packed is None:
+        packed, _ = products.project(y, weights.w13, hidden=False)
     return _Kept(attended, y, first, packed, f, second)
 
 
@@ -215,7 +217,7 @@ def _ffn_backward(
     assert kept.packed is not None
     assert kept.y is not None
     of = merge_backward(grad, out, kept.f, kept.second, merge)
-    grad_packed, hidden = swiglu.swiglu_backward(of.f @ low.w2, kept.packed)
+    grad_packed, hidden = products.project_backward(of.f, low.w2, kept.packed)
     grad_w2 = _weight_gradient(weights.w2, of.f, hidden, s.adds)
     grad_w13 = _weight_gradient(weights.w13, grad_packed, kept.y, s.adds)
     return _add_input_gradient(of.x, grad_packed, low.w13), of[2:], grad_w13, grad_w2

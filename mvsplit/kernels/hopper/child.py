@@ -1,8 +1,8 @@
 """The process in which a kernel is tried that may fault: a fault takes the GPU from its process.
 
-A verdict on a kernel is "right" or what is wrong with it, and whether that holds for later
-processes: a fault does, a wait that did not end does not, for another process on the GPU may be
-why. One that lasts is kept on the disk (see `choices`).
+A verdict on a kernel is "right", after which it may say more, or what is wrong with it, and whether
+that holds for later processes: a fault does, a wait that did not end does not, for another process
+on the GPU may be why. One that lasts is kept on the disk (see `choices`).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def known(
             words, lasting = find(kind, device)
             if lasting:
                 remember(store, key, words)
-        if words != RIGHT:
+        if not words.startswith(RIGHT):
             _logger.warning("%s in CUDA C++ is not used for %s: %s", store, kind, words)
         verdicts[kind, device] = words, lasting
     return verdicts[kind, device]

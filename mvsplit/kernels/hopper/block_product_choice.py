@@ -1,0 +1,311 @@
+"""Whether the products of a block with what follows in them serve: which of their cuts are right on
+this machine, and whether the fastest of these is faster than what it replaces.
+
+Before a kernel serves on a machine, the results of each cut are compared with fp64 and with
+themselves, and their times with that of a library's product and the kernel that follows it, in a
+process of its own, for a kernel that faults takes the GPU from its process. The verdict is kept on
+the disk (block_product.json, see `choices`): a run that goes on computes by the same kernels. Any
+other words there than "right" and a cut keep the kernels from serving.
+
+Shapes: as in `block_product`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mvsplit.kernels.capture import recorded, replay_time
+from mvsplit.kernels.fused import qk_norm_rope, swiglu
+from mvsplit.kernels.hopper import block_product, child
+from mvsplit.kernels.hopper.block_product import (
+    CUTS,
+    DOWN,
+    HEAD,
+    HEADS,
+    UP,
+    Cut,
+    Turns,
+    columns_of,
+    width_of,
+)
+from mvsplit.kernels.hopper.driver import DriverError, FaultError
+
+_logger = logging.getLogger(__name__)
+NAMES = {
+    UP: "w13 and SwiGLU",
+    DOWN: "w2 backward and SwiGLU",
+    HEADS: "W_QKV, rotation and QK-norm",
+}
+# From so many rows on, the rows that a kernel is timed with: steps of 8,320 and 4,608 tokens are
+# common. What fewer rows take was not measured.
+SIZES = ((8000, 8320), (4000, 4608))
+# ‖found − wanted‖/‖wanted‖ of each 16 rows of 64 columns: rounding alone gives at most 2⁻⁹.
+AGREEMENT = 4e-3
+PATIENCE = 120.0  # seconds for a comparison; the waits of kernels are bounded
+_LESS = 37  # rows than are timed: the last tile is not whole
+_AT_ONCE = 1024  # rows of the truth, in fp64
+_ROUNDS, _REPLAYS = 5, 200  # of a timing, which so lasts a second: power becomes short
+_TOKENS, _EPS = (320, 288), 1e-6  # of a sample, of a norm, in what is compared and timed
+_STORE, _SLOWER, _OFF = "block_product", "slower", "off by"
+
+
+class Class(NamedTuple):
+    """Products that one verdict serves.
+
+    Attributes:
+        which: UP, DOWN or HEADS.
+        width: D.
+        columns: of H, or of all heads.
+        rows: as timed.
+    """
+
+    which: int
+    dtype: torch.dtype
+    width: int
+    columns: int
+    rows: int
+
+
+_verdicts: dict[tuple[Class, torch.device], child.Verdict] = {}
+
+
+def serving(which: int, x: Tensor, w: Tensor, packed: Tensor | None = None) -> Cut | str:
+    """The cut that serves, or why none does; arguments as of `block_product.obstacle`. What a
+    capture holds by then stays in its graph, so that it does not change in the middle."""
+    reason = block_product.obstacle(which, x, w, packed)
+    if reason is not None:
+        return reason
+    rows = next((timed for least, timed in SIZES if x.shape[0] >= least), None)
+    if rows is None:
+        return f"it was not timed with fewer than {SIZES[-1][0]} tokens"
+    return _served(Class(which, x.dtype, x.shape[1], columns_of(which, w), rows), x.device)
+
+
+def _served(kind: Class, device: torch.device) -> Cut | str:
+    if (kind, device) not in _verdicts and torch.cuda.is_current_stream_capturing():
+        return "it was not compared on this machine before a graph was captured"
+    words, _ = child.known(_verdicts, kind, device, _STORE, _name, _verdict_elsewhere)
+    by_words = {_right(cut): cut for cut in cuts_for(kind)}
+    return by_words.get(words, words)
+
+
+def cuts_for(kind: Class) -> list[Cut]:
+    """Those that take so many columns."""
+    return [cut for cut in CUTS[kind.which] if kind.columns % width_of(cut, kind.which) == 0]
+
+
+def _right(cut: Cut) -> str:
+    """The words of a verdict for it."""
+    return f"{child.RIGHT}, {cut}"
+
+
+def _name(kind: Class, device: torch.device) -> str:
+    """The key of a verdict on the disk: what it depends on."""
+    given = (kind.which, kind.width, kind.dtype)
+    sources = "\0".join(block_product.source(cut, *given) for cut in cuts_for(kind))
+    digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
+    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, *kind)
+    return "; ".join(map(str, parts))
+
+
+def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
+    """`_verdict`, found by another process; where that ends by a fault or not at all, of the last
+    cut, the plainest, by one more."""
+    found = _ask(kind, device, plainest=False)
+    if found[0].startswith((child.RIGHT, _SLOWER, _OFF)) or len(cuts_for(kind)) == 1:
+        return found
+    words, lasting = _ask(kind, device, plainest=True)
+    _logger.warning("%s in CUDA C++, all cuts: %s; the plainest: %s", _STORE, found[0], words)
+    return words, lasting and found[1]
+
+
+def _ask(kind: Class, device: torch.device, *, plainest: bool) -> child.Verdict:
+    code = f"from {__name__} import _tell_verdict; _tell_verdict()"
+    dtype = str(kind.dtype).partition(".")[2]
+    told = json.dumps([str(device), kind.which, dtype, *kind[2:], plainest])
+    return child.verdict(code, told, PATIENCE)
+
+
+def _tell_verdict() -> None:
+    """In the other process."""
+    name, which, dtype, *rest, plainest = json.loads(sys.argv[1])
+    device = child.take(name)
+    kind = Class(which, getattr(torch, dtype), *rest)
+    child.tell(lambda: _verdict(kind, device, plainest=plainest))
+
+
+def _verdict(kind: Class, device: torch.device, *, plainest: bool = False) -> child.Verdict:
+    def judge() -> child.Verdict:
+        cuts = cuts_for(kind)
+        right, wrong = _compared(kind, cuts[-1:] if plainest else cuts, device)
+        if not right:
+            return wrong, True
+        cut, ours, theirs = _fastest(kind, right, device)
+        if ours < theirs:
+            return _right(cut), True
+        return f"{_SLOWER}: {ours:.0f} µs where libraries take {theirs:.0f} µs", True
+
+    return child.judged(judge)
+
+
+def _compared(kind: Class, cuts: list[Cut], device: torch.device) -> tuple[list[Cut], str]:
+    """Those that are right, and what is wrong with the others. Raises DriverError where none can be
+    made."""
+    given, right, wrong = draw(kind, kind.rows - _LESS, device), [], []
+    refused: list[DriverError] = []
+    for cut in cuts:
+        try:
+            off = off_by(kind, given, partial(run, given, cut))
+        except FaultError:
+            raise
+        except DriverError as error:
+            refused.append(error)
+            continue
+        if off < AGREEMENT:
+            right.append(cut)
+        else:
+            wrong.append(f"{_OFF} {off:.1e}")
+    if refused and not right and not wrong:
+        raise refused[0]
+    return right, ", ".join(wrong)
+
+
+class Inputs(NamedTuple):
+    """Of a product: Y, dF or X [N, D]; its weights; (gate, value) of DOWN; of HEADS what turns."""
+
+    x: Tensor
+    w: Tensor
+    packed: Tensor | None = None
+    turns: Turns | None = None
+
+
+def draw(kind: Class, rows: int, device: torch.device, seed: int = 0) -> Inputs:
+    """Numbers as a step has them, nobody else's."""
+    noise = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=noise).to(kind.dtype)
+
+    x, scale = normal(rows, kind.width), kind.width**-0.5
+    if kind.which == UP:
+        return Inputs(x, normal(2 * kind.columns, kind.width) * scale)
+    if kind.which == DOWN:
+        w = normal(kind.width, kind.columns) * kind.columns**-0.5
+        return Inputs(x, w, normal(rows, 2 * kind.columns))
+    tokens = next((n for n in _TOKENS if rows % n == 0), _TOKENS[0])
+    angle = torch.rand(tokens, HEAD // 2, device=device, generator=noise) * 6
+    turns = Turns(angle.cos(), angle.sin(), kind.columns // HEAD * 2 // 3, _EPS)
+    return Inputs(x, normal(kind.columns, kind.width) * scale, None, turns)
+
+
+def run(given: Inputs, cut: Cut) -> tuple[Tensor, Tensor]:
+    """By the kernel: (gate, value) or its gradient, and H; or heads and 1/RMS."""
+    if given.turns is not None:
+        return block_product.heads(given.x, given.w, given.turns, cut=cut)
+    if given.packed is not None:
+        return block_product.down(given.x, given.w, given.packed, cut=cut)
+    packed, hidden = block_product.up(given.x, given.w, cut=cut)
+    assert hidden is not None
+    return packed, hidden
+
+
+def by_libraries(given: Inputs) -> tuple[Tensor, Tensor]:
+    """What the kernel replaces; of rows that are whole samples, where heads are turned."""
+    if given.packed is not None:
+        return swiglu.swiglu_backward(given.x @ given.w, given.packed)
+    product = functional.linear(given.x, given.w)
+    if given.turns is None:
+        return product, swiglu.swiglu(product)
+    cos, sin, heads, eps = given.turns
+    kv_heads = given.w.shape[0] // HEAD - heads
+    samples = product.unflatten(0, (-1, len(cos)))
+    return product, qk_norm_rope.qk_norm_rope_(samples, cos, sin, heads - kv_heads, kv_heads, eps)[
+        3
+    ]
+
+
+def off_by(kind: Class, given: Inputs, way: Callable[[], tuple[Tensor, Tensor]]) -> float:
+    """The largest ‖found − wanted‖/‖wanted‖ of 16 rows of 64 columns; infinite where launches on
+    the same inputs differ in any bit, give NaN, or leave memory as it was."""
+    with _poisoned():
+        first, *others = [way() for _ in range(3)]
+    if not all(all(map(torch.equal, first, other)) for other in others):
+        return float("inf")
+    largest = 0.0
+    for start in range(0, len(given.x), _AT_ONCE):
+        found = [t[start : start + _AT_ONCE] for t in first]
+        for ours, wanted in zip(found, _truth(given, start, found[0]), strict=True):
+            norms = _block_norms if ours.dtype == kind.dtype else torch.abs  # of each 1/RMS
+            worst = float((norms(ours.double() - wanted) / norms(wanted)).max())
+            largest = max(largest, float("inf") if worst != worst else worst)
+    return largest
+
+
+def _truth(given: Inputs, start: int, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the rows from `start` on: (gate, value), and H of what was found for it; the gradient of
+    (gate, value), and H; or heads and 1/RMS."""
+    part = slice(start, start + len(found))
+    x, w = given.x[part].double(), given.w.double()
+    if given.turns is not None:
+        return _turned(x @ w.T, given.turns, start)
+    packed = found if given.packed is None else given.packed[part]
+    gate, value = packed.double().chunk(2, 1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    if given.packed is None:
+        return x @ w.T, silu * value
+    grad = x @ w
+    of_gate = grad * value * (sigmoid + silu * (1 - sigmoid))
+    return torch.cat((of_gate, grad * silu), 1), silu * value
+
+
+def _turned(product: Tensor, turns: Turns, start: int) -> tuple[Tensor, Tensor]:
+    """Heads side by side, and 1/RMS of those that are turned, of the rows from `start` on."""
+    at = (start + torch.arange(len(product), device=product.device)) % len(turns.cos)
+    cos, sin = (t[at, None].double() for t in (turns.cos, turns.sin))
+    heads = product.unflatten(-1, (-1, HEAD))
+    first, second = heads[:, : turns.heads].chunk(2, -1)
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), -1)
+    inverse = (turned.square().mean(-1, keepdim=True) + turns.eps).rsqrt()
+    whole = torch.cat((turned * inverse, heads[:, turns.heads :]), 1)
+    return whole.flatten(-2), inverse[..., 0]
+
+
+def _block_norms(x: Tensor) -> Tensor:
+    """Of 16 rows of 64 columns each."""
+    x = functional.pad(x, (0, 0, 0, -x.shape[0] % 16))
+    return x.unflatten(0, (-1, 16)).unflatten(-1, (-1, 64)).square().sum((1, 3)).sqrt()
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """What is allocated holds NaN. Products of libraries may refuse to run here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _fastest(kind: Class, cuts: list[Cut], device: torch.device) -> tuple[Cut, float, float]:
+    """The fastest cut, its time and that of what it replaces, in µs: medians of rounds in which all
+    run by turns, each from a graph."""
+    given = draw(kind, kind.rows, device)
+    ways = [*(partial(run, given, cut) for cut in cuts), partial(by_libraries, given)]
+    graphs = [recorded(way) for way in ways]
+    rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
+    *ours, theirs = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
+    best = min(range(len(cuts)), key=lambda i: ours[i])
+    return cuts[best], ours[best], theirs
