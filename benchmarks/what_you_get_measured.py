@@ -15,7 +15,11 @@ from mvsplit.training.gpus import GIB
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CPU, H200, TWO = "CPU, one or two cores", "one H200", "two H200"
+SHARED = ", shared"  # with programs of others, so that seconds are too many
+MACHINES = """
+*CPU*: how many cores, of which kind, and what else ran on them, the files do not say. *Shared*: with programs of
+others, by its file, so that such a machine alone takes fewer seconds.
+"""  # noqa: E501
 Found = dict[str, Any]
 Row = list[str]
 
@@ -31,10 +35,21 @@ def newest(pattern: str, *stages: str) -> tuple[Found, str]:
     return result, f"[{name.removesuffix('.json')}](../benchmarks/results/{name})"
 
 
+def machine(found: Found, file: str) -> str:
+    """What a file says of where it was measured, in its name and its notes."""
+    if "_h200" not in file:
+        return "CPU"
+    stages = (value for value in found.values() if isinstance(value, dict))
+    places = (found, *found.get("environment", ()), *stages)
+    shared = any("shared" in place.get("note", "") for place in places)
+    return f"{found.get('processes', 1)} × H200{SHARED if shared else ''}"
+
+
 def trained() -> str:
     """Steps of training, the narrow networks first."""
-    head = ("network", "machine", "samples a step", "s a step", "all steps", "peak GiB", "file")
-    return markdown(head, (*_narrow(), *_wide(), *_on_two()))
+    head = ("network", "machine", "samples a step", "s a step", "all steps, at that rate")
+    head = (*head, "peak GiB", "file")
+    return markdown(head, (*_narrow(), *_wide(), *_on_two())) + MACHINES
 
 
 def _row(
@@ -59,24 +74,28 @@ def _narrow() -> Iterator[Row]:
     demo = json.loads((ROOT / "docs" / "demo" / "demo.json").read_text(encoding="utf-8"))
     seconds = demo["twins"]["mvsplit"]["seconds_per_step"]
     batch = get_preset(twin).train.batch_size
-    yield _row(f"`{twin}`", CPU, batch, seconds, "[demo](demo/demo.json)")
+    yield _row(f"`{twin}`", machine(demo, "demo"), batch, seconds, "[demo](demo/demo.json)")
     found, file = newest("video_cpu_*.json", "times")
     step = next(run for run in found["times"]["runs"] if "step_of" in run)
-    yield _row(f"`{step['step_of']}`", CPU, step["clips"], step["seconds"], file)
+    where = machine(found, file)
+    yield _row(f"`{step['step_of']}`", where, step["clips"], step["seconds"], file)
     found, file = newest("finetune_cpu*.json", "after")
-    yield _row("8 layers of width 64", CPU, None, found["base_seconds"] / found["steps"], file)
+    seconds = found["base_seconds"] / found["steps"]
+    yield _row("8 layers of width 64", machine(found, file), None, seconds, file)
     found, file = newest("video_h200_*.json", "preset")
     run = found["preset"]["runs"][-1]
     batch = get_preset(run["preset"]).train.batch_size
-    yield _row(f"`{run['preset']}`", f"{H200}, shared", batch, run["seconds"] / run["step"], file)
+    where = machine(found, file)
+    yield _row(f"`{run['preset']}`", where, batch, run["seconds"] / run["step"], file)
 
 
 def _wide() -> Iterator[Row]:
     for stage, name in (("step bf16", "bf16"), ("step split", "split"), ("step fp32", "fp32")):
         found, file = newest("train_step_h200_*.json", stage)
-        yield _stage(f"400 layers of width 1024, {name} weights", H200, found[stage], file)
+        name = f"400 layers of width 1024, {name} weights"
+        yield _stage(name, machine(found, file), found[stage], file)
     found, file = newest("thousand_layers_h200_*.json", "thousand")
-    yield _stage("`mvsplit-1000l-h200`", H200, found["thousand"], file)
+    yield _stage("`mvsplit-1000l-h200`", machine(found, file), found["thousand"], file)
 
 
 def _on_two() -> Iterator[Row]:
@@ -87,7 +106,7 @@ def _on_two() -> Iterator[Row]:
     }
     for stage, name in each.items():
         found, file = newest("parallel_step_h200x2*.json", stage)
-        yield _stage(name, TWO, found[stage], file, found["processes"])
+        yield _stage(name, machine(found, file), found[stage], file, found["processes"])
 
 
 def _stage(name: str, where: str, stage: Found, file: str, processes: int = 1) -> Row:
@@ -102,8 +121,8 @@ def drawn() -> tuple[float, str]:
     one, eight = found["pictures_1"], found["pictures_8"]
     more = (one["memory_gb"] - one["weights_gb"]) * 1e9 / GIB
     return more, (
-        f"1000 layers of width 1024 on {H200}, 35 Euler steps with guidance: one picture "
-        f"{one['seconds']:.2f} s,\neight {eight['seconds']:.2f} s, "
+        f"1000 layers of width 1024 on {machine(found, file)}, 35 Euler steps with guidance: one "
+        f"picture {one['seconds']:.2f} s,\neight {eight['seconds']:.2f} s, "
         f"{eight['memory_gb'] * 1e9 / GIB:.1f} GiB ({file})."
     )
 
@@ -116,41 +135,42 @@ def further() -> str:
 
 def _finetuned() -> Iterator[Row]:
     ways = {"full": "everything", "gains": "gains only", "lora": "adapters (LoRA)"}
-    for where, pattern in ((CPU, "finetune_cpu*.json"), (H200, "finetune_h200_*.json")):
+    for pattern in ("finetune_cpu*.json", "finetune_h200_*.json"):
         found, file = newest(pattern, "after")
         for way, name in ways.items():
             times = [row["seconds"] for row in found["after"] if row["way"] == way]
             what = f"fine-tuning, {name}, {found['tune_steps']} steps"
-            yield [what, "8 layers of width 64", where, _span(times), file]
+            yield [what, "8 layers of width 64", machine(found, file), _span(times), file]
 
 
 def _preferred() -> Iterator[Row]:
     found, file = newest("dpo_digits_cpu_*.json", "rows")
     times = [row["seconds"] for row in found["rows"] if row["way"] == "DPO, β = 100, 200 steps"]
-    yield ["preferences, 200 steps", "`tiny`", CPU, _span(times), file]
+    yield ["preferences, 200 steps", "`tiny`", machine(found, file), _span(times), file]
     found, file = newest("dpo_shapes_h200_*.json", "rows", "model")
     rows = [row for row in found["rows"] if row["way"].startswith("DPO") and "seconds" in row]
     model = found["model"]
     network = f"{model['depth']} layers of width {model['width']}"
     what = f"preferences, {rows[0]['steps']} steps"
-    yield [what, network, H200, _span([row["seconds"] for row in rows]), file]
+    yield [what, network, machine(found, file), _span([row["seconds"] for row in rows]), file]
 
 
 def _grown() -> Iterator[Row]:
-    for where, pattern in ((CPU, "growth_thousand_cpu.json"), (H200, "growth_gpu_h200_*.json")):
+    for pattern in ("growth_thousand_cpu.json", "growth_gpu_h200_*.json"):
         found, file = newest(pattern, "summary")
         times = [row["seconds"] for row in found["summary"] if row["way"] == "grown"]
-        shared = ", shared" if "shared" in found.get("note", "") else ""
         first, last = (found["stages"][place][0] for place in (0, -1))
         network = f"{first} to {last} layers of width {found['settings']['width']}"
-        yield ["growth in depth, the whole run", network, where + shared, _span(times), file]
+        where = machine(found, file)
+        yield ["growth in depth, the whole run", network, where, _span(times), file]
 
 
 def _operated() -> Iterator[Row]:
     found, file = newest("surgery_h200_*.json", "rows")
     row = next(row for row in found["rows"] if row["way"].startswith("surgery"))
     what = f"surgery and {len(row['losses'])} steps more"
-    yield [what, "400 layers of width 128", f"{H200}, shared", _span([row["seconds"]]), file]
+    seconds = _span([row["seconds"]])
+    yield [what, "400 layers of width 128", machine(found, file), seconds, file]
 
 
 def _span(seconds: Sequence[float]) -> str:

@@ -35,10 +35,9 @@ MOST = 4096  # layers that are tried
 DAY = 86400
 HEAD = """# What you get on which machine
 
-Written by `mvsplit bench page`. **Predicted** figures are those of `mvsplit plan`; how near they
-are to what an H200 took is on [another page](performance.md#what-mvsplit-plan-foretells). Of an H100 its products and its
-copy are measured, of an RTX 4090 nothing: its rates are the data sheet's. **Measured** figures are of the file in
-their row.
+Written by `mvsplit bench page`. **Predicted** figures are those of `mvsplit plan`; how near they are to what an H200
+took is on [another page](performance.md#what-mvsplit-plan-foretells). The rates of an H100 are in no file of results
+({h100_rates}), nor those of an RTX 4090 ({rtx4090_rates}). **Measured** figures are of the file in their row.
 
 | | trains | draws | trains further |
 | --- | --- | --- | --- |
@@ -198,6 +197,8 @@ def head() -> str:
         drawable=f"networks of {' and '.join(map(str, draws))} layers of that width",
         h100=_names(fit["h100"]),
         h200=_names(fit["h200"]),
+        h100_rates=GPUS["h100"].source,
+        rtx4090_rates=GPUS["rtx4090"].source,
         rest="; ".join(
             f"`{name}` on {_first_that_holds(name)}" for name in DEEP if name not in fit["h200"]
         ),

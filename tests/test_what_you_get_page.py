@@ -79,6 +79,36 @@ def test_what_does_not_fit_is_refused_by_the_plan_and_fits_with_what_is_named(ca
     capsys.readouterr()
 
 
+def test_the_summary_lists_for_a_card_what_the_table_has_fit_on_it():
+    summary = {row[0]: row[1] for row in summary_rows()}
+    head, *rows = section("Training, predicted")
+    for card in ("H100", "H200"):
+        row = next(row for row in rows if row[0].startswith(f"{card},"))
+        fits = [n for n, cell in zip(head, row, strict=True) if "GiB, " in cell and n[:1] == "`"]
+        assert fits
+        assert re.findall(r"`[\w-]+`", summary[f"one {card}"]) == fits
+    deep = {name for name in head if name[:1] == "`"}
+    listed = " ".join(summary[name] for name in ("one H200", "two GPUs and more"))
+    assert deep == set(re.findall(r"`[\w-]+`", listed))
+    (smallest,) = (row for row in rows if row[0].startswith("RTX 4090"))
+    assert f"; {smallest[-1]} layers" in summary["one consumer GPU of 24 GB"]
+
+
+def summary_rows() -> list[list[str]]:
+    lines = TEXT.partition("\n## ")[0].splitlines()
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+
+
+def test_a_machine_is_what_its_file_says_also_where_it_was_shared(writer):
+    from what_you_get_measured import machine
+
+    words = {"note": "the GPU was shared with others"}
+    for found in (words, {"preset": words}, {"environment": [{}, words]}):
+        assert machine(found, "dpo_h200_2026") == "1 × H200, shared"
+    assert machine({"note": "in the morning", "processes": 2}, "x_h200x2_2026") == "2 × H200"
+    assert machine({"torch": "2.13.0+cpu"}, "dpo_digits_cpu_2026") == "CPU"
+
+
 def test_predicted_and_measured_are_told_apart():
     assert section("Training, predicted")
     assert "predicted" in section("Drawing")[0]
