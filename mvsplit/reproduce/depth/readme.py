@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mvsplit.errors import UserError
@@ -33,7 +33,7 @@ def write_table(readme: Path, results: Path, size: BenchSize = GPU) -> None:
 def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
     """The losses of entries at their best rates, at the depths at which any has enough seeds; the
     best of the deepest first, those with enough seeds there before the rest. Those without enough
-    seeds at any depth are left out."""
+    seeds at any depth are left out. Below it which of them learned at every one of the depths."""
     here = {(c.entry.label, c.depth): c for c in found if c.width == size.width}
     enough = {at for at, cell in here.items() if cell.rate and len(cell.best) >= SEEDS}
     depths = [depth for depth in size.depths if any(d == depth for _, d in enough)]
@@ -47,7 +47,22 @@ def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
         [label, *(_words(here.get((label, depth))) for depth in depths)]
         for label in sorted(names, key=lambda label: (order(label), label))
     ]
-    return table(("residual rule", *(f"{depth} layers" for depth in depths)), lines)
+    everywhere = [line[0] for line in lines if all(_learned(here, line[0], d) for d in depths)]
+    words = "; ".join(label + _few(here, label, depths) for label in everywhere)
+    head = ("residual rule", *(f"{depth} layers" for depth in depths))
+    return [*table(head, lines), f"At each of these depths learned: {words or 'none of them'}."]
+
+
+def _learned(here: Mapping[tuple[str, int], Cell], label: str, depth: int) -> bool:
+    cell = here.get((label, depth))
+    return cell is not None and cell.rate is not None and bool(cell.losses)
+
+
+def _few(here: Mapping[tuple[str, int], Cell], label: str, depths: Sequence[int]) -> str:
+    """At which depths this is known of fewer seeds than a verdict wants."""
+    counts = {depth: len(here[label, depth].losses or ()) for depth in depths}
+    few = [f"{n} seed{'s' * (n > 1)} at {depth}" for depth, n in counts.items() if n < SEEDS]
+    return f" ({', '.join(few)})" if few else ""
 
 
 def _middle(cell: Cell | None) -> float:

@@ -399,6 +399,7 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
         "| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate | "
         "0.5 (**1 seed**) at 0.0032, the only rate run |\n"
         "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 | dead at 0.0032, others not run |\n"
+        "\nAt each of these depths learned: none of them.\n"
         f"{END}\nafter\n"
     )
     readme.write_text("no marks")
