@@ -9,8 +9,9 @@ library's product and the kernel that follows it.
 Gate: outputs agree with fp64 in every 16 rows of 64 columns as closely as rounding can, on memory
 that held NaN, bit by bit the same in three launches, at rows that fill the last tile and at rows
 that do not. Then the times of every cut beside those of libraries, by turns and under load, from
-graphs of several sets of inputs. Variants run in a process that is ended when it hangs; the next
-ones go on in another.
+graphs of several sets of inputs; what is found is kept as the choice of this machine, which the
+first step of a training need not make any more. Variants run in a process that is ended when it
+hangs; the next ones go on in another.
 
     python benchmarks/ffn_products.py [--seconds 60] [--json FILE]
 
@@ -28,7 +29,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvsplit.kernels.capture import recorded
-from mvsplit.kernels.choices import cache_folder
 from mvsplit.kernels.hopper import block_product as product
 from mvsplit.kernels.hopper import block_product_choice as choice
 from mvsplit.kernels.hopper.block_product_choice import Class, Inputs
-from mvsplit.kernels.hopper.driver import compiled
 
 WIDTH, COLUMNS, DTYPE = 1024, 3072, torch.bfloat16  # of H, and of all heads
 ROWS = (8320, 4608)  # 26 and 16 samples or so, that are timed
@@ -105,9 +103,12 @@ def times(which: int, rows: int, cuts: list[product.Cut]) -> list[dict[str, Any]
                 found[name].append(1e6 * seconds / count / SETS)
     columns = 2 * COLUMNS if which == product.UP else COLUMNS
     flops = 2 * rows * WIDTH * columns
-    result = []
+    result, medians = [], {name: statistics.median(us) for name, us in found.items()}
+    if cuts:  # as the first step of a training would find it, which need not any more
+        ours = {cut: medians[shown(cut)] for cut in cuts}
+        choice.keep(kind, torch.device("cuda", 0), choice.words_for(ours, medians["library"]))
     for name, us in found.items():
-        middle = statistics.median(us)
+        middle = medians[name]
         row = {"product": NAMES[which], "rows": rows, "way": name, "us": middle}
         row |= {"all_us": us, "tflops": flops / middle / 1e6, "load": load.found}
         result.append(row)
@@ -123,12 +124,9 @@ def tasks() -> list[tuple[str, Any]]:
 def worker(first: int, right: list[int]) -> None:
     """Does the tasks from `first` on; a line in JSON for each. `right`: cuts that passed."""
 
-    def build(one: tuple[int, product.Cut]) -> None:
-        compiled(product.source(one[1], one[0], WIDTH, DTYPE), cache_folder() / "cuda")
-
     if first < len(CUTS):
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(build, CUTS))
+        for which in NAMES:
+            product.compile_all(list(product.CUTS[which]), which, WIDTH, DTYPE)
     for i, (what, of) in list(enumerate(tasks()))[first:]:
         print(f"START {i}", flush=True)
         if what == "gate":

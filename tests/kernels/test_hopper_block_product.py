@@ -106,9 +106,9 @@ def test_up(rows, width, hidden, cut, clusters, emulation):  # noqa: F811
     [
         (150, 128, 256, Cut(256, 2, 3, 1), 132),
         (300, 64, 256, Cut(256, 2, 3, 2), 1),
-        (130, 320, 192, Cut(192, 2, 4, 2), 132),
-        (77, 128, 256, Cut(128, 3, 3, 1), 1),
-        (200, 64, 128, Cut(128, 3, 3, 2), 132),
+        (130, 320, 192, Cut(192, 2, 3, 2), 132),
+        (77, 64, 256, Cut(128, 3, 2, 1), 1),
+        (200, 64, 128, Cut(128, 2, 4, 2), 132),
     ],
 )
 def test_down(rows, width, hidden, cut, clusters, emulation):  # noqa: F811

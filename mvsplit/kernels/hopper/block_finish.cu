@@ -22,7 +22,7 @@ __device__ __forceinline__ u32 activated(u32 gate, u32 value) {
   return pack(x * sigmoid(x) * low_half(value), y * sigmoid(y) * high_half(value));
 }
 
-__device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, Worker &me, const Map *map_packed, const Map *map_out, const Given &given) {
+__device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, Worker &me, const Map *map_out, const Map *map_hidden, const Given &given) {
   const int row = tile.row + me.row;
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c) {
@@ -34,12 +34,12 @@ __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, Worker 
       gate[i] = pack(x[0], x[1]);
       value[i] = pack(y[0], y[1]);
     }
-    send(gate, map_packed, column, row, me);
-    send(value, map_packed, given.width + column, row, me);
-    if (given.hidden) {
+    send(gate, map_out, column, row, me);
+    send(value, map_out, given.width + column, row, me);
+    if (given.writes_hidden) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) gate[i] = activated(gate[i], value[i]);
-      send(gate, map_out, column, row, me);
+      send(gate, map_hidden, column, row, me);
     }
   }
 }
@@ -142,40 +142,12 @@ __device__ __forceinline__ u32 differentiate(const float *dh, u32 &gate, u32 &va
   return pack(h[0], h[1]);
 }
 
-// Of two words of each lane, those of a column: lane l has the first of both, its neighbour the second of both.
-__device__ __forceinline__ void swap(u32 &a, u32 &b, int neighbour, bool upper) {
-  const u32 got = __shfl_xor_sync(~0u, upper ? a : b, neighbour);
-  if (upper) a = got;
-  else b = got;
-}
-
-// 16 rows of 64 columns of H. Four lanes share a row, in pairs of columns: they turn those over, so that each writes 16
-// bytes.
-__device__ __forceinline__ void write_hidden(const u32 (&h)[16], int row, int column, int lane, const Given &given) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row + lane / 4 + 8 * half;
-    char *to = given.hidden + 2 * ((long long)r * given.width + column) + lane % 4 * 16;
-#pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      u32 w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = h[2 * (j + i) + half];
-      swap(w[0], w[1], 1, lane & 1);
-      swap(w[2], w[3], 1, lane & 1);
-      swap(w[0], w[2], 2, lane & 2);
-      swap(w[1], w[3], 2, lane & 2);
-      if (r < given.n_rows) *(Quad *)(to + j * 16) = Quad{w[0], w[1], w[2], w[3]};
-    }
-  }
-}
-
 // Of a tile and, if there is one, the tile after it, of which the first two chunks are asked for.
 __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, const Tile &next, bool goes_on, Worker &me, const Map *map_packed,
-                                       const Map *map_out, const Given &given) {
+                                       const Map *map_out, const Map *map_hidden, const Given &given) {
 #pragma unroll
   for (int c = 0; c < CHUNKS; ++c, ++me.count) {
-    const u32 slot = me.slots + me.count % 2 * 2 * SLOT;
+    const u32 slot = me.slots + me.count % 2 * 2 * SLOT, of_hidden = me.slots + 4 * SLOT;
     u32 h[16];
     barrier_wait(me.bars + me.count % 2 * 8, me.count / 2 & 1, given.fault);
 #pragma unroll
@@ -188,20 +160,25 @@ __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, const T
       for (int w = 0; w < 4; ++w) h[4 * i + w] = differentiate(acc + 32 * c + 8 * i + 2 * w, gate[w], value[w]);
       store_four(place, gate);
       store_four(place + SLOT, value);
-      if (i == 1 && c > 0 && me.lane == 0) {  // the chunk before has gone out meanwhile
-        stores_read<0>();
-        if (c + 1 < CHUNKS) ask(tile, c + 1, me.count + 1, me, map_packed, given);
-        else if (goes_on) ask(next, 0, me.count + 1, me, map_packed, given);
+      if (i == 1 && c > 0) {  // the chunk before has gone out meanwhile
+        if (me.lane == 0) {
+          stores_read<0>();
+          if (c + 1 < CHUNKS) ask(tile, c + 1, me.count + 1, me, map_packed, given);
+          else if (goes_on) ask(next, 0, me.count + 1, me, map_packed, given);
+        }
+        __syncwarp();
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_four(me.place(of_hidden, i), h + 4 * i);
     written();
     __syncwarp();
     if (me.lane == 0) {
+      store2(map_hidden, of_hidden, tile.column + 64 * c, tile.row + me.row);
       store2(map_out, slot, tile.column + 64 * c, tile.row + me.row);
       store2(map_out, slot + SLOT, given.width + tile.column + 64 * c, tile.row + me.row);
       stores_commit();
     }
-    write_hidden(h, tile.row + me.row, tile.column + 64 * c, me.lane, given);
   }
   if (goes_on && me.lane == 0) {
     stores_read<0>();

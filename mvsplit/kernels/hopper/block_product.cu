@@ -13,7 +13,7 @@
 //   KIND       UP, DOWN or HEADS
 //   WG, COLUMNS, STAGES, CLUSTER  as above; COLUMNS are, of UP, half gates and half their values; steps that load at once
 //   KS         steps along K
-//   SLOTS      of a warp, each 16 rows of 64 columns on their way: two, and four of DOWN
+//   SLOTS      of a warp, each 16 rows of 64 columns on their way: two by turns; of DOWN two pairs, and one for H
 //   WORKER_REGISTERS, LOADER_REGISTERS  of their threads
 //   TYPE       bf16 or f16
 
@@ -79,8 +79,8 @@ __device__ __forceinline__ void multiply_tile(Acc &acc, const Stages &stages, co
   release(stages, me, step - 1);
 }
 
-__device__ __forceinline__ void work(const Stages &stages, const Map *map_packed, const Map *map_out, const Given &given) {
-  Worker me(stages);
+__device__ __forceinline__ void work(const Stages &stages, const Map *map_packed, const Map *map_out, const Map *map_hidden, const Given &given) {
+  Worker me(stages, uniform(threadIdx.x / 32));
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
 #if KIND == DOWN
   if (me.lane == 0 && first < given.n_tiles) ask_first(Tile(first, given), 0, me, map_packed, given);
@@ -98,11 +98,11 @@ __device__ __forceinline__ void work(const Stages &stages, const Map *map_packed
 #endif
     multiply_tile(acc, stages, me, step, given);
 #if KIND == UP
-    finish(acc, tile, me, map_packed, map_out, given);
+    finish(acc, tile, me, map_out, map_hidden, given);
 #elif KIND == HEADS
     finish(acc, turns, tile, me, map_out, given);
 #else
-    finish(acc, tile, Tile(n + stride, given), n + stride < given.n_tiles, me, map_packed, map_out, given);
+    finish(acc, tile, Tile(n + stride, given), n + stride < given.n_tiles, me, map_packed, map_out, map_hidden, given);
 #endif
   }
   if (me.lane == 0) stores_read<0>();  // shared memory has to last until then
@@ -110,10 +110,11 @@ __device__ __forceinline__ void work(const Stages &stages, const Map *map_packed
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 block_product(const __grid_constant__ Map map_a, const __grid_constant__ Map map_w, const __grid_constant__ Map map_packed,
-              const __grid_constant__ Map map_out, char *hidden, int n_rows, int width, int n_columns, int n_tiles,
-              const float *cos, const float *sin, float *inverse, int tokens, int n_turned, float eps, volatile u32 *fault) {
+              const __grid_constant__ Map map_out, const __grid_constant__ Map map_hidden, int writes_hidden, int n_rows, int width,
+              int n_columns, int n_tiles, const float *cos, const float *sin, float *inverse, int tokens, int n_turned, float eps,
+              volatile u32 *fault) {
   extern __shared__ __align__(1024) char memory[];
-  const Given given{hidden, n_rows, width, n_columns, n_tiles, cos, sin, inverse, tokens, n_turned, eps, fault};
+  const Given given{writes_hidden, n_rows, width, n_columns, n_tiles, cos, sin, inverse, tokens, n_turned, eps, fault};
   const Stages stages(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
@@ -127,11 +128,12 @@ block_product(const __grid_constant__ Map map_a, const __grid_constant__ Map map
     prefetch(&map_w);
     prefetch(&map_packed);
     prefetch(&map_out);
+    prefetch(&map_hidden);
   }
   cluster_sync();
   if (warp < WARPS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WORKER_REGISTERS));
-    work(stages, &map_packed, &map_out, given);
+    work(stages, &map_packed, &map_out, &map_hidden, given);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADER_REGISTERS));
     if (warp == WARPS && lane == 0) load_tiles(&map_a, &map_w, stages, given);

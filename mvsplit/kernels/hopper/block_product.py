@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,7 +39,7 @@ _FOLDER = Path(__file__).parent
 _DEPTH = 64  # of a step along K, and rows of a warpgroup
 _SHARED = 232_448  # bytes that a block may have
 _ENTRIES = ("block_product_up", "block_product_down", "block_product_heads")
-_SLOT, _SLOTS = 2048, (2, 4, 2)  # bytes of 16 rows of 64 columns; of a warp, by product
+_SLOT, _SLOTS = 2048, (2, 5, 2)  # bytes of 16 rows of 64 columns; of a warp, by product
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,9 @@ class Cut:
 # The fastest on a machine serves (`block_product_choice`); the last of each is the plainest.
 CUTS = {
     UP: (Cut(256, 2, 4, 2), Cut(128, 3, 4, 2), Cut(256, 2, 4, 1)),
-    DOWN: (
-        Cut(256, 2, 3, 2), Cut(192, 2, 4, 2), Cut(128, 3, 3, 2), Cut(128, 3, 3, 1),
-        Cut(256, 2, 3, 1),
-    ),
+    DOWN: (Cut(256, 2, 3, 2), Cut(192, 2, 3, 2), Cut(128, 2, 4, 2), Cut(256, 2, 3, 1)),
     HEADS: (Cut(256, 2, 4, 2), Cut(128, 3, 4, 2), Cut(256, 2, 4, 1)),
-}  # fmt: skip
+}
 
 
 def width_of(cut: Cut, which: int) -> int:
@@ -159,6 +158,18 @@ def _kernel(cut: Cut, which: int, width: int, dtype: torch.dtype, device: int) -
     return kernel
 
 
+def compile_all(cuts: list[Cut], which: int, width: int, dtype: torch.dtype) -> None:
+    """Compiles kernels at once, one for each cut; one that does not compile says so when it is to
+    run."""
+
+    def build(cut: Cut) -> None:
+        with suppress(DriverError):
+            compiled(source(cut, which, width, dtype), cache_folder() / "cuda")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, cuts))
+
+
 def _map(x: Tensor, rows: int) -> TensorMap:
     """Of a matrix, by boxes of 64 columns."""
     return TensorMap(x, (x.shape[1], x.shape[0]), (x.stride(0),), (_DEPTH, rows))
@@ -177,10 +188,11 @@ _NO_TURNS = (None, None, None, ctypes.c_int(1), ctypes.c_int(0), ctypes.c_float(
 
 
 def _launch(
-    which: int, x: Tensor, w: Tensor, packed: Tensor, out: Tensor, hidden: Tensor | None,
-    cut: Cut, turns: tuple = _NO_TURNS,
+    which: int, x: Tensor, w: Tensor, out: Tensor, cut: Cut, *, packed: Tensor | None = None,
+    hidden: Tensor | None = None, turns: tuple = _NO_TURNS,
 ) -> None:  # fmt: skip
-    """`packed` and `out` by boxes of a warp's 16 rows."""
+    """`packed`, `out` and `hidden` by boxes of a warp's 16 rows; a map of `out` where there is none
+    of the others."""
     rows, width = x.shape
     kernel = _kernel(cut, which, width, x.dtype, x.device.index or 0)
     columns = columns_of(which, w)
@@ -188,8 +200,9 @@ def _launch(
     tiles = math.ceil(rows / cut.rows / cut.cluster) * n_columns
     weight_rows = _DEPTH // cut.cluster if which == DOWN else cut.columns // 2
     arguments = (
-        _map(x, cut.rows), _map(w, weight_rows), _map(packed, 16), _map(out, 16), hidden,
-        *map(ctypes.c_int, (rows, columns, n_columns, tiles)), *turns,
+        _map(x, cut.rows), _map(w, weight_rows),
+        *(_map(out if t is None else t, 16) for t in (packed, out, hidden)),
+        *map(ctypes.c_int, (hidden is not None, rows, columns, n_columns, tiles)), *turns,
     )  # fmt: skip
     kernel.launch(min(tiles, kernel.most_clusters), arguments, pdl=False)
 
@@ -205,8 +218,7 @@ def up(y: Tensor, w13: Tensor, *, hidden: bool = True, cut: Cut) -> tuple[Tensor
     packed = torch.empty(rows, columns, dtype=y.dtype, device=y.device)
     found = torch.empty(rows, columns // 2, dtype=y.dtype, device=y.device) if hidden else None
     if rows:
-        out = packed if found is None else found
-        _launch(UP, y, w13, packed, out, found, cut)
+        _launch(UP, y, w13, packed, cut, hidden=found)
     return packed, found
 
 
@@ -222,7 +234,7 @@ def down(df: Tensor, w2: Tensor, packed: Tensor, *, cut: Cut) -> tuple[Tensor, T
     grad = torch.empty(rows, columns, dtype=df.dtype, device=df.device)
     hidden = torch.empty(rows, columns // 2, dtype=df.dtype, device=df.device)
     if rows:
-        _launch(DOWN, df, w2, packed, grad, hidden, cut)
+        _launch(DOWN, df, w2, grad, cut, packed=packed, hidden=hidden)
     return grad, hidden
 
 
@@ -240,7 +252,6 @@ def heads(x: Tensor, w_qkv: Tensor, turns: Turns, *, cut: Cut) -> tuple[Tensor, 
     inverse = torch.empty(rows, turns.heads, dtype=torch.float32, device=x.device)
     if rows:
         numbers = ctypes.c_int(len(turns.cos)), ctypes.c_int(turns.heads), ctypes.c_float(turns.eps)
-        _launch(
-            HEADS, x, w_qkv, out, out, None, cut, (turns.cos, turns.sin, inverse, *numbers)
-        )  # fmt: skip
+        given = (turns.cos, turns.sin, inverse, *numbers)
+        _launch(HEADS, x, w_qkv, out, cut, turns=given)
     return out, inverse

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvsplit.kernels.capture import recorded, replay_time
+from mvsplit.kernels.choices import remember
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.hopper import block_product, child
 from mvsplit.kernels.hopper.block_product import (
@@ -152,17 +153,30 @@ def _verdict(kind: Class, device: torch.device, *, plainest: bool = False) -> ch
         right, wrong = _compared(kind, cuts[-1:] if plainest else cuts, device)
         if not right:
             return wrong, True
-        cut, ours, theirs = _fastest(kind, right, device)
-        if ours < theirs:
-            return _right(cut), True
-        return f"{_SLOWER}: {ours:.0f} µs where libraries take {theirs:.0f} µs", True
+        *ours, theirs = _times(kind, right, device)
+        return words_for(dict(zip(right, ours, strict=True)), theirs), True
 
     return child.judged(judge)
+
+
+def words_for(ours: dict[Cut, float], theirs: float) -> str:
+    """The words of a verdict on cuts that are right, from their times and that of what they
+    replace, in µs."""
+    best = min(ours, key=lambda cut: ours[cut])
+    if ours[best] < theirs:
+        return _right(best)
+    return f"{_SLOWER}: {ours[best]:.0f} µs where libraries take {theirs:.0f} µs"
+
+
+def keep(kind: Class, device: torch.device, words: str) -> None:
+    """Keeps the words of a verdict for later processes."""
+    remember(_STORE, _name(kind, device), words)
 
 
 def _compared(kind: Class, cuts: list[Cut], device: torch.device) -> tuple[list[Cut], str]:
     """Those that are right, and what is wrong with the others. Raises DriverError where none can be
     made."""
+    block_product.compile_all(cuts, kind.which, kind.width, kind.dtype)
     given, right, wrong = draw(kind, kind.rows - _LESS, device), [], []
     refused: list[DriverError] = []
     for cut in cuts:
@@ -299,13 +313,11 @@ def _poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def _fastest(kind: Class, cuts: list[Cut], device: torch.device) -> tuple[Cut, float, float]:
-    """The fastest cut, its time and that of what it replaces, in µs: medians of rounds in which all
-    run by turns, each from a graph."""
+def _times(kind: Class, cuts: list[Cut], device: torch.device) -> list[float]:
+    """Of cuts, and of what they replace, in µs: medians of rounds in which all run by turns, each
+    from a graph."""
     given = draw(kind, kind.rows, device)
     ways = [*(partial(run, given, cut) for cut in cuts), partial(by_libraries, given)]
     graphs = [recorded(way) for way in ways]
     rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
-    *ours, theirs = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
-    best = min(range(len(cuts)), key=lambda i: ours[i])
-    return cuts[best], ours[best], theirs
+    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]

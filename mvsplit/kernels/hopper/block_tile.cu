@@ -20,7 +20,7 @@
 typedef float Acc[COLUMNS / 2];
 
 struct Given {  // what a launch is given, beside the maps of its tensors
-  char *hidden;  // H [rows, width]; of UP by its map, and only whether there is any
+  int writes_hidden;  // of UP: whether H is wanted
   int n_rows, width, n_columns, n_tiles;  // rows; columns of H or of all heads; tiles side by side; tiles of a cluster
   const float *cos, *sin;  // [tokens, HEAD / 2]
   float *inverse;          // 1/RMS [rows, n_turned]
@@ -59,9 +59,8 @@ struct Worker {  // a thread that multiplies
   int row;       // the first of its warp, in a tile
   u32 slots, bars;
   int count;     // of slots that went out, or of chunks that came
-  __device__ __forceinline__ explicit Worker(const Stages &stages)
-      : lane(threadIdx.x % 32), group(uniform(threadIdx.x / 128)), row(threadIdx.x / 32 * 16), slots(stages.slots(threadIdx.x / 32)),
-        bars(stages.pairs(threadIdx.x / 32)), count(0) {}
+  __device__ __forceinline__ Worker(const Stages &stages, int warp)  // a number that all its lanes have
+      : lane(threadIdx.x % 32), group(warp / 4), row(warp * 16), slots(stages.slots(warp)), bars(stages.pairs(warp)), count(0) {}
   // Where this lane's row of 16 bytes of a 16×16 matrix begins, the i-th of a slot.
   __device__ __forceinline__ u32 place(u32 slot, int i) const {
     return slot + lane % 16 * 128 + (((2 * i + lane / 16) ^ lane) % 8 << 4);
