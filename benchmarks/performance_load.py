@@ -15,7 +15,8 @@ KINDS = ("matrix products", "attention", "merges", "SwiGLU", "QK-norm and rotati
 
 def together(results: Iterable[Found]) -> Found:
     """The rows of step_classes, the latest of each name; `zero`: of one run, a block with writers
-    of zeros and the same with others."""
+    of zeros and the same with others; `pairs`: a block as it is and with one thing otherwise, both
+    of one run, the latest of each thing and of each that changed nothing."""
     found: Found = {}
     for result in results:
         found.pop("note", None)  # it is of an earlier run
@@ -23,7 +24,24 @@ def together(results: Iterable[Found]) -> Found:
         pairs = [(name, name.removesuffix(", zero writers")) for name in names]
         pair = {"zero": [[result["rows"][n] for n in pair] for pair in pairs]} if pairs else {}
         rows = {name: row | {"run": result["date"]} for name, row in result["rows"].items()}
-        found = found | result | {"rows": found.get("rows", {}) | rows} | pair
+        both = {
+            "rows": found.get("rows", {}) | rows,
+            "pairs": found.get("pairs", {}) | _pairs(rows),
+        }
+        found = found | result | both | pair
+    return found
+
+
+def _pairs(rows: Found) -> dict[tuple[str, bool], tuple[Found, Found]]:
+    """Of one run, by the name of what was otherwise and whether that is what serves anyway."""
+    found = {}
+    for name, row in rows.items():
+        way = _way(name)
+        base = rows.get(name.removesuffix(f", {way}")) if way else None
+        if base is not None:
+            backends = [r.get("attention_backend") for r in (row, base)]
+            same = "attention" in way and None not in backends and backends[0] == backends[1]
+            found[name, same] = (base, row)
     return found
 
 
@@ -78,25 +96,22 @@ def _way(name: str) -> str:
 
 def _changes(found: Found) -> str:
     """What each change gives, of rows of one run: with everything, and with one thing otherwise."""
-    rows = found["rows"]
     lines = []
-    for name, row in rows.items():
-        way = _way(name)
-        base = rows.get(name.removesuffix(f", {way}"))
-        if way and base:
-            more = row["us"] / base["us"] - 1
-            backends = [r.get("attention_backend") for r in (row, base)]
-            same = "attention" in way and None not in backends and backends[0] == backends[1]
-            parts = name.split(", ", 2)
-            parts[2] += " (as it is anyway: a repeat)" if same else ""
-            lines.append([*parts, f"{base['us']:.0f}", f"{row['us']:.0f}", f"{more:+.1%}"])
+    for (name, same), (base, row) in sorted(found.get("pairs", {}).items(), key=lambda p: p[0]):
+        samples, again, way = name.split(", ", 2)
+        way += " (as it is anyway: a repeat)" if same else ""
+        us = [f"{r['us']:.0f}" for r in (base, row)]
+        run = row["run"].replace("T", " ")
+        lines.append([samples, again, run, way, *us, f"{row['us'] / base['us'] - 1:+.1%}"])
     if not lines:
         return ""
-    head = ("samples × tokens", "computed again", "otherwise", "µs as it is", "µs otherwise", "")
+    head = ("samples × tokens", "computed again", "run", "otherwise", "µs as it is")
+    head = (*head, "µs otherwise", "")
     return f"""
-What a change gives, under load: a block as it is, and with one thing otherwise.
+What a change gives, under load: a block as it is, and with one thing otherwise, one after the other in one run, the
+latest in which both were. A repeat shows what two times of the same block differ by.
 
-{markdown(head, lines)}"""
+{markdown(head, lines)}"""  # noqa: E501
 
 
 def _row(name: str, row: Found) -> list[str]:

@@ -48,6 +48,11 @@ def served(classes: Found, backend: str) -> Found:
     return {name: row for name, row in rows.items() if backend in row.get("attention_backend", [])}
 
 
+def served_since(classes: Found, backend: str) -> str | None:
+    """The first run that is kept of a row in which it served."""
+    return min((row["run"] for row in served(classes, backend).values()), default=None)
+
+
 def _has_result(graphs: Found, stage: str) -> bool:
     found = graphs.get(stage)
     if not found or not isinstance(found, dict) or "out_of_memory" in found:

@@ -18,7 +18,7 @@ from typing import Any
 from performance_engine import engine
 from performance_load import together, under_load
 from performance_merges import forms, tried, tried_in_a_block
-from performance_not_run import BACKEND, IN_CUDA, not_run, served
+from performance_not_run import BACKEND, IN_CUDA, not_run, served, served_since
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
 from performance_step import (
@@ -54,11 +54,21 @@ def load(pattern: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: result.get("date", ""))
 
 
+def by_name() -> dict[str, dict[str, Any]]:
+    """Results of which something is said for good, whatever is measured later."""
+    paths = RESULTS.glob("train_step*.json")
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def merged(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One result in which later stages replace earlier ones, but for those that were not run."""
+    """One result in which later stages replace earlier ones, but for those that were not run; one
+    with seconds or losses says of which run it is."""
     together: dict[str, Any] = {}
     for result in results:
         kept = {k: v for k, v in result.items() if not str(v).startswith("not run")}
+        for name, stage in kept.items():
+            if "date" in result and isinstance(stage, dict) and {"seconds", "gaps"} & stage.keys():
+                kept[name] = stage | {"run": result["date"]}
         together |= kept
     return together
 
@@ -94,7 +104,7 @@ def page() -> str:
     steps = load("train_step_h200_*.json")
     graphs = merged(steps) | {
         "beside the rival": beside_the_rival(steps),
-        "elsewhere": load("train_step_elsewhere_h200_*.json"),
+        "runs": load("train_step*_h200_*.json"),
     }
     eager = merged(load("train_step_eager_h200_*.json"))
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
@@ -115,6 +125,7 @@ def page() -> str:
             padded,
             *load("masked_attention_h200_*_first.json"),
             *load("masked_race_h200_*.json"),
+            since=served_since(classes, BACKEND),
         ),
         low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
         plans(graphs, eager, deep),
@@ -126,7 +137,7 @@ def page() -> str:
             merged(load("eight_gpus_h200x*.json")),
             merged(load("eight_gpus_predicted.json")),
         ),
-        ideas(graphs, eager, reference, rows(ops), more_ideas(deep, padded))
+        ideas(by_name(), eager, reference, rows(ops), more_ideas(deep, padded))
         + tried(
             merged(load("merge_tried_h200_*.json")),
             merged(load("merge_forms_h200_*.json")),

@@ -297,10 +297,14 @@ def _merges_above(kernels: Kernels, tokens: int) -> float:
 
 
 def ideas(
-    graphs: Found, eager: Found, reference: Found, ops: list[Found], more: list[list[str]]
+    runs: Found, eager: Found, reference: Found, ops: list[Found], more: list[list[str]]
 ) -> str:
-    low, full = graphs["step bf16"], graphs["step fp32"]
+    """`runs`: results by the name of their file. What an idea gave is of two results of one day,
+    for those of later days have other changes, too."""
+    graphs, one = runs["train_step_h200_2026-11-24"], runs["train_step_eager_h200_2026-11-24"]
     before, before_full = eager["step bf16"], eager["step fp32"]
+    low = runs["train_step_h200_2026-11-29_late"]["step bf16"]
+    full = runs["train_step_h200_2026-11-29_late_weights"]["step fp32"]
     flash, cudnn = _attention(reference)
     merge = next(r for r in ops if r["op"] == "merge")
     thousand = eager["thousand"]["recompute"]
@@ -308,12 +312,14 @@ def ideas(
     rows = [
         [
             "forward and backward of a piece as one CUDA graph",
-            f"{before['seconds']:.2f} → {low['seconds']:.2f} s with bf16 weights, "
-            f"{before_full['seconds']:.2f} → {full['seconds']:.2f} s with fp32",
+            f"{_changed(one, graphs, 'step bf16')} with bf16 weights, "
+            f"{_changed(one, graphs, 'step fp32')} with fp32; cuDNN's attention came with it "
+            f"({graphs['date']}, writers of zeros)",
         ],
         [
             "bf16 weights, then 6 bytes a parameter: pieces twice as large in the same memory",
-            f"{full['seconds']:.2f} → {low['seconds']:.2f} s; no casts of weights either",
+            f"{full['seconds']:.2f} → {low['seconds']:.2f} s (2026-11-29); no casts of weights "
+            "either",
         ],
         [
             "nothing computed again where memory allows, decided for each block",
@@ -346,6 +352,10 @@ Gave nothing, or less than hoped:
   divided by β, which is noise once α has been learned and a β comes near zero.
 - For sampling: see [what did not help](sampling.md#what-did-not-help).
 """  # noqa: E501
+
+
+def _changed(before: Found, after: Found, stage: str) -> str:
+    return f"{before[stage]['seconds']:.2f} → {after[stage]['seconds']:.2f} s"
 
 
 def _attention(reference: Found) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from performance_parts import kernels_of, markdown
+from performance_training import ONE_BYTE_SINCE
 
 from mvsplit.kernels.block_parts import Recompute
 from mvsplit.presets import get_preset
@@ -25,8 +26,8 @@ _OTHER_BITS = (
     "**other bits**, for the backward of attention adds up in any order (`--deterministic` has it "
     "fixed since, not run on a GPU yet)"
 )
-_ONE_BYTE_SINCE = "2026-11-29"
 _ONE_BYTE = " The second moment had two bytes then, and\nhas one since."
+_BATCH_THEN = 64  # samples a step of recipe.py, before its results said so
 _SAVED = 4.05  # bytes of a parameter in a checkpoint: its weight and the moments
 _RACE = "2026-11-29"  # the run with the kernel of `masked_race_h200`
 OURS, ZERO_KEYS = "unit heads in CUDA C++, gradients by cudnn", "cudnn with zero keys"
@@ -34,12 +35,14 @@ _MASKS = {
     ZERO_KEYS: "padding left out of the finished softmax instead of masked in it",
     OURS: "masked inside a kernel of our own for up to 320 tokens, against cuDNN's without a mask",
 }
+WARMUP = 10  # of thousand_layers.py
 WAYS = ("cudnn, mask", "cudnn, square mask", "flash in sequences", "flash, packed")
 
 
-def masked(found: Found, first: Found, race: Found | None = None) -> str:
+def masked(found: Found, first: Found, race: Found | None = None, since: str | None = None) -> str:
     """What a mask on padded text costs in attention; `first` is of a kernel that did not compute
-    rows anew, `race` of one that did it wrong."""
+    rows anew, `race` of one that did it wrong; `since`: when gradients by our kernel first served
+    in a block."""
     if not found:
         return ""
     rows = []
@@ -55,7 +58,7 @@ def masked(found: Found, first: Found, race: Found | None = None) -> str:
 
 Forward and backward of attention as the network calls it, in µs and against the best without a mask
 (cuDNN's); 1 … 64 or 1 … 256 of the text tokens are real. *Ours*: forward in CUDA C++, up to 320 tokens, which leaves
-padding out, gradients by cuDNN; of these ways it serves where it has a figure, else zero keys do. *Zero keys*: padding takes part in the
+padding out, gradients by cuDNN; of these ways it is taken where it has a figure, else zero keys are. *Zero keys*: padding takes part in the
 softmax, where a key of zero counts as exp(0) = 1, and is subtracted afterwards
 ([how](../mvsplit/kernels/masked_attention.py)). *One row*, *T×T*: of the mask, for all queries or for each.
 *Unequal lengths*: flash attention on the padded batch as twice as many sequences, real and padding
@@ -66,7 +69,20 @@ Gate: against fp64 over the real keys alone, the chosen way is off by at most {_
 gradients), and by at most {max(away):.2f} times what cuDNN without a mask is where queries and keys point away from each
 other, which leaves the real keys next to no share of the softmax.{_lost_rows(found, first, race)} cuDNN's kernel for unequal lengths
 cannot be recorded in a CUDA graph. Sorting or splitting a batch removes no mask unless lengths are equal.
-{_note(found)}"""  # noqa: E501
+{_dated(found, since)}"""  # noqa: E501
+
+
+def _dated(found: Found, since: str | None) -> str:
+    """Of when the table is, and what it cannot have for that."""
+    date, words = found.get("date", ""), ""
+    if since is not None and date < since:
+        words = (
+            ", before gradients of attention\nby our own kernel served, as they do since ("
+            f"{since.replace('T', ' ')}, [above](#what-the-cards-power-allows)): *ours* is without "
+            "them"
+        )
+    note = f"\n{found['note']}" if "note" in found else ""
+    return f"\nThe latest rows are of {date.replace('T', ' ')}{words}.{note}\n"
 
 
 def _lost_rows(found: Found, first: Found, race: Found | None) -> str:
@@ -130,17 +146,23 @@ def thousand(found: Found, results: Sequence[Found] = ()) -> str:
     plan = plan_step(preset, GPUS["h200"], 1, sample_of(preset))
     again = ", ".join(f"{count} × {level}" for level, count in sorted(stage["recompute"].items()))
     samples = f"{stage['samples']} samples in pieces of {stage['piece']}"
+    runs = _same_pieces(stage, results)
     rows = [
         ["parameters", f"{stage['parameters']:,}"],
-        ["a step", f"{stage['seconds']:.2f} s, {samples}"],
+        ["a step", f"{stage['seconds']:.2f} s, {samples}{_all_of(runs, 'seconds', '.2f')}"],
         ["tokens/s", f"{stage['tokens_per_second']:,.0f}, {stage['length']} a sample"],
-        ["MFU", f"{stage['mfu']:.1%}; of the real tokens {stage['mfu_of_real_tokens']:.1%}"],
+        [
+            "MFU",
+            f"{stage['mfu']:.1%}{_all_of(runs, 'mfu', '.1%')}; of the real tokens "
+            f"{stage['mfu_of_real_tokens']:.1%}",
+        ],
         ["peak, GiB", f"{stage['peak_gib']:.1f} ({stage['reserved_gib']:.1f} held by PyTorch)"],
         ["computed again", again],
-        ["loss", _loss(stage)],
+        ["loss", f"{_loss(stage)}; a warm-up of {WARMUP} steps, not of {preset.train.warmup:,}"],
         [
             "cold start",
-            f"{stage['cold_start_seconds']:.0f} s from the process to the second step, as a graph",
+            f"{stage['cold_start_seconds']:.0f} s from the process to the second step, as a graph"
+            f"{_all_of(runs, 'cold_start_seconds', '.0f')}",
         ],
     ]
     if "seconds_per_layer" in stage:
@@ -166,7 +188,7 @@ def thousand(found: Found, results: Sequence[Found] = ()) -> str:
 `mvsplit train mvsplit-1000l-h200` by the run's own step: every parameter, clipping by the true global
 norm, {_bytes(stage)} bytes a parameter. Captions are padded to the longest of the batch, masked.
 
-{markdown(("", ""), rows)}{_note(stage)}{_again(stage)}{_others(stage, results)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
+{markdown(("", ""), rows)}{_note(stage)}{_again(stage)}{_others(stage, runs)}{_pieces(stage, plan, found["date"] == _RACE)}"""  # noqa: E501
 
 
 def _loss(stage: Found) -> str:
@@ -187,28 +209,41 @@ def _again(stage: Found) -> str:
         return ""
     levels: list[Recompute] = [n for n, count in stage["recompute"].items() for _ in range(count)]
     share = _recompute_seconds(stage, levels) / stage["seconds"]
-    return f"\nOf the step, {share:.0%} is what backward computes again.\n"
+    return f"\nOf the step, {share:.0%} is what backward computes again, by the plan.\n"
 
 
 def _note(stage: Found) -> str:
     return f"\n{stage['note']}\n" if "note" in stage else ""
 
 
-def _others(stage: Found, results: Sequence[Found]) -> str:
-    """Runs of fewer steps of the same day, in the same pieces."""
+def _same_pieces(stage: Found, results: Sequence[Found]) -> list[Found]:
+    """All runs in the pieces of `stage`, with as many bytes a parameter, the oldest first."""
     stages = [r["thousand"] | _source(r) for r in results if "mfu" in r.get("thousand", {})]
-    same = [
-        f"- {run['date'][11:]}, {run['steps']} steps, loss {run['losses'][0]:.3f} → "
+    return [
+        run for run in stages if run["piece"] == stage["piece"] and _bytes(run) == _bytes(stage)
+    ]
+
+
+def _all_of(runs: Sequence[Found], field: str, form: str) -> str:
+    """The range of a field over the runs."""
+    ends = [format(end(run[field] for run in runs), form) for end in (min, max)] if runs else []
+    return f" ({' to '.join(ends)} in {len(runs)} runs)" if len(runs) > 1 else ""
+
+
+def _others(stage: Found, runs: Sequence[Found]) -> str:
+    """Each of the runs, where there are several."""
+    if len(runs) < 2:
+        return ""
+    lines = "\n".join(
+        f"- {run['date'].replace('T', ' ')}, {run['steps']} steps, loss {run['losses'][0]:.3f} → "
         f"{run['losses'][-1]:.3f}: {run['seconds']:.2f} s, {run['mfu']:.1%} MFU. "
         f"{run.get('note', '')}".rstrip()
-        for run in stages
-        if run["piece"] == stage["piece"] and run["date"][:10] == stage.get("date", "")[:10]
-        and "losses" in run and run["date"] != stage["date"] and "T" in run["date"]
-    ]  # fmt: skip
-    if not same:
-        return ""
-    lines = "\n".join(same)
-    return f"\nShorter runs of that day, each on a card of its own:\n\n{lines}\n"
+        for run in runs
+    )
+    return (
+        f"\nThe table is of {stage['date'].replace('T', ' ')}. All runs in such pieces, by the "
+        f"kernels of their time:\n\n{lines}\n"
+    )
 
 
 def _bytes(stage: Found) -> int:
@@ -249,12 +284,14 @@ def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) ->
     lines = []
     if recipe.get("gaps"):
         gaps = ", ".join(f"{name} {gap:+.2%}" for name, gap in recipe["gaps"].items())
-        steps = recipe["steps"]
+        seeds = len({name.partition(", seed ")[2] for name in recipe["gaps"]})
+        spread = "1 seed, no spread" if seeds == 1 else f"{seeds} seeds"
+        then = _ONE_BYTE if recipe["date"] < ONE_BYTE_SINCE else ""
         lines.append(
-            f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, {steps:,} of "
-            f"{recipe.get('of_steps', 1000):,} steps, "
-            f"mean loss of the last 100 against\nfp32 AdamW from the same seed: {gaps}. "
-            f"At most 2 % was allowed.{_ONE_BYTE if recipe['date'] < _ONE_BYTE_SINCE else ''}"
+            f"{recipe['depth']} layers at D = {recipe['width']} on the shapes, "
+            f"{recipe['steps']:,} of {recipe.get('of_steps', 1000):,} steps of "
+            f"{recipe.get('batch_size', _BATCH_THEN)} samples, mean loss of the last 100 against\n"
+            f"fp32 AdamW from the same seed: {gaps} ({spread}). At most 2 % was allowed.{then}"
         )
     if moments:
         costs = {n: statistics.fmean(each) for n, each in moments["over_fp32"].items()}
@@ -333,7 +370,7 @@ def more_ideas(deep: Found, padded: Found) -> list[list[str]]:
             ]
             if all(costs):
                 each = " → ".join(f"{min(c):+.0%} … {max(c):+.0%}" for c in costs)
-                rows.append([idea, each])
+                rows.append([idea, f"{each}, each against no mask in its own run"])
     return rows
 
 

@@ -7,7 +7,7 @@ are their median. Then the time of a layer under load, against that at a tenth o
 counts 6N and attention, nothing that is computed again, of 989 TFLOP/s; of all tokens that are
 computed, and of the real ones. Captions are padded to 32 tokens, so that all pieces have one shape.
 
-A checkpoint has 95 GB, more than the disk of the machine at hand. So saving and resuming is shown
+A checkpoint has 55 GB, more than the disk of the machine at hand. So saving and resuming is shown
 at a depth that fits, with `train.deterministic`: 2 + 2 steps write the files that 4 steps in one go
 write, bit for bit.
 

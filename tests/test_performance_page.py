@@ -54,6 +54,55 @@ def test_later_results_replace_earlier_ones_but_not_by_what_was_not_run(writer):
     assert writer.merged([first, later]) == {"gate": {"passed": False}, "curves": {"passed": True}}
 
 
+def test_a_stage_says_of_which_run_it_is(writer):
+    first = {"date": "2026-01-02", "step bf16": {"seconds": 2.0}, "gaps": {"bf16, seed 0": 0.1}}
+    later = {"date": "2026-01-03T10:00", "step fp32": {"seconds": 3.0}}
+    found = writer.merged([first, later])
+    runs = [found[f"step {name}"]["run"] for name in ("bf16", "fp32")]
+    assert runs == ["2026-01-02", "2026-01-03T10:00"]
+    assert found["gaps"] == {"bf16, seed 0": 0.1}
+
+
+def test_a_change_is_measured_against_the_block_of_its_own_run(writer):
+    def run(date: str, base: float, *ways: float) -> dict:
+        rows = {BLOCK: {"us": base}} | {f"{BLOCK}, way {n}": {"us": w} for n, w in enumerate(ways)}
+        return {"date": date, "rows": rows}
+
+    found = writer.together([run("2026-01-02", 100.0, 110.0, 120.0), run("2026-01-03", 50.0, 60.0)])
+    from performance_load import _changes
+
+    said = _changes(found)
+    assert "| 2026-01-03 | way 0 | 50 | 60 | +20.0% |" in said
+    assert "| 2026-01-02 | way 1 | 100 | 120 | +20.0% |" in said
+    assert said.count("way") == 2
+    cudnn = {"us": 51.0, "attention_backend": ["cudnn"]}
+    rows = {BLOCK: cudnn, f"{BLOCK}, attention by libraries": cudnn | {"us": 52.0}}
+    repeat = writer.together([{"date": "2026-01-04", "rows": rows}, run("2026-01-05", 50.0)])
+    assert "(as it is anyway: a repeat) | 51 | 52 |" in _changes(repeat)
+
+
+BLOCK = "26 × (256+64), nothing"
+
+
+def test_the_ratio_to_the_rival_is_that_of_all_runs():
+    """Counted from the files, runs with writers of zeros left out."""
+    ratios = []
+    for path in (FOLDER / "results").glob("train_step*_h200_*.json"):
+        ours, rival = (result(path.name).get(stage) for stage in ("step bf16", "compiled"))
+        if all(isinstance(each, dict) and "load" in each for each in (ours, rival)):
+            ratios.append(ours["tokens_per_second"] / rival["tokens_per_second"])
+    assert len(ratios) >= 3
+    assert f"| {min(ratios):.2f}–{max(ratios):.2f}× |" in TEXT
+    for ratio in ratios:
+        assert f": {ratio:.2f}× (" in TEXT
+
+
+def test_what_is_said_of_the_warm_up_is_in_the_script(writer):
+    from performance_step import WARMUP
+
+    assert f"warmup={WARMUP}," in (FOLDER / "thousand_layers.py").read_text(encoding="utf-8")
+
+
 def test_groups_of_the_profile_hold_all_of_its_time(writer):
     from performance_parts import grouped
 
