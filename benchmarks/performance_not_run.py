@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Found = dict[str, Any]
@@ -48,9 +48,9 @@ def served(classes: Found, backend: str) -> Found:
     return {name: row for name, row in rows.items() if backend in row.get("attention_backend", [])}
 
 
-def served_since(classes: Found, backend: str) -> str | None:
-    """The first run that is kept of a row in which it served."""
-    return min((row["run"] for row in served(classes, backend).values()), default=None)
+def served_since(results: Iterable[Found], backend: str) -> str | None:
+    """The date of the first of the results of step_classes in which it served."""
+    return min((each["date"] for each in results if served(each, backend)), default=None)
 
 
 def _has_result(graphs: Found, stage: str) -> bool:

@@ -125,7 +125,7 @@ def page() -> str:
             padded,
             *load("masked_attention_h200_*_first.json"),
             *load("masked_race_h200_*.json"),
-            since=served_since(classes, BACKEND),
+            since=served_since(load("step_classes_h200_*.json"), BACKEND),
         ),
         low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
         plans(graphs, eager, deep),

@@ -26,6 +26,7 @@ from mvsplit.reproduce.reruns import (
     place,
     rerun_lines,
     succeed,
+    verdicts_before,
 )
 from mvsplit.reproduce.sizes import SIZES
 
@@ -35,7 +36,8 @@ INDEX = f"""# The claims of the paper, repeated
     mvsplit reproduce CLAIM --size small --pages docs/experiments
 
 Each claim of arXiv 2605.06169 is a few runs and a rule that was written down before the first of
-them; the verdict is what the rule says of the logs, welcome or not. The sizes:
+them; the verdict is what the rule says of the logs, welcome or not. Where a rule has changed since,
+its page keeps what it said before. The sizes:
 {"".join(chr(10) + f"- `{size.name}`: {size.hardware}" for size in SIZES.values())}
 
 [The depth bench](depth-bench.md) compares the rules beyond the paper, each at its own learning
@@ -115,6 +117,7 @@ def write_index(folder: Path | str) -> Path:
 def _short(result: Mapping[str, Any]) -> str:
     seeds = len({row["seed"] for row in result["runs"]})
     others = "".join(f"; run again: {verdict}" for verdict in other_verdicts(result))
+    others += "".join(f"; by the rule before: {verdict}" for verdict in verdicts_before(result))
     return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'}{others})"
 
 

@@ -127,6 +127,12 @@ def other_verdicts(result: Mapping[str, Any]) -> list[str]:
     return [verdict for verdict in found if verdict != result["verdict"]]
 
 
+def verdicts_before(result: Mapping[str, Any]) -> list[str]:
+    """What rules before said of their records, where that is not the verdict."""
+    found = dict.fromkeys(each["verdict"] for each in result.get(CHANGED, []))
+    return [verdict for verdict in found if verdict != result["verdict"]]
+
+
 def rerun_lines(result: Mapping[str, Any]) -> list[str]:
     """The part of a page about reruns, nothing where there are none."""
     reruns = result.get(AGAIN, [])

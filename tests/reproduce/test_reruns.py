@@ -80,6 +80,13 @@ def test_a_rule_that_was_changed_has_its_own_date(result, tmp_path):
     row = f"Rows with other bounds or another reason: {result['rule'][0]['figure']}."
     assert words in page_text(FRONT, [now])
     assert row in page_text(FRONT, [now])
+    assert "by the rule before" not in write_index(tmp_path).read_text(encoding="utf-8")
+    now["verdict"] = "does not hold"
+    path = tmp_path / "results" / "front-small.json"
+    path.write_text(json.dumps(now), encoding="utf-8")
+    assert f"; by the rule before: {result['verdict']})" in write_index(tmp_path).read_text(
+        encoding="utf-8"
+    )
     keep_result(other | {"date": "2030-01-03"}, tmp_path)  # the same rule once more
     assert kept(tmp_path)[CHANGED] == [before]
 
