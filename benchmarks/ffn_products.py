@@ -67,7 +67,8 @@ def gate(which: int, cut: product.Cut) -> dict[str, Any]:
 
 
 def shown(cut: product.Cut) -> str:
-    return f"{64 * cut.groups} × {cut.columns}, {cut.stages} stages, {cut.cluster} block(s)"
+    beside = ", beside" if cut.beside else ""
+    return f"{cut.rows} × {cut.columns}, {cut.stages} stages, {cut.cluster} block(s){beside}"
 
 
 def ways(which: int, cuts: list[product.Cut]) -> dict[str, Callable[[Inputs], object]]:

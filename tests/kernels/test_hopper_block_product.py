@@ -92,6 +92,8 @@ def poisoned(monkeypatch):
         (150, 128, 128, Cut(256, 2, 4, 1), 132),
         (300, 64, 256, Cut(256, 2, 4, 2), 1),  # tile after tile, of two stages each
         (77, 320, 64, Cut(128, 3, 4, 2), 132),  # a block without a row
+        (150, 128, 256, Cut(256, 2, 4, 1, beside=True), 1),
+        (300, 192, 128, Cut(128, 2, 4, 2, beside=True), 2),
     ],
 )
 def test_up(rows, width, hidden, cut, clusters, emulation):  # noqa: F811
@@ -109,6 +111,8 @@ def test_up(rows, width, hidden, cut, clusters, emulation):  # noqa: F811
         (130, 320, 192, Cut(192, 2, 3, 2), 132),
         (77, 64, 256, Cut(128, 3, 2, 1), 1),
         (200, 64, 128, Cut(128, 2, 4, 2), 132),
+        (150, 128, 512, Cut(256, 2, 3, 1, beside=True), 1),
+        (300, 192, 256, Cut(128, 2, 3, 2, beside=True), 2),
     ],
 )
 def test_down(rows, width, hidden, cut, clusters, emulation):  # noqa: F811

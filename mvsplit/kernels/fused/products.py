@@ -4,8 +4,8 @@ backward.
 Where kernels for Hopper are right and faster (`hopper/block_product_choice.py`), what follows is
 part of the product; else a library multiplies and a fused op follows. Both round (gate, value)
 before H is made of it, so that whoever computes it again from what was kept finds the same H. The
-gradient of H, and queries and keys before they are turned, are rounded by a library, and not by the
-kernel, in which they are never written.
+gradient of H, and queries and keys before they are turned, are rounded by a library, and not always
+by the kernel, in which they are never written.
 
 Shapes: B batch, T tokens, D width, H heads, K head width, F hidden width of the FFN.
 """

@@ -2,7 +2,7 @@
 
 #if KIND != DOWN
 // 16 rows of 64 columns go out through the next slot.
-__device__ __forceinline__ void send(const u32 (&w)[16], const Map *map, int column, int row, Worker &me) {
+__device__ __forceinline__ void send(const u32 *w, const Map *map, int column, int row, Worker &me) {
   const u32 slot = me.slots + me.count++ % 2 * SLOT;
   if (me.lane == 0) stores_read<1>();
   __syncwarp();
@@ -22,6 +22,23 @@ __device__ __forceinline__ u32 activated(u32 gate, u32 value) {
   return pack(x * sigmoid(x) * low_half(value), y * sigmoid(y) * high_half(value));
 }
 
+#if BESIDE
+// The s-th part of what follows the sums of a tile: of 64 columns gates are sent, then values; then each half of H is made
+// in the place of gates, and sent.
+__device__ __forceinline__ void finish_part(int s, Held &held, const Tile *, Worker &me, const Map *, const Map *map_out, const Map *map_hidden,
+                                            const Given &given) {
+  const int c = s / 4, i = s % 4, column = held.tile.column + 64 * c, row = held.tile.row + me.row;
+  u32 *gate = held.sums + 16 * c;
+  const u32 *value = gate + COLUMNS / 8;
+  if (i == 0) send(gate, map_out, column, row, me);
+  if (i == 1) send(value, map_out, given.width + column, row, me);
+  if (i < 2 || !given.writes_hidden) return;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) gate[8 * (i - 2) + j] = activated(gate[8 * (i - 2) + j], value[8 * (i - 2) + j]);
+  if (i == 3) send(gate, map_hidden, column, row, me);
+}
+
+#else
 __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, Worker &me, const Map *map_out, const Map *map_hidden, const Given &given) {
   const int row = tile.row + me.row;
 #pragma unroll
@@ -43,6 +60,7 @@ __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, Worker 
     }
   }
 }
+#endif
 
 #else
 // What turns a thread's channels below HEAD / 2 of both its rows: of row h, channel 8j + lane % 4 · 2 + e. Fetched while
@@ -142,6 +160,49 @@ __device__ __forceinline__ u32 differentiate(const float *dh, u32 &gate, u32 &va
   return pack(h[0], h[1]);
 }
 
+#if BESIDE
+// The s-th part of what follows the sums of a tile: 16 columns. Its chunk is there; the one after it, if there is one, of
+// this tile or of the next, is asked for.
+__device__ __forceinline__ void finish_part(int s, Held &held, const Tile *next, Worker &me, const Map *map_packed, const Map *map_out,
+                                            const Map *map_hidden, const Given &given) {
+  const Tile &tile = held.tile;
+  const int c = s / 4, i = s % 4;
+  const u32 slot = me.slots + me.count % 2 * 2 * SLOT, of_hidden = me.slots + 4 * SLOT;
+  if (i == 0) {
+    barrier_wait(me.bars + me.count % 2 * 8, me.count / 2 & 1, given.fault);
+    if (me.lane == 0) {
+      stores_read<0>();  // the chunk before has gone out meanwhile
+      if (c + 1 < CHUNKS) ask(tile, c + 1, me.count + 1, me, map_packed, given);
+      else if (next) ask(*next, 0, me.count + 1, me, map_packed, given);
+    }
+    __syncwarp();
+  }
+  const u32 place = me.place(slot, i);
+  u32 gate[4], value[4], h[4];
+  load_four(place, gate);
+  load_four(place + SLOT, value);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const u32 both = held.sums[4 * s + w];
+    const float dh[2] = {low_half(both), high_half(both)};
+    h[w] = differentiate(dh, gate[w], value[w]);
+  }
+  store_four(place, gate);
+  store_four(place + SLOT, value);
+  store_four(me.place(of_hidden, i), h);
+  if (i < 3) return;
+  written();
+  __syncwarp();
+  if (me.lane == 0) {
+    store2(map_hidden, of_hidden, tile.column + 64 * c, tile.row + me.row);
+    store2(map_out, slot, tile.column + 64 * c, tile.row + me.row);
+    store2(map_out, slot + SLOT, given.width + tile.column + 64 * c, tile.row + me.row);
+    stores_commit();
+  }
+  ++me.count;
+}
+
+#else
 // Of a tile and, if there is one, the tile after it, of which the first two chunks are asked for.
 __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, const Tile &next, bool goes_on, Worker &me, const Map *map_packed,
                                        const Map *map_out, const Map *map_hidden, const Given &given) {
@@ -186,4 +247,5 @@ __device__ __forceinline__ void finish(const Acc &acc, const Tile &tile, const T
   }
   __syncwarp();
 }
+#endif
 #endif

@@ -11,6 +11,8 @@
 // the last row.
 //
 //   KIND       UP, DOWN or HEADS
+//   BESIDE     whether a warpgroup does what follows the sums of a tile beside its products of the next one, from the
+//              sums rounded, dH too; not of HEADS
 //   WG, COLUMNS, STAGES, CLUSTER  as above; COLUMNS are, of UP, half gates and half their values; steps that load at once
 //   KS         steps along K
 //   SLOTS      of a warp, each 16 rows of 64 columns on their way: two by turns; of DOWN two pairs, and one for H
@@ -79,6 +81,48 @@ __device__ __forceinline__ void multiply_tile(Acc &acc, const Stages &stages, co
   release(stages, me, step - 1);
 }
 
+#if BESIDE
+// The same, and beside it what follows the sums of the tile before, part by part.
+__device__ __forceinline__ void multiply_beside(Acc &acc, Held &held, const Tile &tile, const Stages &stages, Worker &me, int &step,
+                                                const Map *map_packed, const Map *map_out, const Map *map_hidden, const Given &given) {
+#pragma unroll
+  for (int k = 0; k < KS; ++k, ++step) {
+    stages.wait_full(step, given);
+    in_flight(acc);
+    multiply_step(acc, stages.a(step) + me.group * 8192, stages.w(step), k);
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    if (k > 0) release(stages, me, step - 1);
+#pragma unroll
+    for (int s = k * PARTS / KS; s < (k + 1) * PARTS / KS; ++s) finish_part(s, held, &tile, me, map_packed, map_out, map_hidden, given);
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  in_flight(acc);
+  release(stages, me, step - 1);
+}
+
+__device__ __forceinline__ void work(const Stages &stages, const Map *map_packed, const Map *map_out, const Map *map_hidden, const Given &given) {
+  Worker me(stages, uniform(threadIdx.x / 32));
+  const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
+  if (first >= given.n_tiles) return;
+  const Tile tile(first, given);
+#if KIND == DOWN
+  if (me.lane == 0) ask(tile, 0, 0, me, map_packed, given);
+#endif
+  int step = 0;
+  Acc acc;
+  multiply_tile(acc, stages, me, step, given);
+  Held held(acc, tile);
+  for (int n = first + stride; n < given.n_tiles; n += stride) {
+    const Tile next(n, given);
+    multiply_beside(acc, held, next, stages, me, step, map_packed, map_out, map_hidden, given);
+    held = Held(acc, next);
+  }
+#pragma unroll
+  for (int s = 0; s < PARTS; ++s) finish_part(s, held, nullptr, me, map_packed, map_out, map_hidden, given);
+  if (me.lane == 0) stores_read<0>();  // shared memory has to last until then
+}
+
+#else
 __device__ __forceinline__ void work(const Stages &stages, const Map *map_packed, const Map *map_out, const Map *map_hidden, const Given &given) {
   Worker me(stages, uniform(threadIdx.x / 32));
   const int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
@@ -107,6 +151,7 @@ __device__ __forceinline__ void work(const Stages &stages, const Map *map_packed
   }
   if (me.lane == 0) stores_read<0>();  // shared memory has to last until then
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS + 128, 1)
 block_product(const __grid_constant__ Map map_a, const __grid_constant__ Map map_w, const __grid_constant__ Map map_packed,

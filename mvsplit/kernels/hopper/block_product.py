@@ -5,10 +5,11 @@
     down   dH = dF·W2; from it and (gate, value) their gradients, and H once more
     heads  X·W_QKVᵀ, its queries and keys turned, then normalised
 
-(gate, value) is rounded before H is made of it, so that whoever has kept it finds the same H. dH is
-not rounded, nor are queries and keys before they are turned: they never leave the registers. All
-read the weights where they lie, [out, in]; sums are in fp32, outputs are rounded once; results are
-deterministic. A wait that does not end within seconds ends the program (`driver.ended_by_a_wait`).
+(gate, value) is rounded before H is made of it, so that whoever has kept it finds the same H. dH
+may be rounded (`Cut.beside`) but never leaves the registers; queries and keys are not rounded
+before they are turned. All read the weights where they lie, [out, in]; sums are in fp32, outputs
+are rounded once; results are deterministic. A wait that does not end within seconds ends the
+program (`driver.ended_by_a_wait`).
 
 Shapes: B batch, T tokens, N rows (tokens of all samples), D width, F hidden width of the FFN, H
 query heads, G key/value heads, K = 128 head width.
@@ -51,12 +52,15 @@ class Cut:
         groups: warpgroups that multiply, of 64 rows each.
         stages: steps that load at once.
         cluster: blocks that share the loading of weights, 1 or 2.
+        beside: whether what follows the sums of a tile is done beside the products of the next one,
+            not only beside those of another warpgroup; not of `heads`. dH is rounded then.
     """
 
     columns: int = 256
     groups: int = 2
     stages: int = 4
     cluster: int = 1
+    beside: bool = False
 
     @property
     def rows(self) -> int:
@@ -65,10 +69,16 @@ class Cut:
 
 # The fastest on a machine serves (`block_product_choice`); the last of each is the plainest.
 CUTS = {
-    UP: (Cut(256, 2, 4, 2), Cut(128, 3, 4, 2), Cut(256, 2, 4, 1)),
-    DOWN: (Cut(256, 2, 3, 2), Cut(192, 2, 3, 2), Cut(128, 2, 4, 2), Cut(256, 2, 3, 1)),
+    UP: (
+        Cut(256, 2, 4, 2, beside=True), Cut(256, 2, 4, 1, beside=True), Cut(256, 2, 4, 2),
+        Cut(256, 2, 4, 1),
+    ),
+    DOWN: (
+        Cut(256, 2, 3, 2, beside=True), Cut(256, 2, 3, 1, beside=True), Cut(256, 2, 3, 2),
+        Cut(128, 2, 4, 2), Cut(256, 2, 3, 1),
+    ),
     HEADS: (Cut(256, 2, 4, 2), Cut(128, 3, 4, 2), Cut(256, 2, 4, 1)),
-}
+}  # fmt: skip
 
 
 def width_of(cut: Cut, which: int) -> int:
@@ -113,7 +123,8 @@ def source(cut: Cut, which: int, width: int, dtype: torch.dtype) -> str:
     workers, loader = _registers(cut)
     macros = {
         "KIND": which, "WG": cut.groups, "COLUMNS": cut.columns, "STAGES": cut.stages,
-        "CLUSTER": cut.cluster, "KS": width // _DEPTH, "SLOTS": _SLOTS[which],
+        "CLUSTER": cut.cluster, "BESIDE": int(cut.beside), "KS": width // _DEPTH,
+        "SLOTS": _SLOTS[which],
         "WORKER_REGISTERS": workers, "LOADER_REGISTERS": loader, "TRAP": 1,
         "TYPE": f'"{name}"', "BF16": int(name == "bf16"),
     }  # fmt: skip

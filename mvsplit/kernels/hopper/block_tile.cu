@@ -19,6 +19,8 @@
 // A thread's sums: acc[4j + 2h + e] is of row lane / 4 + 8h of its warp's 16 and of column 8j + lane % 4 · 2 + e.
 typedef float Acc[COLUMNS / 2];
 
+#define PARTS (4 * CHUNKS)  // of what follows the sums of a tile
+
 struct Given {  // what a launch is given, beside the maps of its tensors
   int writes_hidden;  // of UP: whether H is wanted
   int n_rows, width, n_columns, n_tiles;  // rows; columns of H or of all heads; tiles side by side; tiles of a cluster
@@ -33,6 +35,16 @@ struct Tile {
   int row, column;  // the first of a block, of H or of the heads
   __device__ __forceinline__ Tile(int n, const Given &given)
       : row((n / given.n_columns * CLUSTER + blockIdx.x % CLUSTER) * TOK), column(n % given.n_columns * WIDTH) {}
+};
+
+// The sums of a tile, rounded, until what follows them is done beside the products of the next tile.
+struct Held {
+  u32 sums[COLUMNS / 4];
+  Tile tile;
+  __device__ __forceinline__ Held(const Acc &acc, const Tile &tile) : tile(tile) {
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 4; ++i) sums[i] = pack(acc[2 * i], acc[2 * i + 1]);
+  }
 };
 
 // Shared memory: stages, each a step along K of rows and of weights; slots; for each stage a barrier that tells it is
