@@ -141,15 +141,15 @@ MODES = Claim(
     expect="G_mean up by one to two orders of magnitude. At the small size, of width 32 and 17 "
     "tokens, the ratio of T to √T is smaller than at the paper's width and 256 tokens.",
     limits=ON_DEMAND + " Norms over all layers together, at the looks that were taken.",
-    afterwards="The row on looks came after the GPU runs of 2026-11-30, of which the rule before "
-    "it said: does not hold. Those looked at every 20th step and, when the watch stirred, at ten "
-    "in a row at most. In seed 1 such ten ended at step 171 on the largest value of all, and at "
-    "the next look, step 180, all was over; in seed 2 steps 172 to 175, in which the centered "
-    "gradient fell by more than four orders of magnitude, were not seen, and in seed 0 steps 181 "
-    "to 185 were not. The median before the rise was of two to four looks. That G_mean rose 9 to "
-    "32 times and G_ctr 9 to 23 is what was seen; what was largest is not known. Since then a run "
-    "at that size looks at every second step around the rise, as the small size did from the "
-    "first.",
+    afterwards="The row on looks came after the first GPU runs (2026-11-30), of which the rule "
+    "before it said: does not hold. Those looked at every 20th step and, when the watch stirred, "
+    "at ten in a row at most. In seed 1 such ten ended at step 171 on the largest value of all, "
+    "and at the next look, step 180, all was over; in seed 2 steps 172 to 175, in which the "
+    "centered gradient fell by more than four orders of magnitude, were not seen, and in seed 0 "
+    "steps 181 to 185 were not. The median before the rise was of two to four looks. That G_mean "
+    "rose 9 to 32 times and G_ctr 9 to 23 is what was seen; what was largest is not known. Since "
+    "then a run at that size looks at every second step around the rise, as the small size did "
+    "from the first.",
     cost=COST,
     trials=plain_trials,
     measure=lambda runs: [
@@ -217,9 +217,9 @@ EXTINCTION = Claim(
     expect="Three to four orders of magnitude; it is what locks the collapse in.",
     limits=ON_DEMAND + " Norms of the deepest quarter of the layers.",
     afterwards="At the GPU size, in bf16, the gradients of queries and keys fall some 500 to 700 "
-    "times (2026-11-30), less than three orders of magnitude; at the small size, in fp32, by "
-    "eight. That rounding makes the difference, for the exact value is zero where all tokens are "
-    "one, is likely, and was not tested.",
+    "times in the first runs (2026-11-30), less than three orders of magnitude; at the small "
+    "size, in fp32, by eight. That rounding makes the difference, for the exact value is zero "
+    "where all tokens are one, is likely, and was not tested.",
     cost=COST,
     trials=plain_trials,
     remarks=_extinction_remarks,

@@ -128,8 +128,8 @@ def _delayed_remarks(values: Values) -> list[str]:
     return [
         f"The loss is first at 0.9 of the floor {first} steps after the rise. That may be a spike, "
         "from which it falls below again; the bound was put to it before the runs, and stays. From "
-        f"{span(settled)} steps on the deep tokens are alike in every look to the last: the look "
-        f"before that is {span(finely)} steps earlier, and nearer it is not known."
+        f"{span(settled)} steps on the deep tokens are alike in every look to the last. How many "
+        f"steps earlier the look before is, and nearer it is not known: {span(finely)}."
     ]
 
 
@@ -145,9 +145,9 @@ DELAYED = Claim(
     "loss reaches the floor of a network with all tokens alike within tens of steps.",
     limits="The rate is raised: that a constant low rate ends so by itself after 26,000 steps is "
     "not tested here. What MV-Split does under the same rise is shown and not judged.",
-    afterwards="At the GPU size, in the runs of 2026-11-30, MV-Split with β = 1 learns on through "
-    "the rise that kills the plain network; at the small size, where the rate rises 40 times "
-    "instead of 10, it does not.",
+    afterwards="At the GPU size, in its first runs (2026-11-30), MV-Split with β = 1 learns on "
+    "through the rise that kills the plain network; at the small size, where the rate rises 40 "
+    "times instead of 10, it does not.",
     cost={
         "small": "6 runs of 1.2 to 1.8 minutes on a core",
         "gpu": "6 runs of 3 to 6.4 minutes, four at a time; more with today's looks",

@@ -16,12 +16,13 @@ from mvsplit.errors import UserError
 
 AGAIN = "again"  # of a stored result: what its reruns came to
 CHANGED = "changed"  # of a stored result: the records that other rules judged before, oldest first
-_OF_RERUN = ("words", "date", "verdict", "environment", "together", "values")
+_OF_RERUN = ("words", "date", "verdict", "environment", "together", "look_every", "values")
 _OF_RECORD = (
     *("date", "verdict", "reasons", "environment"),
     *("rule", "rule_written", "rule_unchanged", "measure_sha256"),
 )
-_HOW_IT_WENT = ("ended", "seconds", "together")  # of a run's row; the rest says which run it is
+# Of a run's row; the rest says which run it is. A look changes no step, but what is seen of them.
+_HOW_IT_WENT = ("ended", "seconds", "together", "look_every")
 Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
 
 
@@ -30,7 +31,13 @@ def rerun(result: Mapping[str, Any], words: str) -> dict[str, Any]:
     values = {name: figure["values"] for name, figure in result["figures"].items()}
     together = max((row.get("together") or 1 for row in result["runs"]), default=1)
     fields = {"words": words, "values": values, "together": together}
+    fields["look_every"] = looks(result)
     return {name: fields.get(name, result.get(name)) for name in _OF_RERUN}
+
+
+def looks(result: Mapping[str, Any]) -> list[int]:
+    """The steps between looks around the rise of the rate that its runs asked for, 0 for none."""
+    return sorted({row.get("look_every", 0) for row in result["runs"]})
 
 
 def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -44,7 +51,8 @@ def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict
     if _runs(result) == _runs(before):
         earlier = [*before.get(AGAIN, [])]
         if _signature(result) != _signature(before):
-            earlier.insert(0, rerun(before, "an earlier record"))
+            other = "" if looks(result) == looks(before) else ", with other looks"
+            earlier.insert(0, rerun(before, f"an earlier record{other}"))
     changed = [*before.get(CHANGED, [])]
     if not _same_rule(result, before):
         changed.append(record(before))
@@ -169,7 +177,9 @@ def beyond_spread(result: Mapping[str, Any]) -> list[str]:
     """One sentence, to stand where figures have their ±: which of them move by more, with the same
     seeds, than they spread over seeds. Nothing where nothing was run again, or nothing moved."""
     now = {name: figure["values"] for name, figure in result["figures"].items()}
-    moved = {name: _step(now, result.get(AGAIN, []), name) for name in now}
+    # With other looks a figure may move without any noise.
+    alike = [e for e in result.get(AGAIN, []) if (e.get("look_every") or [0]) == looks(result)]
+    moved = {name: _step(now, alike, name) for name in now}
     known = {
         n: (step, wide)
         for n, step in moved.items()

@@ -113,6 +113,20 @@ def test_a_rerun_takes_the_place_of_none_but_its_own_name(result, tmp_path):
     assert now == result
 
 
+def test_of_runs_with_other_looks_nothing_is_said_about_noise(result, tmp_path):
+    keep_result(result, tmp_path)
+    other = changed(result, seed1=0.1)
+    for row in other["runs"]:
+        row["look_every"] = 2
+    keep_result(other, tmp_path)
+    text = page_text(FRONT, [kept(tmp_path)])
+    assert "- an earlier record, with other looks, " in text
+    assert "understates the noise" not in text
+    keep_result(changed(other, seed1=0.5), tmp_path, "elsewhere")
+    text = page_text(FRONT, [kept(tmp_path)])
+    assert f"move by more than they spread over seeds: {CROSSED}" in text
+
+
 def test_runs_that_were_trained_as_one_are_told(result, tmp_path):
     keep_result(result, tmp_path)
     other = changed(result, seed1=0.2)
@@ -193,7 +207,11 @@ def test_pages_of_the_repository_say_which_figures_move_by_more_than_their_sprea
     (found,) = [*re.findall(r"^\*\*The ± understates the noise.*$", page, re.M), ""][:1]
     for name, figure in result["figures"].items():
         values = np.array([[*figure["values"].values()]], float)
-        again = [[*each["values"].get(name, {}).values()] for each in result.get(AGAIN, [])]
+        again = [
+            [*each["values"].get(name, {}).values()]
+            for each in result.get(AGAIN, [])
+            if "with other looks" not in each["words"]
+        ]
         others = np.array([each for each in again if each], float)
         if values.size < 2 or not others.size:
             continue
