@@ -1,5 +1,7 @@
 """Whether products of a block in CUDA C++ serve on a machine: compared, timed, kept."""
 
+import threading
+
 import pytest
 import torch
 
@@ -201,3 +203,29 @@ def test_every_cut_fits_and_is_plain_at_last(which):
         assert product.shared_bytes(cut, which) <= 232_448
         assert "#define TRAP 1" in product.source(cut, which, 1024, torch.float16)
     assert product.CUTS[which][-1].cluster == 1
+
+
+def test_all_products_of_a_block_are_asked_about_side_by_side_and_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    capturing, asked, together = [True], [], threading.Barrier(3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(product, "obstacle", lambda *_: None)
+    monkeypatch.setattr(choice, "SIZES", ((100, 101),))
+
+    def elsewhere(kind, device):
+        asked.append(kind.which)
+        together.wait(10)
+        return f"slower: {kind.which}", True
+
+    monkeypatch.setattr(choice, "_verdict_elsewhere", elsewhere)
+    x = torch.zeros(120, 64, dtype=torch.bfloat16)
+    weights = {HEADS: x.new_zeros(768, 64), UP: x.new_zeros(512, 64), DOWN: x.new_zeros(64, 256)}
+    for now in (True, False, False):
+        monkeypatch.setattr(choice, "_verdicts", {})  # of another process
+        capturing[0] = now
+        choice.prepare(x, weights)
+        assert sorted(asked) == ([] if now else [UP, DOWN, HEADS])
+    assert choice.serving(DOWN, x, weights[DOWN]) == f"slower: {DOWN}"
+    choice.prepare(x[:50], weights)  # fewer rows than are timed
+    assert len(asked) == 3

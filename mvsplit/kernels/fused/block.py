@@ -93,6 +93,7 @@ def _ffn_branch(y: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
 def _forward(
     x: Tensor, weights: BlockWeights, merges: tuple[Merge, Merge], s: BlockSettings
 ) -> tuple[Tensor, _Kept]:
+    products.prepare(x, weights.qkv, weights.w13, weights.w2)
     attended = _attention_branch(x, weights, s)
     y, first = merge_forward(x, attended.f, merges[0])
     packed, f = _ffn_branch(y, weights)

@@ -25,11 +25,29 @@ from mvsplit.kernels.hopper.block_product import DOWN, HEAD, HEADS, UP, Cut, Tur
 _logger = logging.getLogger(__name__)
 _Key = tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]
 _ways: dict[_Key, str] = {}
+_prepared: set[tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]] = set()
 
 
 def ways_so_far() -> list[str]:
     """What served for which shapes in this process, and why not the kernel for Hopper."""
     return [f"{_shown(key)}: {way}" for key, way in _ways.items()]
+
+
+def prepare(x: Tensor, w_qkv: Tensor, w13: Tensor, w2: Tensor) -> None:
+    """Has what serves for a block of such weights found out, once, before its activations fill the
+    memory; a step finds out without, too, but one by one, and w2's in its backward.
+
+    Args:
+        x: [B, T, D].
+    """
+    if not x.is_cuda:
+        return
+    key = (x.shape[:2].numel(), w_qkv.shape, w13.shape, x.dtype, x.device)
+    if key not in _prepared:
+        rows = x.flatten(0, 1)
+        block_product_choice.prepare(rows, {HEADS: w_qkv, UP: w13, DOWN: w2})
+        if not torch.cuda.is_current_stream_capturing():
+            _prepared.add(key)
 
 
 def project(y: Tensor, w13: Tensor, *, hidden: bool) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvsplit.kernels.capture import recorded, replay_time
-from mvsplit.kernels.choices import remember
+from mvsplit.kernels.choices import recall, remember
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.hopper import block_product, child
 from mvsplit.kernels.hopper.block_product import (
@@ -88,10 +89,42 @@ def serving(which: int, x: Tensor, w: Tensor, packed: Tensor | None = None) -> C
     reason = block_product.obstacle(which, x, w, packed)
     if reason is not None:
         return reason
+    kind = _class_of(which, x, w)
+    if kind is None:
+        return f"it was not timed with fewer than {SIZES[-1][0]} tokens"
+    return _served(kind, x.device)
+
+
+def prepare(x: Tensor, weights: dict[int, Tensor]) -> None:
+    """Has verdicts on all products of a block found side by side, where there are none yet and no
+    graph is being captured: before its activations fill the memory, and in the time of one.
+
+    Args:
+        x: [N, D].
+        weights: by product.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return
+    takes = (w for w in weights.items() if block_product.obstacle(w[0], x, w[1]) is None)
+    kinds = [kind for which, w in takes if (kind := _class_of(which, x, w)) is not None]
+    unknown = [
+        kind
+        for kind in kinds
+        if (kind, x.device) not in _verdicts and recall(_STORE, _name(kind, x.device)) is None
+    ]
+    if not unknown:
+        return
+    with ThreadPoolExecutor(len(unknown)) as pool:
+        found = list(pool.map(partial(_verdict_elsewhere, device=x.device), unknown))
+    for kind, verdict in zip(unknown, found, strict=True):
+        child.known(_verdicts, kind, x.device, _STORE, _name, lambda *_, v=verdict: v)
+
+
+def _class_of(which: int, x: Tensor, w: Tensor) -> Class | None:
     rows = next((timed for least, timed in SIZES if x.shape[0] >= least), None)
     if rows is None:
-        return f"it was not timed with fewer than {SIZES[-1][0]} tokens"
-    return _served(Class(which, x.dtype, x.shape[1], columns_of(which, w), rows), x.device)
+        return None
+    return Class(which, x.dtype, x.shape[1], columns_of(which, w), rows)
 
 
 def _served(kind: Class, device: torch.device) -> Cut | str:
