@@ -124,7 +124,7 @@ def tasks() -> list[tuple[str, Any]]:
 
 def worker(first: int, right: list[int]) -> None:
     """Does the tasks from `first` on; a line in JSON for each. `right`: cuts that passed."""
-
+    print(f"START {first}", flush=True)  # what ends it from here on is said of this task
     if first < len(CUTS):
         for which in NAMES:
             product.compile_all(list(product.CUTS[which]), which, WIDTH, DTYPE)
@@ -171,10 +171,10 @@ def guarded(first: int, until: float, rows: list[dict[str, Any]]) -> int:
     listener.join()
     if child.returncode == 0:
         return len(tasks())
-    if at >= first:
-        rows.append({"failed": tasks()[at], "ended_with": child.returncode})
-        print(json.dumps(rows[-1]), flush=True)
-    return max(at, first)
+    at = max(at, first)  # it may have ended before it said anything
+    rows.append({"failed": tasks()[at], "ended_with": child.returncode})
+    print(json.dumps(rows[-1]), flush=True)
+    return at
 
 
 def said(row: dict[str, Any]) -> str:

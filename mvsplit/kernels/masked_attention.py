@@ -33,8 +33,10 @@ Shapes: B batch, H heads, T tokens, K head width.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +47,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 
 from mvsplit.kernels.segments import Segments
 
+_logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
 _DRAWS = 3
 _AT_A_TIME = 4  # samples in fp32
@@ -130,7 +133,17 @@ def turns_back(q: Tensor) -> bool:
     from mvsplit.kernels.hopper import unit_heads_choice
 
     kind = unit_heads_choice.Class(q.shape[2], masked=False, gradients=True, turned=True)
-    return unit_heads_choice.obstacle(kind, q.device) is None
+    found = unit_heads_choice.obstacle(kind, q.device)
+    _say(q.shape[2], q.device, "in the same kernel" if found is None else found.reason)
+    return found is None
+
+
+@cache
+def _say(tokens: int, device: torch.device, words: str) -> None:
+    """Once."""
+    _logger.info(
+        "from attention of %d tokens on to the projection on %s: %s", tokens, device, words
+    )
 
 
 def gradient_of_projection(

@@ -1,7 +1,9 @@
 """The process in which kernels are tried: where they run, and which of its verdicts last."""
 
 import json
+import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -107,3 +109,59 @@ def test_what_a_verdict_is_kept_by_is_found_out_once(monkeypatch, tmp_path):
     ]
     assert found == [("right", True)] * 3
     assert asked == ["a kind"]
+
+
+def test_what_another_process_has_found_meanwhile_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def find(kind, device):
+        child.remember("merge", kind, "right, by another")
+        return "right, by this one", True
+
+    found = child.known({}, "a kind", torch.device("cpu"), "merge", lambda kind, _: kind, find)
+    assert found == ("right, by another", True)
+
+
+def test_processes_are_asked_side_by_side_and_none_stays(tmp_path):
+    meet = (
+        "import pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / sys.argv[1]).touch()\n"
+        "while len(list(folder.iterdir())) < 2: time.sleep(0.01)\n"
+        "print('[\"right ' + sys.argv[1] + '\", true]')\n"
+    )
+    assert child.verdicts(meet, ["a", "b"], 20.0) == [("right a", True), ("right b", True)]
+    pids = (
+        "import os, pathlib, sys, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'pid ' + sys.argv[1]).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    found = child.verdicts(pids, ["c", "d"], 1.0)
+    assert found == [("no verdict within 1 s", False)] * 2
+    for name in "cd":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"pid {name}").read_text()), 0)
+
+
+def test_a_gpu_is_timed_by_one_process_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path / "new"))
+    order, device = [], torch.device("cuda", 0)
+
+    def other():
+        with child.alone(device):
+            order.append("other")
+
+    with child.alone(device):
+        thread = threading.Thread(target=other)
+        thread.start()
+        with child.alone(torch.device("cuda", 1)):  # another GPU
+            thread.join(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path / "file"))  # no place for a lock
+    with child.alone(device):
+        order.append("without")
+    assert order[-1] == "without"

@@ -246,7 +246,9 @@ def test_a_thread_that_has_not_called_the_gpu_yet():
     ],
 )
 def test_the_kernels_are_right_by_their_own_comparison(kind):
-    assert choice._verdict_elsewhere(kind, torch.device("cuda", 0)) == ("right", True)
+    words, lasting = choice._verdict_elsewhere(kind, torch.device("cuda", 0))
+    assert lasting
+    assert words == "right" or (kind.turned and words.startswith("not faster"))
 
 
 # Whether it serves

@@ -93,7 +93,6 @@ def _ffn_branch(y: Tensor, weights: BlockWeights) -> tuple[Tensor, Tensor]:
 def _forward(
     x: Tensor, weights: BlockWeights, merges: tuple[Merge, Merge], s: BlockSettings
 ) -> tuple[Tensor, _Kept]:
-    products.prepare(x, weights.qkv, weights.w13, weights.w2)
     attended = _attention_branch(x, weights, s)
     y, first = merge_forward(x, attended.f, merges[0])
     packed, f = _ffn_branch(y, weights)
@@ -186,7 +185,9 @@ class _Block(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: BlockWeights, settings: BlockSettings, *tensors: Any
     ) -> Tensor:
         merges = _merges(tensors[4:], settings)
-        out, kept = _forward(x, _cast(weights, x), merges, settings)
+        low, learns = _cast(weights, x), any(ctx.needs_input_grad)
+        products.prepare(x, low.qkv, low.w13, low.w2, settings.heads, learns=learns)
+        out, kept = _forward(x, low, merges, settings)
         ctx.save_for_backward(x, out)
         ctx.inner = _thinned(kept, settings.recompute), weights, merges, settings
         return out

@@ -3,7 +3,8 @@ backward.
 
 Where kernels for Hopper are right and faster (`hopper/block_product_choice.py`), what follows is
 part of the product; else a library multiplies and a fused op follows. Both round (gate, value)
-before H is made of it, so that whoever computes it again from what was kept finds the same H. The
+before H is made of it, so that whoever computes it again from what was kept finds the same H, or,
+where one way served forward and the other backward, one that differs by a last bit in places. The
 gradient of H, and queries and keys before they are turned, are rounded by a library, and not always
 by the kernel, in which they are never written.
 
@@ -25,7 +26,7 @@ from mvsplit.kernels.hopper.block_product import DOWN, HEAD, HEADS, UP, Cut, Tur
 _logger = logging.getLogger(__name__)
 _Key = tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]
 _ways: dict[_Key, str] = {}
-_prepared: set[tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]] = set()
+_prepared: set[tuple[object, ...]] = set()
 
 
 def ways_so_far() -> list[str]:
@@ -33,19 +34,27 @@ def ways_so_far() -> list[str]:
     return [f"{_shown(key)}: {way}" for key, way in _ways.items()]
 
 
-def prepare(x: Tensor, w_qkv: Tensor, w13: Tensor, w2: Tensor) -> None:
+def prepare(
+    x: Tensor, w_qkv: Tensor, w13: Tensor, w2: Tensor, n_heads: int, *, learns: bool
+) -> None:
     """Has what serves for a block of such weights found out, once, before its activations fill the
     memory; a step finds out without, too, but one by one, and w2's in its backward.
 
     Args:
         x: [B, T, D].
+        n_heads: H.
+        learns: whether there will be a backward.
     """
     if not x.is_cuda:
         return
-    key = (x.shape[:2].numel(), w_qkv.shape, w13.shape, x.dtype, x.device)
+    wanted = {UP: w13}
+    if w_qkv.shape[0] == 3 * n_heads * HEAD:
+        wanted[HEADS] = w_qkv
+    if learns:
+        wanted[DOWN] = w2
+    key = (x.shape[:2].numel(), tuple(wanted), w_qkv.shape, w13.shape, x.dtype, x.device)
     if key not in _prepared:
-        rows = x.flatten(0, 1)
-        block_product_choice.prepare(rows, {HEADS: w_qkv, UP: w13, DOWN: w2})
+        block_product_choice.prepare(x.flatten(0, 1), wanted)
         if not torch.cuda.is_current_stream_capturing():
             _prepared.add(key)
 

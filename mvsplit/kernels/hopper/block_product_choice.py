@@ -17,10 +17,10 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,9 @@ _AT_ONCE = 1024  # rows of the truth, in fp64
 _ROUNDS, _REPLAYS = 5, 200  # of a timing, which so lasts a second: power becomes short
 _TOKENS, _EPS = (320, 288), 1e-6  # of a sample, of a norm, in what is compared and timed
 _STORE, _SLOWER, _OFF = "block_product", "slower", "off by"
+_AROUND = tuple(  # what launches them, and what they are timed with
+    Path(str(module.__file__)) for module in (block_product, swiglu, qk_norm_rope)
+)
 
 
 class Class(NamedTuple):
@@ -114,10 +117,11 @@ def prepare(x: Tensor, weights: dict[int, Tensor]) -> None:
     ]
     if not unknown:
         return
-    with ThreadPoolExecutor(len(unknown)) as pool:
-        found = list(pool.map(partial(_verdict_elsewhere, device=x.device), unknown))
-    for kind, verdict in zip(unknown, found, strict=True):
-        child.known(_verdicts, kind, x.device, _STORE, _name, lambda *_, v=verdict: v)
+    found = dict(zip(unknown, _ask(unknown, x.device), strict=True))
+    for kind in unknown:
+        child.known(
+            _verdicts, kind, x.device, _STORE, _name, lambda k, device: _after(k, device, found[k])
+        )
 
 
 def _class_of(which: int, x: Tensor, w: Tensor) -> Class | None:
@@ -150,26 +154,36 @@ def _name(kind: Class, device: torch.device) -> str:
     given = (kind.which, kind.width, kind.dtype)
     sources = "\0".join(block_product.source(cut, *given) for cut in cuts_for(kind))
     digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
-    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, *kind)
+    around = child.digest(*_AROUND)
+    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, around, *kind)
     return "; ".join(map(str, parts))
 
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
-    """`_verdict`, found by another process; where that ends by a fault or not at all, of the last
-    cut, the plainest, by one more."""
-    found = _ask(kind, device, plainest=False)
-    if found[0].startswith((child.RIGHT, _SLOWER, _OFF)) or len(cuts_for(kind)) == 1:
+    """`_verdict`, found by another process."""
+    return _after(kind, device, *_ask([kind], device))
+
+
+def _after(kind: Class, device: torch.device, found: child.Verdict) -> child.Verdict:
+    """What was found; where that process ended by a fault or a wait in vain, what one more says of
+    the last cut alone, the plainest."""
+    if not child.was_ended(found[0]) or len(cuts_for(kind)) == 1:
         return found
-    words, lasting = _ask(kind, device, plainest=True)
+    ((words, lasting),) = _ask([kind], device, plainest=True)
     _logger.warning("%s in CUDA C++, all cuts: %s; the plainest: %s", _STORE, found[0], words)
     return words, lasting and found[1]
 
 
-def _ask(kind: Class, device: torch.device, *, plainest: bool) -> child.Verdict:
+def _ask(
+    kinds: Sequence[Class], device: torch.device, *, plainest: bool = False
+) -> list[child.Verdict]:
+    """Of other processes, side by side but for what is timed."""
     code = f"from {__name__} import _tell_verdict; _tell_verdict()"
-    dtype = str(kind.dtype).partition(".")[2]
-    told = json.dumps([str(device), kind.which, dtype, *kind[2:], plainest])
-    return child.verdict(code, told, PATIENCE)
+    tasks = [
+        json.dumps([str(device), k.which, str(k.dtype).partition(".")[2], *k[2:], plainest])
+        for k in kinds
+    ]
+    return child.verdicts(code, tasks, PATIENCE)
 
 
 def _tell_verdict() -> None:
@@ -182,11 +196,13 @@ def _tell_verdict() -> None:
 
 def _verdict(kind: Class, device: torch.device, *, plainest: bool = False) -> child.Verdict:
     def judge() -> child.Verdict:
-        cuts = cuts_for(kind)
-        right, wrong = _compared(kind, cuts[-1:] if plainest else cuts, device)
-        if not right:
-            return wrong, True
-        *ours, theirs = _times(kind, right, device)
+        cuts = cuts_for(kind)[-1:] if plainest else cuts_for(kind)
+        block_product.compile_all(cuts, kind.which, kind.width, kind.dtype)
+        with child.alone(device):
+            right, wrong = _compared(kind, cuts, device)
+            if not right:
+                return wrong, True
+            *ours, theirs = _times(kind, right, device)
         return words_for(dict(zip(right, ours, strict=True)), theirs), True
 
     return child.judged(judge)
@@ -209,7 +225,6 @@ def keep(kind: Class, device: torch.device, words: str) -> None:
 def _compared(kind: Class, cuts: list[Cut], device: torch.device) -> tuple[list[Cut], str]:
     """Those that are right, and what is wrong with the others. Raises DriverError where none can be
     made."""
-    block_product.compile_all(cuts, kind.which, kind.width, kind.dtype)
     given, right, wrong = draw(kind, kind.rows - _LESS, device), [], []
     refused: list[DriverError] = []
     for cut in cuts:

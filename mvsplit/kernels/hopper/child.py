@@ -7,21 +7,27 @@ on the GPU may be why. One that lasts is kept on the disk (see `choices`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from mvsplit.kernels.choices import recall, remember
-from mvsplit.kernels.hopper.driver import DriverError, FaultError, ended_by_a_wait
+from mvsplit.kernels.choices import cache_folder, recall, remember
+from mvsplit.kernels.hopper.driver import VAIN_WAIT, DriverError, FaultError, ended_by_a_wait
 
 _logger = logging.getLogger(__name__)
 RIGHT = "right"
+_FAULTS = "faults here"
 Verdict = tuple[str, bool]
 Kind = TypeVar("Kind")
 
@@ -60,17 +66,35 @@ def begin(command: Sequence[str]) -> subprocess.Popen[str]:
 def verdict(code: str, task: str, patience: float) -> Verdict:
     """What another process says that runs `code` (`tell` in its end) with `task` as its argument;
     no verdict that lasts where that ends without one."""
+    (found,) = verdicts(code, [task], patience)
+    return found
+
+
+def verdicts(code: str, tasks: Sequence[str], patience: float) -> list[Verdict]:
+    """The same of a process for each task, side by side."""
+    processes: list[subprocess.Popen[str] | ChildError] = []
     try:
-        process = begin([python(), "-c", code, task])
-    except ChildError as error:
-        return f"they cannot be compared, because {error}", False
+        for task in tasks:
+            try:
+                processes.append(begin([python(), "-c", code, task]))
+            except ChildError as error:
+                processes.append(error)
+        end = time.monotonic() + patience
+        return [_said(process, end, patience) for process in processes]
+    finally:  # an interrupt must not leave them behind
+        for process in processes:
+            if not isinstance(process, ChildError):
+                process.kill()
+                process.wait()
+
+
+def _said(process: subprocess.Popen[str] | ChildError, end: float, patience: float) -> Verdict:
+    if isinstance(process, ChildError):
+        return f"they cannot be compared, because {process}", False
     try:
-        said, errors = process.communicate(timeout=patience)
+        said, errors = process.communicate(timeout=max(end - time.monotonic(), 0.1))
     except subprocess.TimeoutExpired:
         return f"no verdict within {patience:.0f} s", False
-    finally:  # an interrupt must not leave it behind
-        process.kill()
-        process.wait()
     if process.returncode:
         last = (errors.strip().splitlines() or [f"status {process.returncode}"])[-1]
         return f"the comparison ended without a verdict ({last})", False
@@ -101,12 +125,39 @@ def known(
             if torch.cuda.is_current_stream_capturing():
                 return "they were not compared on this machine before a graph was captured", False
             words, lasting = find(kind, device)
-            if lasting:
+            kept = recall(store, key) if lasting else None
+            if kept is not None:  # by another process meanwhile: all are to compute alike
+                words = kept
+            elif lasting:
                 remember(store, key, words)
         if not words.startswith(RIGHT):
             _logger.warning("%s in CUDA C++ is not used for %s: %s", store, kind, words)
         verdicts[kind, device] = words, lasting
     return verdicts[kind, device]
+
+
+@cache
+def digest(*files: Path) -> str:
+    """Of files that a verdict depends on."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """In the other process: the GPU without others like it on this machine, so that they do not
+    disturb what is timed. Waits for them; where there is no place for the lock, it is disturbed."""
+    path = cache_folder() / f"{device.type}-{device.index or 0}.lock"
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+        except OSError:
+            pass
+        else:
+            import fcntl  # Linux, as the GPUs that this is for
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def judged(judge: Callable[[], Verdict]) -> Verdict:
@@ -119,6 +170,11 @@ def judged(judge: Callable[[], Verdict]) -> Verdict:
         raise
     except (DriverError, OSError) as error:
         return f"cannot be made here ({error})", False
+
+
+def was_ended(words: str) -> bool:
+    """Whether a verdict is that a kernel ended the process that tried it."""
+    return words.startswith((_FAULTS, VAIN_WAIT))
 
 
 def take(name: str) -> torch.device:
@@ -137,5 +193,5 @@ def tell(find: Callable[[], Verdict]) -> None:
         found = find()
     except RuntimeError as error:  # a fault: the process is of no use to the GPU any more
         waited = ended_by_a_wait(error)
-        found = waited or f"faults here ({str(error).splitlines()[0]})", waited is None
+        found = waited or f"{_FAULTS} ({str(error).splitlines()[0]})", waited is None
     print(json.dumps(found), flush=True)

@@ -29,7 +29,7 @@ _REGISTERS, _MAX_SHARED, _NON_PORTABLE = 4, 8, 14  # CUfunction_attribute
 _FAULTS = (700, 702, 710, *range(714, 720))
 # How those begin who may be told in our place.
 _OTHERS = ("CUDA error", "CUDA driver error", "cuDNN", "Triton Error [CUDA]")
-_VAIN_WAIT = (
+VAIN_WAIT = (
     "a kernel's wait for other blocks or for a copy did not end within seconds, as may be where "
     "another process draws on the same GPU"
 )
@@ -84,7 +84,7 @@ def check_waits(known: int | None = None) -> None:
     """
     known = _found if known is None else known
     if vain_waits() > known:
-        raise DriverError(f"{_VAIN_WAIT}; its outputs are wrong")
+        raise DriverError(f"{VAIN_WAIT}; its outputs are wrong")
 
 
 def ended_by_a_wait(error: BaseException) -> str | None:
@@ -93,7 +93,7 @@ def ended_by_a_wait(error: BaseException) -> str | None:
     kernel's own word, which it writes before, tells it from any other fault. Kernels that have no
     such word (the merge's in training) are not told apart."""
     told = isinstance(error, FaultError) or str(error).startswith(_OTHERS)
-    return f"{_VAIN_WAIT}, and ended the program" if told and waits_in_vain() else None
+    return f"{VAIN_WAIT}, and ended the program" if told and waits_in_vain() else None
 
 
 def waits_in_vain() -> bool:
