@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 MEMORY = {
     "weights": "of the network, as it is trained",
     "gradients": "as many as weights",
@@ -35,9 +37,10 @@ LAST_LINE = "what each line says, and which way is better: mvsplit plan --help"
 
 
 def key() -> str:
-    """The key, for people."""
+    """The key, for people, at most 80 columns wide."""
     return "\n".join(
-        (
+        _within(line)
+        for line in (
             "What the lines say. Less is better of memory and time, more of tokens/s and MFU.",
             "",
             "  N × P pieces of S: N GPUs, each of which takes P times S samples before one update",
@@ -47,8 +50,8 @@ def key() -> str:
             "  time of a step, s: one update of a warm GPU, of the whole batch; share: of the step",
             *_rows(TIME),
             "  tokens/s: image and text tokens, padding too, of all GPUs together",
-            "  MFU: share of the data sheet's FLOP/s that goes into the network's own arithmetic,",
-            "    6 for each parameter and token, and attention; nothing computed again counts",
+            "  MFU: share of the data sheet's FLOP/s that goes into the network's own arithmetic, "
+            "6 for each parameter and token, and attention; nothing computed again counts",
             "  computed again in backward: how many blocks, and what of each:",
             *_rows(LEVELS),
             "  sent by each GPU: GB (10^9 bytes) a step; the seconds that takes, hidden or not",
@@ -56,6 +59,11 @@ def key() -> str:
             "  --json: the same in bytes and seconds",
         )
     )
+
+
+def _within(line: str) -> str:
+    depth = len(line) - len(line.lstrip())
+    return textwrap.fill(line, 80, subsequent_indent=" " * (depth + 2), break_on_hyphens=False)
 
 
 def _rows(meanings: dict[str, str]) -> list[str]:
