@@ -1,5 +1,7 @@
 """Whether products of a block in CUDA C++ serve on a machine: compared, timed, kept."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton")
 
 from mvsplit.kernels.hopper import block_product as product
 from mvsplit.kernels.hopper import block_product_choice as choice
+from mvsplit.kernels.hopper import child
 from mvsplit.kernels.hopper.block_product import DOWN, HEAD, HEADS, UP
 from mvsplit.kernels.hopper.driver import DriverError, FaultError
 
@@ -133,11 +136,11 @@ def test_after_a_fault_the_plainest_is_asked_about_alone(monkeypatch, caplog):
     asked = []
     answers = {False: ("faults here (719)", True), True: ("right, the plainest", True)}
 
-    def ask(kinds, device, *, plainest=False):
-        asked.append(plainest)
-        return [answers[plainest] for _ in kinds]
+    def tell(code, task, patience):
+        asked.append(json.loads(task)[-1])
+        return answers[asked[-1]]
 
-    monkeypatch.setattr(choice, "_ask", ask)
+    monkeypatch.setattr(child, "verdict", tell)
     assert choice._verdict_elsewhere(KINDS[0], CPU) == ("right, the plainest", True)
     assert asked == [False, True]
     assert "719" in caplog.text
@@ -202,28 +205,3 @@ def test_every_cut_fits_and_is_plain_at_last(which):
         assert product.shared_bytes(cut, which) <= 232_448
         assert "#define TRAP 1" in product.source(cut, which, 1024, torch.float16)
     assert product.CUTS[which][-1].cluster == 1
-
-
-def test_all_products_of_a_block_are_asked_about_side_by_side_and_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("MVSPLIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    capturing, asked = [True], []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(product, "obstacle", lambda *_: None)
-    monkeypatch.setattr(choice, "SIZES", ((100, 101),))
-
-    def ask(kinds, device):
-        asked.append([kind.which for kind in kinds])
-        return [(f"slower: {kind.which}", True) for kind in kinds]
-
-    monkeypatch.setattr(choice, "_ask", ask)
-    x = torch.zeros(120, 64, dtype=torch.bfloat16)
-    weights = {HEADS: x.new_zeros(768, 64), UP: x.new_zeros(512, 64), DOWN: x.new_zeros(64, 256)}
-    for now in (True, False, False):
-        monkeypatch.setattr(choice, "_verdicts", {})  # of another process
-        capturing[0] = now
-        choice.prepare(x, weights)
-        assert asked == ([] if now else [[HEADS, UP, DOWN]])
-    assert choice.serving(DOWN, x, weights[DOWN]) == f"slower: {DOWN}"
-    choice.prepare(x[:50], weights)  # fewer rows than are timed
-    assert len(asked) == 1

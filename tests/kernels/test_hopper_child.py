@@ -131,13 +131,16 @@ def test_processes_are_asked_side_by_side_and_none_stays(tmp_path):
         "while len(list(folder.iterdir())) < 2: time.sleep(0.01)\n"
         "print('[\"right ' + sys.argv[1] + '\", true]')\n"
     )
-    assert child.verdicts(meet, ["a", "b"], 20.0) == [("right a", True), ("right b", True)]
+    assert child.verdicts([(meet, "a"), (meet, "b")], 20.0) == [
+        ("right a", True),
+        ("right b", True),
+    ]
     pids = (
         "import os, pathlib, sys, time\n"
         f"pathlib.Path({str(tmp_path)!r}, 'pid ' + sys.argv[1]).write_text(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
-    found = child.verdicts(pids, ["c", "d"], 1.0)
+    found = child.verdicts([(pids, "c"), (pids, "d")], 1.0)
     assert found == [("no verdict within 1 s", False)] * 2
     for name in "cd":
         with pytest.raises(ProcessLookupError):

@@ -42,6 +42,7 @@ from mvsplit.kernels.block_parts import (
 )
 from mvsplit.kernels.fused import products, qk_norm_rope
 from mvsplit.kernels.fused.merges import Merge, Statistics, merge_backward, merge_forward
+from mvsplit.kernels.fused.verdicts import prepare
 from mvsplit.kernels.masked_attention import gradient_of_projection
 from mvsplit.kernels.reference import Gain, Gains
 
@@ -186,7 +187,7 @@ class _Block(torch.autograd.Function):
     ) -> Tensor:
         merges = _merges(tensors[4:], settings)
         low, learns = _cast(weights, x), any(ctx.needs_input_grad)
-        products.prepare(x, low.qkv, low.w13, low.w2, settings.heads, learns=learns)
+        prepare(x, low, settings, learns=learns)
         out, kept = _forward(x, low, merges, settings)
         ctx.save_for_backward(x, out)
         ctx.inner = _thinned(kept, settings.recompute), weights, merges, settings

@@ -26,37 +26,11 @@ from mvsplit.kernels.hopper.block_product import DOWN, HEAD, HEADS, UP, Cut, Tur
 _logger = logging.getLogger(__name__)
 _Key = tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]
 _ways: dict[_Key, str] = {}
-_prepared: set[tuple[object, ...]] = set()
 
 
 def ways_so_far() -> list[str]:
     """What served for which shapes in this process, and why not the kernel for Hopper."""
     return [f"{_shown(key)}: {way}" for key, way in _ways.items()]
-
-
-def prepare(
-    x: Tensor, w_qkv: Tensor, w13: Tensor, w2: Tensor, n_heads: int, *, learns: bool
-) -> None:
-    """Has what serves for a block of such weights found out, once, before its activations fill the
-    memory; a step finds out without, too, but one by one, and w2's in its backward.
-
-    Args:
-        x: [B, T, D].
-        n_heads: H.
-        learns: whether there will be a backward.
-    """
-    if not x.is_cuda:
-        return
-    wanted = {UP: w13}
-    if w_qkv.shape[0] == 3 * n_heads * HEAD:
-        wanted[HEADS] = w_qkv
-    if learns:
-        wanted[DOWN] = w2
-    key = (x.shape[:2].numel(), tuple(wanted), w_qkv.shape, w13.shape, x.dtype, x.device)
-    if key not in _prepared:
-        block_product_choice.prepare(x.flatten(0, 1), wanted)
-        if not torch.cuda.is_current_stream_capturing():
-            _prepared.add(key)
 
 
 def project(y: Tensor, w13: Tensor, *, hidden: bool) -> tuple[Tensor, Tensor | None]:

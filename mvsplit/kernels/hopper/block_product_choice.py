@@ -17,7 +17,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mvsplit.kernels.capture import recorded, replay_time
-from mvsplit.kernels.choices import recall, remember
+from mvsplit.kernels.choices import remember
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.hopper import block_product, child
 from mvsplit.kernels.hopper.block_product import (
@@ -98,30 +98,19 @@ def serving(which: int, x: Tensor, w: Tensor, packed: Tensor | None = None) -> C
     return _served(kind, x.device)
 
 
-def prepare(x: Tensor, weights: dict[int, Tensor]) -> None:
-    """Has verdicts on all products of a block found side by side, where there are none yet and no
-    graph is being captured: before its activations fill the memory, and in the time of one.
+def questions(x: Tensor, weights: dict[int, Tensor]) -> list[child.Question]:
+    """Those of all products that kernels take.
 
     Args:
         x: [N, D].
         weights: by product.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return
     takes = (w for w in weights.items() if block_product.obstacle(w[0], x, w[1]) is None)
     kinds = [kind for which, w in takes if (kind := _class_of(which, x, w)) is not None]
-    unknown = [
-        kind
+    return [
+        child.Question(_verdicts, kind, _STORE, _name, *_task(kind, x.device), _after)
         for kind in kinds
-        if (kind, x.device) not in _verdicts and recall(_STORE, _name(kind, x.device)) is None
     ]
-    if not unknown:
-        return
-    found = dict(zip(unknown, _ask(unknown, x.device), strict=True))
-    for kind in unknown:
-        child.known(
-            _verdicts, kind, x.device, _STORE, _name, lambda k, device: _after(k, device, found[k])
-        )
 
 
 def _class_of(which: int, x: Tensor, w: Tensor) -> Class | None:
@@ -161,7 +150,7 @@ def _name(kind: Class, device: torch.device) -> str:
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
     """`_verdict`, found by another process."""
-    return _after(kind, device, *_ask([kind], device))
+    return _after(kind, device, child.verdict(*_task(kind, device), PATIENCE))
 
 
 def _after(kind: Class, device: torch.device, found: child.Verdict) -> child.Verdict:
@@ -169,21 +158,16 @@ def _after(kind: Class, device: torch.device, found: child.Verdict) -> child.Ver
     the last cut alone, the plainest."""
     if not child.was_ended(found[0]) or len(cuts_for(kind)) == 1:
         return found
-    ((words, lasting),) = _ask([kind], device, plainest=True)
+    words, lasting = child.verdict(*_task(kind, device, plainest=True), PATIENCE)
     _logger.warning("%s in CUDA C++, all cuts: %s; the plainest: %s", _STORE, found[0], words)
     return words, lasting and found[1]
 
 
-def _ask(
-    kinds: Sequence[Class], device: torch.device, *, plainest: bool = False
-) -> list[child.Verdict]:
-    """Of other processes, side by side but for what is timed."""
-    code = f"from {__name__} import _tell_verdict; _tell_verdict()"
-    tasks = [
-        json.dumps([str(device), k.which, str(k.dtype).partition(".")[2], *k[2:], plainest])
-        for k in kinds
-    ]
-    return child.verdicts(code, tasks, PATIENCE)
+def _task(kind: Class, device: torch.device, *, plainest: bool = False) -> tuple[str, str]:
+    """The code and the argument of another process that tells `_verdict`."""
+    dtype = str(kind.dtype).partition(".")[2]
+    told = json.dumps([str(device), kind.which, dtype, *kind[2:], plainest])
+    return f"from {__name__} import _tell_verdict; _tell_verdict()", told
 
 
 def _tell_verdict() -> None:

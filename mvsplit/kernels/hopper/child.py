@@ -16,9 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -66,15 +66,15 @@ def begin(command: Sequence[str]) -> subprocess.Popen[str]:
 def verdict(code: str, task: str, patience: float) -> Verdict:
     """What another process says that runs `code` (`tell` in its end) with `task` as its argument;
     no verdict that lasts where that ends without one."""
-    (found,) = verdicts(code, [task], patience)
+    (found,) = verdicts([(code, task)], patience)
     return found
 
 
-def verdicts(code: str, tasks: Sequence[str], patience: float) -> list[Verdict]:
-    """The same of a process for each task, side by side."""
+def verdicts(tasks: Sequence[tuple[str, str]], patience: float) -> list[Verdict]:
+    """The same of a process for each code and its argument, side by side."""
     processes: list[subprocess.Popen[str] | ChildError] = []
     try:
-        for task in tasks:
+        for code, task in tasks:
             try:
                 processes.append(begin([python(), "-c", code, task]))
             except ChildError as error:
@@ -134,6 +134,42 @@ def known(
             _logger.warning("%s in CUDA C++ is not used for %s: %s", store, kind, words)
         verdicts[kind, device] = words, lasting
     return verdicts[kind, device]
+
+
+class Question(NamedTuple):
+    """What may be asked of another process, as `known` has it.
+
+    Attributes:
+        code, task: of that process, see `verdict`.
+        after: what to make of its verdict.
+    """
+
+    verdicts: dict[Any, Verdict]
+    kind: Any
+    store: str
+    name: Callable[[Any, torch.device], str]
+    code: str
+    task: str
+    after: Callable[[Any, torch.device, Verdict], Verdict] = lambda *given: given[-1]
+
+
+def prepare(questions: Sequence[Question], device: torch.device, patience: float) -> None:
+    """Has verdicts found side by side, in the time of one, where there are none yet; nothing where
+    a graph is being captured."""
+    if torch.cuda.is_current_stream_capturing():
+        return
+    unknown = [
+        q
+        for q in questions
+        if (q.kind, device) not in q.verdicts and recall(q.store, q.name(q.kind, device)) is None
+    ]
+    found = verdicts([(q.code, q.task) for q in unknown], patience) if unknown else []
+    for q, verdict in zip(unknown, found, strict=True):
+        known(q.verdicts, q.kind, device, q.store, q.name, partial(_after, q, verdict))
+
+
+def _after(question: Question, found: Verdict, kind: Any, device: torch.device) -> Verdict:
+    return question.after(kind, device, found)
 
 
 @cache

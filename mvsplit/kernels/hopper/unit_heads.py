@@ -56,11 +56,16 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     alike = all((t.dtype, t.shape) == (torch.bfloat16, q.shape) for t in (q, k, v))
     if not alike or q.shape[-1] != HEAD:
         return f"it takes bf16 heads of {HEAD}, as many of keys and values as of queries"
-    if rows > MOST_ROWS or not any(rows % n == 0 for n in _AT_A_TIME):
+    if not takes_rows(rows):
         return f"it takes up to {MOST_ROWS} tokens, a multiple of 32 or 48, not {rows}"
     if not all(_is_aligned(t) for t in (q, k, v)):
         return "it takes rows at multiples of 16 bytes"
     return None
+
+
+def takes_rows(rows: int) -> bool:
+    """Whether samples of so many rows fit."""
+    return rows <= MOST_ROWS and any(rows % n == 0 for n in _AT_A_TIME)
 
 
 def forward_source(rows: int, masked: bool) -> str:

@@ -31,6 +31,7 @@ AGREEMENT = 2.0  # of `off_by`, as in `kernels/attention.py`
 PATIENCE = 120.0  # seconds for a comparison
 SAMPLES, HEADS = 20, 8  # more blocks than a GPU holds at once
 _ROUNDS, _REPLAYS = 5, 200  # of a timing
+_STORE = "unit_heads"
 _OTHERS = ("a mask", "the two kernels that it replaces")
 
 
@@ -57,9 +58,18 @@ def untrusted(kind: Class, device: torch.device) -> Obstacle | None:
 
 def obstacle(kind: Class, device: torch.device) -> Obstacle | None:
     """Why just these kernels are not trusted on a device, if so."""
-    found = child.known(_verdicts, kind, device, "unit_heads", _name, _verdict_elsewhere)
+    found = child.known(_verdicts, kind, device, _STORE, _name, _verdict_elsewhere)
     words, lasting = found
     return None if words == child.RIGHT else Obstacle(f"attention in CUDA C++: {words}", lasting)
+
+
+def questions(
+    rows: int, masked: bool, device: torch.device, *, learns: bool
+) -> list[child.Question]:
+    """Those that attention of unit heads asks: of forward and its gradients and, if the projection
+    `learns`, of its gradients."""
+    kinds = [Class(rows, masked, True), *([Class(rows, False, True, turned=True)] * learns)]
+    return [child.Question(_verdicts, kind, _STORE, _name, *_task(kind, device)) for kind in kinds]
 
 
 def _name(kind: Class, device: torch.device) -> str:
@@ -77,8 +87,13 @@ def _name(kind: Class, device: torch.device) -> str:
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
     """`_verdict`, found by another process."""
+    return child.verdict(*_task(kind, device), PATIENCE)
+
+
+def _task(kind: Class, device: torch.device) -> tuple[str, str]:
+    """The code and the argument of another process that tells `_verdict`."""
     code = f"from {__name__} import _tell_verdict; _tell_verdict()"
-    return child.verdict(code, json.dumps([str(device), *kind]), PATIENCE)
+    return code, json.dumps([str(device), *kind])
 
 
 def _tell_verdict() -> None:
