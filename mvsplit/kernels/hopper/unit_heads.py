@@ -191,6 +191,18 @@ def source(rows: int, turned: bool = False) -> str:
     return "\n".join((head, *common, *products, kernel))
 
 
+def compile_all(rows: int, masked: bool, *, gradients: bool, turned: bool) -> None:
+    """Compiles the kernels of forward and, with `gradients`, of backward or, `turned`, of
+    `backward_of_projection`, so that their first launch need not.
+
+    Raises:
+        DriverError: one does not compile.
+    """
+    backward = [source(rows, turned)] if gradients else []
+    for text in (forward_source(rows, masked), *backward):
+        compiled(text, cache_folder() / "cuda")
+
+
 def shared_bytes(rows: int) -> int:
     """Of a block of backward."""
     tiles = 2 * _GROUPS * _TILE

@@ -105,6 +105,13 @@ def _tell_verdict() -> None:
 
 def _verdict(kind: Class, device: torch.device) -> child.Verdict:
     def judge() -> child.Verdict:
+        if device.type == "cuda":
+            own = {"gradients": kind.gradients, "turned": kind.turned}
+            unit_heads.compile_all(kind.rows, kind.masked, **own)
+        with child.alone(device):
+            return compare()
+
+    def compare() -> child.Verdict:
         times = (_projection_off_by if kind.turned else _off_by)(kind, device)
         if not times < AGREEMENT:
             return f"off {times:.1f} times as far as {_OTHERS[kind.turned]}", True
@@ -208,9 +215,8 @@ def _projection_off_by(kind: Class, device: torch.device) -> float:
 def _faster(kind: Class, device: torch.device) -> child.Verdict:
     """Whether one kernel takes less time than two: medians of rounds in which they run by turns."""
     given = _draw(kind.rows, device)
-    with child.alone(device):
-        graphs = [recorded(way) for way in (given.by_one_kernel, given.by_two_kernels)]
-        rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
+    graphs = [recorded(way) for way in (given.by_one_kernel, given.by_two_kernels)]
+    rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
     one, two = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
     if one < two:
         return child.RIGHT, True
