@@ -1,4 +1,10 @@
-"""Residual rules behind two methods, `enter` and `merge`; they fit anybody's transformer."""
+"""Residual rules behind two methods, `enter` and `merge`; they fit anybody's transformer.
+
+MV-Split and its controls average over the tokens of a segment, so that a later token reaches an
+earlier one through the merge: they are not for causal (autoregressive) models as they are. A prefix
+with full attention may be a segment; tokens that are predicted one by one may not. The other rules
+work on each token alone.
+"""
 
 from collections.abc import Callable
 from typing import get_args

@@ -10,6 +10,8 @@ every layer, becomes a leaky integrator: JZ = (1 − α)⊙JX + α⊙JF, PZ = PX
 the mean of the gradient reaches the branch through α, the rest through β:
 ∂L/∂F = β⊙PG + α⊙JG (Eq. 10). At α = 0 the mean-coherent writer gradient, whose growth with the
 number of tokens starts a collapse (Eq. 5), is shut off; it opens only as far as α is learned.
+
+J is over all tokens of a segment, later ones too: a causal model would see its future through it.
 """
 
 from __future__ import annotations

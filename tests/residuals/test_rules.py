@@ -118,6 +118,25 @@ def test_padding_has_exactly_zero_influence_on_a_merge(name):
             assert torch.equal(clean, dirty)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_which_rules_let_a_later_token_reach_an_earlier_one(name):
+    """What the README says of causal models: rules with means do, unless each token that is
+    predicted is a segment of its own."""
+    rule = trained_rule(RuleConfig(name=name))
+    x, f = draw(1, 8, D, seed=1), draw(1, 8, D, seed=2)
+    later = torch.arange(8).eq(7)[:, None]
+
+    def moves(lengths):
+        segments = Segments(lengths)
+        merged = (rule.merge(x + s * later, f + s * later, segments) for s in (0, 1))
+        before, after = (each[:, :-1] for each in merged)
+        return not torch.equal(before, after)
+
+    means = name in ("mvsplit", "mvsplit-attention-only", "hard-center")
+    assert moves((8,)) is means
+    assert not moves((4, 1, 1, 1, 1))
+
+
 @pytest.mark.parametrize(("depth", "beta"), [(400, 0.05), (100, 0.1), (1, 1.0)])
 @pytest.mark.parametrize("branch", ["attention", "ffn"])
 def test_gains_start_by_the_depth_where_beta_is_not_given(depth, beta, branch):
