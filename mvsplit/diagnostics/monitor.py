@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mvsplit.diagnostics.detector import Detector, Thresholds
 from mvsplit.diagnostics.events import Event
+from mvsplit.diagnostics.hand_written import linear_maps
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, LayerProbe
 from mvsplit.diagnostics.ranks import (
     arrays_over_ranks,
@@ -173,7 +174,7 @@ class Monitor:
         self._probe: LayerProbe | None = None
         self._announced = self._looked = False
         if self.missing and is_first_rank():
-            remedy = _names_to_give(self.missing) if taps is None else ""
+            remedy = _names_to_give(self.missing, self.taps) if taps is None else ""
             words = "; ".join(self.missing)
             _logger.warning("%s: %s%s", type(unwrapped(model)).__name__, words, remedy)
 
@@ -309,14 +310,18 @@ class _Logs:
             file.write(json.dumps(line) + "\n")
 
 
-def _names_to_give(missing: Sequence[str]) -> str:
-    """How to name what was not found, as the end of a sentence."""
+def _names_to_give(missing: Sequence[str], taps: Sequence[LayerTap]) -> str:
+    """How to name what was not found, as the end of a sentence, and what there is to name."""
     lacks = " ".join(missing)
     fields = [name for words, names in _NAMED.items() if words in lacks for name in names]
     if not fields:
         return ""
     given = ", ".join(f"{name}='…'" for name in fields)
-    return f"; where a block has them by other names, give these: names=TapNames({given})"
+    maps = linear_maps(taps[0].block) or "none"
+    return (
+        f"; where a block has them by other names, give these: names=TapNames({given}); its linear "
+        f"maps: {maps}"
+    )
 
 
 def _missing(taps: Sequence[LayerTap]) -> tuple[str, ...]:

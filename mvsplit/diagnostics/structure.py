@@ -2,19 +2,29 @@
 
 It reads the module tree alone: lists of blocks that hold an attention, in it the projections by the
 names that the common libraries give them (timm, diffusers, transformers), and the FFN by its shape.
-Names given by the caller come first.
+Where these names find no blocks, models written by hand are read by `hand_written`. Names given by
+the caller come first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from torch import nn
 
+from mvsplit.diagnostics.hand_written import (
+    candidates,
+    find_members,
+    find_named,
+    linear_maps,
+    read_attention,
+)
 from mvsplit.diagnostics.taps import BranchTap, LayerTap, ParameterRows, taps_for_dit
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiT
+
+FindAttention = Callable[[nn.Module], nn.Module | None]
 
 QUERIES = ("to_q", "q_proj", "query", "wq", "c_q")
 KEYS = ("to_k", "k_proj", "key", "wk", "c_k")
@@ -35,6 +45,8 @@ ATTENTION_WRITERS = (
 @dataclass(frozen=True, kw_only=True)
 class TapNames:
     """Dotted names that override what is found: `blocks` in the model, the others in each block.
+
+    The end of a name will do where only one module has it: "q" for "attn.q".
 
     Attributes:
         blocks: a ModuleList or Sequential of blocks, "transformer.layers".
@@ -61,21 +73,28 @@ def find_taps(model: nn.Module, names: TapNames | None = None) -> list[LayerTap]
     attention is watched where `names.blocks` says that it is one, for what it has.
 
     Raises:
-        UserError: no blocks were found, a given name does not exist, or `names` are no TapNames.
+        UserError: no blocks were found, a given name does not exist or is the end of several, or
+            `names` are no TapNames.
     """
     _check_names(names)
     model = unwrapped(model)
     if isinstance(model, DiT) and names is None:
         return taps_for_dit(model)
     names = names or TapNames()
-    blocks = list(_named_blocks(model, names.blocks) if names.blocks else _find_blocks(model))
+    blocks = list(_named_blocks(model, names.blocks) if names.blocks else _all_blocks(model))
     if not blocks:
-        raise UserError(
-            f"no transformer blocks were found in {type(model).__name__}; name their list, for "
-            f"example names=TapNames(blocks='transformer.layers'), from mvsplit.diagnostics, and "
-            f"in each block what has a name of its own: query='q', key='k', writer_attn='o'"
-        )
+        raise UserError(_no_blocks(model))
     return [_tap(layer, unwrapped(block), names) for layer, block in enumerate(blocks)]
+
+
+def _no_blocks(model: nn.Module) -> str:
+    message = (
+        f"no transformer blocks were found in {type(model).__name__}; name their list, for "
+        f"example names=TapNames(blocks='transformer.layers'), from mvsplit.diagnostics, and in "
+        f"each block what has a name of its own: query='q', key='k', writer_attn='o'"
+    )
+    found = candidates(model)
+    return f"{message}; lists that may be it: {found}" if found else message
 
 
 def _check_names(names: object) -> None:
@@ -122,28 +141,52 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _named_blocks(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    yield from _get(model, name).children()
+    yield from _get(model, name, candidates(model)).children()
 
 
-def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def _all_blocks(model: nn.Module) -> list[nn.Module]:
+    """By what the libraries do; only where that finds nothing by what people do."""
+    return (
+        list(_find_blocks(model, _find_attention))
+        or list(_find_blocks(model, _any_attention))
+        or list(find_members(model, _any_attention, _is_block))
+    )
+
+
+def _find_blocks(module: nn.Module, attention: FindAttention) -> Iterator[nn.Module]:
     """Members of the outermost lists that all hold an attention, depth first."""
     for child in module.children():
         members = list(child.children())
         is_list = isinstance(child, nn.ModuleList | nn.Sequential)
-        if is_list and members and all(_find_attention(m) for m in members):
+        if is_list and members and all(attention(m) for m in members):
             yield from members
         else:
-            yield from _find_blocks(child)
+            yield from _find_blocks(child, attention)
 
 
-def _get(module: nn.Module, name: str) -> nn.Module:
-    found = dict(module.named_modules()).get(name)
-    if found is None:
-        known = [n for n, _ in module.named_modules() if n]
+def _is_block(module: nn.Module) -> bool:
+    """Whether an attention is not all that it is."""
+    module = unwrapped(module)
+    if (attention := _any_attention(module)) is not module:
+        return True
+    width = _find_queries(attention)[2]
+    return _find_ffn_writer(module, width, _any_attention) is not None
+
+
+def _get(module: nn.Module, name: str, told: str = "") -> nn.Module:
+    """The module of that dotted name, or the one whose name ends in it; `told` is what an error
+    says of others, its linear maps if nothing."""
+    found = find_named(module, name)
+    if len(found) == 1:
+        return found[0][1]
+    if found:
         raise UserError(
-            f"{type(module).__name__} has no module {name!r}; {nearest(name, known[:200])}"
+            f"{type(module).__name__} has {len(found)} modules {name!r}: name one of "
+            f"{', '.join(full for full, _ in found)}"
         )
-    return found
+    known = [n for n, _ in module.named_modules() if n]
+    near = nearest(name, known[:200], listed=[told or linear_maps(module)])
+    raise UserError(f"{type(module).__name__} has no module {name!r}; {near}")
 
 
 def _first_linear(module: nn.Module, names: tuple[str, ...]) -> nn.Linear | None:
@@ -169,12 +212,18 @@ def _find_attention(block: nn.Module) -> nn.Module | None:
     )
 
 
+def _any_attention(block: nn.Module) -> nn.Module | None:
+    """`_find_attention`, and where there is none one written by hand."""
+    return _find_attention(block) or next((m for m in block.modules() if read_attention(m)), None)
+
+
 def _tap(layer: int, block: nn.Module, names: TapNames) -> LayerTap:
-    attention = _find_attention(block)
+    finder = _find_attention if _find_attention(block) else _any_attention
+    attention = finder(block)
     query, key, width = _find_queries(attention) if attention else (None, None, None)
     writers = {
-        "attn": attention_writer(attention) if attention else None,
-        "ffn": _find_ffn_writer(block, width or _input_width(block)),
+        "attn": _writer_of(attention) if attention else None,
+        "ffn": _find_ffn_writer(block, width or _input_width(block), finder),
     }
     if names.query:
         query = _rows(_get(block, names.query))
@@ -210,6 +259,12 @@ def attention_writer(module: nn.Module) -> nn.Linear | None:
     return _first_linear(module, ATTENTION_WRITERS)
 
 
+def _writer_of(attention: nn.Module) -> nn.Linear | None:
+    """`attention_writer`, and before it what one by hand that no library names says itself."""
+    own = None if _find_attention(attention) is attention else read_attention(attention)
+    return (own and own.writer) or attention_writer(attention)
+
+
 def _is_batch_first(block: nn.Module) -> bool:
     attentions = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
     return all(attention.batch_first for attention in attentions)
@@ -239,7 +294,10 @@ def _find_queries(
         queries = packed.out_features // 3 if writer is None else writer.in_features
         keys = queries + (packed.out_features - queries) // 2
         return _rows(packed, 0, queries), _rows(packed, queries, keys), packed.in_features
-    assert query is not None  # `_find_attention` chose this module for its queries
+    if query is None:
+        own = read_attention(attention)
+        assert own is not None  # this module was chosen for its queries
+        return _rows(own.query), _rows(own.key), own.query.in_features
     key = _first_linear(attention, KEYS)
     return _rows(query), None if key is None else _rows(key), query.in_features
 
@@ -258,17 +316,21 @@ def _find_own_queries(
     return query, key, width
 
 
-def _find_ffn_writer(block: nn.Module, width: int | None) -> nn.Linear | None:
-    """The last map of the first child that leads from the trunk's width and back to it; or of the
-    block's own maps; or, where attention and FFN run side by side, the block's own map from more
-    than its width to it."""
+def _find_ffn_writer(
+    block: nn.Module, width: int | None, attention: FindAttention
+) -> nn.Linear | None:
+    """The last map of the first child that leads from the trunk's width and back to it, and holds
+    no attention; or of the block's own maps; or, where attention and FFN run side by side, the
+    block's own map from more than its width to it."""
     for child in block.children():
         linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
-        if len(linears) >= 2 and not _find_attention(child):
+        if len(linears) >= 2 and not attention(child):
             first, last = linears[0], linears[-1]
             if first.in_features == width == last.out_features:
                 return last
-    own = [m for m in block.children() if isinstance(m, nn.Linear)]
+    by_hand = read_attention(block) if attention is _any_attention else None
+    taken = by_hand.maps if by_hand else ()
+    own = [m for m in block.children() if isinstance(m, nn.Linear) and m not in taken]
     if len(own) >= 2 and own[0].in_features == width == own[-1].out_features:
         return own[-1]
     return next((m for m in own if width and m.out_features == width < m.in_features), None)

@@ -215,7 +215,7 @@ def test_a_model_without_attention_says_what_it_will_not_measure(caplog):
     assert record.message == (
         "Module: no queries and keys: their gradients are not measured; no "
         "attention writer: its gradients are not measured; where a block has them by other names, "
-        "give these: names=TapNames(query='…', key='…', writer_attn='…')"
+        "give these: names=TapNames(query='…', key='…', writer_attn='…'); its linear maps: mix"
     )
 
 
