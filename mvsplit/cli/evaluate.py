@@ -55,6 +55,8 @@ class Arguments(Options):
     scores side by side, if their passports agree in everything but the weights.
 
     Attributes:
+        settings: as in mvsplit sample; the run's data are what the weights are scored on, as its
+            own would be.
         num_images: pictures drawn for the scores; 0 for none.
         validation_samples: samples of the validation loss; 0 for none; 256, or what there is, if
             not given.
@@ -77,6 +79,7 @@ class Arguments(Options):
         json: where scores and passport go too, besides RUN/evaluations/NAME.json.
     """
 
+    settings: Path | None = None
     num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 600
     validation_samples: int | None = None
     validation_data: Path | None = None
@@ -127,9 +130,10 @@ class Evaluating:
     """One evaluation, from opening what is scored to writing the scores."""
 
     def __init__(self, args: Arguments, command: Sequence[str]) -> None:
-        self.args, self.subject = args, open_subject(args)
+        self.args, self.subject = args, open_subject(args, args.settings)
         run = find_run(args.source)
-        self.data = None if run is None else read_experiment(run).data
+        trained = find_run(args.settings) if args.settings else run
+        self.data = None if trained is None else read_experiment(trained).data
         if self.subject.kind == "clip" and args.num_images:
             require_frames(self.subject.shape[1])
         if args.num_images == 1 and (self._kind in ("digits", "shapes") or args.reference):
@@ -147,6 +151,8 @@ class Evaluating:
             "step": self.subject.record.get("step"),
             "averaged": args.ema if run is not None else None,
         }
+        if args.settings is not None:
+            weights["settings"] = str(args.settings)
         self.passport = passport_head(self.subject.model, device, weights, command)
         self.scores: dict[str, float] = {}
 
@@ -170,7 +176,10 @@ class Evaluating:
         wanted, path = self.args.validation_samples, self.args.validation_data
         if self.data is None:
             if wanted or path:
-                raise UserError("validation: weights have no data of their own; evaluate a run")
+                raise UserError(
+                    "validation: weights have no data of their own; give --settings RUN, the run "
+                    "that they are from"
+                )
             return None
         if wanted == 0:
             return None

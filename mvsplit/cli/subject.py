@@ -277,9 +277,9 @@ def _without_text_encoder(source: Path) -> UserError:
     return UserError(
         f"text_encoder: {source} has no run's settings and is not of the released model's sizes "
         f"({channels} channels and text of width {width}, not {RELEASED_ENDS[0]} and "
-        f"{RELEASED_ENDS[1]}); converted from a run: name the run itself; grown from one: mvsplit "
-        f"sample {source} --settings RUN, or go on with mvsplit train PRESET --from {source}, of "
-        "its shape, and name that run; of a training elsewhere: give its --text-encoder"
+        f"{RELEASED_ENDS[1]}); of a run (converted, merged or grown): sample and evaluate take its "
+        f"settings with --settings RUN; or go on with mvsplit train PRESET --from {source}, of its "
+        "shape, and name that run; of a training elsewhere: give its --text-encoder"
     )
 
 

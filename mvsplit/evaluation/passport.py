@@ -29,7 +29,10 @@ from mvsplit.training.environment import describe_environment
 
 FORMAT = 1
 # What may differ between scores that are compared.
-FREE = ("weights.source", "weights.sha256", "weights.step", "command", "date", "revision")
+FREE = (
+    *(f"weights.{field}" for field in ("source", "settings", "sha256", "step")),
+    *("command", "date", "revision"),
+)
 _ABSENT = "absent"
 # The folders of this package that a score depends on. Their hash is compared instead of the
 # revision, which changes with every commit.

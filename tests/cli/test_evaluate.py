@@ -76,6 +76,28 @@ def test_scores_of_digits_and_all_they_depend_on(place, tmp_path, capsys):
     assert passport["command"].startswith(f"mvsplit evaluate {run} -n 7")
 
 
+def test_weights_of_a_run_are_scored_as_the_run_with_its_settings(
+    place, tmp_path, capsys, monkeypatch
+):
+    run, weights = place / "digits0", tmp_path / "merged.safetensors"
+    assert main(["convert", str(run), str(weights)]) == 0
+    assert evaluate(run) == 0
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "there.json"
+    assert evaluate(weights, "--settings", str(run), "--json", str(there)) == 0
+    of_run, of_weights = read_evaluation(run), json.loads(there.read_text())
+    assert of_weights["scores"] == pytest.approx(of_run.scores)
+    passport = of_weights["passport"]
+    assert passport["validation"] == of_run.passport["validation"]
+    assert passport["weights"]["settings"] == str(run)
+    (kept,) = (tmp_path / "evaluations").glob("merged_*.json")
+    capsys.readouterr()
+    same = ["evaluate", "compare", str(run), str(kept), "--allow", "weights.averaged"]
+    assert main(same) == 0
+    assert evaluate(run, "--settings", str(run)) == 2
+    assert "is a run and has its own" in capsys.readouterr().err
+
+
 def test_the_weights_as_trained_are_others(place):
     run = place / "digits0"
     assert evaluate(run) == 0

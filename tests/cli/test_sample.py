@@ -359,7 +359,7 @@ def test_grown_weights_have_no_settings_and_it_is_said_how_to_go_on(run, capsys,
     line = error_line(capsys)
     assert "has no run's settings" in line
     assert f"go on with mvsplit train PRESET --from {deeper}" in line
-    assert f"mvsplit sample {deeper} --settings RUN" in line
+    assert "sample and evaluate take its settings with --settings RUN" in line
     assert "Qwen" not in line
     options = ["--model.depth", "6", "--run-dir", str(on), "--steps", "1", "--device", "cpu"]
     assert main(["train", "tiny", "--from", str(deeper), *options]) == 0
