@@ -9,10 +9,16 @@ from dataclasses import replace
 from mvsplit.errors import UserError, nearest
 from mvsplit.models import DiTConfig
 from mvsplit.residuals import RuleConfig
+from mvsplit.residuals.mvsplit import written_out
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 
 # β = 1/√L, and α = 0 as in the paper: what the pages say of these presets was measured with it.
 _SHALLOW = RuleConfig(name="mvsplit", alpha=0.0)
+_GAINS = (
+    "β and α: where MV-Split's gains start. The deep presets repeat the paper's start, with its "
+    "low learning rate. The library's default, which the depth bench suggests at higher ones, is "
+    "β = α = 1/√L: --model.rule.beta None --model.rule.alpha None (README, Where β and α start)."
+)
 _DIGITS = DataConfig(dataset="digits")
 _TINY = DiTConfig(
     depth=4,
@@ -222,12 +228,22 @@ def get_preset(name: str) -> Experiment:
 
 def list_presets() -> str:
     """For each preset its name, its network, and what it is trained on for how long, folded to the
-    terminal."""
+    terminal; then why their gains start where they do."""
     width, indent = shutil.get_terminal_size().columns, " " * 22
     rows = []
     for name, e in PRESETS.items():
-        network = f"{e.model.depth} layers of width {e.model.width}, {e.model.rule.name}"
+        network = f"{e.model.depth} layers of width {e.model.width}, {_rule(e.model)}"
         course = f"{e.train.steps:,} steps of {e.train.batch_size}, {e.data.dataset}"
         row = f"  {name:<20}{network}; {course}"
         rows += textwrap.wrap(row, width, subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(rows)
+    wrapped = textwrap.wrap(_GAINS, width - 2, break_on_hyphens=False)
+    gains = textwrap.indent("\n".join(wrapped), "  ")
+    return "\n".join((*rows, "", gains))
+
+
+def _rule(model: DiTConfig) -> str:
+    """Its name, and β and α at the start where it has them."""
+    rule = written_out(model.rule, model.depth)
+    if rule.beta is None or rule.alpha is None:
+        return rule.name
+    return f"{rule.name} β={rule.beta:.2g} α={rule.alpha:.2g}"

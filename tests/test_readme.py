@@ -11,6 +11,8 @@ from mvsplit.cli import COMMANDS, main
 from mvsplit.diagnostics import Stopped
 from mvsplit.evaluation.passport import read_evaluation
 from mvsplit.presets import PRESETS
+from mvsplit.residuals import RuleConfig
+from mvsplit.residuals.mvsplit import starts
 from tests.slow import slow
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,24 @@ def test_every_file_it_links_to_exists():
     links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
     assert len(links) > 8
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_where_gains_start_is_as_its_table_says():
+    """And the command it gives instead starts as the library does."""
+    table = README.split("### Where β and α start")[1].split("```")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "| 0 |" in line]
+    shown = {name: row[1:] for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    ours = {name: e for name, e in PRESETS.items() if e.model.rule.name == "mvsplit"}
+    assert set(shown) == set(ours)
+    for name, experiment in ours.items():
+        rule, depth = experiment.model.rule, experiment.model.depth
+        beta, alpha = starts(rule, depth)
+        first = shown[name][0].split()[0]
+        assert beta == pytest.approx(depth**-0.5 if first == "1/√L" else float(first))
+        assert alpha == float(shown[name][1])
+    instead = r"train (\S+) --model.rule.beta None --model.rule.alpha None\n"
+    depth = PRESETS[re.search(instead, README)[1]].model.depth
+    assert starts(RuleConfig(), depth) == (depth**-0.5, depth**-0.5)
 
 
 def test_every_command_and_preset_it_shows_exists():

@@ -13,10 +13,12 @@ from typing import Any
 
 from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
+from mvsplit.reproduce.depth.conclusion import OURS, RIVALS, SERVED, in_short
 from mvsplit.reproduce.depth.page_parts import (
     best_table,
     both_ways,
     collapse_table,
+    dead_words,
     rate_table,
     shape_table,
     timing_table,
@@ -41,10 +43,7 @@ from mvsplit.reproduce.depth.verdict import (
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
 AGAIN = "-again"  # behind a size's name: other rows of runs of which one counts
-OURS, RIVALS = ("mvsplit", "candidate"), ("rival",)  # kinds of entries, as the rule takes them
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
-# What `RuleConfig` had by default when the rule was written, and since; the last is today's.
-SERVED = ("mvsplit-1", "mvsplit-root", "alpha")
 HEAD = """# The depth bench: every rule at its own learning rate
 
     mvsplit bench depth_bench --size small --out runs/depth-bench
@@ -136,10 +135,12 @@ def write_page(folder: Path | str) -> Path:
         for name in _SCALE
     }
     head = HEAD.format(batches=known["batch_size"], steps=known["steps"])
-    parts = [head, "## The rule of the verdicts\n", *_quoted(RULE), ""]
-    for size in sizes:
-        path = folder / RESULTS / f"{size.name}.json"
-        parts += _of_size(size, json.loads(path.read_text("utf-8")), folder)
+    results = [_found(folder, size.name) for size in sizes]
+    every = [*ENTRIES, *CANDIDATES]
+    together = [(s, cells(s, every, r["rows"])) for s, r in zip(sizes, results, strict=True)]
+    parts = [head, *in_short(together), "## The rule of the verdicts\n", *_quoted(RULE), ""]
+    for size, result in zip(sizes, results, strict=True):
+        parts += _of_size(size, result, folder)
     parts += understood(folder / RESULTS)
     parts.append(
         f"Written by `python benchmarks/depth_bench.py --draw --pages FOLDER` from `{RESULTS}/`."
@@ -174,6 +175,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         f"{result['rule']['written']}, before the first of the runs{_changed(result)}.\n",
         *verdict_words(size, [*main, *other]),
         f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",
+        dead_words(size, [*here, *other]) + "\n",
         f"![Loss against learning rate]({NAME}-{size.name}-rates.png)\n",
     ]
     for depth in size.depths:

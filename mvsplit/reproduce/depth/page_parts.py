@@ -88,6 +88,18 @@ def loss_words(cell: Cell | None) -> str:
     return figure(cell.losses or [], mark=True)
 
 
+def dead_words(size: BenchSize, found: Sequence[Cell]) -> str:
+    """Which entries the picture of best losses leaves out, since no rate that was run lives."""
+    lines = []
+    for depth in size.depths:
+        here = [c for c in found if (c.depth, c.width) == (depth, size.width) and c.rate is None]
+        each = [f"{c.entry.label} (at {', '.join(f'{r:.2g}' for r in c.tried)})" for c in here]
+        lines += [f"at {depth} layers {', '.join(each)}"] if each else []
+    if not lines:
+        return "In the picture, by depth: all that was run."
+    return f"Dead at every rate that was run, so not in the picture: {'; '.join(lines)}."
+
+
 def _optional(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}"
 

@@ -85,7 +85,7 @@ UNDERSTOOD = """## Understood so far
   [[gpu alpha-100x64-lr3.2e-03-seed0 validation_loss .3f]].
 
 - **How large β is**, at α = 0. β = 1 is behind 1/√L at 4, 16 and 100 layers. Between 1/√L and a
-  quarter of it nothing is told to 100 layers.
+  quarter of it the seeds show no difference up to 100 layers.
 
 - **The same run twice.** LayerScale γ = 0.01 at 400 layers ends at
   [[gpu layerscale-0.01-400x64-lr3.2e-03-seed0 validation_loss .3f]] alone and at
@@ -103,10 +103,10 @@ UNDERSTOOD = """## Understood so far
 
 - **The default is α = β = 1/√L since.** By the rule it took the place of β = 1/√L with α = 0 at
   both sizes, when each setting had three seeds at 400 layers: it is ahead of it at 64 and 400, and
-  at 4, 16 and 100 neither is told to be ahead. By the rows since it would not at the size of a GPU:
+  at 4, 16 and 100 neither is ahead. By the rows since it would not at the size of a GPU:
   another setting is ahead of it at 400, and at 1000 it has one seed. It is ahead of the best rival
   at 4 and ties with the best ones at
-  64 and 100; at 16, 400 and 1000 nothing is told. At 100 its mean is the larger one. It was
+  64 and 100; at 16, 400 and 1000 the seeds do not decide. At 100 its mean is the larger one. It was
   among the candidates from the start, but its runs were chosen when those of 400 layers had shown
   what α = 0 does, and the rows that chose it are among those that judge it. At 400 one of its five
   seeds ends at [[gpu alpha-400x64-lr3.2e-03-seed1 validation_loss .2f]], and the watch has seen it
@@ -124,7 +124,7 @@ UNDERSTOOD = """## Understood so far
   was run, where the default does, and the rule, which asks for three seeds that live at every
   depth, has nothing take its place. By the small size it is no candidate either, behind α = β with
   such writers at 4 and 16 layers. Those in turn tie with the default at 400, with five seeds each,
-  and at 100 nothing is told between the two. With α = β each of them lives to 1e-2, the highest
+  and at 100 the seeds do not decide. With α = β each of them lives to 1e-2, the highest
   rate at which both were run; with α = 0 one of three dies at 64 layers and 1e-2, the only one at
   400 layers and 1e-2, and all three at 1000 layers and 3.2e-3. So the default stays what it is: it
   has changed only where each size said so by itself. Were the depths of both judged as one, but for
@@ -135,7 +135,8 @@ UNDERSTOOD = """## Understood so far
   4 layers, of the latter by 2.00 standard errors. Seeds 3 to 5, run when it had become the default,
   ended at [[small alpha-4x48-lr3.2e-03-seed3 validation_loss .3f]],
   [[small alpha-4x48-lr3.2e-03-seed4 validation_loss .3f]] and
-  [[small alpha-4x48-lr3.2e-03-seed5 validation_loss .3f]], and neither could be told any more.
+  [[small alpha-4x48-lr3.2e-03-seed5 validation_loss .3f]], and neither could be told
+  any more.
   LayerScale's own seeds 3 to 5 came later, at
   [[small layerscale-0.01-4x48-lr1.0e-02-seed3 validation_loss .3f]],
   [[small layerscale-0.01-4x48-lr1.0e-02-seed4 validation_loss .3f]] and
@@ -155,21 +156,23 @@ UNDERSTOOD = """## Understood so far
   [[gpu alpha-standard-400x64-lr3.2e-03-seed3 validation_loss .3f]] and
   [[gpu alpha-standard-400x64-lr3.2e-03-seed4 validation_loss .3f]]. With three seeds the first was
   ahead of the best rival, with which the size of a GPU had said that MV-Split is at least as good
-  as its rivals, and was not told from the default. With five it is ahead of the default.
+  as its rivals, and the seeds did not decide between it and the default. With five it is ahead of
+  the default.
   LayerScale's mean is still
   [[gpu layerscale-0.01-400x64-lr3.2e-03-seed* over standard-400x64-lr3.2e-03-seed*
-  validation_loss .1%]] above its own, but by less than two standard errors: nothing is told
+  validation_loss .1%]] above its own, but by less than two standard errors: the seeds do not decide
   between them, and the verdict is gone, with 1000 layers or without. The seeds of
   the rivals are still three. α = β with writers of standard size had tied with LayerScale at 1e-2,
   where three end at [[gpu alpha-standard-400x64-lr1.0e-02-seed* validation_loss .3f]]. The two
   seeds were added at 3.2e-3 alone, which moved its rate there, for the rule takes the rate with the
-  most, and nothing is told; 1e-2 has the smaller mean and would still tie.
+  most, and the seeds do not decide; 1e-2 has the smaller mean and would still tie.
 
 - **By depth**, on these runs: at 4 and 16 layers MV-Split with α = β and writers of standard size,
   ahead of the rivals with three seeds; at 64 nothing is ahead, and the default has the smallest
   mean; at 100 MV-Split with β = 1/√L and writers of standard size, whatever α, or with α = 0 and
   writers of zeros; at 400 α = 0 and writers of standard size have the smallest mean, ahead of the
-  other settings with enough seeds and not told from LayerScale γ = 0.01; at 1000, at one rate,
+  other settings with enough seeds, where the seeds do not decide between them and LayerScale γ =
+  0.01; at 1000, at one rate,
   LayerScale γ = 0.01 is the only one with three seeds that live, and of MV-Split α = β lives.
 
 - **Depth against width** at the small size: 4 layers of width 96 are ahead of 16 layers of width
@@ -194,8 +197,8 @@ UNDERSTOOD = """## Understood so far
   [[small keel-16x48-lr1.0e-02-seed5 validation_loss .3f]], left its mean where it was and widened
   its spread, and that verdict went until these came. The more settings are
   tried, the sooner one lies within a tie.
-  At 100 layers they are ahead of the best rival, with α = 0 and with α = β; at 400 nothing is told
-  of either (Seeds 3 and 4, above). At 64 layers and 1e-2 those with α = 0 end at
+  At 100 layers they are ahead of the best rival, with α = 0 and with α = β; at 400 the seeds
+  decide of neither (Seeds 3 and 4, above). At 64 layers and 1e-2 those with α = 0 end at
   [[small standard-64x48-lr1.0e-02-seed* validation_loss .2f]] over three seeds: one of these dies.
 
 - **Other settings** – free λ, the gains' own rate, ε, 4/√L – are entries of the bench (`--entries

@@ -9,9 +9,10 @@ import pytest
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import page as module
+from mvsplit.reproduce.depth.conclusion import in_short
 from mvsplit.reproduce.depth.page import keep_rows, missing, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
-from mvsplit.reproduce.depth.plan import ENTRIES, SIZES, BenchRun
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchRun
 from mvsplit.reproduce.depth.readme import BEGIN, END, write_table
 from mvsplit.reproduce.depth.run import check_row
 from mvsplit.reproduce.depth.table import (
@@ -395,16 +396,42 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
     assert readme.read_text() == (
         f"before\n{BEGIN}\n| residual rule | 2 layers | 3 layers | 4 layers |\n"
         "| --- | --- | --- | --- |\n"
-        "| ReZero | not run | not run | 0.6 ± 0 at 0.01, the only rate run |\n"
         "| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate | "
         "0.5 (**1 seed**) at 0.0032, the only rate run |\n"
+        "| ReZero | not run | not run | 0.6 ± 0 at 0.01, the only rate run |\n"
         "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 | dead at 0.0032, others not run |\n"
-        "\nAt each of these depths learned: none of them.\n"
+        "\nOrdered by the loss at 4 layers: not run there after those that learned, dead last.\n\n"
+        "Learned at each of these depths: none of them.\n\n"
+        "No rule is best at every depth, and at none is one ahead of all others with 3 seeds.\n\n"
+        "The default, alpha, against the best rival of each depth: cannot tell at 2, 3 and 4, "
+        "behind it nowhere.\n\n"
+        "Dead at every rate that was run, so not in the picture: at 3 layers plain "
+        f"(at {', '.join(f'{rate:.2g}' for rate in TINY.rates)}); at 4 layers MV-Split β=1/√L "
+        "(at 0.0032).\n"
         f"{END}\nafter\n"
     )
     readme.write_text("no marks")
     with pytest.raises(UserError, match="between which the table goes"):
         write_table(readme, tmp_path / module.RESULTS, TINY)
+
+
+def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
+    rows = [
+        *seeds("alpha", [0.40, 0.41, 0.42]),
+        *seeds("keel", [0.50, 0.51, 0.52]),
+        *seeds("plain", [0.60, 0.61, 0.62]),
+        *seeds("alpha", [0.30, 0.50, 0.60], depth=3),
+        *seeds("keel", [0.40, 0.41, 0.42], depth=3),
+        *seeds("keel", [0.40, 0.41, 0.42], depth=4),
+    ]
+    text = "\n".join(in_short([(TINY, cells(TINY, [*ENTRIES, *CANDIDATES], rows))]))
+    assert "| 2 (tiny) | MV-Split α=β=1/√L, 0.41 ± 0.01 | 3 | none | ahead |" in text
+    assert "| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | MV-Split α=β=1/√L | cannot tell |" in text
+    lone = "nothing else has 3 seeds that live | cannot tell (0 seeds) |"
+    assert f"| 4 (tiny) | Keel, 0.41 ± 0.01 | 3 | {lone}" in text
+    assert "best at every depth, and at 2 one is ahead of all others with 3 seeds." in text
+    assert "ahead at 2, cannot tell at 3 and 4, behind it nowhere." in text
+    assert "3 seeds or more: Keel (none is ahead of it at 3 and 4)." in text
 
 
 def test_the_table_of_the_readme_is_that_of_the_rows(tmp_path):
