@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mvsplit.errors import UserError, nearest
+from mvsplit.errors import UserError
 
 GIB = 2**30
+_INSTEAD = "--memory-gib, --tflops and --bandwidth"
 _SHEET = "data sheet, times the share that an H200 reaches of its own; not measured"
 
 
@@ -115,7 +116,10 @@ def find_gpu(name: str) -> Gpu:
     if name == "auto":
         return _this_gpu()
     if name.lower() not in GPUS:
-        raise UserError(f"gpu={name!r} is unknown; {nearest(name.lower(), (*GPUS, 'auto'))}")
+        raise UserError(
+            f"gpu={name!r} is unknown; known: {', '.join((*GPUS, 'auto'))}; for another name the "
+            f"nearest and give {_INSTEAD}"
+        )
     return GPUS[name.lower()]
 
 
@@ -129,6 +133,5 @@ def _this_gpu() -> Gpu:
         if name in words and "laptop" not in words:  # which have less of everything
             return gpu
     raise UserError(
-        f"gpu='auto': nothing is known of {found}; name the nearest of {known} and give "
-        f"--memory-gib, --tflops and --bandwidth"
+        f"gpu='auto': nothing is known of {found}; name the nearest of {known} and give {_INSTEAD}"
     )
