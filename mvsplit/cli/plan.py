@@ -201,6 +201,9 @@ def _verdict(plan: StepPlan) -> Iterable[str]:
     if plan.memory.fits:
         yield "[green]it fits[/]"
         return
+    if not plan.remedies:
+        yield "[red]it does not fit[/], and no change that was tried takes less"
+        return
     yield (
         "[red]it does not fit[/]; with these changes it does:"
         if any(remedy.fits for remedy in plan.remedies)

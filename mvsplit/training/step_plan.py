@@ -28,6 +28,7 @@ from mvsplit.training.step_memory import StepMemory, count_parameters, step_memo
 from mvsplit.training.step_time import WAITING, Shape, StepTime, is_rough, step_time
 
 _MOST_GPUS = 64
+_OF_A_MACHINE = 8
 _MUCH = 0.2  # of a step
 _UNKNOWN_IMAGE = 16  # latents a side, of 256×256 pictures in the FLUX.2 autoencoder
 
@@ -68,7 +69,8 @@ class StepPlan:
     Attributes:
         layout: how the network lies on several GPUs, and why.
         notes: what the figures leave out or take for granted.
-        remedies: what would make it fit, or none where it does.
+        remedies: what would make it fit, or else what comes nearest; none where it fits, or where
+            nothing that was tried takes less.
     """
 
     gpu: Gpu
@@ -142,7 +144,7 @@ def plan_step(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> St
             *_notes(experiment, gpus, layout),
             *_larger_pieces(experiment, gpu, gpus, sample, time),
         ),
-        remedies=() if memory.fits else tuple(_remedies(experiment, gpu, gpus, sample)),
+        remedies=() if memory.fits else _remedies(experiment, gpu, gpus, sample, memory.total),
     )
 
 
@@ -214,19 +216,24 @@ def _larger_pieces(
     yield f"{why}: --accumulate {pieces} takes {seconds:.3g} s a step and {total / GIB:.1f} GiB"
 
 
-def _remedies(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
-    """Each single change that makes it fit; where none does, what all changes together reach."""
-    found = False
-    for changes in _single_changes(experiment.train, gpus):
-        remedy = _try(experiment, gpu, gpus, sample, changes)
-        if remedy.fits:
-            found = True
-            yield remedy
-    if not found:
-        yield from _together(experiment, gpu, gpus, sample)
+def _remedies(
+    experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample, now: float
+) -> tuple[Remedy, ...]:
+    """Each single change that makes it fit; where none does, what several together reach."""
+    for tried in (_single_changes(experiment.train), _TOGETHER):
+        found = [
+            remedy
+            for changes in tried
+            for remedy in (_try(experiment, gpu, gpus, sample, changes),)
+            if remedy is not None
+        ]
+        if fit := [remedy for remedy in found if remedy.fits]:
+            return tuple(fit)
+    nearest = min(found, key=lambda remedy: remedy.memory, default=None)
+    return () if nearest is None or nearest.memory >= now else (nearest,)
 
 
-def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
+def _single_changes(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """In the order of what they cost."""
     if config.ema_decay:
         yield {"ema_decay": 0.0}
@@ -241,62 +248,67 @@ def _single_changes(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
 _LOW = {"precision": "bf16", "weights": "bf16"}
 
 
-def _together(experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample) -> Iterator[Remedy]:
-    tried: list[dict[str, Any]] = [
-        {**_LOW, "ema_decay": 0.0, "accumulate": None},
-        {"ema_decay": 0.0, "gpus": None},
-    ]
-    found = [_try(experiment, gpu, gpus, sample, changes) for changes in tried]
-    fit = [remedy for remedy in found if remedy.fits]
-    yield from fit or [min(found, key=lambda remedy: remedy.memory)]
+_TOGETHER: tuple[dict[str, Any], ...] = (
+    {**_LOW, "ema_decay": 0.0, "accumulate": None},
+    {"ema_decay": 0.0, "gpus": None},
+    {**_LOW, "ema_decay": 0.0, "gpus": None},
+)
 
 
 def _try(
     experiment: Experiment, gpu: Gpu, gpus: int, sample: Sample, changes: dict[str, Any]
-) -> Remedy:
-    """A change and what follows. Of those that are None the smallest value that fits is taken, the
-    largest where none does."""
+) -> Remedy | None:
+    """A change and what follows. Of those that are None the first value that fits is taken, that of
+    the least memory where none does; None where there is no other value."""
     config = experiment.train
     fixed = {n: v for n, v in changes.items() if v is not None and getattr(config, n, None) != v}
-    last = None
+    tried = []
     for numbers in _numbers(config, gpus, changes):
         count = numbers.get("gpus", gpus)
         fields = fixed | {n: v for n, v in numbers.items() if n != "gpus"}
         changed = replace(config, **fields)
         *_, memory, time = _figures(experiment.model, changed, gpu, count, sample)
-        last = Remedy(
+        remedy = Remedy(
             changes=fixed | numbers,
             memory=memory.total,
             seconds=time.seconds,
             fits=memory.fits,
         )
         if memory.fits:
-            break
-    assert last is not None  # `_numbers` yields at least what is there now
-    return last
+            return remedy
+        tried.append(remedy)
+    return min(tried, key=lambda remedy: remedy.memory, default=None)
 
 
 def _numbers(config: TrainConfig, gpus: int, changes: dict[str, Any]) -> Iterator[dict[str, int]]:
-    """Values for what a change leaves open, the smallest first: pieces, where they get smaller, and
-    doubled GPUs."""
-    share = config.batch_size // gpus
+    """Values for what a change leaves open, those that cost least first: more pieces, where they
+    get smaller, then fewer, which sharded need no sum of whole gradients; more GPUs."""
     if "accumulate" in changes:
+        share = config.batch_size // gpus
         counts = range(config.accumulate + 1, share + 1)
-        more = [k for k in counts if -(-share // k) < -(-share // (k - 1))]
-        yield from ({"accumulate": k} for k in more or [config.accumulate])
+        yield from ({"accumulate": k} for k in counts if -(-share // k) < -(-share // (k - 1)))
+        yield from ({"accumulate": k} for k in range(config.accumulate - 1, 0, -1))
     elif "gpus" in changes:
-        doubled = [gpus * 2**k for k in range(1, 7) if gpus * 2**k <= _MOST_GPUS]
-        options = [(n, k) for n in doubled for k in _pieces(config, gpus, n)]
-        size = config.batch_size
-        fitting = [(n, k) for n, k in options if size % n == 0 and k <= size // n]
-        yield from ({"gpus": n, "accumulate": k} for n, k in fitting)
-        if not fitting:
-            yield {}
+        for n in _more_gpus(config, gpus):
+            for k in _pieces(config, gpus, n):
+                yield {"gpus": n, "accumulate": k}
     else:
         yield {}
 
 
+def _more_gpus(config: TrainConfig, gpus: int) -> list[int]:
+    """Numbers that divide the batch, of one machine or of whole ones."""
+    return [
+        n
+        for n in range(gpus + 1, _MOST_GPUS + 1)
+        if config.batch_size % n == 0
+        and n % config.parallel.replicas == 0
+        and (n < _OF_A_MACHINE or n % _OF_A_MACHINE == 0)
+    ]
+
+
 def _pieces(config: TrainConfig, gpus: int, more: int) -> list[int]:
-    """Pieces of the share of one of `more` GPUs: of as many samples as now, else as many as now."""
+    """Pieces of the share of one of `more` GPUs: one, as many samples in each as now, or as many
+    pieces as now."""
     same = max(1, config.accumulate * gpus // more)
-    return sorted({same, config.accumulate})
+    return sorted(k for k in {1, same, config.accumulate} if k <= config.batch_size // more)

@@ -50,7 +50,33 @@ def test_the_table_says_whether_it_fits(capsys):
     assert cli.main(["plan", "mvsplit-1000l", "--gpu", "h100"]) == 1
     out = capsys.readouterr().out
     assert "it does not fit; with these changes it does:" in out
-    assert "--gpus 16 --accumulate 32" in out
+    assert "--gpus 16 --accumulate 1:" in out
+
+
+SMALL = ("mvsplit-400l-h200", "--gpu", "rtx4090", "--memory-gib")
+
+
+@pytest.mark.parametrize("given", [(), ("--gpus", "8"), ("--gpus", "8", "--accumulate", "1")])
+def test_gpus_that_make_it_fit_are_found_where_doubled_ones_do_not_divide_the_batch(capsys, given):
+    """And with one piece, which sharded needs no sum of whole gradients."""
+    code, plan = planned(capsys, *SMALL, "12", *given)
+    (remedy,) = plan["remedies"]
+    assert (code, remedy["fits"]) == (1, True)
+    options = [word for n, v in remedy["changes"].items() for word in (f"--{n}", str(v))]
+    code, changed = planned(capsys, *SMALL, "12", *options)
+    assert (code, changed["memory"]["total"]) == (0, remedy["memory"])
+    assert plan["batch_size"] % remedy["changes"]["gpus"] == 0
+
+
+def test_the_nearest_takes_less_or_is_not_named(capsys):
+    code, plan = planned(capsys, *SMALL, "2", "--gpus", "8", "--accumulate", "1")
+    (remedy,) = plan["remedies"]
+    assert (code, remedy["fits"]) == (1, False)
+    assert remedy["changes"]
+    assert remedy["memory"] < plan["memory"]["total"]
+    most = ("--gpus", "24", "--accumulate", "1")
+    assert cli.main(["plan", *SMALL, "2", *most]) == 1
+    assert "no change that was tried takes less\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -58,7 +84,11 @@ def test_the_table_says_whether_it_fits(capsys):
     [
         ([], "preset: name one first"),
         (["nothing-like-it"], "is unknown"),
-        (["tiny", "--gpu", "b300"], "gpu='b300' is unknown"),
+        (
+            ["tiny", "--gpu", "b300"],
+            "gpu='b300' is unknown; known: h200, h100, a100, rtx4090, auto;",
+        ),
+        (["tiny", "--gpu", "rtx3090"], "name the nearest and give --memory-gib, --tflops and"),
         (["tiny", "--tflops", "0"], "tflops=0.0: must be positive"),
         (["tiny", "--device", "a100"], "device: plan takes --gpu"),
         (["tiny", "--device=cpu"], "device: plan takes --gpu"),
