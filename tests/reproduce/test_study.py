@@ -21,10 +21,11 @@ from mvsplit.reproduce.page import (
     page_text,
     spelled,
     stored_results,
+    summary,
     write_index,
     write_page,
 )
-from mvsplit.reproduce.rule import Figure, fingerprint, judge
+from mvsplit.reproduce.rule import FAILS, HOLDS, Figure, fingerprint, judge
 from mvsplit.reproduce.study import RULES
 from mvsplit.reproduce.trial import RECORD, Jump, Looks, Trial, run_trial
 from mvsplit.training import Experiment, Observer, TrainState
@@ -205,6 +206,23 @@ def test_the_index_is_written_from_the_results(tmp_path):
         keep_result(json.loads(path.read_text(encoding="utf-8")), folder)
     written = write_index(folder).read_text(encoding="utf-8")
     assert written == (PAGES / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_index_counts_its_verdicts():
+    def found(claim, verdict, size="small"):
+        path = PAGES / "results" / f"{claim}-small.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result | {"verdict": verdict, "size": size}
+
+    text = summary([found("collapse", FAILS), found("order", FAILS), found("front", HOLDS, "gpu")])
+    few, most = len(CLAIMS) - 2, len(CLAIMS) - 1
+    tail = "cannot tell at this scale: 0; not run"
+    assert f"`small`, of {len(CLAIMS)} claims: holds: 0; does not hold: 2; {tail}: {few}." in text
+    assert f"`gpu`, of {len(CLAIMS)} claims: holds: 1; does not hold: 0; {tail}: {most}." in text
+    assert "does not show at `small`" in text
+    for verdicts in ((HOLDS, FAILS), (FAILS, HOLDS)):
+        results = map(found, ("collapse", "order"), verdicts)
+        assert "does not show" not in summary([*results])
 
 
 def test_a_page_comes_from_its_results_alone(done, tmp_path, monkeypatch):
