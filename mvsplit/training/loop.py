@@ -36,7 +36,14 @@ from mvsplit.training.finetune import Start, begin_from, learning
 from mvsplit.training.flight import FlightRecorder
 from mvsplit.training.nonfinite import NonFiniteError
 from mvsplit.training.observer import Observer
-from mvsplit.training.policies import Alarms, Scene, holds_back, needs_a_start, react
+from mvsplit.training.policies import (
+    Alarms,
+    Scene,
+    Stop,
+    holds_back,
+    needs_a_start,
+    react,
+)
 from mvsplit.training.run_folder import RunFolder, open_run
 from mvsplit.training.signals import StopSignal
 from mvsplit.training.stall import THE_SAVE
@@ -69,6 +76,7 @@ def train(
 ) -> Outcome:
     """Trains, or goes on where the run folder's newest whole checkpoint was taken.
 
+    A run that its policy stopped stays stopped until `on_alarm` or `reaction` are others.
     On SIGTERM or Ctrl-C the step is finished and saved. Under torchrun every process calls this,
     and the first one alone writes and has `observers`.
 
@@ -128,6 +136,7 @@ class _Run:
         self.observers = (*alone, self._alarms, self._watch)
         self.saver = Saver(folder.checkpoints, keep=config.keep, keep_every=config.keep_every)
         self.stopped = False  # by an alarm
+        self._stop: Stop | None = None  # the alarm that stopped it in this process
         self.signal: Signals | None = None  # that any rank has received
         self._first = state.step  # at which this process began
         self._wanted = False  # a look in the next step, by an observer
@@ -166,6 +175,18 @@ class _Run:
         # With what it started from, a run stands on its own.
         if snapshot is None and (needs_a_start(self.config) or state.base is not None):
             self.save()
+        if snapshot is not None and (stop := Stop.of(snapshot.values)) is not None:
+            self._meet(stop)
+
+    def _meet(self, stop: Stop) -> None:
+        """What becomes of a run that an alarm has stopped: the same settings leave it there, and
+        others act on the alarm, which the watch has raised already and will not raise again."""
+        if stop.stands(self.config):
+            self.stopped = True
+            message = f"{self.folder.path} stays stopped: {stop.message}"
+            self._tell("stopped", message, verdict=stop.verdict, at_step=stop.at_step)
+        else:
+            self._act(stop.at_step, stop.verdict)
 
     def _tell_tuning(self, *, new: bool) -> None:
         """Where the weights came from, and how many of them learn."""
@@ -246,16 +267,20 @@ class _Run:
         alarm = self._alarms.take()
         if alarm is None:
             return
+        self._act(step, alarm["verdict"])
+
+    def _act(self, step: int, verdict: str) -> None:
         self.settle()  # so that the policy finds what was saved before
         scene = Scene(
             state=self.state,
             config=self.config,
             checkpoints=self.folder.checkpoints,
             step=step,
-            verdict=alarm["verdict"],
+            verdict=verdict,
             tell=self._tell,
         )
-        self.stopped = not react(scene)
+        self._stop = react(scene)
+        self.stopped = self._stop is not None
         self.folder.note_rule(self.state.model.config.rule)
 
     def log(self, step: int, metrics: dict[str, Any], seconds: float) -> None:
@@ -272,6 +297,7 @@ class _Run:
         self.settle()
         snapshot = self.state.snapshot()
         snapshot.values["logged"] = self.folder.logged()
+        snapshot.values["stop"] = dataclasses.asdict(self._stop) if self._stop else None
         self.saver.begin(snapshot)
 
     def settle(self) -> None:
@@ -288,7 +314,9 @@ class _Run:
         """Saves the last step, unless it is saved, and says why the run ends."""
         step, steps = self.state.step, self.config.steps
         self.settle()
-        if step and from_first(lambda: checkpoint_missing(self.folder, step)):
+        # That an alarm stopped the run is part of its last checkpoint, which may be there already.
+        missing = step and from_first(lambda: checkpoint_missing(self.folder, step))
+        if missing or self._stop is not None:
             self.save()
             self.settle()
         if self.signal is not None:

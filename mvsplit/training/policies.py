@@ -8,8 +8,8 @@ which policy is for what, and what was tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,33 @@ class Scene:
         return self.config.reaction
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """That a policy stopped a run, as its last checkpoint keeps it.
+
+    Attributes:
+        verdict, at_step: of the alarm.
+        message: why, and what lets the run go on.
+        policy, reaction: what stopped it; while these are the same, it stays stopped.
+    """
+
+    verdict: str
+    at_step: int
+    message: str
+    policy: str
+    reaction: dict[str, Any]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Stop | None:
+        """That of a checkpoint, if an alarm stopped the run there."""
+        kept = values.get("stop")
+        return None if kept is None else cls(**kept)
+
+    def stands(self, config: TrainConfig) -> bool:
+        """Whether the settings are still those that stopped the run."""
+        return (self.policy, self.reaction) == (config.on_alarm, asdict(config.reaction))
+
+
 def holds_back(policy: str, verdict: str | None) -> bool:
     """Whether a policy keeps the update of the step from being made. A step that is not finite ends
     the run by an error of its own (NonFiniteError) unless the policy has a way to go on."""
@@ -86,8 +113,8 @@ def holds_back(policy: str, verdict: str | None) -> bool:
     return verdict != "non-finite" or policy != "stop"
 
 
-def react(scene: Scene) -> bool:
-    """Acts on an alarm by the policy of the run; False where the run has to end.
+def react(scene: Scene) -> Stop | None:
+    """Acts on an alarm by the policy of the run; says why where the run has to end.
 
     Raises:
         UserError: the policy cannot act: the rule cannot be turned into MV-Split, or no checkpoint
@@ -97,46 +124,54 @@ def react(scene: Scene) -> bool:
 
 
 def needs_a_start(config: TrainConfig) -> bool:
-    """Whether the policy may have to go back before the first checkpoint, to the start."""
-    return config.on_alarm in ("rollback", "protect")
+    """Whether the policy may have to go back before the first checkpoint, to the start, or the one
+    that a stopped run is given so that it goes on."""
+    return config.on_alarm in ("stop", "rollback", "protect")
 
 
-def _record(scene: Scene) -> bool:
-    return True
+def _record(scene: Scene) -> None:
+    pass
 
 
-def _stop(scene: Scene) -> bool:
-    scene.tell(
-        "stopped",
+def _stop(scene: Scene) -> Stop:
+    return _stopped(
+        scene,
         f"stopped by the {scene.verdict} alarm of step {scene.step}, before its update; to go on, "
         f"give the same command with --on-alarm record, skip, rollback or protect",
+    )
+
+
+def _stopped(scene: Scene, message: str, **fields: Any) -> Stop:
+    scene.tell("stopped", message, verdict=scene.verdict, at_step=scene.step, **fields)
+    return Stop(
         verdict=scene.verdict,
         at_step=scene.step,
+        message=message,
+        policy=scene.config.on_alarm,
+        reaction=asdict(scene.reaction),
     )
-    return False
 
 
-def _skip(scene: Scene) -> bool:
+def _skip(scene: Scene) -> None:
     """Counts the step without its update."""
     state = scene.state
     state.step = scene.step
     state.reactions = replace(state.reactions, skips=state.reactions.skips + 1)
     message = f"step {scene.step}: its update was left out ({scene.verdict})"
     scene.tell("skipped", message, verdict=scene.verdict, skips=state.reactions.skips)
-    return True
 
 
-def _roll_back(scene: Scene) -> bool:
+def _roll_back(scene: Scene) -> Stop | None:
     reactions, reaction = scene.state.reactions, scene.reaction
     if reactions.rollbacks >= reaction.limit:
-        scene.tell(
-            "stopped",
+        return _stopped(
+            scene,
             f"stopped by the {scene.verdict} alarm of step {scene.step}: the run has gone back "
-            f"{reactions.rollbacks} times, the most that --reaction.limit allows; start a new run "
-            f"with a lower learning rate, or with rule mvsplit",
+            f"{reactions.rollbacks} times, the most that --reaction.limit={reaction.limit} allows; "
+            f"start a new run with a lower learning rate, or with rule mvsplit; or give the same "
+            f"command with a higher --reaction.limit, or with --on-alarm record or skip",
             rollbacks=reactions.rollbacks,
         )
-        return False
     _go_back(scene)
     if reaction.fresh_moments:
         scene.state.optimizer.forget()
@@ -157,23 +192,23 @@ def _roll_back(scene: Scene) -> bool:
         fresh_moments=reaction.fresh_moments,
         rollbacks=scene.state.reactions.rollbacks,
     )
-    return True
+    return None
 
 
-def _protect(scene: Scene) -> bool:
+def _protect(scene: Scene) -> Stop | None:
     """Surgery, once, for what it cures; else back with a lower learning rate, and surgery again if
     that leads to where the network was not protected yet."""
     state, reaction = scene.state, scene.reaction
     protected = state.reactions.protected_at is not None
     if protected or scene.verdict not in CURED_BY_SURGERY:
-        goes_on = _roll_back(scene)
-        if goes_on and protected and state.reactions.protected_at is None:
+        stop = _roll_back(scene)
+        if stop is None and protected and state.reactions.protected_at is None:
             _operate(scene)
-        return goes_on
+        return stop
     if reaction.go_back:
         _go_back(scene)
     _operate(scene)
-    return True
+    return None
 
 
 def _operate(scene: Scene) -> None:
@@ -196,7 +231,7 @@ def _operate(scene: Scene) -> None:
     )
 
 
-_POLICIES: dict[str, Callable[[Scene], bool]] = {
+_POLICIES: dict[str, Callable[[Scene], Stop | None]] = {
     "record": _record,
     "stop": _stop,
     "skip": _skip,

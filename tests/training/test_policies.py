@@ -107,6 +107,62 @@ def test_stop_leaves_the_weights_before_the_step(tmp_path: Path, alarm_at: Alarm
     assert train(experiment("record"), tmp_path / "run").step == 8
 
 
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_a_stopped_run_stays_stopped_at_the_same_command(
+    tmp_path: Path, alarm_at: AlarmAt, policy: str
+) -> None:
+    """As a queue gives it that starts again whatever ended badly."""
+    alarm_at(5)
+    run, stopping = tmp_path / "run", experiment(policy, limit=0)
+    train(stopping, run)
+    saved = list_checkpoints(run / "checkpoints")
+    for _ in range(2):
+        outcome = train(stopping, run)
+        assert (outcome.step, outcome.alarm) == (4, True)
+    *_, again = events(run, "stopped")
+    assert "stays stopped: stopped by the mean-mode alarm of step 5" in again["message"]
+    assert "--on-alarm record" in again["message"]
+    assert steps_of(run) == [1, 2, 3, 4, 5]
+    assert list_checkpoints(run / "checkpoints") == saved
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_run_stopped_at_a_checkpoint_stays_stopped(
+    tmp_path: Path, alarm_at: AlarmAt, at: int
+) -> None:
+    """The weights before step 4 are a checkpoint of the cadence, those before step 1 the start."""
+    alarm_at(at)
+    for _ in range(2):
+        outcome = train(experiment("stop"), tmp_path / "run")
+        assert (outcome.step, outcome.alarm) == (at - 1, True)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback", "protect"])
+def test_another_policy_acts_on_the_alarm_that_stopped_a_run(
+    tmp_path: Path, alarm_at: AlarmAt, policy: str
+) -> None:
+    """The watch has raised it, and would not raise it again."""
+    run, name = tmp_path / "run", {"skip": "skipped", "rollback": "rolled-back"}
+    alarm_at(5)
+    train(experiment("stop"), run)
+    alarm_at()
+    assert train(experiment(policy), run).step == 8
+    (event,) = events(run, name.get(policy, "protected"))
+    assert event["step"] == {"skip": 5}.get(policy, 3)
+    assert not train(experiment(policy), run).alarm
+
+
+def test_a_stopped_run_acts_again_by_other_settings_of_its_policy(
+    tmp_path: Path, alarm_at: AlarmAt
+) -> None:
+    alarm_at(5)
+    train(experiment("rollback", limit=0), tmp_path / "run")
+    alarm_at()
+    outcome = train(experiment("rollback", limit=1), tmp_path / "run")
+    assert (outcome.step, outcome.alarm) == (8, False)
+    assert len(events(tmp_path / "run", "rolled-back")) == 1
+
+
 def test_skip_leaves_out_one_update(tmp_path: Path, alarm_at: AlarmAt) -> None:
     alarm_at(5)
     weights = Weights()
