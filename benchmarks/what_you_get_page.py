@@ -42,7 +42,7 @@ took is on [another page](performance.md#what-mvsplit-plan-foretells). The rates
 | | trains | draws | trains further |
 | --- | --- | --- | --- |
 | a CPU, two cores | {small}: minutes where measured | what it has trained | the same networks |
-| one consumer GPU of 24 GB | the same; {layers} layers of width 1024 | {drawable} | the same networks |
+| one consumer GPU of 24 GB | the same; {layers} layers of width 1024, predicted {seconds} s a step, {days} days | {drawable} | the same networks |
 | one H100 | {h100} | every preset | the same, whole or in part |
 | one H200 | {h200} | every preset | the same, whole or in part |
 | two GPUs and more | the same in less time; {rest} | on one of them | whole; in part, by preferences or in depth on one |
@@ -56,6 +56,7 @@ GPUs, where that is faster, `--accumulate` is given too.
 {table}
 {narrow}
 *Most layers*: of width 1024 that one GPU trains with the settings of `{settings}`, in pieces of {few} samples.
+{deepest}
 """  # noqa: E501
 DRAWING = """## Drawing
 
@@ -151,7 +152,31 @@ def training() -> str:
         narrow=narrow,
         settings=ON_ONE,
         few=FEW,
+        deepest=deepest(),
     )
+
+
+def deepest() -> str:
+    """The command that foretells the deepest network of the smallest card, and what it says."""
+    card, train = MACHINES[0][0], get_preset(ON_ONE).train
+    options = f"--model.depth {most_layers(card)} --accumulate {train.batch_size // FEW}"
+    seconds = deepest_seconds()
+    return (
+        f"On the {machine(card, 1).partition(',')[0]} "
+        f"`mvsplit plan {ON_ONE} --gpu {card} {options}`\nforetells {seconds:.2g} s a step of "
+        f"{train.batch_size} samples, {seconds * train.steps / DAY:.2g} days for {train.steps:,} "
+        f"steps; `mvsplit train {ON_ONE}` with\n`{options}` trains it. Nothing of it was measured."
+    )
+
+
+@cache
+def deepest_seconds() -> float:
+    """Of a step of that network, predicted."""
+    card, experiment = MACHINES[0][0], get_preset(ON_ONE)
+    model = replace(experiment.model, depth=most_layers(card))
+    train = replace(experiment.train, accumulate=experiment.train.batch_size // FEW)
+    changed = replace(experiment, model=model, train=train)
+    return plan_step(changed, GPUS[card], 1, sample_of(changed)).time.seconds
 
 
 def planned_alone(preset: str) -> StepPlan:
@@ -194,6 +219,8 @@ def head() -> str:
     return HEAD.format(
         small=_names(SMALL),
         layers=most_layers("rtx4090"),
+        seconds=f"{deepest_seconds():.2g}",
+        days=f"{deepest_seconds() * get_preset(ON_ONE).train.steps / DAY:.2g}",
         drawable=f"networks of {' and '.join(map(str, draws))} layers of that width",
         h100=_names(fit["h100"]),
         h200=_names(fit["h200"]),

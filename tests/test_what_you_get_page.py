@@ -79,6 +79,18 @@ def test_what_does_not_fit_is_refused_by_the_plan_and_fits_with_what_is_named(ca
     capsys.readouterr()
 
 
+def test_the_deepest_of_a_consumer_card_has_a_command_and_its_time(capsys):
+    command, seconds, days = re.search(
+        r"On the RTX 4090 `mvsplit (plan .*)`\nforetells (\S+) s a step .*?, (\S+) days", TEXT
+    ).groups()
+    assert main([*command.split(), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert f"{plan['seconds']:.2g}" == seconds
+    steps = PRESETS["mvsplit-400l-h200"].train.steps
+    assert f"{plan['seconds'] * steps / 86400:.2g}" == days
+    assert f"predicted {seconds} s a step, {days} days" in TEXT
+
+
 def test_the_summary_lists_for_a_card_what_the_table_has_fit_on_it():
     summary = {row[0]: row[1] for row in summary_rows()}
     head, *rows = section("Training, predicted")
