@@ -65,7 +65,21 @@ Runs differ in their kernels.
 The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
 whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of times gain little
 (29 samples at 1000 layers were no faster than 32), and what takes energy takes time.
-{_changes(found)}{_notes(found)}"""  # noqa: E501
+{_rule_cost(found)}{_changes(found)}{_notes(found)}"""  # noqa: E501
+
+
+def _rule_cost(found: Found) -> str:
+    """What part of a block the rule's two merges are, of the latest row as it is."""
+    rows = [(n, r) for n, r in found["rows"].items() if not _way(n) and "zero writers" not in n]
+    if not rows:
+        return ""
+    name, row = max(rows, key=lambda each: (each[1]["run"], each[1]["tokens"]))
+    mine = row["by_kind_us"].get("merges", 0.0)
+    waits = sum(t for kernel, t in row["by_kernel_us"].items() if WAITS in kernel)
+    return f"""
+What the rule costs in a step: of {row["kernels_us"]:.0f} µs of kernels of a block ({name}; {row["run"].replace("T", " ")}) its two merges,
+norms in them, take {mine - waits:.0f} µs, {(mine - waits) / row["kernels_us"]:.1%}, forward and backward.
+"""  # noqa: E501
 
 
 def _notes(found: Found) -> str:
