@@ -210,6 +210,8 @@ def _some(faults: list[str]) -> str:
 
 
 def _released_file(path: Path) -> Path:
+    if whole := _whose_part(path):
+        raise UserError(f"checkpoint: {path} is a part of {whole[0]}; name the folder {whole[-1]}")
     if not path.is_dir():
         return path
     names = (INDEX, "model.safetensors", "model.pt")
@@ -220,6 +222,20 @@ def _released_file(path: Path) -> Path:
             f"of {', '.join(names)}"
         )
     return found[0]
+
+
+def _whose_part(path: Path) -> tuple[Path | str, ...]:
+    """The run or checkpoint that `path` is a part of, and last what to name; empty for no part, as
+    what was exported into a run's folder is none."""
+    for folder in path.parents[:2]:  # shards have a folder of their own
+        if (folder / "manifest.json").is_file():
+            run = folder.parent.parent
+            if folder.parent.name == "checkpoints" and is_ours(run):
+                return run, f"{run}, or {folder} for that step"
+            return (folder,)
+    records = path.suffix in (".json", ".jsonl") and not path.name.endswith(".index.json")
+    part = (records or path.name == "checkpoints") and is_ours(path.parent)
+    return (path.parent,) if part else ()
 
 
 def _json(path: Path) -> dict[str, Any]:

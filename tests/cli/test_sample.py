@@ -284,6 +284,25 @@ def test_what_is_neither_run_nor_weights_is_not_asked_for_a_text_encoder(run, tm
     assert f"{run.parent} is no run, no checkpoint and no diffusers" in error_line(capsys)
 
 
+@pytest.mark.parametrize("part", ["config.json", "metrics.jsonl", "checkpoints"])
+def test_a_part_of_a_run_says_to_name_the_run(run, capsys, part):
+    assert draw(run / part) == 2
+    assert f"{part} is a part of {run}; name the folder {run}\n" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "train"])
+def test_a_file_of_a_checkpoint_says_to_name_the_run_or_the_checkpoint(run, capsys, command):
+    step = run / "checkpoints" / "step_00000002"
+    own = step / "model.safetensors"
+    options = {
+        "sample": [str(own), "--prompt", "three"],
+        "evaluate": [str(own)],
+        "train": ["tiny", "--from", str(own), "--run-dir", str(run.parent / "no")],
+    }
+    assert main([command, *options[command], "--device", "cpu"]) == 2
+    assert f"name the folder {run}, or {step} for that step\n" in error_line(capsys)
+
+
 def test_where_there_are_no_runs_it_says_how_to_make_one(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert draw(Path("nothing")) == 2
