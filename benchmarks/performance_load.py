@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from performance_parts import WAITS, markdown
@@ -10,7 +10,10 @@ from performance_parts import WAITS, markdown
 from mvsplit.training.gpus import GPUS
 
 Found = dict[str, Any]
-KINDS = ("matrix products", "attention", "merges", "SwiGLU", "QK-norm and rotation")
+KINDS = (
+    "matrix products", "products with what follows", "attention", "merges", "SwiGLU",
+    "QK-norm and rotation",
+)  # fmt: skip
 
 
 def together(results: Iterable[Found]) -> Found:
@@ -51,7 +54,9 @@ def under_load(found: Found) -> str:
         return ""
     if any("run" not in row for row in found["rows"].values()):  # one result alone
         found = together([found])
-    rows = [_row(name, row) for name, row in found["rows"].items() if not _way(name)]
+    shown = {name: row for name, row in found["rows"].items() if not _way(name)}
+    kinds = [kind for kind in KINDS if any(kind in row["by_kind_us"] for row in shown.values())]
+    rows = [_row(name, row, kinds) for name, row in shown.items()]
     head = ("samples × tokens, computed again", "run", "µs a block", "a 1,000 tokens", "MHz", "W")
     gpu = GPUS["h200"]
     return f"""## What the card's power allows
@@ -61,7 +66,7 @@ then kernels by kind in a short profile, whose clock is higher. Masked: captions
 without the launch that adds up the gradients of gains, which begins while the merge runs and waits for it.
 Runs differ in their kernels.
 
-{markdown((*head, *KINDS), rows)}
+{markdown((*head, *kinds), rows)}
 The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
 whether 3,456 tokens or 8,352. So pieces that fill the GPU a whole number of times gain little
 (29 samples at 1000 layers were no faster than 32), and what takes energy takes time.
@@ -128,11 +133,11 @@ latest in which both were. A repeat shows what two times of the same block diffe
 {markdown(head, lines)}"""  # noqa: E501
 
 
-def _row(name: str, row: Found) -> list[str]:
+def _row(name: str, row: Found, shown: Sequence[str]) -> list[str]:
     load = row["load"]
     us = dict(row["by_kind_us"])
     us["merges"] -= sum(t for kernel, t in row["by_kernel_us"].items() if WAITS in kernel)
-    kinds = [f"{us.get(kind, 0.0):.0f}" for kind in KINDS]
+    kinds = [f"{us.get(kind, 0.0):.0f}" for kind in shown]
     each = [f"{row['us']:.0f}", f"{row['us_per_1000_tokens']:.0f}"]
     run = row["run"].replace("T", " ")
     return [name, run, *each, f"{load['sm_mhz']:.0f}", f"{load['watts']:.0f}", *kinds]

@@ -76,7 +76,7 @@ def tried_in_a_block(found: Row, gradients: Row) -> str:
   ([figures](../benchmarks/results/step_tried_h200_2026-11-29.json)): a kernel of Triton's takes {best} to {worst} µs at 26 samples,
   by its tiles, where the library's product and a pass over memory take {apart}. Tiles that leave room for two blocks, one of
   which could multiply while the other moves bytes, are the slower ones: likely, not measured, because small tiles
-  read more of their operands from the L2 cache.
+  read more of their operands from the L2 cache. In CUDA C++ it serves since ([above](#products-with-what-follows-them)).
 - Gradients of the matrices on a stream beside, to fill what kernels leave of the GPU when they begin and end:
   {base:.0f} → {beside:.0f} µs a block under load (the same block twice: ±{again:.1%}).
 - Gradients of attention in CUDA C++, seven products in one launch where cuDNN has five in three: at 26 samples

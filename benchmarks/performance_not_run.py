@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from performance_parts import FIRST_STEP
+
 Found = dict[str, Any]
 
 
@@ -23,11 +25,19 @@ _WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less 
     "step split": lambda found: "load" in found,
     "recipe": lambda found: found["steps"] >= 1000,
     "thousand": lambda found: found["steps"] >= 30,
+    "products at 1000 layers": lambda found: found["steps"] >= 30,
     "resume": lambda found: found["same"],
 }
 IN_CUDA = "CUDA C++"
 BACKEND = "unit heads in CUDA C++, gradients by it"  # of `kernels/attention.py`
 UNMEASURED = {
+    "products": "the products with what follows them in the forms that served in the step of "
+    f"{FIRST_STEP}, by themselves (`ffn_products`)",
+    "products in a block": "a block's kernels by kind with them (`step_classes`)",
+    "products at 1000 layers": "30 steps of 1000 layers with them",
+    "turned and masked": "a block with masked text whose gradients of attention go on to the "
+    "projection",
+    "cold start with products": "a cold start of 1000 layers in which they are compared first",
     "step fp32": "400 layers with fp32 weights and writers that are not zero",
     "thousand": "30 steps of 1000 layers in the preset's pieces of today",
     "step split": "the same with fp32 weights in two halves",

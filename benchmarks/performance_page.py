@@ -21,6 +21,7 @@ from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import BACKEND, IN_CUDA, not_run, served, served_since
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
+from performance_products import fastest_alone, not_in_profiles, product_ideas, products, since
 from performance_step import (
     layers,
     learning,
@@ -82,7 +83,8 @@ def beside_the_rival(results: Sequence[dict[str, Any]]) -> list[str]:
 def rows(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of fused_ops, the latest of each op and shape."""
     latest = {
-        (r["op"], *r["shape"]): r | {"clusters_from": result.get("clusters_from")}
+        (r["op"], *r["shape"]): r
+        | {"clusters_from": result.get("clusters_from"), "run": result.get("date")}
         for result in results
         for r in result["rows"]
     }
@@ -114,13 +116,15 @@ def page() -> str:
     deep = merged(all_deep) | {"thousand": learning(all_deep)}
     clusters = merged(load("merge_clusters_h200_*.json"))
     classes = together(load("step_classes_h200_*.json"))
+    fused_products = load("ffn_products_h200_*.json")[-1]
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
     parts = (
         head,
         fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
+        products(fused_products),
         training(graphs, reference) + updates(graphs) + layers(graphs),
         thousand(deep, all_deep),
-        under_load(classes),
+        under_load(classes) + not_in_profiles(classes),
         masked(
             padded,
             *load("masked_attention_h200_*_first.json"),
@@ -128,7 +132,7 @@ def page() -> str:
             since=served_since(load("step_classes_h200_*.json"), BACKEND),
         ),
         low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
-        plans(graphs, eager, deep),
+        plans(graphs, eager, deep, fastest_alone(fused_products)),
         distance(graphs, eager, classes),
         engine(load("engine_h200_*.json")),
         watch(merged(load("watch_cost_h200_*.json"))),
@@ -137,7 +141,13 @@ def page() -> str:
             merged(load("eight_gpus_h200x*.json")),
             merged(load("eight_gpus_predicted.json")),
         ),
-        ideas(by_name(), eager, reference, rows(ops), more_ideas(deep, padded))
+        ideas(
+            by_name(),
+            eager,
+            reference,
+            rows(ops),
+            product_ideas(by_name(), fused_products) + more_ideas(deep, padded),
+        )
         + tried(
             merged(load("merge_tried_h200_*.json")),
             merged(load("merge_forms_h200_*.json")),
@@ -153,6 +163,7 @@ def page() -> str:
                 **deep,
                 "masked": padded,
                 "recipe": recipe,
+                **since(classes, fused_products, deep),
                 IN_CUDA: served(
                     together([classes, *load("attention_gradients_h200_*.json")]), BACKEND
                 ),
@@ -165,6 +176,8 @@ def page() -> str:
 def table(paths: Sequence[Path]) -> str:
     """What the page says of such results."""
     found = merged(json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    if any("gate" in row for row in found.get("rows", ())):
+        return products(found) or json.dumps(found, indent=1)
     if any("ways" in row for row in found.get("rows", ())):
         return masked(found, {})
     if "rows" in found and isinstance(found["rows"], dict):

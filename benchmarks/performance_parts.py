@@ -5,7 +5,7 @@ Shapes: samples, image and text tokens. Units: those of the column.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +15,16 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.config import ParallelConfig
 from mvsplit.training.gpus import GIB, GPUS
-from mvsplit.training.kernel_times import FIRST, KERNELS, Kernels
+from mvsplit.training.kernel_times import APART, FIRST, KERNELS, Kernels
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import count_parameters, step_memory
+from mvsplit.training.step_plan import plan_step, sample_of
 from mvsplit.training.step_time import Shape, merge_seconds, step_time
 
 Found = dict[str, Any]
 LENGTH = 320  # tokens of a sample in train_step.py
+# From when on products do what follows them; the last file of a step before; the first step.
+PRODUCTS_SINCE, APART_UNTIL, FIRST_STEP = "2026-11-30T10", "2026-11-30T0844", "2026-11-30 10:14"
 CLUSTERS_FROM = 8192  # tokens: `merge_choice.FEWEST_TOKENS`, which wants Triton
 NAMES = {
     "merge": "merge with means",
@@ -31,7 +34,7 @@ NAMES = {
 }
 # Groups of kernels in the profile, by what their names contain.
 GROUPS = {
-    "matrix products": ("nvjet", "gemm", "cutlass"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "block_product"),
     "attention": ("flash", "cudnn", "sdpa", "zero_keys", "attention"),
     "merges": ("split_merge", "scaled_merge"),
     "SwiGLU": ("swiglu",),
@@ -43,6 +46,10 @@ PASSES = {  # of [n, D] in bf16 that have to move in a block, forward and backwa
     "SwiGLU": 3 * (3 + 6),
     "QK-norm and rotation": 4 + 8,
 }
+
+
+def day(date: str) -> str:
+    return date.replace("T", " ")
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -64,9 +71,16 @@ def fused(rows: list[Found]) -> str:
 Floor: the bytes that have to move, at the copy bandwidth of the same run; *copy bandwidth* is its share
 that forward and backward reach together. The last columns: how many times longer they take, forward and
 backward. Medians in a CUDA graph over inputs that exceed the L2 cache; each op is compared with fp64
-before it is timed.
+before it is timed. SwiGLU, and QK-norm with rotation, are here kernels of their own{_apart(rows)}, which serve where
+no [product](#products-with-what-follows-them) does it.
 
 {text}"""  # noqa: E501
+
+
+def _apart(rows: list[Found]) -> str:
+    """When they were timed."""
+    dates = sorted({r["run"] for r in rows if r["op"] in ("rope", "swiglu") and r.get("run")})
+    return f" (of {', '.join(map(day, dates))})" if dates else ""
 
 
 def _op(row: Found) -> list[str]:
@@ -138,11 +152,14 @@ def foretold(
 
 
 def kernels_of(stage: Found) -> Kernels:
-    """Those that ran, by what only later runs note."""
-    return KERNELS if "load" in stage else FIRST
+    """Those that ran, by what only later runs note, and by its date."""
+    if "load" not in stage:
+        return FIRST
+    return KERNELS if stage.get("run", stage.get("date", "")) >= PRODUCTS_SINCE else APART
 
 
-def plans(graphs: Found, eager: Found, deep: Found) -> str:
+def plans(graphs: Found, eager: Found, deep: Found, alone: Sequence[float] = ()) -> str:
+    """`alone`: TFLOP/s of a library's products under load, with nothing between them."""
     preset = get_preset("mvsplit-1000l-h200").model
     thousand = deep.get("thousand")
     cases = (
@@ -176,7 +193,27 @@ load ([above](#what-the-cards-power-allows)), none fitted to a whole step. *One 
 kernels. A run that had another recompute plan in its day, or kept more, is compared with that one; where
 writers were zero, with products as fast as a card has them that power does not hold down.
 
-{markdown(head, rows)}"""  # noqa: E501
+{markdown(head, rows)}{_fused(graphs["step bf16"], thousand or {}, alone)}"""  # noqa: E501
+
+
+def _fused(stage: Found, deep: Found, alone: Sequence[float]) -> str:
+    """What the plan makes of products that do what follows them."""
+    text, gpu = "", GPUS["h200"]
+    if kernels_of(stage) is KERNELS:
+        ends = " and ".join(f"{rate:.0f}" for rate in alone)
+        text = f"""
+Of 400 layers with bf16 weights, the latest, SwiGLU is in products, at what they took beyond the library's in their first form
+([above](#products-with-what-follows-them)); rotation with QK-norm counts as nothing where a kernel does it, for what it takes there was not
+timed by itself. Power holds products down the more, the less lies between them: a library's reach {ends} TFLOP/s under load
+alone, {gpu.under_load / 1e12:.0f} in a block of 2026-11-29.
+"""  # noqa: E501
+    if deep and kernels_of(deep) is not KERNELS:
+        preset = get_preset("mvsplit-1000l-h200")
+        plan = plan_step(preset, gpu, 1, sample_of(preset))
+        text += f"""
+1000 layers have not run with such kernels yet: for {plan.batch_size} samples the plan foretells {plan.time.seconds:.1f} s, {plan.time.mfu:.1%} MFU.
+"""  # noqa: E501
+    return text
 
 
 # The distance that is left
@@ -211,17 +248,27 @@ def distance(graphs: Found, eager: Found, classes: Found) -> str:
     each = [f"{sum(grouped(profile).values()):.0f}" for profile in (before, now)]
     rows.append(["all kernels", *each, "", ""])
     reached = flops / grouped(now)["matrix products"] / 1e6
-    head = ("a block, forward and backward", "at first, µs", "now, µs", "limit, µs", "above it")
+    head = ("a block, forward and backward", "at first, µs", f"{day(now['run'])}, µs")
+    head = (*head, "limit, µs", "above it")
     return f"""## The distance to the limit
 
 Kernels of a block at {tokens:,} tokens, from short profiles: at first, with flash attention, writers of zeros and
-fp32 weights that were cast whenever they were used, and now, with bf16 weights and writers that are not zero. Limits: 989 TFLOP/s
-for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.
+fp32 weights that were cast whenever they were used, and later, with bf16 weights and writers that are not zero. Limits: 989 TFLOP/s
+for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.{_before(now)}
 
 {markdown(head, rows)}
 {_merges(now, tokens)}
 
 {_split(graphs)}"""  # noqa: E501
+
+
+def _before(profile: Found) -> str:
+    """That a profile is of before products did what follows them."""
+    if profile["run"] >= PRODUCTS_SINCE:
+        return ""
+    return f"""
+At both dates SwiGLU, QK-norm and rotation were kernels of their own; since {FIRST_STEP}
+[products](#products-with-what-follows-them) do them, of which there is no profile yet."""
 
 
 def _matrices() -> int:
@@ -239,7 +286,7 @@ def _merges(profile: Found, tokens: int) -> str:
     return (
         f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes "
         f"need {low:.0f}, and {backward:.0f} µs backward\nwhere they need {least:.0f}: further "
-        f"from the limit than at 64 samples (table of fused ops). SwiGLU is near it."
+        f"from the limit than at 64 samples (table of fused ops). SwiGLU\nby itself is near it."
     )
 
 
@@ -255,18 +302,18 @@ def _split(graphs: Found) -> str:
     time = step_time(network(400), config, shape, levels, gpu, kernels=kernels_of(stage))
     ideal = stage["mfu"] * stage["seconds"]
     products = time.parts["matrix products"]
-    best = products * gpu.products / gpu.peak
     blocks = 400 * shape.pieces
-    bytes_ = sum(PASSES.values()) * 2 * shape.tokens * 1024 * blocks / gpu.copy
+    best = 6 * _matrices() * shape.tokens * blocks / gpu.peak
+    bytes_ = _passes(kernels_of(stage)) * 2 * shape.tokens * 1024 * blocks / gpu.copy
     above = time.parts["element-wise kernels"] - bytes_
     merges = _merges_above(kernels_of(stage), shape.tokens) * blocks
     rows = [
         ["model FLOPs at the peak", f"{ideal:.2f}"],
         ["products below the peak", f"{products - best:+.2f}"],
         ["attention below the peak", f"{time.parts['attention'] - (ideal - best):+.2f}"],
-        ["element-wise kernels, their bytes", f"{bytes_:+.2f}"],
+        ["element-wise work, its bytes", f"{bytes_:+.2f}"],
         [
-            f"element-wise kernels above them, {merges / above:.0%} of it merges",
+            f"element-wise work above them, {merges / above:.0%} of it merges",
             f"{above:+.2f}",
         ],
         *(
@@ -284,6 +331,16 @@ def _split(graphs: Found) -> str:
         "The step of 400 layers with bf16 weights, by cause (the model of `mvsplit plan`):\n\n"
         + markdown(("", "s"), rows)
     )
+
+
+def _passes(kernels: Kernels) -> float:
+    """Of [n, D], what merges, SwiGLU and QK-norm have to move in a block of today's network, or
+    what is left of it where products do it."""
+    found = float(PASSES["merges"])
+    for name, width in (("swiglu", 3), ("rotation", 1)):
+        for way, (passes, _) in kernels.passes[name].items():
+            found += width * kernels.fused.get((name, way), (passes, 1.0))[0]
+    return found
 
 
 def _merges_above(kernels: Kernels, tokens: int) -> float:

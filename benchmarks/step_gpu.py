@@ -29,10 +29,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-NO_SMALL = ("masked_attention", "fused_ops_merge")  # run on a GPU only
+NO_SMALL = ("ffn_products", "masked_attention", "fused_ops_merge")  # run on a GPU only
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/kernels/test_hopper_merge.py",
+    "tests/kernels/test_hopper_block_product.py",
+    "tests/kernels/test_hopper_unit_heads.py",
     "tests/kernels/test_triton_attention_ffn.py",
     "tests/kernels/test_low_adamw.py",
     "tests/kernels/test_split_adamw.py",
@@ -62,6 +64,8 @@ class Work:
 
 _LONG = "26 × (256+64), nothing"
 _WAYS = (
+    "all products by libraries",
+    "norm and rotation on their own",
     "attention by libraries",
     "attention without CUDA C++",
     "gradients of attention by cudnn",
@@ -73,12 +77,16 @@ _UNIT_HEADS = (
 )  # fmt: skip
 _SHORT = "16 × (256+32 masked), packed"
 WORK: dict[str, Work] = {
+    "ffn_products": Work(
+        45, 75, ("ffn_products.py", "--seconds", "65"), budget=False, gated=True
+    ),
     "train_step": Work(
         110, 170, ("train_step.py", "--stages", "gate", "step bf16", "compiled"), gated=True
     ),
     "step_classes": Work(
-        15, 110,
-        ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS), _SHORT,
+        15, 130,
+        ("step_classes.py", "--only", _LONG, *(f"{_LONG}, {way}" for way in _WAYS[:2]), _SHORT,
+         *(f"{_SHORT}, {way}" for way in _WAYS[:2]), *(f"{_LONG}, {way}" for way in _WAYS[2:]),
          f"{_SHORT}, attention by libraries", f"{_SHORT}, attention without CUDA C++",
          f"{_SHORT}, merge in clusters"),
     ),

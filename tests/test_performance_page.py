@@ -160,10 +160,58 @@ def test_a_merge_of_another_form_than_serves_says_so(writer):
             "| merge without clusters | 1507 | 1546 | +2.6% |",
         ),
         ("recipe_h200_2026-11-28.json", "bf16, seed 0 +0.13%"),
+        ("ffn_products_h200_2026-11-30T0937.json", "| w13, SwiGLU | 4,608 | 122 | 97 | 108 |"),
     ],
 )
 def test_a_result_alone_as_a_table(writer, file, words):
     assert words in writer.table([FOLDER / "results" / file])
+
+
+def test_what_was_run_with_products_is_not_said_to_be_missing(writer):
+    """Each line goes by a result of its own, of the forms that serve."""
+    from performance_not_run import UNMEASURED, not_run
+    from performance_products import since
+
+    def block(*kernels: str, kind: str = "products with what follows") -> dict:
+        return {"by_kind_us": {kind: 1.0}, "by_kernel_us": dict.fromkeys(kernels, 1.0)}
+
+    before = result("ffn_products_h200_2026-11-30T0937.json")
+    apart, turned = block("qk_norm_rope_bwd_kernel"), block("attention_backward")
+    deep = {"thousand": {"date": "2026-11-30T08:41", "steps": 30, "cold_start_seconds": 49.0}}
+    own = {"rows": {"16 masked": block(kind="SwiGLU")}}
+    lines = {key: UNMEASURED[key] for key in since({}, {}, {})}
+    assert all(line in not_run(since(own, before, deep)) for line in lines.values())
+
+    later = {"thousand": deep["thousand"] | {"date": "2026-12-01T10:00"}}
+    for found, gone in (
+        (since(own, before | {"date": "2026-12-01T09:00"}, deep), {"products"}),
+        (
+            since({"rows": {"16 masked": apart, "26": turned}}, before, deep),
+            {"products in a block"},
+        ),
+        (
+            since({"rows": {"16 masked": turned}}, before, deep),
+            {"products in a block", "turned and masked"},
+        ),
+        (
+            since(own, before, later),
+            {"products at 1000 layers", "cold start with products"},
+        ),
+    ):
+        said = not_run(found)
+        assert {key for key, line in lines.items() if f"- {line}\n" not in f"{said}\n"} == gone
+
+
+def test_products_below_the_peak_are_counted_from_their_flops():
+    """With their FLOPs at the peak they take what products take under load, alone or in a block."""
+    from mvsplit.training.gpus import GPUS
+
+    (ideal,) = re.findall(r"model FLOPs at the peak \| ([\d.]+)", TEXT)
+    (below,) = re.findall(r"products below the peak \| \+([\d.]+)", TEXT)
+    flops = 6 * 1024 * (4 * 1024 + 3 * 3072) * 260 * 320 * 400
+    assert flops / 989e12 < float(ideal)
+    reached = flops / (flops / 989e12 + float(below))
+    assert GPUS["h200"].alone < reached < GPUS["h200"].under_load
 
 
 def test_every_file_it_links_to_exists():

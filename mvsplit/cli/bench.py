@@ -32,6 +32,7 @@ _NEEDS: dict[str, Needs] = {
     "engine": "GPU",
     "engine_products": "GPU",
     "engine_trace": "GPU",
+    "ffn_products": "GPU",
     "fused_ops": "GPU",
     "merge_forms": "GPU",
     "masked_attention": "GPU",
@@ -52,6 +53,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
 # Whose results performance_page.py shows as tables.
 _SHOWN = (
     "engine",
+    "ffn_products",
     "fused_ops",
     "masked_attention",
     "recipe",

@@ -28,11 +28,13 @@ class Gpu:
             that has just been idle.
         under_load: the same of numbers that are not zero after seconds of work, when the card's
             power holds its clock down; smaller products may reach it too.
+        alone: the same with nothing between them, which takes more power; None: not known.
         products_fp32: the same in fp32, without TF32.
         copy: device copy, bytes read and written.
         peak: dense bf16, of the data sheet.
         processors: multiprocessors.
-        clusters: whether the merge in clusters of blocks serves.
+        hopper: whether kernels for Hopper serve: the merge in clusters of blocks, products and
+            gradients of attention that do what follows them.
         link: an assumption of what FSDP's collectives reach, one direction.
         source: where memory, products and copy come from.
     """
@@ -45,9 +47,10 @@ class Gpu:
     copy: float
     peak: float
     processors: int
-    clusters: bool
+    hopper: bool
     link: float
     source: str
+    alone: float | None = None
 
 
 GPUS: dict[str, Gpu] = {
@@ -60,10 +63,11 @@ GPUS: dict[str, Gpu] = {
         copy=4.25e12,
         peak=989e12,
         processors=132,
-        clusters=True,
+        hopper=True,
         link=300e9,
         source="benchmarks/results: train_step_eager_h200 (profile), step_classes_h200 (load), "
-        "fused_ops_merge_h200 (copy)",
+        "ffn_products_h200 (alone), fused_ops_merge_h200 (copy)",
+        alone=601e12,
     ),
     "h100": Gpu(
         name="NVIDIA H100",
@@ -74,9 +78,10 @@ GPUS: dict[str, Gpu] = {
         copy=3.0e12,
         peak=989e12,
         processors=132,
-        clusters=True,
+        hopper=True,
         link=300e9,
         source="products and copy measured by hand on an 80 GB SXM card; under load as an H200",
+        alone=597e12,
     ),
     "a100": Gpu(
         name="NVIDIA A100",
@@ -87,7 +92,7 @@ GPUS: dict[str, Gpu] = {
         copy=1.8e12,
         peak=312e12,
         processors=108,
-        clusters=False,
+        hopper=False,
         link=200e9,
         source=_SHEET,
     ),
@@ -100,7 +105,7 @@ GPUS: dict[str, Gpu] = {
         copy=0.89e12,
         peak=165e12,
         processors=128,
-        clusters=False,
+        hopper=False,
         link=20e9,
         source=_SHEET,
     ),

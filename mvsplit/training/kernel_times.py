@@ -8,6 +8,8 @@ Where the constants come from (files of benchmarks/results):
 | `rounded` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
 | `merge` | `fused_ops_h200_…_merge`, and for two launches, which serve below 8,192 tokens, the profiles of `step_classes_h200` |
 | `passes` | the other element-wise kernels: bytes that have to move, times what such a profile took more |
+| `fused` | SwiGLU in a product: `ffn_products_h200`, what the best form takes beyond the library's product alone; rotation and norm as nothing: they were not timed by themselves |
+| `own` | `step_classes_h200_2026-11-30T0846`: attention in CUDA C++, of FLOPs without padding to `rounded` |
 | `forward`, `backward`, `again` | counts of it |
 
 Those of `FIRST` are from the profile of `train_step_eager_h200` and `fused_ops_merge_h200_2026-11-22`.
@@ -18,12 +20,19 @@ Shapes: n tokens of a piece. Units: seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mvsplit.kernels.block_parts import Recompute
+from mvsplit.models import DiTConfig
+from mvsplit.training.gpus import Gpu
+from mvsplit.training.step_memory import runs_as_one_node
 
 COPY = 4.25e12  # bytes/s of the GPU that all of this was measured on
 Passes = Mapping[str, tuple[float, float]]
+Kind = tuple[str, str]  # a name of `passes`, a direction
+# What kernels that do what follows them take (`block_product_choice`, `unit_heads`).
+FEWEST_ROWS, WIDTHS, COLUMNS, HEAD = 4000, 64, 128, 128
+MOST_TOKENS, TOKENS = 320, (32, 48)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +46,10 @@ class Kernels:
         apart: the same where clusters do not serve: another D, fp32, another kind of GPU.
         passes: by kind and direction, passes over [n, D] or [n, F] in bf16, and the time over that
             of a copy of as many bytes.
-        forward, backward: how many there are.
-        again: how many of them backward runs again.
+        fused: what is left of some passes where the kernel before them does them, on Hopper.
+        own: by direction, FLOP/s of attention where kernels of ours serve, on Hopper.
+        forward, backward: how many kernels there are.
+        again: how many of them backward runs again, by level.
     """
 
     attention: Passes
@@ -49,6 +60,8 @@ class Kernels:
     forward: int
     backward: int
     again: Mapping[Recompute, int]
+    fused: Mapping[Kind, tuple[float, float]] = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
 
 
 _ONE_LAUNCH = (
@@ -74,8 +87,8 @@ FIRST = Kernels(
     backward=27,
     again={"nothing": 0, "packed": 1, "attention": 5, "trunk": 7, "all": 9},
 )
-# Since then: merges in clusters, queries and keys rotated in place, fewer fills.
-KERNELS = replace(
+# Of 2026-11-29: merges in clusters, queries and keys rotated in place, fewer fills.
+APART = replace(
     FIRST,
     merge=(
         *_TWO_LAUNCHES,
@@ -94,3 +107,48 @@ KERNELS = replace(
     backward=22,
     again={"nothing": 0, "packed": 1, "attention": 4, "trunk": 5, "all": 7},
 )
+# Since 2026-11-30: w13 with SwiGLU, w2's input gradient with SwiGLU's, W_QKV with rotation and
+# QK-norm, and gradients of attention that go on to the projection. Of SwiGLU's bytes H is left, and
+# of its gradient's all but the gradient of H, which the product would write.
+KERNELS = replace(
+    APART,
+    fused={
+        ("swiglu", "forward"): (1, 1.62),
+        ("swiglu", "backward"): (4, 1.17),
+        ("rotation", "forward"): (0, 1.0),
+        ("rotation", "backward"): (0, 1.0),
+    },
+    own={"forward": 345e12, "backward": 205e12},
+)
+
+
+def served(
+    kernels: Kernels, model: DiTConfig, precision: str, samples: int, length: int, gpu: Gpu
+) -> dict[Kind, tuple[float, float]]:
+    """Those of `Kernels.fused` that a block of such samples has, were all found right and faster on
+    the machine.
+
+    Args:
+        samples, length: of a piece, and tokens of each.
+    """
+    if not (kernels.fused and gpu.hopper and runs_as_one_node(model, precision)):
+        return {}
+    products = samples * length >= FEWEST_ROWS and model.width % WIDTHS == 0
+    heads = model.head_width == HEAD  # three matrices of whole heads, so of whole tiles
+    ffn = products and model.ffn_width % COLUMNS == 0
+    serves = {
+        ("swiglu", "forward"): ffn,
+        ("swiglu", "backward"): ffn,
+        ("rotation", "forward"): products and heads,
+        ("rotation", "backward"): own_attention(kernels, model, precision, length, gpu) is not None,
+    }
+    return {kind: left for kind, left in kernels.fused.items() if serves[kind]}
+
+
+def own_attention(
+    kernels: Kernels, model: DiTConfig, precision: str, length: int, gpu: Gpu
+) -> Mapping[str, float] | None:
+    """`Kernels.own` where it serves for samples of so many tokens."""
+    heads = model.head_width == HEAD and model.groups == model.heads and precision == "bf16"
+    rows = length <= MOST_TOKENS and any(length % n == 0 for n in TOKENS)
+    return kernels.own if kernels.own and gpu.hopper and heads and rows else None

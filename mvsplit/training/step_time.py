@@ -7,7 +7,8 @@ here and there none is fitted to the time of a step; that is what the model is t
 |---|---|
 | `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
 | `Gpu.under_load` | the same of a block that has been running for seconds, of what its other kernels and nodes leave, `step_classes_h200`: random numbers, clock held down by the card's power |
-| `_TILE` | the same profile: the names of the kernels |
+| `Gpu.alone` | the same of a library's products with nothing between them, `ffn_products_h200`; between that and `_SHARE` a line |
+| `_TILE` | the profile of `train_step_eager_h200`: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
 | `LAUNCH` | wall time of a block in the profile, where it is longer than its kernels |
 | `_NODE` | an assumption: what a kernel in a CUDA graph costs beside its work |
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -30,7 +31,14 @@ from mvsplit.models import DiTConfig
 from mvsplit.residuals import PostNorm, build_rule
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.gpus import Gpu
-from mvsplit.training.kernel_times import COPY, KERNELS, Kernels
+from mvsplit.training.kernel_times import (
+    COPY,
+    KERNELS,
+    Kernels,
+    Kind,
+    own_attention,
+    served,
+)
 from mvsplit.training.memory_plan import cast_bytes
 from mvsplit.training.step_memory import count_parameters, runs_as_one_node
 
@@ -40,6 +48,7 @@ _WIDTH = 1024
 _FEW_TOKENS = ((576, 0.43), (1024, 0.64), (4224, 0.95), (8448, 1.0))
 _PROFILED = 8320  # tokens of the profile
 _TILE = (256, 128)  # of its products, as the names of their kernels say
+_SHARE = 0.59  # of products in the time of the blocks that `Gpu.under_load` is from
 _CAST = 1.32  # time of the casts of fp32 weights over that of their bytes
 _CASTS = 8  # kernels that cast the fp32 weights of a block
 _NODE = 1.3e-6
@@ -132,7 +141,7 @@ def step_time(
     sharded = ranks > 1 and config.parallel.layout == "shard"
     graphs = graph and not sharded
     parts["graph nodes" if graphs else WAITING] = (
-        _node_time(model, config, levels, kernels)
+        _node_time(model, config, levels, kernels, each.fused)
         if graphs
         else max(0.0, _launch_time(model, config, levels, sharded, kernels) - busy)
     )
@@ -164,6 +173,9 @@ class _Block:
     ) -> None:
         self.model, self.gpu, self.shape, self.kernels = model, gpu, shape, kernels
         self.low = config.precision == "bf16"
+        given = (kernels, model, config.precision, shape.samples, shape.length, gpu)
+        self.fused = served(*given)
+        self.own = own_attention(kernels, model, config.precision, shape.length, gpu)
         self.matrices = cast_bytes(model) // 2  # elements
         packed = (model.heads + 2 * model.groups) * model.head_width
         width, hidden = model.width, model.ffn_width
@@ -175,6 +187,19 @@ class _Block:
         }
         rule = build_rule(model.rule, width=model.width, depth=model.depth, branch="ffn")
         self._scaled = isinstance(rule, PostNorm) and needs_no_mean(*rule.gains())
+        self._most = gpu.under_load
+        self._most = self._under_load()
+
+    def _under_load(self) -> float:
+        """The rate of products, which power holds down the more, the less lies between them."""
+        gpu, alone = self.gpu, self.gpu.alone
+        if alone is None or gpu.under_load >= gpu.products:  # power does not hold them down
+            return gpu.under_load
+        nodes = _NODE * (self.kernels.forward + self.kernels.backward - len(self.fused))
+        others = sum(self.attention(way) + self.elements(way) for way in ("forward", "backward"))
+        busy = self.all_products()
+        more = max(0.0, busy / (busy + others + nodes) - _SHARE) / (1 - _SHARE)
+        return gpu.under_load + more * (alone - gpu.under_load)
 
     def all_products(self) -> float:
         """Forward, gradients of the inputs and of the matrices, [E, D] each: n·E, n·D and E·D
@@ -195,21 +220,26 @@ class _Block:
         """`waste` costs time, but hardly power: processors that wait leave it to the others."""
         n = self.shape.tokens
         work = n * (self.model.width / _WIDTH) ** 2
-        rate = min(self.gpu.products * _relative_rate(work) / waste, self.gpu.under_load)
+        rate = min(self.gpu.products * _relative_rate(work) / waste, self._most)
         return 2 * elements * n / (rate if self.low else min(rate, self.gpu.products_fp32))
 
     def attention(self, way: str) -> float:
-        """Grows with the tokens while samples are short, with their square where they are long."""
+        """cuDNN's grows with the tokens while samples are short, with their square where they are
+        long; ours always with their square."""
         each, rate = self.kernels.attention[way]
         width, length = self.model.width, self.shape.length
-        length += -length % self.kernels.rounded
+        if self.own is not None:
+            each, rate = 0.0, self.own[way]
+        else:
+            length += -length % self.kernels.rounded
         n = self.shape.samples * length
         flops = (4 if way == "forward" else 10) * n * length * width
         slower = _REFERENCE_PRODUCTS / (self.gpu.products if self.low else self.gpu.products_fp32)
         return max(each * n * width / _WIDTH, flops / rate) * slower
 
     def elements(self, way: str) -> float:
-        """Two merges, the rotation with QK-norm, SwiGLU and what is small."""
+        """Two merges, the rotation with QK-norm, SwiGLU and what is small; of what another kernel
+        does what is left."""
         found = 2 * self.merge(way)
         found += self._pass("rotation", way, self.model.width)
         found += self._pass("swiglu", way, self.model.ffn_width)
@@ -219,7 +249,7 @@ class _Block:
         if self._scaled:
             return self._pass("scaled merge", way, self.model.width)
         column = 1 if way == "forward" else 2
-        clusters = self.gpu.clusters and self.low and self.model.width == _WIDTH
+        clusters = self.gpu.hopper and self.low and self.model.width == _WIDTH
         table = self.kernels.merge if clusters else self.kernels.apart
         rows = [(row[0], row[column]) for row in table]
         n = self.shape.tokens * self.model.width / _WIDTH
@@ -245,7 +275,7 @@ class _Block:
         return _CAST * 2 * 6 * self.matrices / self.gpu.copy
 
     def _pass(self, name: str, way: str, width: int) -> float:
-        passes, slower = self.kernels.passes[name][way]
+        passes, slower = self.fused.get((name, way)) or self.kernels.passes[name][way]
         return slower * passes * 2 * self.shape.tokens * width / COPY * self._slower()
 
     def _slower(self) -> float:
@@ -285,13 +315,27 @@ def _between(rows: Sequence[tuple[float, float]], x: float) -> float:
     return low + (high - low) * (x - a) / (b - a)
 
 
+# Where backward begins to run a kernel of forward again.
+_RUN_AGAIN: dict[Kind, Recompute] = {
+    ("rotation", "forward"): "attention",
+    ("swiglu", "forward"): "all",
+}
+
+
 def _node_time(
-    model: DiTConfig, config: TrainConfig, levels: Sequence[Recompute], kernels: Kernels
+    model: DiTConfig,
+    config: TrainConfig,
+    levels: Sequence[Recompute],
+    kernels: Kernels,
+    fused: Collection[Kind],
 ) -> float:
-    """What lies between the kernels of a graph, for one piece."""
+    """What lies between the kernels of a graph, for one piece; those of `fused` are none."""
     casts = config.weights == "fp32" and config.precision == "bf16"
-    count = kernels.forward + kernels.backward + (_CASTS if casts else 0)
-    return _NODE * (model.depth * count + sum(kernels.again[level] for level in levels))
+    count = kernels.forward + kernels.backward + (_CASTS if casts else 0) - len(fused)
+    again = sum(kernels.again[level] for level in levels)
+    since = [RECOMPUTE.index(level) for kind, level in _RUN_AGAIN.items() if kind in fused]
+    again -= sum(RECOMPUTE.index(level) >= least for level in levels for least in since)
+    return _NODE * (model.depth * count + again)
 
 
 def _launch_time(

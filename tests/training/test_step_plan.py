@@ -17,7 +17,7 @@ from mvsplit.residuals import RULES, RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.config import TuneConfig
 from mvsplit.training.gpus import GIB, GPUS, find_gpu
-from mvsplit.training.kernel_times import FIRST, KERNELS
+from mvsplit.training.kernel_times import APART, FIRST, KERNELS
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.parallelize import lower_weights
@@ -28,7 +28,7 @@ from mvsplit.training.step_memory import (
     step_memory,
 )
 from mvsplit.training.step_plan import Sample, plan_step, sample_of
-from mvsplit.training.step_time import _NODE, LAUNCH, Shape, model_flops, step_time
+from mvsplit.training.step_time import _NODE, _SHARE, LAUNCH, Shape, model_flops, step_time
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200 = GPUS["h200"]
@@ -91,14 +91,22 @@ def test_time_is_within_fifteen_percent_of_the_measured(name):
     assert time.mfu == pytest.approx(found["mfu"] * found["seconds"] / time.seconds, rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["step bf16", "step split", "step fp32"])
-def test_today_s_kernels_take_what_was_measured(stage):
-    """Runs under load, with writers that are not zero."""
-    file = "late" if stage == "step bf16" else "late_weights"
-    found = result(f"train_step_h200_2026-11-29_{file}.json")[stage]
+@pytest.mark.parametrize(
+    ("stage", "file", "ran"),
+    [
+        ("step bf16", "2026-11-29_late", APART),
+        ("step split", "2026-11-29_late_weights", APART),
+        ("step fp32", "2026-11-29_late_weights", APART),
+        ("step bf16", "2026-11-30T1015", KERNELS),
+    ],
+)
+def test_a_step_takes_what_was_measured(stage, file, ran):
+    """Runs under load, with writers that are not zero, by the kernels of their day."""
+    found = result(f"train_step_h200_{file}.json")[stage]
     shape = Shape(samples=found["piece"], length=320, pieces=found["samples"] // found["piece"])
     levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    time = step_time(measured_network(400), train(stage.split()[1]), shape, levels, H200)
+    config = train(stage.split()[1])
+    time = step_time(measured_network(400), config, shape, levels, H200, kernels=ran)
     assert time.seconds == pytest.approx(found["seconds"], rel=0.05)
 
 
@@ -106,7 +114,7 @@ def classes():
     """Rows of step_classes under load: samples, tokens of a sample, level, the row, and the kernels
     that ran."""
     for path in sorted(RESULTS.glob("step_classes_h200_*.json")):
-        ran = KERNELS if "late" in path.stem else FIRST
+        ran = APART if "late" in path.stem else FIRST
         for name, row in json.loads(path.read_text(encoding="utf-8"))["rows"].items():
             size, level, *other = name.split(", ")
             samples = int(size.split()[0])
@@ -119,14 +127,42 @@ def test_the_rate_under_load_is_that_of_one_block():
     """The time of a block that its other kernels, in the profile, and the nodes of its graph leave;
     the other rows of the file test what follows from it."""
     rows = json.loads((RESULTS / "step_classes_h200_2026-11-29.json").read_text())["rows"]
-    found = []
+    found, shares = [], []
     for name in ("29 × (256+32 masked), nothing", "14 × (256+32 masked), nothing"):
         kinds = rows[name]["by_kind_us"]
         others = sum(us for kind, us in kinds.items() if kind != "matrix products")
         nodes = 1e6 * _NODE * (FIRST.forward + FIRST.backward)
         flops = 6 * count_parameters(measured_network(1)).low * rows[name]["tokens"]
-        found.append(flops / (rows[name]["us"] - others - nodes) * 1e6)
+        products = rows[name]["us"] - others - nodes
+        found.append(flops / products * 1e6)
+        shares.append(products / rows[name]["us"])
     assert sum(found) / 2 == pytest.approx(H200.under_load, rel=0.01)
+    assert sum(shares) / 2 == pytest.approx(_SHARE, rel=0.01)
+
+
+def test_the_rate_of_products_alone_is_that_of_a_library_s_under_load():
+    timed = {
+        row["direction"]: row["tflops"]
+        for row in result("ffn_products_h200_2026-11-30T0937.json")["rows"]
+        if row.get("rows") == 8320 and row["way"] == "library, the product alone"
+    }
+    flops = {"up": 2, "down": 1}  # of both together
+    seconds = sum(flops[name] / tflops for name, tflops in timed.items())
+    assert 3e12 / seconds == pytest.approx(H200.alone, rel=0.01)
+
+
+def test_power_holds_products_down_where_little_lies_between_them():
+    """Not below what they reach alone, nor where power does not hold them down."""
+
+    def rate(gpu, **changes):
+        model = replace(measured_network(1), **changes)
+        shape = Shape(samples=26, length=320, pieces=1)
+        time = step_time(model, train("bf16"), shape, ["nothing"], gpu)
+        return 6 * count_parameters(model).low * shape.tokens / time.parts["matrix products"]
+
+    assert H200.alone < rate(H200, ffn_width=30720) < rate(H200) < H200.under_load
+    assert rate(H200, ffn_width=256) == pytest.approx(H200.under_load)
+    assert rate(IDLE) == pytest.approx(H200.products, rel=0.01)
 
 
 @pytest.mark.parametrize(("samples", "length", "level", "row", "ran"), list(classes()))
@@ -140,7 +176,7 @@ def test_a_block_under_load_is_within_seven_percent(samples, length, level, row,
 
 @pytest.mark.parametrize(
     ("name", "ran"),  # of 32 samples, of 29 and of 16
-    [("2026-11-28", FIRST), ("2026-11-29_first", FIRST), ("2026-11-29_late", KERNELS)],
+    [("2026-11-28", FIRST), ("2026-11-29_first", FIRST), ("2026-11-29_late", APART)],
 )
 def test_a_thousand_layers_take_what_was_measured(name, ran):
     found = result(f"thousand_layers_h200_{name}.json")["thousand"]
@@ -201,7 +237,7 @@ def test_constants_are_those_of_the_profile():
 )
 def test_attention_is_that_of_the_reference(samples, length, cudnn):
     shape = Shape(samples=samples, length=length, pieces=1)
-    time = step_time(measured_network(1), train("bf16"), shape, ["nothing"], H200)
+    time = step_time(measured_network(1), train("bf16"), shape, ["nothing"], H200, kernels=APART)
     assert time.parts["attention"] == pytest.approx(sum(cudnn) * 1e-6, rel=0.08)
 
 
