@@ -13,7 +13,7 @@ import torch
 
 from mvsplit.cli import COMMANDS
 from mvsplit.cli.monitor import ACTIONS
-from mvsplit.diagnostics import Monitor
+from mvsplit.diagnostics import CHEAP_FIELDS, FIELDS, Monitor
 from mvsplit.diagnostics.events import Verdict
 from mvsplit.presets import PRESETS
 from tests.diagnostics.test_ranks import batch, dit
@@ -21,6 +21,13 @@ from tests.diagnostics.test_ranks import batch, dit
 FOLDER = Path(__file__).parents[1] / "docs"
 PAGE = (FOLDER / "watch.md").read_text(encoding="utf-8")
 LOOP, *EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_fields_of_a_look_are_all_there():
+    table = PAGE.partition("| fields |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    named = {field: "(cheap)" in row for row in rows for field in re.findall(r"`(\w+)`", row)}
+    assert named == {field: field in CHEAP_FIELDS for field in FIELDS}
 
 
 def test_the_loop_watches(tmp_path):
@@ -67,7 +74,8 @@ def test_its_numbers_are_those_of_the_runs():
 
 
 def test_every_verdict_has_its_advice():
-    advised = re.findall(r"^\| `([a-z-]+)` \|", PAGE, re.MULTILINE)
+    table = PAGE.partition("| verdict |")[2].partition("\n\n")[0]
+    advised = re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE)
     assert sorted(advised) == sorted(typing.get_args(Verdict))
 
 

@@ -132,7 +132,7 @@ class Monitor:
         policy: on an alarm `record` goes on, `skip` leaves that update out (`Report.apply`), and
             every one that is not finite, `stop` raises `Stopped`.
         cadence: when every layer is looked into.
-        fields: what such a look measures.
+        fields: what such a look measures, names of `FIELDS`.
         run_dir: a folder in which metrics.jsonl, layers.jsonl and events.jsonl are written on, best
             not that of a run of `mvsplit train`; None writes nothing.
         receive: is called with each event.

@@ -85,7 +85,7 @@ const Page = (() => {
       else
         Charts.absent(
           element,
-          `Not recorded: layers.jsonl lacks amplification_${branch} or envelope_${branch}; train with --probe all.`,
+          `Not recorded: layers.jsonl lacks amplification_${branch} or envelope_${branch}; train with --probe all, or, in a loop of your own, with Monitor(model, fields=FIELDS); docs/watch.md has the fields.`,
         );
     }
   }
