@@ -155,8 +155,9 @@ def build_loader(experiment: Experiment) -> Loader:
     """The loader at its first batch. Raises UserError where data and model do not fit."""
     config, train = experiment.data, experiment.train
     dataset = build_data(config)
-    check_fit(experiment.model, dataset)
-    embedder = build_embedder(config, dataset, experiment.model.text_width)
+    text = CachedText(dataset, load_text_encoder) if isinstance(dataset, Cache) else None
+    check_fit(experiment.model, dataset, None if text is None else text.width)
+    embedder = text or build_embedder(config, dataset, experiment.model.text_width)
     loader = partial(
         Loader,
         embedder=embedder,
@@ -318,17 +319,27 @@ def _sizes(dataset: Dataset) -> Sequence[tuple[int, ...]]:
     return [sample_shape(dataset)[1:]]
 
 
-def check_fit(model: DiTConfig, dataset: Dataset) -> None:
-    """Raises UserError where the model cannot take the samples of the data set."""
+def check_fit(model: DiTConfig, dataset: Dataset, text_width: int | None = None) -> None:
+    """Raises UserError where the model cannot take the samples of the data set, with every setting
+    that has to change and the options that change them.
+
+    Args:
+        text_width: of the data's text states, where they have one of their own.
+    """
+    wrong: dict[str, str] = {}  # by option
     if model.channels != dataset.channels:
-        raise UserError(
-            f"model.channels={model.channels}: the data have {dataset.channels}; use "
-            f"model.channels={dataset.channels}"
-        )
-    for *frames, height, width in _sizes(dataset):
+        told = f"model.channels={model.channels}: the data have {dataset.channels}"
+        wrong[f"--model.channels {dataset.channels}"] = told
+    if text_width is not None and model.text_width != text_width:
+        told = f"model.text_width={model.text_width}: the cache's text states have {text_width}"
+        wrong[f"--model.text-width {text_width}"] = told
+    sizes = [size[-2:] for size in _sizes(dataset)]
+    if odd := [size for size in sizes if any(side % model.patch for side in size)]:
+        common = math.gcd(*(side for size in sizes for side in size))
+        fits = max(n for n in range(1, model.patch) if common % n == 0)
+        told = f"model.patch={model.patch} does not divide the image size {odd[0][0]}×{odd[0][1]}"
+        wrong[f"--model.patch {fits}"] = told
+    if wrong:
+        raise UserError(f"{'; '.join(wrong.values())}; use {' '.join(wrong)}")
+    for *frames, _, _ in _sizes(dataset):
         model.check_frames(*frames or (1,))
-        if height % model.patch or width % model.patch:
-            raise UserError(
-                f"model.patch={model.patch} does not divide the image size "
-                f"{height}×{width}; choose a patch that divides both sides"
-            )

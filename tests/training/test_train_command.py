@@ -56,7 +56,7 @@ def test_options_reach_every_part(tmp_path: Path) -> None:
         (["tiny", "--model.rule.name", "mvspilt"], "did you mean mvsplit"),
         (["tiny", "--model.heads", "3"], "model.width=32 is not divisible by model.heads=3"),
         (["tiny", "--model.patch", "3"], "model.patch=3 does not divide the image size 8×8"),
-        (["tiny", "--model.channels", "3"], "use model.channels=1"),
+        (["tiny", "--model.channels", "3"], "use --model.channels 1"),
         (
             ["tiny", "--data.dataset", "digit"],
             "data.dataset='digit' is unknown; did you mean digits",

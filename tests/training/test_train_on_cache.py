@@ -59,9 +59,9 @@ def test_a_cache_that_does_not_fit_is_one_line(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = {
-        "--model.channels=4": "model.channels=4: the data have 3; use model.channels=3",
-        "--model.patch=3": "model.patch=3 does not divide the image size",
-        "--model.text-width=16": "the cache's text states have 32; use model.text_width=32",
+        "--model.channels=4": "model.channels=4: the data have 3; use --model.channels 3\n",
+        "--model.patch=3": "does not divide the image size 12×20; use --model.patch 2\n",
+        "--model.text-width=16": "the cache's text states have 32; use --model.text-width 32\n",
         f"--data.path={place}": f"data.path: {place} holds no finished cache; make it with",
     }
     for option, message in wrong.items():
@@ -69,6 +69,16 @@ def test_a_cache_that_does_not_fit_is_one_line(
         shown = capsys.readouterr().err
         assert message in shown
         assert shown.count("\n") == 1
+
+
+def test_all_that_a_cache_asks_for_is_said_at_once_and_then_serves(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ("--model.channels", "4", "--model.text-width", "16", "--model.patch", "3")
+    assert train(place, "at-once", *wrong) == 2
+    use = capsys.readouterr().err.strip().rpartition("; use ")[2].split()
+    assert use[::2] == ["--model.channels", "--model.text-width", "--model.patch"]
+    assert train(place, "at-once", "--steps", "1", *use) == 0
 
 
 def test_a_cache_of_other_weights_stops_the_run_before_a_step(
