@@ -18,7 +18,7 @@ MEMORY = {
 TIME = {
     "matrix products": "of the blocks, forward and backward",
     "attention": "scores and values, forward and backward",
-    "element-wise kernels": "merges, norms, rotation, SwiGLU",
+    "element-wise kernels": "merges, norms, rotation, SwiGLU, in products too",
     "casts of weights": "fp32 weights to bf16 and back",
     "recompute": "what backward computes again to save memory",
     "graph nodes": "between one kernel and the next",
