@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvsplit.cli import COMMANDS
+from mvsplit.cli import COMMANDS, main
 from mvsplit.cli.monitor import ACTIONS
 from mvsplit.diagnostics import CHEAP_FIELDS, FIELDS, Monitor
 from mvsplit.diagnostics.events import Verdict
@@ -81,12 +81,34 @@ def test_every_verdict_has_its_advice():
 
 def test_every_command_and_preset_exists():
     shown = re.findall(r"^mvsplit (\w+) +(\S+)", PAGE, re.MULTILINE)
-    assert len(shown) == 4
+    assert len(shown) == 5
     for command, argument in shown:
         assert command in COMMANDS
         assert command != "train" or argument in PRESETS
     for action in re.findall(r"mvsplit monitor (\w+)", PAGE):
         assert action in ACTIONS
+
+
+def test_going_back_with_a_lower_rate_is_the_command_that_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kept, shown = re.search(
+        r"with `(--save.*?)`:\n\n```sh\nmvsplit (train .*?)\n```", PAGE, re.S
+    ).groups()
+    small = ["--model.depth", "2", "--device", "cpu", "--ema-decay", "0.9"]
+    first = ["train", "digits-400l-plain", "--run-dir", "runs/plain", "--keep", "1", *kept.split()]
+    assert main([*first, "--steps", "20", *small]) == 0
+    again = [word for word in shown.split() if word != "\\"]
+    assert main([*again, "--steps", "1", *small]) == 0
+    assert (
+        '"source": "runs/plain/checkpoints/step_00000010"'
+        in Path("runs/lower/config.json").read_text()
+    )
+    number = json.loads(Path("runs/lower/metrics.jsonl").read_text())
+    assert number["lr"] == pytest.approx(1e-4)  # the first of ten steps of warm-up
+    capsys.readouterr()
+    assert main([*first, "--steps", "30", "--lr", "1e-3", *small]) == 2
+    said = "train these weights, or those of an earlier checkpoint, on: --from "
+    assert said + "runs/plain/checkpoints/step_00000020 --no-from" in capsys.readouterr().err
 
 
 def test_every_file_it_links_to_exists():

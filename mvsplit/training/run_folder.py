@@ -24,6 +24,7 @@ import torch
 
 from mvsplit.errors import UserError
 from mvsplit.residuals import RuleConfig
+from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
 from mvsplit.training.distributed import from_first
 from mvsplit.training.environment import describe_environment
@@ -35,6 +36,8 @@ from mvsplit.training.files import (
     write_atomically,
 )
 from mvsplit.training.traces import LOCK, Traces
+
+_RATES = tuple(f"train.{name}" for name in ("lr", "lr_factor", "gain_lr", "warmup"))
 
 
 class RunFolder:
@@ -262,10 +265,22 @@ def _agree(path: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
     return changed
 
 
+def _from_its_weights(path: Path, names: Sequence[str]) -> str:
+    """How to train the network at `path` on at another rate; "" where that is not all that is new,
+    or there is no checkpoint."""
+    saved = list_checkpoints(path / "checkpoints")
+    if not saved or any(name not in _RATES for name in names):
+        return ""
+    return (
+        f" and train these weights, or those of an earlier checkpoint, on: --from {saved[-1]} "
+        f"--no-from-ema --optimizer kept"
+    )
+
+
 def _refuse_changes(path: Path, names: Sequence[str], changed: dict[str, tuple[Any, Any]]) -> None:
     if names:
         listed = ", ".join(f"{n}: {changed[n][0]!r} there, {changed[n][1]!r} now" for n in names)
         raise UserError(
             f"{path} holds another experiment ({listed}); give the same values, or choose another "
-            f"--run-dir"
+            f"--run-dir{_from_its_weights(path, names)}"
         )
