@@ -17,9 +17,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ", shared"  # with programs of others, so that seconds are too many
 MACHINES = """
-*CPU*: how many cores, of which kind, and what else ran on them, the files do not say. *Shared*: with programs of
-others, by its file, so that such a machine alone takes fewer seconds.
+*CPU*: how many cores, of which kind, and what else ran on them, the files do not say. *CPU, {cores} cores*: {processor};
+with programs of others, {load} of them running before a measurement, and the median of 3 to 10 steps;
+`pictures` on latents of 256×256 pixels (`mvsplit bench small_presets`). *Shared*: with programs of others, by its file,
+so that such a machine alone takes fewer seconds.
 """  # noqa: E501
+HOUR = 3600
 Found = dict[str, Any]
 Row = list[str]
 
@@ -49,7 +52,42 @@ def trained() -> str:
     """Steps of training, the narrow networks first."""
     head = ("network", "machine", "samples a step", "s a step", "all steps, at that rate")
     head = (*head, "peak GiB", "file")
-    return markdown(head, (*_narrow(), *_wide(), *_on_two())) + MACHINES
+    found = [result for result, _ in _small().values()]
+    loads = [time["load_before"] for result in found for time in result["times"]]
+    note = MACHINES.format(
+        cores=found[0]["cores"],
+        processor=found[0]["processor"].partition(",")[0],
+        load=f"{min(loads):.1f} to {max(loads):.1f}",
+    )
+    return markdown(head, (*_narrow(), *_wide(), *_on_two())) + note
+
+
+def on_cpu() -> str:
+    """The small presets that were measured on a CPU, by how long all their steps take there."""
+    demo = json.loads((ROOT / "docs" / "demo" / "demo.json").read_text(encoding="utf-8"))
+    seconds = {f"digits-400l-{way}": t["seconds_per_step"] for way, t in demo["twins"].items()}
+    found, _ = newest("video_cpu_*.json", "times")
+    seconds |= {r["step_of"]: r["seconds"] for r in found["times"]["runs"] if "step_of" in r}
+    for name, (result, _) in _small().items():
+        seconds[name] = next(t["seconds"] for t in result["times"] if t["preset"] == name)
+    whole = {name: PRESETS[name].train.steps * each for name, each in seconds.items()}
+    ordered = sorted(whole, key=lambda name: whole[name])
+    quick = ", ".join(f"`{name}`" for name in ordered if whole[name] < HOUR)
+    slow = ", ".join(f"`{name}` {_long(whole[name])}" for name in ordered if whole[name] >= HOUR)
+    return (
+        f"in minutes {quick}; in hours to days {slow}, at the rate of the steps that were measured"
+    )
+
+
+def _small() -> dict[str, tuple[Found, str]]:
+    """By preset, the newest result of small_presets.py that has it, and a link to its file."""
+    latest: dict[str, tuple[Found, str]] = {}
+    paths = RESULTS.glob("small_presets_cpu_*.json")
+    results = [(json.loads(path.read_text(encoding="utf-8")), path.name) for path in paths]
+    for result, name in sorted(results, key=lambda each: each[0]["date"]):
+        link = f"[{name.removesuffix('.json')}](../benchmarks/results/{name})"
+        latest |= {time["preset"]: (result, link) for time in result["times"]}
+    return latest
 
 
 def _row(
@@ -79,6 +117,10 @@ def _narrow() -> Iterator[Row]:
     step = next(run for run in found["times"]["runs"] if "step_of" in run)
     where = machine(found, file)
     yield _row(f"`{step['step_of']}`", where, step["clips"], step["seconds"], file)
+    for name, (result, file) in _small().items():
+        time = next(t for t in result["times"] if t["preset"] == name)
+        where = f"CPU, {result['cores']} cores"
+        yield _row(f"`{name}`", where, time["batch"], time["seconds"], file)
     found, file = newest("finetune_cpu*.json", "after")
     seconds = found["base_seconds"] / found["steps"]
     yield _row("8 layers of width 64", machine(found, file), None, seconds, file)

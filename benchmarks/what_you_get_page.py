@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from performance_parts import markdown
-from what_you_get_measured import drawn, further, trained
+from what_you_get_measured import drawn, further, on_cpu, trained
 
 from mvsplit.models import DiTConfig
 from mvsplit.presets import PRESETS, get_preset
@@ -41,7 +41,7 @@ took is on [another page](performance.md#what-mvsplit-plan-foretells). The rates
 
 | | trains | draws | trains further |
 | --- | --- | --- | --- |
-| a CPU, two cores | {small}: minutes where measured | what it has trained | the same networks |
+| a CPU, two cores | {small} | what it has trained | the same networks |
 | one consumer GPU of 24 GB | the same; {layers} layers of width 1024, predicted {seconds} s a step, {days} days | {drawable} | the same networks |
 | one H100 | {h100} | every preset | the same, whole or in part |
 | one H200 | {h200} | every preset | the same, whole or in part |
@@ -217,7 +217,7 @@ def head() -> str:
     fit = {gpu: [name for name in DEEP if fits(name, gpu)] for gpu in ("h100", "h200")}
     draws = sorted({p.depth for p in (get_preset(n).model for n in DEEP) if holds("rtx4090", p)})
     return HEAD.format(
-        small=_names(SMALL),
+        small=on_cpu(),
         layers=most_layers("rtx4090"),
         seconds=f"{deepest_seconds():.2g}",
         days=f"{deepest_seconds() * get_preset(ON_ONE).train.steps / DAY:.2g}",
