@@ -1,8 +1,9 @@
-"""`mvsplit bench [NAME] [options of the script]`: runs a script of benchmarks/, keeps its result.
+"""`mvsplit bench [NAME] [options of the script]`: runs a script of benchmarks/, shows its result.
 
 The scripts are of the repository, not of the package. What each claims and costs stands in its
 docstring; each checks that what it times is right before it takes a time. This command finds them,
-says which can run here, names the result after the GPU and the date, and shows it as a table.
+says which can run here, and shows the result as a table. It is kept where --json says; else it
+lies, named after the GPU and the date, in a temporary folder, which is told.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import datetime
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +109,9 @@ def main(arguments: Sequence[str]) -> int:
         print(listing(map(_entry, known.values())))
         return 0
     if name not in known:
-        names = ("--list", "--help", "page", *known)
-        near = nearest(name, names, listed=["those of mvsplit bench --list"])
+        near = nearest(name, ("--list", "--help", "page", *known))
+        if not near.startswith("did you mean"):
+            near = "mvsplit bench --list shows what there is"
         raise UserError(f"bench {name}: unknown; {near}")
     return _measure(known[name], rest, folder)
 
@@ -173,12 +176,14 @@ def _measure(benchmark: Benchmark, given: list[str], folder: Path) -> int:
     out = _taken(arguments, "--json")
     if not arguments:
         arguments += _ARGUMENTS.get(benchmark.name, ())
+    kept = out is not None
     if out is None and not trial:
-        out = _default_result(benchmark, folder)
+        out = _temporary_result(benchmark)
     arguments += ["--json", str(out)] if out else []
     status = _run([*_launcher(benchmark), str(benchmark.path), *arguments], folder)
     if status == 0 and out is not None and out.exists():
-        print(f"result {out}", flush=True)
+        where = "" if kept else ", in a temporary folder; --json FILE keeps it where you say"
+        print(f"result {out}{where}", flush=True)
         if benchmark.name in _SHOWN and not trial:
             page = [sys.executable, str(folder / f"{_PAGE}.py"), "--table", str(out.resolve())]
             status = _run(page, folder)
@@ -200,14 +205,13 @@ def _taken(arguments: list[str], option: str) -> Path | None:
     return Path(value)
 
 
-def _default_result(benchmark: Benchmark, folder: Path) -> Path:
-    """NAME_GPU_DATE.json in benchmarks/results, with a number where that is taken."""
+def _temporary_result(benchmark: Benchmark) -> Path:
+    """NAME_GPU_DATE.json in a new folder: hours of measuring are not lost for want of --json."""
     device = "cpu"
     if benchmark.needs != "CPU":
         device = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()[0]
-    stem = f"{benchmark.name}_{device}_{datetime.date.today().isoformat()}"
-    free = (folder / "results" / f"{stem}{n}.json" for n in ("", *(f"_{k}" for k in range(2, 99))))
-    return next(path for path in free if not path.exists())
+    folder = Path(tempfile.mkdtemp(prefix="mvsplit-bench-"))
+    return folder / f"{benchmark.name}_{device}_{datetime.date.today().isoformat()}.json"
 
 
 def _launcher(benchmark: Benchmark) -> list[str]:

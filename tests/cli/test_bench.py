@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -66,12 +67,19 @@ def test_each_cost_says_how_long_it_takes_and_on_what():
         assert not re.search(r"\bbusy\b|\bbeside\b|others? .*\buse\b", cost), f"{name}: {cost}"
 
 
-def test_a_script_runs_with_its_options_and_its_result_is_named_after_device_and_day(folder):
-    assert cli.main(["bench", "quick", "--depth", "3"]) == 0
-    assert cli.main(["bench", "quick"]) == 0
-    day = datetime.date.today().isoformat()
-    results = {p.name: json.loads(p.read_text()) for p in (folder / "results").iterdir()}
-    assert results == {f"quick_cpu_{day}.json": ["--depth", "3"], f"quick_cpu_{day}_2.json": []}
+def test_without_json_the_checkout_is_left_alone_and_the_result_is_told(folder, tmp_path, capfd):
+    given = ["--depth", "3"]
+    before = sorted(folder.rglob("*"))
+    for words in (given, []):
+        assert cli.main(["bench", "quick", *words]) == 0
+        out, where = (
+            capfd.readouterr().out.removeprefix("result ").split(", in a temporary folder;")
+        )
+        assert where == " --json FILE keeps it where you say\n"
+        assert Path(out).name == f"quick_cpu_{datetime.date.today().isoformat()}.json"
+        assert json.loads(Path(out).read_text()) == words
+        shutil.rmtree(Path(out).parent)
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("written", ["--json {}", "--json={}"])
@@ -144,7 +152,10 @@ def test_errors_say_what_to_do(folder, capsys, monkeypatch, tmp_path):
     assert cli.main(["bench", "--lsit"]) == cli.USER_ERROR
     assert "did you mean --list?" in capsys.readouterr().err
     assert cli.main(["bench", "nonsense"]) == cli.USER_ERROR
-    assert "choose one of: those of mvsplit bench --list\n" in capsys.readouterr().err
+    assert (
+        "bench nonsense: unknown; mvsplit bench --list shows what there is\n"
+        in capsys.readouterr().err
+    )
     monkeypatch.setitem(bench._NEEDS, "quick", "CPU")
     assert cli.main(["bench", "quick", "--json"]) == cli.USER_ERROR
     assert "--json wants the name of a file" in capsys.readouterr().err
