@@ -41,6 +41,7 @@ from mvsplit.training.distributed import (
 from mvsplit.training.ema import EMA
 from mvsplit.training.finetune import choose_parameters
 from mvsplit.training.graphs import Graphs
+from mvsplit.training.host_memory import require_memory
 from mvsplit.training.layout import choose_layout, with_layout
 from mvsplit.training.memory_plan import Planner
 from mvsplit.training.objective import build_objective
@@ -62,8 +63,8 @@ def build_state(experiment: Experiment) -> TrainState:
     """Everything at step 0; sets the global random generators.
 
     Raises:
-        UserError: the data do not fit the model, the device does not exist, or the batch cannot be
-            divided among the processes.
+        UserError: the data do not fit the model, the device does not exist, the batch cannot be
+            divided among the processes, or a CPU's memory surely does not suffice.
     """
     model_config, config = experiment.model, experiment.train
     seed_globals(config.seed)
@@ -75,6 +76,9 @@ def build_state(experiment: Experiment) -> TrainState:
     layout = choose_layout(model_config, config, device, _tokens(experiment, loader.dataset))
     config = with_layout(config, layout.name)
     _check_policy(config)
+    if device.type == "cpu":
+        image = min(_image_tokens(model_config, loader.dataset))
+        require_memory(model_config, config, _samples(config), image)
     model = build_model(model_config, config, device)
     choose_parameters(model, config.tune, generator_for(config.seed, "lora", device=device))
     taps = taps_for_dit(model)
@@ -300,7 +304,7 @@ def build_codec(dataset: Dataset, device: torch.device) -> LatentEncoder:
 def largest_sample(dataset: Dataset, model: DiTConfig) -> tuple[int, int]:
     """Image tokens of the largest sample and words of the longest caption, `UNKNOWN_TEXT` where
     the data do not know them."""
-    image = max(math.prod(model.patch_grid(size)) for size in _sizes(dataset))
+    image = max(_image_tokens(model, dataset))
     return image, getattr(dataset, "caption_words", UNKNOWN_TEXT)
 
 
@@ -308,8 +312,16 @@ def _tokens(experiment: Experiment, dataset: Dataset) -> int:
     """Of the largest piece of a batch on one process, padding included."""
     config = experiment.train
     image, words = largest_sample(dataset, experiment.model)
-    samples = -(-config.batch_size // (world() * config.accumulate))
-    return samples * (image + padded(words))
+    return _samples(config) * (image + padded(words))
+
+
+def _samples(config: TrainConfig) -> int:
+    """Of the largest piece of a batch on one process."""
+    return -(-config.batch_size // (world() * config.accumulate))
+
+
+def _image_tokens(model: DiTConfig, dataset: Dataset) -> list[int]:
+    return [math.prod(model.patch_grid(size)) for size in _sizes(dataset)]
 
 
 def _sizes(dataset: Dataset) -> Sequence[tuple[int, ...]]:
