@@ -22,8 +22,8 @@ from mvsplit.training.step_memory import state_parts
 GIB = 2**30
 # In units of what a block keeps that runs as one (`kept_bytes`): what autograd saves of its parts,
 # which run one by one on a CPU, and what backward holds of the block that it is in. Measured were
-# 1.41 to 1.71 and 2.4 to 7, in networks of 4, 12 and 20 layers, 32 and 128 wide.
-_SAVED, _WORKING = 1.4, 2.0
+# 1.39 to 1.71 and 2.4 to 7, in networks of 4 to 32 layers, 16 to 128 wide.
+_SAVED, _WORKING = 1.35, 2.0
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
