@@ -19,7 +19,9 @@ RESULT = json.loads((ROOT / "benchmarks/results/shapes_reader_2026-11-24.json").
 def test_the_commands_do_what_the_page_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status = []
-    for line in "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines():
+    commands = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
+    assert commands.count("--steps 300") == 2
+    for line in commands.replace("--steps 300", "--steps 20").splitlines():
         program, *arguments = shlex.split(line)
         assert program == "mvsplit"
         capsys.readouterr()
@@ -29,6 +31,22 @@ def test_the_commands_do_what_the_page_says(tmp_path, monkeypatch, capsys):
     assert refusal == re.search(r"((?: {4}.*\n)+)\n`--allow`", PAGE)[1].replace(
         "    ", "", 1
     ).replace("\n    ", "\n")
+
+
+def test_the_figures_of_the_example_are_those_of_its_result():
+    name = re.search(r"results/(evaluation_example_\S+\.json)\)", PAGE)[1]
+    found = json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))
+    for score in ("validation_loss", "digit_accuracy", "digit_frechet"):
+        row = re.search(rf"^\| `{score}` \| (.*) \|$", PAGE, re.MULTILINE)[1].split(" | ")
+        for cell, scores in zip(row, found["scores"].values(), strict=False):
+            error = scores.get(f"{score}_stderr")
+            spread = "(no spread)" if error is None else f"± {error:.2g}"
+            assert cell == f"{scores[score]:.4g} {spread}"
+        if score in found["paired"]:
+            pair = found["paired"][score]
+            wanted = f"{pair['difference']:+.2g} ± {pair['stderr']:.2g} ({pair['pairs']} pairs)"
+            assert row[2] == wanted
+            assert abs(pair["difference"]) < 2 * pair["stderr"]  # "neither is shown to be better"
 
 
 def test_the_reader_is_as_good_as_stated():
@@ -54,7 +72,7 @@ def test_its_options_and_links_exist():
     known = {
         f.name.replace("_", "-") for kind in (Arguments, CompareArguments) for f in fields(kind)
     }
-    trained = {"run-dir", "data.split", "seed"}
+    trained = {"steps", "run-dir", "data.split", "seed"}
     assert set(re.findall(r"--([a-z][a-z.-]+)", PAGE)) <= known | trained
     links = re.findall(r"\]\(((?!https?:)[^)#]+)\)", PAGE)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,6 +156,7 @@ class Evaluating:
             weights["settings"] = str(args.settings)
         self.passport = passport_head(self.subject.model, device, weights, command)
         self.scores: dict[str, float] = {}
+        self.samples: dict[str, list[float]] = {}
 
     def run(self) -> None:
         """Computes all scores, writes them with the passport, and shows them."""
@@ -164,7 +166,9 @@ class Evaluating:
                 self.scores |= self._judge(self._draw(bar), bar)
         if not self.scores:
             raise UserError(f"{self.args.source}: nothing to score; see mvsplit evaluate --help")
-        done = Evaluation(name=self.name, scores=self.scores, passport=self.passport)
+        done = Evaluation(
+            name=self.name, scores=self.scores, passport=self.passport, samples=self.samples
+        )
         places = [self.folder / f"{self.name}.json", self.args.json]
         for path in filter(None, places):
             write_evaluation(path, done)
@@ -212,6 +216,7 @@ class Evaluating:
             seed=self.args.seed,
             batch_size=self.args.batch_size,
             on_batch=lambda samples: bar.advance(task, samples),
+            on_each=partial(self.samples.__setitem__, "validation_loss"),
         )
         return dict(losses)
 
@@ -297,7 +302,9 @@ class Evaluating:
             "pictures": len(real),
             "sha256": examples_sha256(real, len(real)),
         }
-        yield from evaluate_digits(pictures, [k % 10 for k in range(len(pictures))])
+        keep = partial(self.samples.__setitem__, "digit_accuracy")
+        labels = [k % 10 for k in range(len(pictures))]
+        yield from evaluate_digits(pictures, labels, on_each=keep)
         yield from digit_frechet(pictures)
 
     def _judge_shapes(self, drawn: DrawnPictures) -> Scores:

@@ -14,11 +14,20 @@ from rich.table import Table
 
 from mvsplit.errors import UserError
 from mvsplit.evaluation.meanings import explain_scores
-from mvsplit.evaluation.passport import Evaluation, differences, read_evaluation
+from mvsplit.evaluation.passport import Evaluation, differences, paired, read_evaluation
 from mvsplit.evaluation.scores import STDERR
 
 REFUSED = 1  # the exit status
 _NO_SPREAD = "no spread"
+_PAIRED = (
+    "paired: both were asked the same samples with the same noise, so this is the mean of the "
+    "differences, and ± its standard error; what is more than two of them is hardly chance. It is "
+    "of these two networks: another training seed may differ by more"
+)
+_NONE = (
+    "± 0: of a share, all trials went the same way; of few trials that says little, for of n that "
+    "all failed the true share may be as high as about 3/n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +72,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def show(evaluations: Sequence[Evaluation]) -> None:
-    """Prints a row for each score, a column for each evaluation, with standard errors; then what
-    each score says."""
-    table = Table("score", *(evaluation.name for evaluation in evaluations))
+    """Prints a row for each score, a column for each evaluation, with standard errors, and one for
+    the difference of pairs to the first; then what each score says."""
+    first, *others = evaluations
+    paired_with = [each for each in others if any(paired(first, each, n) for n in first.samples)]
+    apart = [f"{each.name} − {first.name}, paired" for each in paired_with]
+    table = Table("score", *(evaluation.name for evaluation in evaluations), *apart)
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
     for name in names:
         if not name.endswith(STDERR):
-            table.add_row(name, *(_value(evaluation, name) for evaluation in evaluations))
+            values = [_value(evaluation, name) for evaluation in evaluations]
+            table.add_row(name, *values, *(_apart(first, each, name) for each in paired_with))
     console = Console(markup=False, highlight=False)
     console.print(table)
     for line in explain_scores(names):
         console.print(line, soft_wrap=True)
+    if apart:
+        console.print(_PAIRED, soft_wrap=True)
+    if any(each.scores[n] == 0 for each in evaluations for n in each.scores if n.endswith(STDERR)):
+        console.print(_NONE, soft_wrap=True)
+
+
+def _apart(first: Evaluation, second: Evaluation, name: str) -> str:
+    found = paired(first, second, name)
+    return "–" if found is None else f"{found[0]:+.2g} ± {found[1]:.2g} ({found[2]} pairs)"
 
 
 def _value(evaluation: Evaluation, name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,18 @@ def digit_classifier() -> tuple[SVC, float]:
     return classifier, float(classifier.score(held_out, held_out_labels))
 
 
-def evaluate_digits(latents: Tensor, labels: Sequence[int]) -> Iterator[tuple[str, float]]:
+def evaluate_digits(
+    latents: Tensor,
+    labels: Sequence[int],
+    *,
+    on_each: Callable[[list[float]], None] | None = None,
+) -> Iterator[tuple[str, float]]:
     """Scores of drawn digits.
 
     Args:
         latents: [N, 1, 8, 8] in [−1, 1]; values outside are cut, as in a picture.
         labels: the digit that each was asked to be.
+        on_each: given 1 for each picture that is read as asked, else 0.
 
     Yields:
         `digit_accuracy`, the share that the classifier reads as asked (chance is 0.1), its standard
@@ -50,6 +56,8 @@ def evaluate_digits(latents: Tensor, labels: Sequence[int]) -> Iterator[tuple[st
         be expected.
     """
     right = [digit == label for digit, label in zip(read_digits(latents), labels, strict=True)]
+    if on_each is not None:
+        on_each([float(each) for each in right])
     yield from share("digit_accuracy", right)
     yield "digit_accuracy_real", digit_classifier()[1]
 

@@ -110,6 +110,7 @@ def validation_loss(
     seed: int = 0,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
+    on_each: Callable[[list[float]], None] | None = None,
 ) -> Iterator[tuple[str, float]]:
     """The training's loss (Eq. 2) on the first `samples` samples, captions kept.
 
@@ -119,6 +120,7 @@ def validation_loss(
 
     Args:
         on_batch: told how many samples are done after each batch.
+        on_each: given the loss of each sample, over all parts.
 
     Yields:
         `validation_loss` and `validation_loss_t0-0.1`, … of each part, each with its standard error
@@ -130,6 +132,8 @@ def validation_loss(
         losses[indices] = _losses(model, embedder, dataset, indices, bins, seed)
         if on_batch is not None:
             on_batch(len(indices))
+    if on_each is not None:
+        on_each(losses.mean(1).tolist())
     yield from _mean("validation_loss", losses.mean(1))
     for b in range(bins):
         yield from _mean(f"validation_loss_t{b / bins:g}-{(b + 1) / bins:g}", losses[:, b])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import shlex
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,16 @@ _PACKAGES = ["scikit-learn", "pillow", "torch-fidelity", "torchvision", "transfo
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores with their passport, and where they came from."""
+    """Scores with their passport, and where they came from.
+
+    Attributes:
+        samples: of a score that is a mean, what each sample or picture had, in their order.
+    """
 
     name: str
     scores: dict[str, float]
     passport: dict[str, Any]
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
 
 def passport_head(
@@ -108,7 +115,11 @@ def files_sha256(paths: Sequence[Path]) -> str:
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Writes scores with their passport; whole or not at all. Raises UserError where it cannot."""
-    tree = {"scores": evaluation.scores, "passport": evaluation.passport}
+    tree = {
+        "scores": evaluation.scores,
+        "passport": evaluation.passport,
+        "samples": evaluation.samples,
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(tree, indent=2) + "\n")
@@ -127,7 +138,12 @@ def read_evaluation(path: Path) -> Evaluation:
     file = path if path.is_file() else _only_one(path)
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        return Evaluation(name=str(path), scores=tree["scores"], passport=tree["passport"])
+        return Evaluation(
+            name=str(path),
+            scores=tree["scores"],
+            passport=tree["passport"],
+            samples=tree.get("samples", {}),  # which scores of earlier versions do not have
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} holds no scores with a passport ({type(error).__name__}: {error}); give a "
@@ -158,16 +174,32 @@ def differences(
     """
     flat = [flat_fields(evaluation.passport) for evaluation in evaluations]
     names = sorted({name for fields in flat for name in fields})
-    for field in allowed:
-        if not any(_within(name, field) for name in names):
-            raise UserError(f"allow={field}: no passport has such a field")
+    for given in allowed:
+        if not any(_within(name, given) for name in names):
+            raise UserError(f"allow={given}: no passport has such a field")
     rows = {name: [fields.get(name, _ABSENT) for fields in flat] for name in names}
     return {
         name: values
         for name, values in rows.items()
         if any(value != values[0] for value in values[1:])
-        and not any(_within(name, field) for field in (*FREE, *allowed))
+        and not any(_within(name, given) for given in (*FREE, *allowed))
     }
+
+
+_SAME = {"validation_loss": "validation", "digit_accuracy": "sampling"}  # what pairs go by
+
+
+def paired(first: Evaluation, second: Evaluation, score: str) -> tuple[float, float, int] | None:
+    """By how much a score of `second` is above that of `first` on the same samples and noise: the
+    mean of the differences, its standard error, and of how many pairs. None where these are not
+    known, or are of other samples."""
+    a, b = (each.samples.get(score, []) for each in (first, second))
+    group = _SAME.get(score)
+    same = group is not None and first.passport.get(group) == second.passport.get(group)
+    if not same or len(a) != len(b) or len(a) < 2:
+        return None
+    apart = [y - x for x, y in zip(a, b, strict=True)]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)), len(apart)
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

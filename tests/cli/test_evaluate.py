@@ -140,7 +140,8 @@ def test_the_same_command_goes_on(place, monkeypatch, capsys):
     assert read_evaluation(run).scores == pytest.approx(read_evaluation(whole).scores, rel=1e-5)
 
 
-def test_runs_of_other_weights_are_compared(place, capsys):
+def test_runs_of_other_weights_are_compared(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     runs = [str(place / "digits0"), str(place / "digits1")]
     for run in runs:
         assert evaluate(Path(run)) == 0
@@ -148,6 +149,9 @@ def test_runs_of_other_weights_are_compared(place, capsys):
     assert main(["evaluate", "compare", *runs]) == 0
     shown = capsys.readouterr()
     assert "validation_loss" in shown.out
+    assert "(5 pairs)" in shown.out
+    assert "(7 pairs)" in shown.out
+    assert "paired: both were asked the same samples" in shown.out
     assert shown.err == ""
 
 

@@ -11,6 +11,7 @@ from mvsplit.evaluation.passport import (
     Evaluation,
     differences,
     files_sha256,
+    paired,
     passport_head,
     read_evaluation,
     weights_sha256,
@@ -101,6 +102,22 @@ def test_the_hash_of_files_is_of_names_and_bytes(tmp_path):
     whole = files_sha256([first, second])
     second.write_bytes(b"3")
     assert len({whole, files_sha256([first, second]), files_sha256([first])}) == 3
+
+
+def test_a_difference_is_of_pairs_of_the_same_samples():
+    def scored(values, seed=0):
+        passport = {"validation": {"seed": seed}}
+        return Evaluation(
+            name="n", scores={}, passport=passport, samples={"validation_loss": values}
+        )
+
+    first, second = scored([1.0, 2.0, 4.0]), scored([1.5, 2.25, 4.75])
+    mean, error, pairs = paired(first, second, "validation_loss")
+    assert (mean, pairs) == (0.5, 3)
+    assert error == pytest.approx(0.25 / 3**0.5)
+    for other in (scored([1.5, 2.25, 4.75], seed=1), scored([1.5, 2.25]), scored([])):
+        assert paired(first, other, "validation_loss") is None
+    assert paired(first, second, "fid") is None
 
 
 def test_a_score_is_read_back_by_file_and_by_run(tmp_path):
