@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     after Ctrl-C and SIGTERM.
 
     Raises:
-        UserError: an unknown claim, none at all, or a run that failed.
+        UserError: an unknown claim, none at all, no time, or a run that failed.
     """
     options = tyro.cli(
         _Options, args=list(arguments), prog="mvsplit reproduce", description=__doc__
@@ -60,6 +60,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.again is not None and options.pages is None:
         raise UserError("--again needs --pages FOLDER, whose results it is kept beside")
+    if options.minutes is not None and not options.minutes > 0:
+        raise UserError(
+            f"minutes={options.minutes:g}: nothing can be run in them; give more than 0, or leave "
+            f"--minutes out to run to the end"
+        )
     claims = _chosen(options.claims)
     if options.draw:
         _draw(claims, options.pages)

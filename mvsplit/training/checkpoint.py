@@ -359,16 +359,26 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
     """Compares the file `name` of the checkpoint at `path` with what the manifest says of it."""
-    file, expected = path / name, manifest.get(name)
-    if expected is None or not file.exists():
-        raise DamagedCheckpoint(f"{path}: {name} is missing")
-    size = file.stat().st_size
-    if size < expected["bytes"]:
-        raise DamagedCheckpoint(
-            f"{path}: {name} is truncated ({size} of {expected['bytes']} bytes)"
-        )
-    if _fingerprint(file) != expected:
+    expected = manifest.get(name)
+    if (fault := _fault_of_size(path / name, name, expected)) is not None:
+        raise DamagedCheckpoint(f"{path}: {fault}")
+    if _fingerprint(path / name) != expected:
         raise DamagedCheckpoint(f"{path}: {name} is damaged (checksum)")
+
+
+def cut_off(path: Path) -> list[str]:
+    """Which files of the checkpoint at `path` are missing or shorter than they were written; their
+    bytes are not read."""
+    faults = (_fault_of_size(path / n, n, written) for n, written in _read_manifest(path).items())
+    return [fault for fault in faults if fault is not None]
+
+
+def _fault_of_size(file: Path, name: str, written: Mapping[str, Any] | None) -> str | None:
+    if written is None or not file.exists():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) < written["bytes"]:
+        return f"{name} is truncated ({size} of {written['bytes']} bytes)"
+    return None
 
 
 def read_newest(

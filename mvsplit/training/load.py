@@ -18,6 +18,8 @@ from mvsplit.training.builders import build_data, build_embedder
 from mvsplit.training.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
+    checkpoint_name,
+    cut_off,
     load_latest,
     read_checkpoint,
 )
@@ -64,6 +66,7 @@ def load_run(
     path: Path | str, *, ema: bool = True, device: torch.device | str = "cpu"
 ) -> LoadedRun:
     """The newest whole checkpoint of a run; a damaged newer one is passed over with a warning.
+    Another says what is cut off of the files that only training needs.
 
     Args:
         path: a run folder, or one of its checkpoints.
@@ -82,6 +85,7 @@ def load_run(
         )
     names = weight_files(experiment, ema=ema)
     snapshot = _read(path, names)
+    _warn_of_the_rest(path, snapshot.step, names)
     # Which a policy may have changed since the start.
     rule = RuleConfig(**as_recorded(snapshot.values["rule"]))
     with torch.device("meta"):  # no initial values, and no draw from the global generator
@@ -130,6 +134,18 @@ def _experiment_of(path: Path) -> Experiment:
 
 def _read(path: Path, names: list[str]) -> Snapshot:
     return _read_one(path, names) if _is_checkpoint(path) else _read_newest(path, names)
+
+
+def _warn_of_the_rest(path: Path, step: int, names: list[str]) -> None:
+    """Of a checkpoint whose files `names` are whole."""
+    checkpoint = path if _is_checkpoint(path) else path / "checkpoints" / checkpoint_name(step)
+    if lost := cut_off(checkpoint):
+        used = " and ".join(f"{name}.safetensors" for name in names)
+        warnings.warn(
+            f"{checkpoint} is damaged: {'; '.join(lost)}; {used}, of which the network is taken, "
+            f"is whole, but mvsplit train cannot go on from this checkpoint",
+            stacklevel=3,
+        )
 
 
 def _read_one(path: Path, names: list[str]) -> Snapshot:

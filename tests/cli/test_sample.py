@@ -316,6 +316,15 @@ def test_a_truncated_checkpoint_is_named(run, capsys):
     assert "step_00000002: ema.safetensors is truncated (1000 of" in error_line(capsys)
 
 
+def test_what_is_cut_off_beside_the_weights_that_are_drawn_with_is_said(run, capsys):
+    path = run / "checkpoints" / "step_00000002" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert draw(run) == 0
+    said = capsys.readouterr().err
+    assert f"warning: {path.parent} is damaged: model.safetensors is truncated (1000 of" in said
+    assert "ema.safetensors, of which the network is taken, is whole" in said
+
+
 def test_an_older_whole_checkpoint_stands_in_with_a_warning(run, capsys):
     path = run / "checkpoints" / "step_00000002" / "ema.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

@@ -273,3 +273,13 @@ def test_the_command_lists_and_refuses(capsys):
     ):
         assert main(["reproduce", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan"])
+def test_no_time_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], minutes: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["reproduce", "front", "--minutes", minutes, "--out", str(out)]) == 2
+    assert f"minutes={float(minutes):g}: nothing can be run" in capsys.readouterr().err
+    assert not out.exists()
