@@ -216,9 +216,13 @@ class Evaluating:
             seed=self.args.seed,
             batch_size=self.args.batch_size,
             on_batch=lambda samples: bar.advance(task, samples),
-            on_each=partial(self.samples.__setitem__, "validation_loss"),
+            on_each=self._keep("validation_loss"),
         )
         return dict(losses)
+
+    def _keep(self, score: str) -> Callable[[list[float]], None]:
+        """Keeps what each sample has of a score, for differences of pairs."""
+        return partial(self.samples.__setitem__, score)
 
     def _draw(self, bar: Progress) -> DrawnPictures:
         prompts = self._prompts(self.args.num_images)
@@ -302,9 +306,8 @@ class Evaluating:
             "pictures": len(real),
             "sha256": examples_sha256(real, len(real)),
         }
-        keep = partial(self.samples.__setitem__, "digit_accuracy")
         labels = [k % 10 for k in range(len(pictures))]
-        yield from evaluate_digits(pictures, labels, on_each=keep)
+        yield from evaluate_digits(pictures, labels, on_each=self._keep("digit_accuracy"))
         yield from digit_frechet(pictures)
 
     def _judge_shapes(self, drawn: DrawnPictures) -> Scores:
@@ -312,11 +315,13 @@ class Evaluating:
         scenes = scenes_at(shapes, geneval_indices(shapes, self.args.num_images))
         real = others.fetch(geneval_indices(others, REAL_SHAPES)).latents
         self.passport["reference"] = {"pictures": len(real), "sha256": values_sha256(real)}
-        yield from evaluate_shapes(drawn.read(len(scenes)), scenes, real)
+        pictures, keep = drawn.read(len(scenes)), self._keep("caption_exact")
+        yield from evaluate_shapes(pictures, scenes, real, on_each=keep)
 
     def _judge_clips(self, drawn: DrawnPictures) -> Scores:
         scenes = self._clips().scenes(range(self.args.num_images))
-        yield from evaluate_clips(drawn.read(len(scenes)), scenes)
+        keep = self._keep("clip_exact")
+        yield from evaluate_clips(drawn.read(len(scenes)), scenes, on_each=keep)
 
     def _judge_real(self, drawn: DrawnPictures, bar: Progress) -> Scores:
         assert self.args.reference is not None

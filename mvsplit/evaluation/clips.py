@@ -27,12 +27,18 @@ from mvsplit.evaluation.scores import share
 Holds = Callable[[SeenClip, MotionStatement], bool]
 
 
-def evaluate_clips(clips: Tensor, scenes: Sequence[ClipScene]) -> Iterator[tuple[str, float]]:
+def evaluate_clips(
+    clips: Tensor,
+    scenes: Sequence[ClipScene],
+    *,
+    on_each: Callable[[list[float]], None] | None = None,
+) -> Iterator[tuple[str, float]]:
     """Scores of drawn clips.
 
     Args:
         clips: [N, 3, F, S, S] in [−1, 1].
         scenes: what each was to show.
+        on_each: given 1 for each clip that shows exactly that, else 0.
 
     Yields:
         The scores of the table above and their standard errors; those of which no clip is, not.
@@ -59,6 +65,8 @@ def evaluate_clips(clips: Tensor, scenes: Sequence[ClipScene]) -> Iterator[tuple
         yield from _share_of(
             f"clip_{motion}", [e for e, belongs in zip(exact, of_it, strict=True) if belongs]
         )
+    if on_each is not None:
+        on_each([float(each) for each in exact])
     yield from share("clip_exact", exact)
 
 

@@ -17,7 +17,7 @@ is nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -54,7 +54,11 @@ def scenes_at(shapes: Shapes, indices: Sequence[int]) -> list[Scene]:
 
 
 def evaluate_shapes(
-    pictures: Tensor, scenes: Sequence[Scene], real: Tensor
+    pictures: Tensor,
+    scenes: Sequence[Scene],
+    real: Tensor,
+    *,
+    on_each: Callable[[list[float]], None] | None = None,
 ) -> Iterator[tuple[str, float]]:
     """Scores of drawn shapes.
 
@@ -62,6 +66,7 @@ def evaluate_shapes(
         pictures: [N, 3, S, S] in [−1, 1].
         scenes: what each was to show; of the six tasks.
         real: [M, 3, S, S] rendered pictures, for the Fréchet distance.
+        on_each: given 1 for each picture that shows its caption exactly, else 0.
 
     Yields:
         `geneval_TASK` for each task that is among the scenes, `geneval_mean` over these tasks,
@@ -77,10 +82,10 @@ def evaluate_shapes(
             means.append(sum(right) / len(right))
             yield from share(f"geneval_{task}", right)
     yield "geneval_mean", float(np.mean(means))
-    yield from share(
-        "caption_exact",
-        [caption_holds(s, q.statement) for s, q in zip(seen, scenes, strict=True)],
-    )
+    exact = [caption_holds(s, q.statement) for s, q in zip(seen, scenes, strict=True)]
+    if on_each is not None:
+        on_each([float(each) for each in exact])
+    yield from share("caption_exact", exact)
     objects = [thing for picture in seen for thing in picture.objects]
     unnamed = [thing.shape is None or thing.colour is None for thing in objects]
     yield "unnamed_objects", sum(unnamed) / max(len(unnamed), 1)

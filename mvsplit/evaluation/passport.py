@@ -186,7 +186,13 @@ def differences(
     }
 
 
-_SAME = {"validation_loss": "validation", "digit_accuracy": "sampling"}  # what pairs go by
+# Scores of which each sample is kept, by the part of the passport that makes two of them pairs.
+_SAME = {
+    "validation_loss": "validation",
+    "digit_accuracy": "sampling",
+    "caption_exact": "sampling",
+    "clip_exact": "sampling",
+}
 
 
 def paired(first: Evaluation, second: Evaluation, score: str) -> tuple[float, float, int] | None:

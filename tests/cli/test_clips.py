@@ -106,6 +106,7 @@ def test_scores_of_clips(run):
     found = read_evaluation(run)
     assert {"validation_loss", "clip_objects", "clip_move", "clip_exact"} < set(found.scores)
     assert found.scores["clip_exact"] == 0
+    assert set(found.samples["clip_exact"]) == {0}
     assert found.passport["validation"]["data"] == "clips series 1000003"
 
 

@@ -110,7 +110,9 @@ def test_the_weights_as_trained_are_others(place):
 
 def test_scores_of_shapes(place):
     assert evaluate(place / "shapes", count=12) == 0
-    scores = read_evaluation(place / "shapes").scores
+    found = read_evaluation(place / "shapes")
+    scores, exact = found.scores, found.samples["caption_exact"]
+    assert (len(exact), sum(exact) / 12) == (12, scores["caption_exact"])
     tasks = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     assert {f"geneval_{task}" for task in (*tasks, "mean")} < set(scores)
     assert scores["geneval_mean"] == 0
