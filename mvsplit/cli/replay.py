@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"mvsplit: {step}", file=sys.stderr)
     for log in logs:
         if log.dropped.total:
-            print(f"mvsplit: {log.path}: left out {log.dropped}", file=sys.stderr)
+            print(f"mvsplit: {log.path}: lines left out: {log.dropped}", file=sys.stderr)
     return 0 if detector.understood else NOTHING_JUDGED
 
 

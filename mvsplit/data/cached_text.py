@@ -82,7 +82,7 @@ class CachedText:
                 raise UserError(
                     f"prompt {prompt!r} is no caption of the cache, and the text encoder "
                     f"{settings.text_encoder_name} is not the one that made it; use a caption, or "
-                    "the encoder's weights of then"
+                    "the encoder that made it"
                 )
             self._encoder = encoder
         text, valid = self._encoder.encode([prompt])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvsplit.data.sources import (
+    PICTURES,
     BrokenPicture,
     Picture,
     Record,
@@ -47,6 +48,8 @@ def open_dataset(
     local = "/" not in place or place.startswith(("/", ".", "~"))
     if local and not place.endswith(tuple(_BUILDERS)) and not glob.glob(place):
         raise UserError(f"source: there is no folder {place}; check the path")
+    if Path(place).suffix.lower() in PICTURES:
+        raise UserError(f"source: {place} is one picture; give the folder that it lies in")
     if find_spec("datasets") is None:
         raise UserError(
             f"source: {place} is no folder of pictures, and everything else is read by the "

@@ -30,6 +30,7 @@ def build_dataset(name: str, **options: Any) -> Dataset:
         if option not in known:
             remedy = nearest(option, known) if known else "it takes no options"
             field = "series" if option == "seed" else option  # as DataConfig names it
+            remedy += "" if option == "motions" else f"; for none: --data.{field} None"
             raise UserError(
                 f"data.{field}={value!r}: dataset {name}: unknown option {option!r}; {remedy}"
             )

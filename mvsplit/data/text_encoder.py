@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from mvsplit.data.hub_access import hub_options, unreached
 from mvsplit.data.vae import hash_of
 from mvsplit.errors import UserError, needs_extra
 
@@ -74,16 +75,17 @@ class QwenEncoder:
             from transformers import AutoModel, AutoTokenizer
         pipeline = (Path(source) / "text_encoder").is_dir()
         where = {"subfolder": "text_encoder"} if pipeline else {}
+        known = hub_options(source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                Path(source) / "tokenizer" if pipeline else source
+                Path(source) / "tokenizer" if pipeline else source, **known
             )
-            model = AutoModel.from_pretrained(source, dtype=dtype, **where)
+            model = AutoModel.from_pretrained(source, dtype=dtype, **where, **known)
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"text_encoder={source!r}: neither a folder nor a hub id with a model and its "
-                f"tokenizer ({reason})"
+                f"tokenizer ({reason}){unreached(source)}"
             ) from error
         return cls(tokenizer, model.to(device).eval().requires_grad_(False), padding=padding)
 

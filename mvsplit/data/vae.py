@@ -8,12 +8,13 @@ and are normalised with the running statistics that the autoencoder's own BatchN
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mvsplit.data.hub_access import hub_options, unreached
 from mvsplit.errors import UserError, needs_extra
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ class Flux2Autoencoder:
         with needs_extra("hub"):
             from diffusers import AutoencoderKLFlux2
         try:
-            where = {} if _is_autoencoder(AutoencoderKLFlux2, source) else {"subfolder": "vae"}
+            where = hub_options(source)
+            if not _is_autoencoder(AutoencoderKLFlux2, source, where):
+                where |= {"subfolder": "vae"}
             vae = AutoencoderKLFlux2.from_pretrained(source, torch_dtype=dtype, **where)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"vae={source!r}: neither a folder nor a hub id with the weights of an "
-                f"AutoencoderKLFlux2 ({_first_line(error)})"
+                f"AutoencoderKLFlux2 ({_first_line(error)}){unreached(source)}"
             ) from error
         return cls(vae.to(device).eval().requires_grad_(False))
 
@@ -120,10 +123,10 @@ def hash_of(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _is_autoencoder(kind: type[AutoencoderKLFlux2], source: str) -> bool:
+def _is_autoencoder(kind: type[AutoencoderKLFlux2], source: str, options: dict[str, Any]) -> bool:
     """Whether there is a configuration at `source` itself, and not in its folder `vae`."""
     try:
-        return kind.load_config(source).get("_class_name") == kind.__name__
+        return kind.load_config(source, **options).get("_class_name") == kind.__name__
     except OSError:
         return False
 

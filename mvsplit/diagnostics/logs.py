@@ -51,7 +51,7 @@ class Dropped:
             "without a valid step": self.stepless,
             "replaced by a later line of the same step": self.superseded,
         }
-        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+        return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
 
 
 class JsonLines:

@@ -58,7 +58,7 @@ class Adapter:
         if self.base not in (None, sha256):
             raise UserError(
                 f"adapter: {self.source} was trained for weights with sha256 {self.base}, those of "
-                f"{weights} have {sha256}; give the weights of then"
+                f"{weights} have {sha256}; give those that it was trained for"
             )
 
 

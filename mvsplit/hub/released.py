@@ -219,7 +219,7 @@ def _heads(width: int, num_heads: int | None) -> int:
     if width % 128:
         raise UserError(
             f"num_heads: the default, width / 128, is not a whole number at width {width}; "
-            "give num_heads"
+            "give that of the training, for 2 heads --num-heads 2 (num_heads=2)"
         )
     warnings.warn(
         f"heads guessed as {width // 128} from width / 128, for the file does not hold their "

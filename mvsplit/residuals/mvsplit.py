@@ -68,6 +68,12 @@ class MVSplit(PostNorm):
         if self.leak is not None:
             nn.init.constant_(self.leak, self.config.leak)
 
+    def extra_repr(self) -> str:
+        """Width, and where the gains start: those of now may lie on another process."""
+        beta, alpha = starts(self.config, self.depth)
+        leak = "" if self.leak is None else f", leak from {self.config.leak:.3g}"
+        return f"width={self.beta.numel()}, beta from {beta:.3g}, alpha from {alpha:.3g}{leak}"
+
     def gains(self) -> Gains:
         return Gains(self.beta, self.alpha, self.leak)  # a leak of None is tied to α
 

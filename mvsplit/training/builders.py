@@ -146,7 +146,7 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
         torch.zeros(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"{option}={name!r} cannot be used here; choose cpu"
+            f"{option}={name!r} cannot be used here: {_why_not(name, error)}; choose cpu"
             f"{' or cuda' if torch.cuda.is_available() else ''}"
         ) from error
     device = torch.device(name)
@@ -186,6 +186,16 @@ def _check_policy(config: TrainConfig) -> None:
             f"{world()} processes have a part each; choose rollback, or "
             f"train.parallel.layout=replicate"
         )
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """What a device lacks, as PyTorch says it where it is no question of CUDA."""
+    if not name.startswith("cuda"):
+        return str(error).partition("\n")[0]
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built without CUDA"
+    count = torch.cuda.device_count()
+    return f"PyTorch sees {count} GPUs" if count else "PyTorch sees no GPU (nvidia-smi lists them)"
 
 
 def check_share(config: TrainConfig, count: int, of_what: str) -> int:
@@ -296,7 +306,7 @@ def build_codec(dataset: Dataset, device: torch.device) -> LatentEncoder:
     if vae.fingerprint() != settings.vae:
         raise UserError(
             f"vae: {settings.vae_name} is {vae.fingerprint()}, the cache was made with "
-            f"{settings.vae}; put the weights of then there"
+            f"{settings.vae}; put the weights that made it there"
         )
     return vae
 

@@ -51,7 +51,7 @@ def test_a_text_that_is_no_log_is_not_called_calm(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "nothing was judged" in err
-    assert "left out 1 not a JSON object" in err
+    assert "lines left out: not a JSON object (1)" in err
 
 
 def test_the_learning_rate_under_its_long_name(tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_a_cut_off_line_and_noise_are_left_out_and_counted(tmp_path, capsys):
     write(log, CALM, end='\n[1]\nnot json\n{"loss": 3}\n{"step": 60, "lo')
     events, err = replayed(capsys, str(log))
     assert events == []
-    assert "1 cut short at the end, 2 not a JSON object, 1 without a valid step" in err
+    assert "cut short at the end (1), not a JSON object (2), without a valid step (1)" in err
 
 
 def test_infinity_in_either_spelling(tmp_path, capsys):

@@ -154,6 +154,12 @@ def test_a_data_set_of_classes_has_their_names_as_captions():
     assert source.size == 2
 
 
+def test_one_picture_is_told_to_be_a_folder(tmp_path):
+    (tmp_path / "one.JPG").touch()
+    with pytest.raises(UserError, match=r"one\.JPG is one picture; give the folder"):
+        open_source(str(tmp_path / "one.JPG"))
+
+
 def test_a_folder_that_is_not_there_is_named_with_no_package_at_fault(tmp_path):
     for place in ("picturez", "./picturez", str(tmp_path / "picturez")):
         with pytest.raises(UserError, match=rf"there is no folder {place}; check the path"):

@@ -103,7 +103,7 @@ def test_what_was_dropped_is_counted_once(tmp_path):
     followed.refresh()
     followed.refresh()
     assert followed.record.notes == [
-        "metrics.jsonl, lines left out: 1 not a JSON object, 1 without a valid step."
+        "metrics.jsonl, lines left out: not a JSON object (1), without a valid step (1)."
     ]
 
 

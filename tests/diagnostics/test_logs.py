@@ -31,7 +31,7 @@ def test_a_truncated_last_line_is_left_out_and_counted(log):
     lines = log(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert list(lines) == [{"step": 1, "loss": 2.0}]
     assert (lines.dropped.truncated, lines.dropped.total) == (1, 1)
-    assert str(lines.dropped) == "1 cut short at the end"
+    assert str(lines.dropped) == "cut short at the end (1)"
 
 
 def test_a_truncated_line_supersedes_nothing(log):

@@ -183,7 +183,7 @@ def test_the_page_says_what_was_dropped(tmp_path):
     notes = read_run(tmp_path).notes
     assert notes == [
         "config.json could not be read as JSON and is left out.",
-        "metrics.jsonl, lines left out: 1 cut short at the end, 1 not a JSON object.",
+        "metrics.jsonl, lines left out: cut short at the end (1), not a JSON object (1).",
     ]
 
 

@@ -1,6 +1,7 @@
 """Every residual rule against its formula, written here in fp64 with explicit J and P."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,14 @@ def model(depth=4, **fields):
         depth=depth, width=64, heads=4, kv_heads=2, ffn_width=96, channels=3, text_width=8, **fields
     )
     return DiT(config, torch.Generator().manual_seed(7))
+
+
+def test_a_rule_shows_its_width_and_where_its_gains_start():
+    config = RuleConfig(name="mvsplit", beta=0.5)
+    shown = "width=6, beta from 0.5, alpha from 0"
+    assert repr(build_rule(config, width=6, depth=3, branch="ffn")) == f"MVSplit({shown})"
+    untied = replace(config, tied_leak=False, leak=0.25)
+    assert shown + ", leak from 0.25" in repr(build_rule(untied, width=6, depth=3, branch="ffn"))
 
 
 def test_attention_only_protects_attention_alone():
