@@ -1,5 +1,7 @@
 """Runs the Triton kernels on the GPU, or through Triton's interpreter (see `tests/conftest.py`)."""
 
+import os
+
 import pytest
 import torch
 
@@ -26,3 +28,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """Of all processes that run these tests."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder

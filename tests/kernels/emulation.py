@@ -6,9 +6,11 @@ other that are missing, and what a device refuses.
 """
 
 import ctypes
+import hashlib
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from mvsplit.kernels.hopper import attention, block_product, product, unit_heads
 
 HEADER = Path(__file__).with_name("emulation.h")
 COMPILER = shutil.which("g++")
+COMMAND = [COMPILER, "-O1", "-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w"]
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 MODULES = (product, attention, unit_heads, block_product)
@@ -34,7 +37,7 @@ CALLS = {
     "bulk.commit_group": "copies_out_commit()",
     "bulk.wait_group.read": "copies_out_wait({0})",
     "cvt.rn.": "{0} = rounded({2}) | rounded({1}) << 16",
-    "globaltimer": "{0} = clock += 1000000000",
+    "globaltimer": "{0} = clock_ticks += 1000000000",
     "ex2.": "{0} = exp2f({1})",
     "lg2.": "{0} = log2f({1})",
     "trap": 'fail("a wait without end")',
@@ -105,7 +108,7 @@ def translated(source):
         name, parameters = match.groups()
         size, transposed = re.search(r"m64n(\d+)k16.*, (\d); }", match.group()).groups()
         left = "0, a" if "*a" in parameters else "a, nullptr"
-        call = f"multiply_together<{size}, {transposed}>(d, {left}, b, add)"
+        call = f"multiply_together({size}, {transposed}, d, {left}, b, add)"
         return f"static void {name}({parameters}) {{ {call}; }}"
 
     source = re.sub(around, multiplied, source, flags=re.S)
@@ -114,11 +117,24 @@ def translated(source):
         out += [source[at : each.start()], f"{{ {emulated(source[each.end() : end - 1])}; }}"]
         at = source.index(";", end) + 1
     text = "".join([*out, source[at:]])
-    return re.sub(r"extern __shared__ .*? char memory\[\];", "char *memory = block().memory;", text)
+    memory = "char *memory = memory_of_block();"
+    return re.sub(r"extern __shared__ .*? char memory\[\];", memory, text)
+
+
+def built(text, suffix, folder, *options):
+    """What the compiler makes of it, once for all tests and processes that share `folder`."""
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}{suffix}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            source, out = Path(own, "source.cpp"), Path(own, "out")
+            source.write_text(text)
+            subprocess.run([*COMMAND, source, *options, "-o", out], check=True)
+            out.replace(path)
+    return path
 
 
 def library(source, name, folder):
-    """The emulated kernel `name`, built in `folder`."""
+    """The emulated kernel `name`, built in `folder`: a file, whose `run` launches it."""
     text = translated(source)
     signature = re.search(rf"\b{name}\((.*?)\) \{{", text, re.S).group(1)
     types = [re.sub(r"\w+$", "", p.replace("__grid_constant__", "")) for p in signature.split(",")]
@@ -129,17 +145,15 @@ def library(source, name, folder):
 #define CLUSTER 1
 #endif
 static void **given;
-static void call() {{ {name}({given}); now->ended = true; }}
-extern "C" int run(int grid, int threads, int shared, void **arguments) {{
-  given = arguments, cluster_size = CLUSTER;
-  return run_all(grid, threads, shared, call);
+static void call() {{ {name}({given}); }}
+extern "C" __attribute__((visibility("default")))
+int run(int grid, int threads, int shared, void **arguments) {{
+  given = arguments;
+  return run_all(grid, threads, shared, CLUSTER, call);
 }}
 """
-    path = folder / f"{name}{len(list(folder.iterdir()))}.cpp"
-    path.write_text(text)
-    command = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", str(path)]
-    subprocess.run([*command, "-o", str(path.with_suffix(".so"))], check=True)
-    return ctypes.CDLL(str(path.with_suffix(".so")))
+    behind = built(f'#include "{HEADER.with_suffix(".cpp")}"\n', ".o", folder, "-c")
+    return built(text, ".so", folder, behind, "-shared")
 
 
 class EmulatedTensor(ctypes.Structure):
@@ -164,7 +178,7 @@ class EmulatedMap:
 
 
 @pytest.fixture
-def emulation(monkeypatch, tmp_path):
+def emulation(monkeypatch, shared_folder):
     """Kernels of `MODULES` are emulated; returns the class of their launcher, whose `most_clusters`
     is how many blocks the device holds; `missing` of a launch never begin."""
 
@@ -172,7 +186,7 @@ def emulation(monkeypatch, tmp_path):
         most_clusters, registers, missing = 132, 255, 0
 
         def __init__(self, source, name, *, threads, shared, cluster, device):
-            self.run = library(source, name, tmp_path).run
+            self.run = ctypes.CDLL(str(library(source, name, shared_folder))).run
             self.threads, self.shared, self.cluster = threads, shared, cluster
 
         def launch(self, grid, arguments, *, pdl):

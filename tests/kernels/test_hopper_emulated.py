@@ -16,7 +16,7 @@ from mvsplit.kernels.hopper import attention, product
 from mvsplit.kernels.hopper.attention import Heads
 from mvsplit.kernels.hopper.product import Cut
 from mvsplit.models.rope import rope_tables
-from tests.kernels.emulation import emulation, needs_compiler  # noqa: F401
+from tests.kernels.emulation import emulation, library, needs_compiler  # noqa: F401
 from tests.oracles import complex_rotation, normalise, split_merge
 
 pytestmark = needs_compiler
@@ -169,24 +169,21 @@ def test_heads_are_averages_over_real_keys_and_sums_lie_beside(groups, image, te
 
 PROBE = """
 import ctypes, sys
-from pathlib import Path
-import torch
-from tests.kernels.emulation import library
-base = Path("mvsplit/kernels/hopper/base.cu").read_text()
-body = "{ out[threadIdx.x] = uniform(threadIdx.x / %s); }"
-kernel = 'extern "C" __global__ void probe(int *out) ' + body
-source = '#define TYPE "bf16"\\n#define BF16 1\\n' + base + kernel
-out = torch.full((64,), -1, dtype=torch.int32)
-place = ctypes.c_void_p(out.data_ptr())
+out = (ctypes.c_int * 64)(*[-1] * 64)
+place = ctypes.c_void_p(ctypes.addressof(out))
 given = (ctypes.c_void_p * 1)(ctypes.addressof(place))
-assert library(source, "probe", Path(sys.argv[1])).run(1, 64, 16, given) == 0
-assert out.tolist() == [0] * 32 + [1] * 32
+assert ctypes.CDLL(sys.argv[1]).run(1, 64, 16, given) == 0
+assert list(out) == [0] * 32 + [1] * 32
 """
 
 
 @pytest.mark.parametrize(("lanes", "same"), [(32, True), (16, False)])
-def test_lanes_that_differ_in_what_is_uniform_are_found(lanes, same, tmp_path):
-    command = [sys.executable, "-c", PROBE % lanes, str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def test_lanes_that_differ_in_what_is_uniform_are_found(lanes, same, shared_folder):
+    base = (ROOT / "mvsplit" / "kernels" / "hopper" / "base.cu").read_text()
+    body = f"{{ out[threadIdx.x] = uniform(threadIdx.x / {lanes}); }}"
+    kernel = f'extern "C" __global__ void probe(int *out) {body}'
+    source = f'#define TYPE "bf16"\n#define BF16 1\n{base}{kernel}'
+    command = [sys.executable, "-c", PROBE, library(source, "probe", shared_folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (found.returncode == 0) == same, found.stderr
     assert ("lanes differ in what is uniform" in found.stderr) != same
