@@ -15,12 +15,13 @@ from mvsplit.cli import demo, main
 from mvsplit.errors import UserError
 from mvsplit.evaluation import twins as evaluation
 from mvsplit.evaluation.twins import DRAWN, draw, examine
+from mvsplit.presets import get_preset
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    arguments = ["--steps", "12", "--depth", "4", "--runs", str(folder / "runs")]
+    arguments = ["--steps", "9", "--depth", "4", "--runs", str(folder / "runs")]
     assert main(["demo", *arguments, "--out", str(folder)]) == 0
     return folder
 
@@ -30,10 +31,10 @@ def test_leaves_picture_report_and_numbers(out):
         colours = len(set(picture.convert("RGB").resize((200, 120)).getdata()))
     assert colours > 50, "the picture is nearly empty"
     twins = json.loads((out / "demo.json").read_text())["twins"]
-    assert {name: twin["steps"] for name, twin in twins.items()} == {"plain": 12, "mvsplit": 12}
+    assert {name: twin["steps"] for name, twin in twins.items()} == {"plain": 9, "mvsplit": 9}
     losses = [json.loads(line)["loss"] for line in (out / "runs/plain/metrics.jsonl").open()]
     assert twins["plain"]["first_loss"] == pytest.approx(losses[0], abs=1e-4)
-    assert twins["plain"]["last_loss"] == pytest.approx(sum(losses[-10:]) / 10, abs=1e-4)
+    assert twins["plain"]["last_loss"] == pytest.approx(sum(losses) / 9, abs=1e-4)
     page = (out / "report.html").read_text()
     assert "mvsplit" in page
     assert "plain" in page
@@ -87,12 +88,10 @@ def test_ctrl_c_lets_both_twins_finish_their_step_and_save(tmp_path):
         assert (log.parent / "checkpoints" / f"step_{last['step']:08d}").is_dir()
 
 
-def test_every_layer_is_looked_into_in_a_short_run_too(tmp_path):
-    twin = demo.Trainer("mvsplit", demo.Arguments(steps=2, depth=2, runs=tmp_path))
-    twin.wait()
-    twin.check()
-    (line,) = (tmp_path / "mvsplit" / "layers.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 2
+def test_every_layer_is_looked_into_in_a_short_run_too(out):
+    assert get_preset("digits-400l-mvsplit").train.probe_every > 9
+    (line,) = (out / "runs" / "mvsplit" / "layers.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 9
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
@@ -147,6 +146,9 @@ def test_a_dead_twin_stops_for_good_and_the_other_goes_on(tmp_path, monkeypatch,
     twins = json.loads((tmp_path / "demo.json").read_text())["twins"]
     assert 12 <= twins["plain"]["steps"] < twins["mvsplit"]["steps"] == 400
     assert (twins["plain"]["dead_since"], twins["mvsplit"]["dead_since"]) == (2, None)
+    log = (tmp_path / "runs" / "mvsplit" / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line)["loss"] for line in log[-10:]]
+    assert twins["mvsplit"]["last_loss"] == pytest.approx(sum(last) / 10, abs=1e-4)
     said = capsys.readouterr().out
     assert said.count("plain residual is dead since step 2") == 1
     assert f"stopped at step {twins['plain']['steps']} of 400, dead since step 2" in said

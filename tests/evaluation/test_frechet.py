@@ -71,9 +71,10 @@ def test_the_fixed_weights_are_normal_and_stay_what_they_are():
 
 
 def test_digits_that_are_worse_lie_further_away():
-    real = Digits().fetch(range(600)).latents
+    digits = Digits()  # read from a file anew each time
+    real = digits.fetch(range(600)).latents
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     found = [dict(digit_frechet(real + s * noise))["digit_frechet"] for s in (0.0, 0.3, 1.0)]
     assert found[0] < 0.5 * found[1] < 0.5 * found[2]
-    sevens = real[[i for i in range(600) if int(Digits().labels[i]) == 7]]
+    sevens = real[[i for i in range(600) if int(digits.labels[i]) == 7]]
     assert dict(digit_frechet(sevens))["digit_frechet"] > 10 * found[0]

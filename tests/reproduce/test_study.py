@@ -40,7 +40,7 @@ CLAIM = get_claim("timestep")
 def done(tmp_path_factory) -> Path:
     """A study of one claim, finished."""
     out = tmp_path_factory.mktemp("study")
-    Study(out, ALONE, workers=1).run([CLAIM])
+    Study(out, ALONE, workers=1).run([CLAIM], minutes=10)
     return out
 
 
@@ -185,15 +185,13 @@ def test_what_time_did_not_allow_has_no_result_and_goes_on(tmp_path):
     study = Study(tmp_path, ALONE, workers=1)
     assert study.run([CLAIM], minutes=-1) == []
     (trial,) = CLAIM.trials(ALONE)
-    assert not run_trial(
-        trial, tmp_path / "tiny" / "runs", end=time.time()
-    )  # after a step, or none
+    runs = tmp_path / "tiny" / "runs"
+    assert not run_trial(trial, runs, end=time.time())  # after a step, or none
     assert not (tmp_path / "tiny" / "timestep.json").exists()
+    assert run_trial(trial, runs)
     (result,) = study.run([CLAIM], minutes=10)
     assert result["runs"][0]["ended"] == "finished"
-    assert [step for step, _, _ in logged(tmp_path / "tiny" / "runs" / trial.name)] == [
-        *range(1, 9)
-    ]
+    assert [step for step, _, _ in logged(runs / trial.name)] == [*range(1, 9)]
 
 
 def test_the_index_is_written_from_the_results(tmp_path):

@@ -18,6 +18,7 @@ from mvsplit.data import Loader
 from mvsplit.errors import UserError
 from mvsplit.training.checkpoint import list_checkpoints, load_latest, step_of
 from mvsplit.training.stall import STALLED, Seen, StallWatch, describe, stalled
+from tests.slow import slow
 from tests.training import ranks, runs
 
 SIZES = "--model.depth 2 --model.width 16 --model.ffn-width 24 --model.text-width 16 --batch-size 4"
@@ -197,7 +198,7 @@ def kill_first_rank(run: Path) -> None:
     raise TimeoutError(f"{run} has no checkpoint")
 
 
-@pytest.mark.slow
+@slow
 def test_torchrun_carries_on_by_itself(tmp_path: Path) -> None:
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

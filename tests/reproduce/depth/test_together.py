@@ -189,6 +189,7 @@ def test_the_gate_refuses_what_differs(tmp_path, monkeypatch, factor):
             path.write_text(json.dumps(row), "utf-8")
 
     monkeypatch.setattr(gate, "STEPS", 10)
+    monkeypatch.setattr(gate, "DEPTH", 2)
     monkeypatch.setattr(gate, "run_together", other)
     size = dataclasses.replace(TINY, validation=4)
     with pytest.raises(RuntimeError, match="differ from those alone"):
