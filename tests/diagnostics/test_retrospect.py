@@ -111,7 +111,7 @@ def test_a_line_that_was_cut_off_is_counted(tmp_path):
     write(tmp_path, "metrics", metrics(range(1, 5)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    assert look_back(tmp_path).left_out == {"metrics.jsonl": "1 cut short at the end"}
+    assert look_back(tmp_path).left_out == {"metrics.jsonl": "cut short at the end (1)"}
 
 
 def test_what_is_no_log_of_a_monitor(tmp_path):
