@@ -19,8 +19,8 @@ SHARED = ", shared"  # with programs of others, so that seconds are too many
 MACHINES = """
 *CPU*: how many cores, of which kind, and what else ran on them, the files do not say. *CPU, {cores} cores*: {processor};
 with programs of others, {load} of them running before a measurement, and the median of 3 to 10 steps;
-`pictures` on latents of 256×256 pixels (`mvsplit bench small_presets`). *Shared*: with programs of others, by its file,
-so that such a machine alone takes fewer seconds.
+`pictures` on latents of 16×16, as of 256×256 pixels (`mvsplit bench small_presets`); a cache of pixels has many more tokens
+and takes longer. *Shared*: with programs of others, by its file, so that such a machine alone takes fewer seconds.
 """  # noqa: E501
 HOUR = 3600
 Found = dict[str, Any]
