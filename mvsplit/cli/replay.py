@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"events": [event.as_dict() for event in events]}, allow_nan=False))
     elif detector.understood:
-        _print_table(events, detector.understood)
+        _print_table(events, detector)
     if not detector.understood:
         known = ", ".join((*SCALARS, *LAYERED))
         print(
@@ -75,11 +75,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if detector.understood else NOTHING_JUDGED
 
 
-def _print_table(events: Sequence[Event], lines: int) -> None:
+def _print_table(events: Sequence[Event], detector: Detector) -> None:
     if not events:
-        print(f"Nothing to report in {lines:,} lines.")
+        counts = ((detector.steps, "step"), (detector.looks, "look into the layers"))
+        told = [_counted(count, what) for count, what in counts if count]
+        print(f"Nothing to report in {' and '.join(told)}.")
         return
     Console(highlight=False).print(events_table(events))
+
+
+def _counted(count: int, what: str) -> str:
+    name, *rest = what.split(" ", 1)
+    return " ".join([f"{count:,}", name if count == 1 else f"{name}s", *rest])
 
 
 def events_table(events: Sequence[Event]) -> Table:

@@ -35,6 +35,7 @@ class Detector:
 
     Attributes:
         understood: how many records held a field that it reads.
+        steps, looks: how many of them had numbers of a step, and of its layers.
         stirred: whether the latest line of metrics left the usual, so that a look into the layers
             is worth its cost.
     """
@@ -42,7 +43,7 @@ class Detector:
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()
         self.stirred = False
-        self.understood = 0
+        self.understood = self.steps = self.looks = 0
         self._steps = StepHistory(self.thresholds)
         self._layers = LayerHistory(self.thresholds)
         self._order = Order()
@@ -57,6 +58,8 @@ class Detector:
         if scalars is None and layers is None:
             return []
         self.understood += 1
+        self.steps += scalars is not None
+        self.looks += layers is not None
         place = self._order.place(record)
         if place == "late":
             return []

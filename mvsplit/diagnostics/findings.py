@@ -12,6 +12,7 @@ from mvsplit.diagnostics.signals import StepSignals
 from mvsplit.diagnostics.thresholds import Thresholds
 
 _SHORT, _MEDIUM, _LONG = 10, 20, 50  # lines of a window
+USUAL_LINES = _MEDIUM  # of which a loss or a gradient is usual
 
 
 class StepHistory:
@@ -39,7 +40,7 @@ class StepHistory:
         # The spikes before a rise of the loss and at its beginning, not those of its noise.
         self._spikes: deque[float] = deque([1.0], maxlen=_MEDIUM + self.t.bare_lines)
         self._lr: float | None = None
-        self._jump, self._jump_line = 1.0, -FRESH
+        self._jump, self._jump_line, self._jump_step = 1.0, -FRESH, 0
         self._dead = 0
 
     @property
@@ -77,7 +78,7 @@ class StepHistory:
         before, self._lr = self._lr, s.lr if s.lr is not None else self._lr
         if s.lr is None or not before or s.lr <= self.t.lr_jump * before:
             return
-        self._jump, self._jump_line = s.lr / before, self.lines
+        self._jump, self._jump_line, self._jump_step = s.lr / before, self.lines, s.step
         self.stirred = True  # what it does to the layers shows at the next step
         if not self.settling:
             found = {"lr": s.lr, "lr_before": before, "rise": self._jump}
@@ -150,10 +151,10 @@ class StepHistory:
         """The first step after a jump of the learning rate at which the run breaks: which way it
         will go, its layers do not show yet, and few runs come back from there."""
         both = found["grad_rise"] > self.t.spike_grad
-        lines = self.lines - self._jump_line
+        steps = s.step - self._jump_step
         message = (
             f"The loss is {found['loss_rise']:.3g} times the usual and the gradients are "
-            f"{found['grad_rise']:.3g} times, {lines} {'line' if lines == 1 else 'lines'} after "
+            f"{found['grad_rise']:.3g} times, {steps} {'step' if steps == 1 else 'steps'} after "
             f"the learning rate rose {self._jump:.3g} times"
         )
         message += ": this network does not bear that rate." if both else "."

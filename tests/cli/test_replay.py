@@ -96,11 +96,13 @@ def test_a_rollback_stands_at_one_place_in_both_logs(tmp_path, capsys):
     steps = [*range(0, 60, 10), 40, 50]
     layers = write(tmp_path / "layers.jsonl", [{"step": s, **look} for s in steps])
     assert replayed(capsys, metrics, layers)[0] == []
+    assert cli.main(["monitor", "replay", str(metrics), str(layers)]) == 0
+    assert capsys.readouterr().out == "Nothing to report in 80 steps and 8 looks into the layers.\n"
 
 
 def test_the_table_says_when_there_is_nothing_and_what_there_is(tmp_path, capsys):
     assert cli.main(["monitor", "replay", write(tmp_path / "a.jsonl", CALM)]) == 0
-    assert capsys.readouterr().out == "Nothing to report in 60 lines.\n"
+    assert capsys.readouterr().out == "Nothing to report in 60 steps.\n"
     log = write(tmp_path / "b.jsonl", [{"step": 1234, "loss": float("inf")}])
     assert cli.main(["monitor", "replay", log]) == 0
     out = capsys.readouterr().out

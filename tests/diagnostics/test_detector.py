@@ -304,3 +304,13 @@ def test_a_gradient_that_overflows_its_loss_scale_is_an_alarm_only_where_it_goes
     assert verdicts(overflowing(11)) == ["non-finite"]
     assert verdicts(overflowing(1, loss=math.nan)) == ["non-finite"]
     assert verdicts(overflowing(1, loss_scale=1.0)) == ["non-finite"]
+
+
+def test_the_time_since_a_jump_of_the_rate_is_counted_in_steps():
+    """Not in lines, of which a log may have one every ten steps."""
+    records = [r | {"step": 10 * r["step"]} for r in healthy(62)]
+    for record in records[60:]:
+        record["lr"] *= 30
+    records[61] |= {name: 30 * records[61][name] for name in ("loss", "grad_norm")}
+    (broken,) = [e for e in events(records) if "network does not bear" in e.message]
+    assert ", 10 steps after the learning rate rose 30 times" in broken.message
