@@ -23,8 +23,9 @@ from mvsplit.errors import UserError
 from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.fatal import FatalStep, fatal_step
 from mvsplit.training.files import write_atomically
-from mvsplit.training.flight import Flight, flight_of_run, read_flight
+from mvsplit.training.flight import Flight, flight_of_run, reachable_steps, read_flight
 from mvsplit.training.rerun import writers
+from mvsplit.training.said import spike_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Arguments:
         source: a flight that the recorder wrote, a run's folder, or the run_dir of a Monitor.
         step: which step; if not given, of a flight its own, else the one that ended the run by a
             value that was not finite, else that of the first of the gravest verdicts, and without
-            any the one whose gradient norm stands out most.
+            any the one whose gradient norm stands out most. Where that has no spike and a recorded
+            step before it has, that step too, with its numbers in explain_STEP.json beside.
         json: where the numbers go; explain.json of the flight, or explain_STEP.json of the run.
         device: where to run; where the run was if not given.
     """
@@ -70,10 +72,41 @@ def main(arguments: Sequence[str]) -> int:
         if (fatal := fatal_step(args.source)) is not None:
             table_console().print(str(fatal), soft_wrap=True, highlight=False, markup=False)
         flight = _find(args, fatal)
-        found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
-        show(found, table_console())
+        found = _shown(flight, args, progress)
+        _write(found, args)
+        if args.step is None and found.conclusion.verdict == "no-spike":
+            _explain_spike_before(flight, args, progress)
+        return 0
     _write(found, args)
     return 0
+
+
+def _shown(flight: Flight, args: Arguments, progress: Console) -> Explanation:
+    found = explain(flight, device=args.device, say=lambda line: progress.print(f"{line} …"))
+    show(found, table_console())
+    return found
+
+
+def _explain_spike_before(flight: Flight, args: Arguments, progress: Console) -> None:
+    """An alarm that the layers gave often comes a few steps after the spike of its collapse."""
+    if (step := spike_before(flight)) is None:
+        return
+    said = f"\nOf the steps before, the gradient norm of step {step:,} stands out most, a spike"
+    is_flight = (flight.path / "flight.json").exists()
+    if is_flight and step not in reachable_steps(flight.path):
+        run = flight.path.parent.parent
+        remedy = f"mvsplit explain {run} --step {step} explains it where a checkpoint is left."
+        table_console().print(
+            f"{said}, which this flight does not reach; {remedy}", soft_wrap=True, highlight=False
+        )
+        return
+    table_console().print(f"{said}, which is explained here:\n", soft_wrap=True, highlight=False)
+    source = read_flight(flight.path, step) if is_flight else flight_of_run(flight.path, step)
+    found = _shown(source, args, progress)
+    beside = (args.json or _default_output(args.source, flight.step)).with_name(
+        f"explain_{step:08d}.json"
+    )
+    _write(found, dataclasses.replace(args, json=beside))
 
 
 def _write(found: Explanation | Retrospect, args: Arguments) -> None:
@@ -109,7 +142,8 @@ def show(found: Explanation, console: Console) -> None:
     console.print(_reproduction(found), soft_wrap=True, highlight=False)
     for table in (_trials(found), _families(found), _writers(found)):
         console.print(table)
-    for line in (*_trace(found), "", *found.conclusion.sentences):
+    watch = (*found.watch, "") if found.watch else ()
+    for line in (*_trace(found), "", *watch, *found.conclusion.sentences):
         console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from mvsplit.diagnostics.attribution import (
     Conclusion,
@@ -15,8 +15,10 @@ from mvsplit.diagnostics.attribution import (
     conclude,
     removed_share,
 )
+from mvsplit.diagnostics.events import Event
 from mvsplit.training.flight import Flight
 from mvsplit.training.rerun import Gradient, Rerun, Trace, state_before, writers
+from mvsplit.training.said import no_spike, said_at, sentences
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # relative, where a step ran on another machine
 
@@ -39,7 +41,8 @@ class Reproduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """All that is known of a step, and what its spike is put down to; `altered` is of `Flight`."""
+    """All that is known of a step, and what its spike is put down to; `altered` is of `Flight`,
+    `said` what the watch said at the step, and `watch` the same beside the trials, in sentences."""
 
     source: str
     step: int
@@ -56,6 +59,8 @@ class Explanation:
     dropped: list[Sample]
     trace: Trace
     conclusion: Conclusion
+    said: list[Event] = field(default_factory=list)
+    watch: tuple[str, ...] = ()
 
 
 def explain(
@@ -87,13 +92,16 @@ def explain(
     say("changing precision and backward")
     trials += again.other_trials()
     trace = again.trace(whole, not_finite)
+    said, largest = said_at(flight), largest_mean(trace.mode_split)
     conclusion = conclude(
         trials,
         calm=calm,
         reproduced=reproduction.close,
         dropped=dropped,
-        split=largest_mean(trace.mode_split),
+        split=largest,
     )
+    if (instead := no_spike(conclusion, said)) is not None:
+        conclusion = replace(conclusion, sentences=(instead,))
     observed = trials[0].grad_norm
     return Explanation(
         source=str(flight.path),
@@ -111,6 +119,8 @@ def explain(
         dropped=dropped,
         trace=trace,
         conclusion=conclusion,
+        said=said,
+        watch=sentences(said, conclusion, trace.mode_split, largest),
     )
 
 

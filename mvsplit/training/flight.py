@@ -308,6 +308,11 @@ def _reachable(path: Path, flight: dict[str, Any]) -> Iterator[int]:
             yield step
 
 
+def reachable_steps(path: Path) -> list[int]:
+    """The recorded steps that `read_flight` can give of the flight at `path`."""
+    return list(_reachable(path, json.loads((path / "flight.json").read_text(encoding="utf-8"))))
+
+
 def flight_of_run(path: Path | str, step: int | None = None) -> Flight:
     """A step of a run that needs no recorded flight: it is replayed from the newest checkpoint
     before it, or from the start.
