@@ -76,7 +76,8 @@ def build_state(experiment: Experiment) -> TrainState:
     layout = choose_layout(model_config, config, device, _tokens(experiment, loader.dataset))
     config = with_layout(config, layout.name)
     _check_policy(config)
-    if device.type == "cpu":
+    # Several processes have parts of it, and must not come to different answers: they share memory.
+    if device.type == "cpu" and world() == 1:
         image = min(_image_tokens(model_config, loader.dataset))
         require_memory(model_config, config, _samples(config), image)
     model = build_model(model_config, config, device)

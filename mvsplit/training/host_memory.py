@@ -57,7 +57,8 @@ def least_need(model: DiTConfig, config: TrainConfig, samples: int, image_tokens
 
     With a frozen base, gradients and moments are those of a part, and only the weights are counted.
     """
-    state = state_parts(model, config)
+    # One process; a number of replicas that it cannot have is refused later.
+    state = state_parts(model, config, ranks=max(1, config.parallel.replicas))
     if config.tune.freezes:
         state = {"weights": state["weights"]}
     wide = 2 if config.precision == "fp32" else 1  # `kept_bytes` is of half precision
