@@ -20,6 +20,7 @@ from mvsplit.cli.explain_logs import rank, short, writers_table
 from mvsplit.cli.tables import table_console
 from mvsplit.diagnostics.retrospect import Retrospect, is_watched_elsewhere, look_back
 from mvsplit.errors import UserError
+from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.explanation import Explanation, explain
 from mvsplit.training.fatal import FatalStep, fatal_step
 from mvsplit.training.files import write_atomically
@@ -93,12 +94,16 @@ def _explain_spike_before(flight: Flight, args: Arguments, progress: Console) ->
         return
     said = f"\nOf the steps before, the gradient norm of step {step:,} stands out most, a spike"
     is_flight = (flight.path / "flight.json").exists()
-    if is_flight and step not in reachable_steps(flight.path):
-        run = flight.path.parent.parent
+    if is_flight:
+        run, lacks = flight.path.parent.parent, "this flight does not reach"
+        near = step in reachable_steps(flight.path)
+    else:  # from the start it could be hours
+        run, lacks = flight.path, "has no checkpoint before it"
+        saved = list_checkpoints(run / "checkpoints")
+        near = any(int(path.name.rpartition("_")[2]) < step for path in saved)
+    if not near:
         remedy = f"mvsplit explain {run} --step {step} explains it where a checkpoint is left."
-        table_console().print(
-            f"{said}, which this flight does not reach; {remedy}", soft_wrap=True, highlight=False
-        )
+        table_console().print(f"{said}, which {lacks}; {remedy}", soft_wrap=True, highlight=False)
         return
     table_console().print(f"{said}, which is explained here:\n", soft_wrap=True, highlight=False)
     source = read_flight(flight.path, step) if is_flight else flight_of_run(flight.path, step)

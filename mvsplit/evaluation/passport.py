@@ -198,13 +198,15 @@ _SAME = {
 def paired(first: Evaluation, second: Evaluation, score: str) -> tuple[float, float, int] | None:
     """By how much a score of `second` is above that of `first` on the same samples and noise: the
     mean of the differences, its standard error, and of how many pairs. None where these are not
-    known, or are of other samples."""
+    known, are not finite, or are of other samples."""
     a, b = (each.samples.get(score, []) for each in (first, second))
     group = _SAME.get(score)
     same = group is not None and first.passport.get(group) == second.passport.get(group)
     if not same or len(a) != len(b) or len(a) < 2:
         return None
     apart = [y - x for x, y in zip(a, b, strict=True)]
+    if not all(map(math.isfinite, apart)):
+        return None
     return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)), len(apart)
 
 

@@ -228,11 +228,10 @@ def _whose_part(path: Path) -> tuple[Path | str, ...]:
     """The run or checkpoint that `path` is a part of, and last what to name; empty for no part, as
     what was exported into a run's folder is none."""
     for folder in path.parents[:2]:  # shards have a folder of their own
-        if (folder / "manifest.json").is_file():
-            run = folder.parent.parent
-            if folder.parent.name == "checkpoints" and is_ours(run):
-                return run, f"{run}, or {folder} for that step"
-            return (folder,)
+        run = folder.parent.parent
+        listed = (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints"
+        if listed and is_ours(run):
+            return run, f"{run}, or {folder} for that step"
     records = path.suffix in (".json", ".jsonl") and not path.name.endswith(".index.json")
     part = (records or path.name == "checkpoints") and is_ours(path.parent)
     return (path.parent,) if part else ()

@@ -25,6 +25,7 @@ GIB = 2**30
 # 1.39 to 1.71 and 2.4 to 7, in networks of 4 to 32 layers, 16 to 128 wide.
 _SAVED, _WORKING = 1.35, 2.0
 _MEMINFO = Path("/proc/meminfo")
+_ZFS = Path("/proc/spl/kstat/zfs/arcstats")
 _CGROUPS = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -55,12 +56,13 @@ def least_need(model: DiTConfig, config: TrainConfig, samples: int, image_tokens
         samples: of the largest piece of a batch.
         image_tokens: of the smallest sample, beside which there is at least one token of text.
 
-    With a frozen base, gradients and moments are those of a part, and only the weights are counted.
+    With a frozen base, gradients, moments and what is kept for backward are those of a part, and
+    only the weights are counted.
     """
     # One process; a number of replicas that it cannot have is refused later.
     state = state_parts(model, config, ranks=max(1, config.parallel.replicas))
     if config.tune.freezes:
-        state = {"weights": state["weights"]}
+        return Need(state={"weights": state["weights"]}, activations=0.0, samples=samples)
     wide = 2 if config.precision == "fp32" else 1  # `kept_bytes` is of half precision
     block = wide * samples * (image_tokens + 1) * kept_bytes(model, "nothing")
     kept = (_SAVED * model.depth + _WORKING) * block
@@ -86,14 +88,23 @@ def require_memory(model: DiTConfig, config: TrainConfig, samples: int, image_to
 
 
 def available_memory() -> float | None:
-    """What may still be allocated: MemAvailable, or the limit of a control group that is smaller,
-    and free swap. None where the system does not say, as macOS does not."""
+    """What may still be allocated: MemAvailable and what ZFS lets go, or the limit of a control
+    group that is smaller, and free swap. None where the system does not say, as macOS does not."""
     try:
         fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
         free, swap = (1024 * int(fields[n].split()[0]) for n in ("MemAvailable", "SwapFree"))
     except (OSError, ValueError, LookupError):
         return None
-    return float(min([free, *_limits()]) + swap)
+    return float(min([free + _zfs_cache(), *_limits()]) + swap)
+
+
+def _zfs_cache() -> int:
+    """Which MemAvailable leaves out."""
+    try:
+        rows = [line.split() for line in _ZFS.read_text().splitlines()]
+        return next(int(row[2]) for row in rows if row and row[0] == "size")
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0
 
 
 def _limits() -> Iterator[int]:

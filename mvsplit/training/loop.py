@@ -319,12 +319,12 @@ class _Run:
         if missing or self._stop is not None:
             self.save()
             self.settle()
+        if self.stopped:
+            return  # the policy has said why, and the same command does not go on
         if self.signal is not None:
             done = f"after step {step} of {steps}, saved" if step else "before the first step"
             message = f"stopped by {self.signal.name} {done}; give the same command again to go on"
             self._tell("interrupted", message, signal=self.signal.name)
-        elif self.stopped:
-            return  # the policy has said why
         elif step == self._first:
             message = f"nothing to do: the run is at step {step}, steps={steps}; raise --steps"
             self._tell("finished", message)

@@ -115,7 +115,8 @@ def test_a_difference_is_of_pairs_of_the_same_samples():
     mean, error, pairs = paired(first, second, "validation_loss")
     assert (mean, pairs) == (0.5, 3)
     assert error == pytest.approx(0.25 / 3**0.5)
-    for other in (scored([1.5, 2.25, 4.75], seed=1), scored([1.5, 2.25]), scored([])):
+    dead = scored([1.5, float("nan"), 4.75])
+    for other in (scored([1.5, 2.25, 4.75], seed=1), scored([1.5, 2.25]), scored([]), dead):
         assert paired(first, other, "validation_loss") is None
     assert paired(first, second, "fid") is None
 

@@ -286,3 +286,16 @@ def test_what_the_layout_cannot_hold_is_not_exported(change, field):
     size = {"depth": 1, "width": 8, "heads": 1, "ffn_width": 4, "channels": 1, "text_width": 4}
     with pytest.raises(UserError, match=field):
         export_released(DiT(DiTConfig(**size, **change)))
+
+
+def test_a_manifest_of_others_beside_weights_says_nothing_of_them(tmp_path):
+    model = scrambled(
+        DiTConfig(depth=1, width=32, heads=2, ffn_width=64, channels=1, text_width=32)
+    )
+    (tmp_path / "models").mkdir()
+    (tmp_path / "manifest.json").write_text('{"name": "of another tool"}')
+    (tmp_path / "models" / "manifest.json").write_text("{}")
+    path = tmp_path / "models" / "model.safetensors"
+    save_file(export_released(model), path)
+    found = load_released(path, num_heads=2)
+    assert torch.equal(found.head.weight, model.head.weight)

@@ -106,3 +106,17 @@ def test_the_activations_are_a_lower_bound(precision: str) -> None:
     deeper = replace(e, model=replace(e.model, depth=2 * e.model.depth))
     bound = of(deeper, samples).activations - of(e, samples).activations  # of the blocks alone
     assert bound <= sum(saved.values()) < 2 * bound
+
+
+def test_what_is_frozen_keeps_nothing_for_backward() -> None:
+    experiment = runs.experiment()
+    tune = replace(experiment.train.tune, only=("head.*",))
+    need = of(replace(experiment, train=replace(experiment.train, tune=tune)), 2)
+    assert list(need.state) == ["weights"]
+    assert need.activations == 0
+
+
+def test_what_zfs_lets_go_is_available(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (machine / "arc").write_text(f"13 1 0x01\nname type data\nhits 4 7\nsize 4 {2 * GIB}\n")
+    monkeypatch.setattr(host_memory, "_ZFS", machine / "arc")
+    assert available_memory() == 10 * GIB

@@ -47,7 +47,7 @@ class Depth:
     def default(self) -> str:
         """Where today's default stands against the best rival."""
         rival, mine = best(self.rivals), self.all.get(TODAY)
-        if rival is None or not mine or len(mine) < SEEDS:
+        if rival is None or mine is None or 0 < len(mine) < SEEDS:  # [] is dead at every rate
             return f"cannot tell ({len(mine or ())} seed{'s' * (len(mine or ()) != 1)})"
         return compare(mine, self.rivals[rival])
 
@@ -109,10 +109,13 @@ def joint(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
     default = ", ".join(
         f"{_PLACES[word]} at {_listed(places[word])}" for word in _PLACES if word in places
     )
-    never = "" if "behind" in places else ", behind it nowhere"
+    never = "" if "behind" in places else ", behind it nowhere that can be told"
     sure = [str(at.layers) for at in depths if len(at.enough) > 1 and not at.level]
-    best_here = {at.top for at in depths if at.top}
+    tops = [at.top for at in depths if at.top]
+    best_here = set(tops)
     none = "No rule is best at every depth" if len(best_here) > 1 else "One rule is best everywhere"
+    if len(tops) < 2:
+        none = "Too few depths were run to tell which rule is best at all of them"
     where = f"at {_listed(sure)} one is" if sure else "at none is one"
     return [
         f"{none}, and {where} ahead of all others with {SEEDS} seeds.",

@@ -404,7 +404,7 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
         "Learned at each of these depths: none of them.\n\n"
         "No rule is best at every depth, and at none is one ahead of all others with 3 seeds.\n\n"
         "The default, alpha, against the best rival of each depth: cannot tell at 2, 3 and 4, "
-        "behind it nowhere.\n\n"
+        "behind it nowhere that can be told.\n\n"
         "Dead at every rate that was run, so not in the picture: at 3 layers plain "
         f"(at {', '.join(f'{rate:.2g}' for rate in TINY.rates)}); at 4 layers MV-Split β=1/√L "
         "(at 0.0032).\n"
@@ -430,7 +430,7 @@ def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     lone = "nothing else has 3 seeds that live | cannot tell (0 seeds) |"
     assert f"| 4 (tiny) | Keel, 0.41 ± 0.01 | 3 | {lone}" in text
     assert "best at every depth, and at 2 one is ahead of all others with 3 seeds." in text
-    assert "ahead at 2, cannot tell at 3 and 4, behind it nowhere." in text
+    assert "ahead at 2, cannot tell at 3 and 4, behind it nowhere that can be told." in text
     assert "3 seeds or more: Keel (none is ahead of it at 3 and 4)." in text
 
 
