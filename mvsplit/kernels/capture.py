@@ -8,8 +8,9 @@ the default generator so that it refuses to draw. All three are put right here.
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 _one_at_a_time = threading.Lock()
 _REPEATS = 20
+_ROUNDS, _BUSY = 5, 200  # rounds by turns, replays of each in a row
 
 
 @contextmanager
@@ -90,6 +92,14 @@ def milliseconds(run: Callable[[], object]) -> float:
     found = 1e3 * replay_time(graph, _REPEATS)
     del kept
     return found
+
+
+def by_turns(ways: Sequence[Callable[[], object]]) -> list[float]:
+    """Median seconds of each way, in rounds in which all run by turns, each from a graph of it. A
+    round lasts long enough for power to become short."""
+    graphs = [recorded(way) for way in ways]
+    rounds = [[replay_time(graph, _BUSY) for graph, _ in graphs] for _ in range(_ROUNDS)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def replay_time(graph: torch.cuda.CUDAGraph, replays: int) -> float:

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mvsplit.kernels import capture
 from mvsplit.kernels.hopper import block_product as product
 from mvsplit.kernels.hopper import block_product_choice as choice
 from mvsplit.kernels.hopper import child
@@ -46,9 +47,9 @@ def stand_ins(monkeypatch):
     """Formulas, and times of cuts; of libraries and of all others one second."""
     monkeypatch.setattr(choice, "run", in_fp64)
     monkeypatch.setattr(choice, "_LESS", 0)
-    monkeypatch.setattr(choice, "recorded", lambda way: (way, None))
+    monkeypatch.setattr(capture, "recorded", lambda way: (way, None))
     times = {}
-    monkeypatch.setattr(choice, "replay_time", lambda way, _: times.get(way.args[-1], 1.0))
+    monkeypatch.setattr(capture, "replay_time", lambda way, _: times.get(way.args[-1], 1.0))
     return times
 
 

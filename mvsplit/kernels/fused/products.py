@@ -25,12 +25,12 @@ from mvsplit.kernels.hopper.block_product import DOWN, HEAD, HEADS, UP, Cut, Tur
 
 _logger = logging.getLogger(__name__)
 _Key = tuple[int, torch.Size, torch.Size, torch.dtype, torch.device]
-_ways: dict[_Key, str] = {}
+_ways: dict[_Key, Cut | str] = {}
 
 
 def ways_so_far() -> list[str]:
     """What served for which shapes in this process, and why not the kernel for Hopper."""
-    return [f"{_shown(key)}: {way}" for key, way in _ways.items()]
+    return [f"{_shown(key)}: {_words(found)}" for key, found in _ways.items()]
 
 
 def project(y: Tensor, w13: Tensor, *, hidden: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,14 +99,16 @@ def heads(
 def _serving(which: int, x: Tensor, w: Tensor, packed: Tensor | None = None) -> Cut | None:
     """How the kernel is cut, if it serves; said in the log for each shape, where that could be."""
     found = block_product_choice.serving(which, x, w, packed)
-    serves = isinstance(found, Cut)
-    way = f"in one kernel, {found}" if serves else f"by libraries, because {found}"
     key = (which, x.shape, w.shape, x.dtype, x.device)
-    if _ways.get(key) != way:
-        _ways[key] = way
+    if _ways.get(key) != found:
+        _ways[key] = found
         if x.is_cuda:
-            _logger.info("%s: %s", _shown(key), way)
+            _logger.info("%s: %s", _shown(key), _words(found))
     return found if isinstance(found, Cut) else None
+
+
+def _words(found: Cut | str) -> str:
+    return f"in one kernel, {found}" if isinstance(found, Cut) else f"by libraries, because {found}"
 
 
 def _shown(key: _Key) -> str:

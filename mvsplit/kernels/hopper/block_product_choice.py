@@ -12,10 +12,8 @@ Shapes: as in `block_product`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mvsplit.kernels.capture import recorded, replay_time
+from mvsplit.kernels.capture import by_turns
 from mvsplit.kernels.choices import remember
 from mvsplit.kernels.fused import qk_norm_rope, swiglu
 from mvsplit.kernels.hopper import block_product, child
@@ -58,7 +56,6 @@ AGREEMENT = 4e-3
 PATIENCE = 120.0  # seconds for a comparison; the waits of kernels are bounded
 _LESS = 37  # rows than are timed: the last tile is not whole
 _AT_ONCE = 1024  # rows of the truth, in fp64
-_ROUNDS, _REPLAYS = 5, 200  # of a timing, which so lasts a second: power becomes short
 _TOKENS, _EPS = (320, 288), 1e-6  # of a sample, of a norm, in what is compared and timed
 _STORE, _SLOWER, _OFF = "block_product", "slower", "off by"
 _AROUND = tuple(  # what launches them, and what they are timed with
@@ -142,10 +139,7 @@ def _name(kind: Class, device: torch.device) -> str:
     """The key of a verdict on the disk: what it depends on."""
     given = (kind.which, kind.width, kind.dtype)
     sources = "\0".join(block_product.source(cut, *given) for cut in cuts_for(kind))
-    digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
-    around = child.digest(*_AROUND)
-    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, around, *kind)
-    return "; ".join(map(str, parts))
+    return child.key(kind, device, sources, *_AROUND)
 
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
@@ -346,10 +340,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def _times(kind: Class, cuts: list[Cut], device: torch.device) -> list[float]:
-    """Of cuts, and of what they replace, in µs: medians of rounds in which all run by turns, each
-    from a graph."""
+    """Of cuts, and of what they replace, in µs."""
     given = draw(kind, kind.rows, device)
     ways = [*(partial(run, given, cut) for cut in cuts), partial(by_libraries, given)]
-    graphs = [recorded(way) for way in ways]
-    rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
-    return [1e6 * statistics.median(times) for times in zip(*rounds, strict=True)]
+    return [1e6 * seconds for seconds in by_turns(ways)]

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -172,10 +172,14 @@ def _after(question: Question, found: Verdict, kind: Any, device: torch.device) 
     return question.after(kind, device, found)
 
 
-@cache
-def digest(*files: Path) -> str:
-    """Of files that a verdict depends on."""
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+def key(kind: tuple[object, ...], device: torch.device, source: str, *files: Path) -> str:
+    """Of a verdict on the disk: what it depends on, the kernels' `source` and `files` around them
+    among it."""
+    parts = b"\0".join((source.encode(), *(file.read_bytes() for file in files)))
+    digest = hashlib.sha256(parts).hexdigest()[:16]
+    return "; ".join(
+        map(str, (torch.cuda.get_device_name(device), torch.__version__, digest, *kind))
+    )
 
 
 @contextmanager

@@ -10,7 +10,6 @@ Shapes: B batch, T tokens, D width, S segments.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from typing import NamedTuple, cast
@@ -97,9 +96,7 @@ def _name(kind: Class, device: torch.device) -> str:
     """The key of a verdict on the disk: what it depends on."""
     cut = merge.cut_for(kind.direction, _lengths(kind))
     source = merge.source(cut, kind.dtype, kind.segments, kind.counts or "long long")
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, *kind)
-    return "; ".join(map(str, parts))
+    return child.key(kind, device, source)
 
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:

@@ -9,9 +9,7 @@ of the heads and what leads on from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvsplit.kernels.capture import recorded, replay_time
+from mvsplit.kernels.capture import by_turns
 from mvsplit.kernels.hopper import attention, child, unit_heads
 from mvsplit.kernels.masked_attention import Obstacle, by_unit_heads_in_cuda, off_by
 from mvsplit.kernels.reference import qk_norm_rope_backward, qk_norm_rope_forward
@@ -30,7 +28,10 @@ from mvsplit.kernels.segments import Segments
 AGREEMENT = 2.0  # of `off_by`, as in `kernels/attention.py`
 PATIENCE = 120.0  # seconds for a comparison
 SAMPLES, HEADS = 20, 8  # more blocks than a GPU holds at once
-_ROUNDS, _REPLAYS = 5, 200  # of a timing
+_HERE = Path(__file__).parent
+_AROUND = (  # what launches them, and what they are timed with
+    _HERE / "unit_heads.py", _HERE / "attention.py", _HERE.parent / "fused/qk_norm_rope.py",
+)  # fmt: skip
 _STORE = "unit_heads"
 _OTHERS = ("a mask", "the two kernels that it replaces")
 
@@ -77,12 +78,7 @@ def _name(kind: Class, device: torch.device) -> str:
     sources = unit_heads.forward_source(kind.rows, kind.masked)
     if kind.gradients:
         sources += unit_heads.source(kind.rows, kind.turned)
-    digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
-    here = Path(__file__).parent
-    files = (here / "unit_heads.py", here / "attention.py", here.parent / "fused/qk_norm_rope.py")
-    around = child.digest(*files)
-    parts = (torch.cuda.get_device_name(device), torch.__version__, digest, around, *kind)
-    return "; ".join(map(str, parts))
+    return child.key(kind, device, sources, *_AROUND)
 
 
 def _verdict_elsewhere(kind: Class, device: torch.device) -> child.Verdict:
@@ -213,11 +209,9 @@ def _projection_off_by(kind: Class, device: torch.device) -> float:
 
 
 def _faster(kind: Class, device: torch.device) -> child.Verdict:
-    """Whether one kernel takes less time than two: medians of rounds in which they run by turns."""
+    """Whether one kernel takes less time than two."""
     given = _draw(kind.rows, device)
-    graphs = [recorded(way) for way in (given.by_one_kernel, given.by_two_kernels)]
-    rounds = [[replay_time(graph, _REPLAYS) for graph, _ in graphs] for _ in range(_ROUNDS)]
-    one, two = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
+    one, two = (1e6 * t for t in by_turns((given.by_one_kernel, given.by_two_kernels)))
     if one < two:
         return child.RIGHT, True
     return f"not faster than two kernels ({one:.1f} µs against {two:.1f})", True
