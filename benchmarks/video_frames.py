@@ -80,8 +80,8 @@ def run(
         if step not in LOOKS:
             losses.append(train_step(state, wanted.train)["loss"])
             continue
-        with LayerProbe(state.taps, fields=FIELDS, per_segment=True) as probe:
-            line = train_step(state, wanted.train, after_first=probe.rest)
+        probe = LayerProbe(state.taps, fields=FIELDS, per_segment=True)
+        line = train_step(state, wanted.train, look=probe)
         losses.append(line["loss"])
         names = ("grad_norm", "grad_query", "grad_key")
         looks.append({"step": step, **{n: line[n] for n in names}, **reduced(probe.arrays())})

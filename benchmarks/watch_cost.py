@@ -53,8 +53,7 @@ class Bench(Trainer):
 
     def gradients(self, parts: list[Any], probe: LayerProbe | None = None) -> None:
         self.optimizer.zero_grad()
-        after = None if probe is None else probe.rest
-        add_gradients(self.model, self.config, parts, self.graphs, after)
+        add_gradients(self.model, self.config, parts, self.graphs, probe)
 
     def update(self, *, watched: bool) -> None:
         """One synchronisation either way: the watch's norms are read with the clip's."""
@@ -73,8 +72,9 @@ class Bench(Trainer):
         self.update(watched=True)
 
     def probe(self, fields: tuple[str, ...]) -> None:
-        with LayerProbe(self.taps, fields=fields) as probe:
-            self.gradients(self.parts, probe)
+        probe = LayerProbe(self.taps, fields=fields)
+        self.gradients(self.parts, probe)
+        probe.read_gradients()
         self.update(watched=True)
         probe.arrays()
 
@@ -90,8 +90,7 @@ def check(bench: Bench) -> tuple[float, float]:
     repeated = _difference(bench, wanted)
     for hook in hooks:
         hook.remove()
-    with LayerProbe(bench.taps, fields=FIELDS):
-        bench.gradients(first)
+    bench.gradients(first, LayerProbe(bench.taps, fields=FIELDS))
     return repeated, _difference(bench, wanted)
 
 

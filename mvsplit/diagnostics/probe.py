@@ -7,9 +7,9 @@ the numbers are read. The step itself is not changed by one bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ FIELDS = (
 )
 
 
+Names = tuple[tuple[str, int], ...]  # of values: column, layer
 Receiver = Callable[[Tensor, Tensor], None]  # of a writer's inputs and output adjoints
 
 
@@ -105,9 +106,19 @@ class LayerProbe:
         self._segments: dict[int, Segments] = {}
         self._trunks: dict[BranchTap, Tensor] = {}  # from the branch's start to its writer
         self._layer: LayerTap | None = None  # the layer that is running forward
+        self._recalled: tuple[Names, Tensor] = (), torch.empty(0)
         self._active = ExitStack()
 
     def __enter__(self) -> LayerProbe:
+        with ExitStack() as stack:
+            stack.enter_context(self.passes())
+            self._active = stack.pop_all()
+        return self
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """For a forward and a backward pass: looks into them, and no more. What a `with` of the
+        probe itself does beyond that is `read_gradients`, at its end."""
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for tap in self.taps:
@@ -115,8 +126,8 @@ class LayerProbe:
                     stack.callback(handle.remove)
             if self.fields.intersection(ATTENTION_FIELDS):
                 stack.enter_context(_AttentionWatch(self._on_attention))
-            self._active = stack.pop_all()
-        return self
+            yield
+        self._trunks.clear()
 
     def __exit__(
         self,
@@ -126,13 +137,32 @@ class LayerProbe:
     ) -> None:
         self.rest()
         if exc_type is None:
-            self._read_parameter_gradients()
+            self.read_gradients()
 
     def rest(self) -> None:
         """Stops looking, once a forward and a backward pass are over: passes that follow inside the
         probe cost what they would outside it. The gradients of parameters are read at the end."""
         self._active.close()
-        self._trunks.clear()
+
+    @property
+    def key(self) -> Hashable:
+        """What it looks at: passes of the same network that are alike give two probes with the same
+        key the same `seen` names."""
+        return self.fields, self.per_segment, self.samples
+
+    def seen(self) -> tuple[Names, Tensor]:
+        """What it has seen so far: names (column, layer) and their values, [n]."""
+        return tuple(self._scalars), torch.cat([v.reshape(-1) for v in self._scalars.values()])
+
+    def recall(self, names: Names, values: Tensor) -> None:
+        """Takes for seen what another probe with the same key saw, as `seen` gave it: values of
+        passes that a CUDA graph has repeated, which calls no hook."""
+        self._recalled = names, values
+
+    def forget(self) -> None:
+        """Lets go of what passes have shown that came to nothing."""
+        self._scalars.clear()
+        self._segments.clear()
 
     def arrays(self) -> dict[str, list[float | None]]:
         """The fields over the layers, in the order of the taps, as numbers: the one place that
@@ -143,19 +173,22 @@ class LayerProbe:
         """
         self._check_complete()
         columns: dict[str, dict[int, float]] = {}
-        for (column, layer), value in zip(self._scalars, read(self._scalars.values()), strict=True):
+        names, values = self._recalled
+        found = read([values, *self._scalars.values()])
+        for (column, layer), value in zip((*names, *self._scalars), found, strict=True):
             columns.setdefault(column, {})[layer] = value
         layers = [tap.layer for tap in self.taps]
         arrays: dict[str, list[float | None]] = {"layer": [*layers]}
         return arrays | {name: [c.get(n) for n in layers] for name, c in columns.items()}
 
     def _check_complete(self) -> None:
-        if not self._segments:
+        names = (*self._recalled[0], *self._scalars)
+        if not self._segments and not self._recalled[0]:
             raise UserError(
                 "the probe saw no layer run; run the forward and backward pass inside the probe"
             )
         wanted = self.fields.intersection(BACKWARD_FIELDS + FAMILIES)
-        if wanted and not any(name in wanted for name, _ in self._scalars):
+        if wanted and not any(name in wanted for name, _ in names):
             raise UserError(
                 f"the probe saw no backward pass, which {sorted(wanted)[0]!r} needs; call "
                 f"backward() inside the probe"
@@ -233,9 +266,10 @@ class LayerProbe:
             self._put(f"{field}_{branch.name}", tap, partial(norm, y, delta, segments))
         few = _first_samples(segments, self.samples)
         y, delta = y[: self.samples], delta[: self.samples]
+        law = cache(partial(metrics.alignment, y, delta, few))  # by scope, once for both fields
         for field in ALIGNMENT_FIELDS:
-            law = partial(_alignment_field, field, y, delta)
-            self._put(f"{field}_{branch.name}", tap, _sample_mean(law, y, few, at_least=2))
+            one = partial(_alignment_field, field, law)
+            self._put(f"{field}_{branch.name}", tap, _sample_mean(one, y, few, at_least=2))
 
     def _on_attention(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
         """A call of attention, [B, H, T, K] and [B, G, T, K], named as PyTorch names them."""
@@ -271,7 +305,8 @@ class LayerProbe:
             for s, value in enumerate(values(scope="segment")):
                 self._scalars[f"{field}_segment_{s}", tap.layer] = value
 
-    def _read_parameter_gradients(self) -> None:
+    def read_gradients(self) -> None:
+        """Reads what the parameters hold, once it is the gradient of the whole batch."""
         found = {
             (name, tap.layer): gradient
             for tap in self.taps
@@ -372,9 +407,9 @@ def _mean_over_heads(metric: Callable[..., Tensor], segments: Segments, scope: s
 
 
 def _alignment_field(
-    field: str, y: Tensor, delta: Tensor, segments: Segments, scope: metrics.Scope
+    field: str, law: Callable[[Any], metrics.Alignment], segments: Segments, scope: metrics.Scope
 ) -> Tensor:
-    return getattr(metrics.alignment(y, delta, segments, scope), field)
+    return getattr(law(scope), field)
 
 
 def _first_samples(segments: Segments, samples: int) -> Segments:

@@ -8,15 +8,20 @@ are; a piece is copied into the graph's own input.
 A graph runs the network as it was when it was recorded. So it is used only while nobody watches a
 part of the network (`Graphs.usable`) and while the same parameters learn, and it is dropped when
 parameters move (`Graphs.clear`).
+
+A look into the passes (`Look`) has graphs of its own, which hold what it computes, too: without one
+a look into 400 layers takes the time of fifty steps, nearly all of it launches. They are recorded
+where they leave half of the memory free.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +40,45 @@ NODE_BYTES = 600_000  # of a graph for every layer: some fifty nodes of about 10
 Run = Callable[[Piece], Tensor]  # adds gradients, gives the loss of each sample
 
 
+class Look(Protocol):
+    """What looks into the passes of a piece, with hooks, and computes numbers from what it sees
+    (`mvsplit.diagnostics.LayerProbe`)."""
+
+    @property
+    def key(self) -> Hashable:
+        """Looks with the same key see the same of passes that are alike."""
+
+    def passes(self) -> AbstractContextManager[None]:
+        """For the passes: what runs inside is seen."""
+
+    def read_gradients(self) -> None:
+        """Reads the gradients of the parameters, once they are those of the whole batch."""
+
+    def seen(self) -> tuple[Any, Tensor]:
+        """What it has seen: names, and their values [n] on the device."""
+
+    def recall(self, names: Any, values: Tensor) -> None:
+        """Takes for seen what a graph has computed again, with the names that `seen` gave."""
+
+    def forget(self) -> None:
+        """Lets go of what it has seen."""
+
+
 @dataclass
 class _Recorded:
     graph: Any
     piece: Piece
     losses: Tensor
+    seen: tuple[Any, Tensor]  # by a look
+
+    def replay(self, piece: Piece) -> Tensor:
+        """The losses of a piece."""
+        for field in fields(piece):
+            target = getattr(self.piece, field.name)
+            if target is not None:
+                target.copy_(getattr(piece, field.name))
+        self.graph.replay()
+        return self.losses.clone()
 
 
 class Graphs:
@@ -52,29 +91,32 @@ class Graphs:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._on = device.type == "cuda"
+        self._on = self._looks_on = device.type == "cuda"
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded] = {}
+        self._looks: dict[Any, _Recorded] = {}
         self._pool: Any = None
         self._bytes = 0  # that the graphs hold
 
-    def run(self, piece: Piece, run: Run) -> Tensor:
+    def run(self, piece: Piece, run: Run, look: Look | None = None) -> Tensor:
         """Runs `run` on a piece, from a graph where that is possible. The first piece of a shape
         runs as it is written, so that every kernel is compiled and every choice made; the graphs
-        make room for it, for the memory plan counts on all that they hold.
+        make room for it, for the memory plan counts on all that they hold. `look` sees it run.
 
         Returns:
             The loss of each sample, [B].
         """
-        if not self._on or not self.usable():
+        usable = self._on and self.usable()
+        if look is not None:
+            return self._run_seen(piece, run, look, usable)
+        if not usable:
             self._make_room()
             return run(piece)
-        shapes = (_shape(getattr(piece, field.name)) for field in fields(piece))
-        key = (self._frozen(), *shapes)
+        key = self._key(piece)
         if key not in self._recorded:
             if key not in self._seen:
                 self._seen.add(key)
-                if self._recorded:
+                if self._recorded or self._looks:
                     self.clear()
                 return run(piece)
             # A larger piece finds no room in the blocks of a smaller one's graph.
@@ -82,20 +124,34 @@ class Graphs:
             if smaller or len(self._recorded) >= _MOST:
                 self.clear()
             self._record(key, piece, run)
-        if key not in self._recorded:
+        return self._recorded[key].replay(piece) if key in self._recorded else run(piece)
+
+    def _run_seen(self, piece: Piece, run: Run, look: Look, usable: bool) -> Tensor:
+        """`run` with a look into it, from the second look at such a piece on from a graph."""
+        key = (look.key, *self._key(piece))
+        if usable and self._looks_on and key not in self._looks:
+            if key in self._seen and self._has_room():
+                self._record_look(key, piece, run, look)
+            self._seen.add(key)
+        if usable and key in self._looks:
+            recorded = self._looks[key]
+            losses = recorded.replay(piece)
+            names, values = recorded.seen
+            look.recall(names, values.clone())  # before another graph of the pool is replayed
+            return losses
+        self._make_room()
+        with look.passes():
             return run(piece)
-        recorded = self._recorded[key]
-        for field in fields(piece):
-            target = getattr(recorded.piece, field.name)
-            if target is not None:
-                target.copy_(getattr(piece, field.name))
-        recorded.graph.replay()
-        return recorded.losses.clone()
 
     @property
     def recorded(self) -> int:
-        """How many there are."""
+        """How many there are without a look."""
         return len(self._recorded)
+
+    @property
+    def looks(self) -> int:
+        """How many there are with one."""
+        return len(self._looks)
 
     def usable(self) -> bool:
         """Whether nobody has hooked onto a part of the network or a gradient, given a part another
@@ -108,6 +164,11 @@ class Graphs:
             or any(map(has_gradient_hooks, self._model.parameters()))
         )
 
+    def _key(self, piece: Piece) -> tuple[Any, ...]:
+        """What pieces must have in common to run from one graph."""
+        shapes = (_shape(getattr(piece, field.name)) for field in fields(piece))
+        return self._frozen(), *shapes
+
     def _frozen(self) -> tuple[int, ...]:
         """The numbers of the parameters that do not learn."""
         return tuple(i for i, p in enumerate(self._model.parameters()) if not p.requires_grad)
@@ -115,6 +176,7 @@ class Graphs:
     def clear(self) -> None:
         """Lets all graphs and their memory go: parameters or buffers are about to move."""
         self._recorded.clear()
+        self._looks.clear()
         self._pool, self._bytes = None, 0
         if self._on:
             gc.collect()
@@ -125,7 +187,37 @@ class Graphs:
         if self._bytes and self._bytes > torch.cuda.mem_get_info(self._device)[0]:
             self.clear()
 
+    def _has_room(self) -> bool:
+        """Whether half of the memory that this process could have is free: a look keeps up to as
+        much as a step does."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(self._device)[0]
+        return bool(free > torch.cuda.memory_reserved(self._device))
+
     def _record(self, key: Any, piece: Piece, run: Run) -> None:
+        try:
+            self._recorded[key] = self._captured(piece, run)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._on = False
+            self.clear()
+            _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
+
+    def _record_look(self, key: Any, piece: Piece, run: Run, look: Look) -> None:
+        if len(self._looks) >= _MOST:
+            self._looks.clear()
+        try:
+            self._looks[key] = self._captured(piece, run, look)
+        except RuntimeError as error:  # memory ran out, too: without a graph a look may fit
+            self._looks_on = False
+            self.clear()
+            _logger.warning("looks run without a CUDA graph, and slower: %s", error)
+        look.forget()  # a recording computes nothing
+
+    def _captured(self, piece: Piece, run: Run, look: Look | None = None) -> _Recorded:
+        """Raises RuntimeError where it cannot be recorded."""
         parts: dict[str, Any] = {f.name: _own(getattr(piece, f.name)) for f in fields(piece)}
         own = Piece(**parts)
         gc.collect()
@@ -134,18 +226,12 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        try:
-            with capture(graph, self._pool):
+        with capture(graph, self._pool):
+            with nullcontext() if look is None else look.passes():
                 losses = run(own)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self._on = False
-            self.clear()
-            _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
-            return
+            seen = ((), losses) if look is None else look.seen()
         self._bytes += torch.cuda.memory_reserved(self._device) - before
-        self._recorded[key] = _Recorded(graph, own, losses)
+        return _Recorded(graph, own, losses, seen)
 
 
 def _shape(value: Tensor | None) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
@@ -103,8 +104,7 @@ def train(
         started = time.perf_counter()
         while run.goes_on(stop.received):
             step = state.step + 1
-            with run.look(step):
-                metrics = run.guarded_step()
+            metrics = run.guarded_step(step)
             now = time.perf_counter()
             run.log(step, metrics, now - started)
             started = now
@@ -140,8 +140,6 @@ class _Run:
         self.signal: Signals | None = None  # that any rank has received
         self._first = state.step  # at which this process began
         self._wanted = False  # a look in the next step, by an observer
-        self._probe: LayerProbe | None = None  # of the step that is being taken
-        self._looking = ExitStack()
 
     def resume(self) -> None:
         """Restores the newest whole checkpoint, and says so, and what was damaged."""
@@ -217,28 +215,24 @@ class _Run:
             f"step, {looks}; on an alarm: {self.config.on_alarm}"
         )
 
-    @contextmanager
-    def look(self, step: int) -> Iterator[None]:
-        """For the passes of a step: looks into every layer if that is due at `step`, if the last
-        step left the usual, or if an observer wants it. What it saw is read before the update is
-        made."""
+    def probe_for(self, step: int) -> LayerProbe | None:
+        """For the passes of a step: a look into every layer if that is due at `step`, if the last
+        step left the usual, or if an observer wants it."""
         every = self.config.probe_every
         due = self._wanted or (every and (step % every == 0 or self._watch.stirred))
         fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
-        self._probe = LayerProbe(self.state.taps, fields=fields) if due else None
-        with ExitStack() as self._looking:
-            if self._probe is not None:
-                self._looking.enter_context(self._probe)
-            yield
+        return LayerProbe(self.state.taps, fields=fields) if due else None
 
-    def guarded_step(self) -> dict[str, Any]:
-        """A step; if a value was not finite, that is recorded before the run stops."""
+    def guarded_step(self, step: int) -> dict[str, Any]:
+        """A step, and a look into its passes where that is due, which is read before the update is
+        made; if a value was not finite, that is recorded before the run stops."""
+        probe = self.probe_for(step)
         try:
             return train_step(
                 self.state,
                 self.config,
-                before_update=self._before_update,
-                after_first=None if self._probe is None else self._probe.rest,
+                before_update=partial(self._before_update, probe),
+                look=probe,
             )
         except NonFiniteError as error:
             self.settle()
@@ -248,14 +242,12 @@ class _Run:
             self._tell("nonfinite", message)
             raise NonFiniteError(message) from error
 
-    def _before_update(self, gradients: Gradients) -> bool:
+    def _before_update(self, probe: LayerProbe | None, gradients: Gradients) -> bool:
         """Whether the update may be made, once everybody has seen the gradients and the layers."""
-        self._looking.close()  # the passes are over, and no update has touched their gradients
         for observer in self.observers:
             observer.on_gradients(self.state, gradients)
-        if self._probe is not None:
-            probe, device = self._probe, self.state.device
-            arrays = arrays_over_ranks(probe.arrays(), probe.fields, device)
+        if probe is not None:
+            arrays = arrays_over_ranks(probe.arrays(), probe.fields, self.state.device)
             layers = {"step": gradients.step, **arrays}
             self.folder.layers.append(layers)
             for observer in self.observers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -21,7 +22,7 @@ from mvsplit.models import DiT
 from mvsplit.training.config import TrainConfig
 from mvsplit.training.distributed import at, from_each, rank, rows_of_each, world
 from mvsplit.training.gradient_families import family_norms
-from mvsplit.training.graphs import Graphs
+from mvsplit.training.graphs import Graphs, Look
 from mvsplit.training.nonfinite import (
     NonFiniteError,
     first_in_activations,
@@ -110,12 +111,12 @@ def add_gradients(
     config: TrainConfig,
     parts: list[Piece],
     graphs: Graphs | None = None,
-    after_first: Callable[[], None] | None = None,
+    look: Look | None = None,
     objective: Objective = FLOW,
 ) -> Tensor:
     """Adds the gradients of the mean loss over all samples to what the model's gradients hold, and
     returns what the objective measures of each sample, [B] or [B, names]. Ranks send each other
-    their gradients once. `after_first` is called when the first piece has been forward and back."""
+    their gradients once. `look` sees the first piece go forward and back."""
     samples = sum(len(piece.data) for piece in parts)
     found = []
 
@@ -129,9 +130,12 @@ def add_gradients(
     for number, piece in enumerate((_counted(piece, samples) for piece in parts), start=1):
         at(f"forward and backward of piece {number}")
         sync_gradients(model, number == len(parts))
-        found.append(run(piece) if graphs is None else graphs.run(piece, run))
-        if number == 1 and after_first is not None:
-            after_first()
+        eye = look if number == 1 else None
+        if graphs is not None:
+            found.append(graphs.run(piece, run, eye))
+        else:
+            with nullcontext() if eye is None else eye.passes():
+                found.append(run(piece))
     return torch.cat(found)
 
 
@@ -146,7 +150,7 @@ def accumulate_gradients(
     state: TrainState,
     config: TrainConfig,
     parts: list[Piece],
-    after_first: Callable[[], None] | None = None,
+    look: Look | None = None,
     beside: list[Piece] | None = None,
 ) -> Tensor:
     """The gradients of the mean loss over all pieces, and of that over those beside them, instead
@@ -157,13 +161,15 @@ def accumulate_gradients(
         state.planner.before(max(_tokens(state.model, p.data, p.text, p.rejected) for p in every))
     state.optimizer.zero_grad()
     model, graphs, objective = state.model, state.graphs, state.objective
-    measured = add_gradients(model, config, parts, graphs, after_first, objective)
+    measured = add_gradients(model, config, parts, graphs, look, objective)
     if beside:
         assert objective.beside is not None
         others = add_gradients(model, config, beside, graphs, objective=objective.beside)
         measured = torch.cat((measured, others[:, 1:]), dim=1)
     at("the exchange of gradients")
     state.optimizer.collect_grads()
+    if look is not None:
+        look.read_gradients()
     return measured
 
 
@@ -172,12 +178,13 @@ def train_step(
     config: TrainConfig,
     *,
     before_update: Callable[[Gradients], bool | None] | None = None,
-    after_first: Callable[[], None] | None = None,
+    look: Look | None = None,
 ) -> dict[str, float]:
     """Takes the next step of the run.
 
     Args:
-        after_first: is called when the first piece of the batch has been forward and back.
+        look: sees the first piece of the batch go forward and back, and reads the gradients of the
+            parameters before the update is made.
         before_update: is told what the step knows before the update is made, non-finite or not;
             where it returns False, the update is not made and the step is not counted.
 
@@ -193,7 +200,7 @@ def train_step(
     batch = state.loader.next_batch()
     parts = list(pieces(batch, step, config, state.device))
     beside = pieces_beside(batch, step, config, state.device)
-    measured = accumulate_gradients(state, config, parts, after_first, beside)
+    measured = accumulate_gradients(state, config, parts, look, beside)
     metrics, found = _read_all(state, measured, batch)
     lr = state.learning_rate(step)
     numbers = metrics | {"lr": lr, "tokens": found.tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mvsplit.diagnostics.probe import FIELDS, LayerProbe
 from mvsplit.models import DiT
 from mvsplit.training import DataConfig, Experiment, build_state, train
 from mvsplit.training.builders import resolve_device
-from mvsplit.training.graphs import Graphs, Run, _Recorded
+from mvsplit.training.graphs import Graphs, Look, Run, _Recorded
 from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
 from mvsplit.training.surgery import protect
@@ -81,17 +83,27 @@ class Recording(Graphs):
 
     def __init__(self, model: DiT) -> None:
         super().__init__(model, torch.device("cpu"))
-        self._on, self.replays = True, 0
+        self._on = self._looks_on = True
+        self.replays, self.room, self.fails = 0, True, False
 
     def replay(self) -> None:
         self.replays += 1
+
+    def _has_room(self) -> bool:
+        return self.room
 
     def recorded_texts(self) -> list[int]:
         """Text tokens of each graph's piece, in the order of recording."""
         return [r.piece.text.shape[1] for r in self._recorded.values()]
 
-    def _record(self, key: Any, piece: Piece, run: Run) -> None:
-        self._recorded[key] = _Recorded(self, piece, run(piece))
+    def _captured(self, piece: Piece, run: Run, look: Look | None = None) -> _Recorded:
+        if self.fails:
+            raise RuntimeError("nothing is recorded here")
+        if look is None:
+            return _Recorded(self, piece, run(piece), ((), piece.times))
+        with look.passes():
+            losses = run(piece)
+        return _Recorded(self, piece, losses, look.seen())
 
 
 def some_piece(text: int = 4) -> Piece:
@@ -145,6 +157,106 @@ def test_a_graph_is_not_replayed_once_other_parameters_learn() -> None:
     ran = []
     graphs.run(some_piece(), lambda p: ran.append(p) or p.times)
     assert (len(ran), graphs.replays) == (1, 2)
+
+
+class Eye:
+    """A look whose numbers are the sums of the pieces' data, as its hooks see them."""
+
+    key = "eye"
+
+    def __init__(self) -> None:
+        self.open = False
+        self.found: list[torch.Tensor] = []
+        self.recalled: tuple[object, torch.Tensor] | None = None
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        self.open = True
+        yield
+        self.open = False
+
+    def read_gradients(self) -> None:
+        pass
+
+    def seen(self) -> tuple[object, torch.Tensor]:
+        return ("sum",), torch.stack(self.found)
+
+    def recall(self, names: object, values: torch.Tensor) -> None:
+        self.recalled = names, values
+
+    def forget(self) -> None:
+        self.found.clear()
+
+
+def looked_at(graphs: Graphs, text: int = 4) -> tuple[Eye, bool]:
+    """A look at a piece, and whether the piece ran inside it."""
+    eye, inside = Eye(), []
+
+    def run(piece: Piece) -> torch.Tensor:
+        inside.append(eye.open)
+        eye.found.append(piece.data.sum())
+        return piece.times
+
+    losses = graphs.run(some_piece(text), run, eye)
+    assert losses.shape == (2,)
+    assert not eye.open
+    return eye, inside == [True]
+
+
+def test_a_look_is_recorded_the_second_time_and_then_recalled() -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    eye, inside = looked_at(graphs)
+    assert (inside, eye.recalled, len(eye.found), graphs.looks) == (True, None, 1, 0)
+    eye, inside = looked_at(graphs)
+    assert (inside, graphs.looks, graphs.replays) == (True, 1, 1)
+    assert not eye.found  # what a recording showed is no number
+    again, inside = looked_at(graphs)
+    assert (inside, graphs.replays) == (False, 2)
+    for one in (eye, again):
+        assert one.recalled is not None
+        names, values = one.recalled
+        assert names == ("sum",)
+        assert values.tolist() == [128.0]
+
+
+def test_looks_and_steps_have_graphs_of_their_own_and_make_room_together() -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    for _ in range(2):
+        looked_at(graphs)
+        graphs.run(some_piece(), losses_of)
+    assert (graphs.recorded, graphs.looks) == (1, 1)
+    graphs.run(some_piece(8), losses_of)  # runs as it is written, and needs the memory
+    assert (graphs.recorded, graphs.looks) == (0, 0)
+
+
+def test_a_look_without_room_runs_as_it_is_written() -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    graphs.room = False
+    assert [looked_at(graphs)[1] for _ in range(3)] == [True] * 3
+    assert graphs.looks == 0
+
+
+def test_a_look_that_others_watch_too_is_seen_by_all() -> None:
+    model = DiT(runs.MODEL)
+    graphs = Recording(model)
+    for _ in range(3):
+        looked_at(graphs)
+    hook = WAYS["forward"](model)
+    assert looked_at(graphs)[1]
+    hook.remove()
+    assert not looked_at(graphs)[1]
+
+
+def test_a_look_that_cannot_be_recorded_costs_nothing_but_speed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    graphs.fails = True
+    for _ in range(3):
+        eye, inside = looked_at(graphs)
+        assert inside
+        assert (len(eye.found), eye.recalled) == (1, None)
+    assert caplog.text.count("looks run without a CUDA graph") == 1
 
 
 def test_a_cpu_runs_the_step_as_it_is_written() -> None:
@@ -203,6 +315,29 @@ def test_replays_give_the_gradients_of_the_eager_step(weights: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
     assert with_graph.graphs is not None
     assert len(with_graph.graphs._recorded) == 1
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_a_look_from_a_graph_sees_what_its_hooks_see() -> None:
+    experiment = runs.experiment(precision="bf16", weights="bf16", accumulate=2, device="cuda")
+    with_graph, without = build_state(experiment), build_state(experiment)
+    without.graphs = None
+    for step in range(1, 6):
+        lines = []
+        for state in (with_graph, without):
+            probe = LayerProbe(state.taps)
+            parts = list(pieces(state.loader.next_batch(), step, experiment.train, state.device))
+            accumulate_gradients(state, experiment.train, parts, probe)
+            lines.append((probe.arrays(), [g.grads.clone() for g in state.optimizer.groups]))
+        (ours, our_grads), (theirs, their_grads) = lines
+        assert ours.keys() == theirs.keys() == {"layer", *FIELDS}
+        for name, values in theirs.items():
+            assert ours[name] == pytest.approx(values, rel=2e-3, abs=1e-9), name
+        for one, other in zip(our_grads, their_grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-5)
+    assert with_graph.graphs is not None
+    assert with_graph.graphs.looks == 1
 
 
 @pytest.mark.gpu
