@@ -14,6 +14,8 @@ KINDS = (
     "matrix products", "products with what follows", "attention", "merges", "SwiGLU",
     "QK-norm and rotation",
 )  # fmt: skip
+# Their forward stays in the product.
+_CALLED = {"norm and rotation on their own": "gradients of norm and rotation on their own"}
 
 
 def together(results: Iterable[Found]) -> Found:
@@ -64,7 +66,8 @@ def under_load(found: Found) -> str:
 Blocks of D = 1024 forward and backward from a graph, after a second of the same: time, clock and power,
 then kernels by kind in a short profile, whose clock is higher. Masked: captions of unequal lengths. Merges:
 without the launch that adds up the gradients of gains, which begins while the merge runs and waits for it.
-Runs differ in their kernels.
+Runs differ in their kernels. –: none, for another does it, as [products](#products-with-what-follows-them) do, or gradients
+of attention, which go on to the projection.
 
 {markdown((*head, *kinds), rows)}
 The card's power, 700 W at most, holds its clock down in every row{_zeros(found)}. Under load products reach {gpu.under_load / 1e12:.0f} TFLOP/s instead of {gpu.products / 1e12:.0f},
@@ -118,7 +121,7 @@ def _changes(found: Found) -> str:
     lines = []
     for (name, same), (base, row) in sorted(found.get("pairs", {}).items(), key=lambda p: p[0]):
         samples, again, way = name.split(", ", 2)
-        way += " (as it is anyway: a repeat)" if same else ""
+        way = _CALLED.get(way, way) + (" (as it is anyway: a repeat)" if same else "")
         us = [f"{r['us']:.0f}" for r in (base, row)]
         run = row["run"].replace("T", " ")
         lines.append([samples, again, run, way, *us, f"{row['us'] / base['us'] - 1:+.1%}"])
@@ -137,7 +140,7 @@ def _row(name: str, row: Found, shown: Sequence[str]) -> list[str]:
     load = row["load"]
     us = dict(row["by_kind_us"])
     us["merges"] -= sum(t for kernel, t in row["by_kernel_us"].items() if WAITS in kernel)
-    kinds = [f"{us.get(kind, 0.0):.0f}" for kind in shown]
+    kinds = [f"{us[kind]:.0f}" if kind in us else "–" for kind in shown]
     each = [f"{row['us']:.0f}", f"{row['us_per_1000_tokens']:.0f}"]
     run = row["run"].replace("T", " ")
     return [name, run, *each, f"{load['sm_mhz']:.0f}", f"{load['watts']:.0f}", *kinds]

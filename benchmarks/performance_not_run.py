@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from performance_parts import FIRST_STEP
-
 Found = dict[str, Any]
 
 
@@ -31,8 +29,7 @@ _WHOLE: dict[str, Callable[[Found], bool]] = {  # where a result may be of less 
 IN_CUDA = "CUDA C++"
 BACKEND = "unit heads in CUDA C++, gradients by it"  # of `kernels/attention.py`
 UNMEASURED = {
-    "products": "the products with what follows them in the forms that served in the step of "
-    f"{FIRST_STEP}, by themselves (`ffn_products`)",
+    "products": "the products with what follows them, by themselves (`ffn_products`)",
     "products in a block": "a block's kernels by kind with them (`step_classes`)",
     "products at 1000 layers": "30 steps of 1000 layers with them",
     "turned and masked": "a block with masked text whose gradients of attention go on to the "

@@ -21,7 +21,7 @@ from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import BACKEND, IN_CUDA, not_run, served, served_since
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
-from performance_products import fastest_alone, not_in_profiles, product_ideas, products, since
+from performance_products import fastest_alone, product_ideas, products, since
 from performance_step import (
     layers,
     learning,
@@ -124,7 +124,7 @@ def page() -> str:
         products(fused_products),
         training(graphs, reference) + updates(graphs) + layers(graphs),
         thousand(deep, all_deep),
-        under_load(classes) + not_in_profiles(classes),
+        under_load(classes),
         masked(
             padded,
             *load("masked_attention_h200_*_first.json"),
@@ -146,7 +146,7 @@ def page() -> str:
             eager,
             reference,
             rows(ops),
-            product_ideas(by_name(), fused_products) + more_ideas(deep, padded),
+            product_ideas(by_name(), fused_products, classes) + more_ideas(deep, padded),
         )
         + tried(
             merged(load("merge_tried_h200_*.json")),

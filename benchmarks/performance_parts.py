@@ -18,13 +18,11 @@ from mvsplit.training.gpus import GIB, GPUS
 from mvsplit.training.kernel_times import APART, FIRST, KERNELS, Kernels
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import count_parameters, step_memory
-from mvsplit.training.step_plan import plan_step, sample_of
 from mvsplit.training.step_time import Shape, merge_seconds, step_time
 
 Found = dict[str, Any]
 LENGTH = 320  # tokens of a sample in train_step.py
-# From when on products do what follows them; the last file of a step before; the first step.
-PRODUCTS_SINCE, APART_UNTIL, FIRST_STEP = "2026-11-30T10", "2026-11-30T0844", "2026-11-30 10:14"
+PRODUCTS_SINCE = "2026-11-30T10"  # do they do what follows them
 CLUSTERS_FROM = 8192  # tokens: `merge_choice.FEWEST_TOKENS`, which wants Triton
 NAMES = {
     "merge": "merge with means",
@@ -193,27 +191,17 @@ load ([above](#what-the-cards-power-allows)), none fitted to a whole step. *One 
 kernels. A run that had another recompute plan in its day, or kept more, is compared with that one; where
 writers were zero, with products as fast as a card has them that power does not hold down.
 
-{markdown(head, rows)}{_fused(graphs["step bf16"], thousand or {}, alone)}"""  # noqa: E501
+{markdown(head, rows)}{_fused(alone)}"""  # noqa: E501
 
 
-def _fused(stage: Found, deep: Found, alone: Sequence[float]) -> str:
+def _fused(alone: Sequence[float]) -> str:
     """What the plan makes of products that do what follows them."""
-    text, gpu = "", GPUS["h200"]
-    if kernels_of(stage) is KERNELS:
-        ends = " and ".join(f"{rate:.0f}" for rate in alone)
-        text = f"""
-Of 400 layers with bf16 weights, the latest, SwiGLU is in products, at what they took beyond the library's in their first form
-([above](#products-with-what-follows-them)); rotation with QK-norm counts as nothing where a kernel does it, for what it takes there was not
-timed by itself. Power holds products down the more, the less lies between them: a library's reach {ends} TFLOP/s under load
-alone, {gpu.under_load / 1e12:.0f} in a block of 2026-11-29.
+    return f"""
+Where products and gradients of attention do what follows them ([above](#products-with-what-follows-them); in the table, as CUDA
+graphs with bf16 weights), the plan counts what that took beyond the library's product, or in a block beyond gradients that do not go on. Power
+holds products down the more, the less lies between them: a library's reach {min(alone):.0f} to {max(alone):.0f} TFLOP/s under load
+alone, {GPUS["h200"].under_load / 1e12:.0f} in a block of 2026-11-29, of another card.
 """  # noqa: E501
-    if deep and kernels_of(deep) is not KERNELS:
-        preset = get_preset("mvsplit-1000l-h200")
-        plan = plan_step(preset, gpu, 1, sample_of(preset))
-        text += f"""
-1000 layers have not run with such kernels yet: for {plan.batch_size} samples the plan foretells {plan.time.seconds:.1f} s, {plan.time.mfu:.1%} MFU.
-"""  # noqa: E501
-    return text
 
 
 # The distance that is left
@@ -240,6 +228,9 @@ def distance(graphs: Found, eager: Found, classes: Found) -> str:
     rows = []
     for name, us in grouped(now).items():
         floor = flops / gpu.peak * 1e6 if name == "matrix products" else None
+        if not us:  # done by another
+            rows.append([name, f"{grouped(before)[name]:.0f}", *3 * ["–"]])
+            continue
         if name in PASSES:
             floor = PASSES[name] * 2 * tokens * 1024 / gpu.copy * 1e6
         limit = "–" if floor is None else f"{floor:.0f}"
@@ -254,7 +245,7 @@ def distance(graphs: Found, eager: Found, classes: Found) -> str:
 
 Kernels of a block at {tokens:,} tokens, from short profiles: at first, with flash attention, writers of zeros and
 fp32 weights that were cast whenever they were used, and later, with bf16 weights and writers that are not zero. Limits: 989 TFLOP/s
-for products, of which they reach {reached:.0f}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.{_before(now)}
+for products, of which they reach {reached:.0f}{_besides(now)}; for element-wise kernels the bytes at {gpu.copy / 1e12:.2f} TB/s.
 
 {markdown(head, rows)}
 {_merges(now, tokens)}
@@ -262,13 +253,15 @@ for products, of which they reach {reached:.0f}; for element-wise kernels the by
 {_split(graphs)}"""  # noqa: E501
 
 
-def _before(profile: Found) -> str:
-    """That a profile is of before products did what follows them."""
-    if profile["run"] >= PRODUCTS_SINCE:
+def _besides(profile: Found) -> str:
+    """What of a profile's products is not products alone."""
+    us = profile["by_kind_us"].get("products with what follows")
+    if us is None:
         return ""
-    return f"""
-At both dates SwiGLU, QK-norm and rotation were kernels of their own; since {FIRST_STEP}
-[products](#products-with-what-follows-them) do them, of which there is no profile yet."""
+    return (
+        f" with all that follows in them ({us:.0f} µs are of such [products]"
+        "(#products-with-what-follows-them);\ngradients of attention go on to the projection)"
+    )
 
 
 def _matrices() -> int:
@@ -286,7 +279,7 @@ def _merges(profile: Found, tokens: int) -> str:
     return (
         f"A merge at {tokens // LENGTH} samples takes {forward:.0f} µs forward where its bytes "
         f"need {low:.0f}, and {backward:.0f} µs backward\nwhere they need {least:.0f}: further "
-        f"from the limit than at 64 samples (table of fused ops). SwiGLU\nby itself is near it."
+        f"from the limit than at 64 samples (table of fused ops)."
     )
 
 
@@ -304,18 +297,22 @@ def _split(graphs: Found) -> str:
     products = time.parts["matrix products"]
     blocks = 400 * shape.pieces
     best = 6 * _matrices() * shape.tokens * blocks / gpu.peak
-    bytes_ = _passes(kernels_of(stage)) * 2 * shape.tokens * 1024 * blocks / gpu.copy
-    above = time.parts["element-wise kernels"] - bytes_
+    bytes_, inside = (
+        passes * 2 * shape.tokens * 1024 * blocks / gpu.copy
+        for passes in _passes(kernels_of(stage))
+    )
+    above = time.parts["element-wise kernels"] - inside - bytes_
     merges = _merges_above(kernels_of(stage), shape.tokens) * blocks
     rows = [
         ["model FLOPs at the peak", f"{ideal:.2f}"],
         ["products below the peak", f"{products - best:+.2f}"],
         ["attention below the peak", f"{time.parts['attention'] - (ideal - best):+.2f}"],
-        ["element-wise work, its bytes", f"{bytes_:+.2f}"],
+        ["element-wise kernels, their bytes", f"{bytes_:+.2f}"],
         [
-            f"element-wise work above them, {merges / above:.0%} of it merges",
+            f"element-wise kernels above them, {merges / above:.0%} of it merges",
             f"{above:+.2f}",
         ],
+        *([["what products and attention do beside their own", f"{inside:+.2f}"]] * bool(inside)),
         *(
             [name, f"{seconds:+.2f}"]
             for name, seconds in time.parts.items()
@@ -333,14 +330,17 @@ def _split(graphs: Found) -> str:
     )
 
 
-def _passes(kernels: Kernels) -> float:
-    """Of [n, D], what merges, SwiGLU and QK-norm have to move in a block of today's network, or
-    what is left of it where products do it."""
-    found = float(PASSES["merges"])
+def _passes(kernels: Kernels) -> tuple[float, float]:
+    """Of [n, D], what merges, SwiGLU and QK-norm have to move in a block of today's network where
+    kernels of their own do it; and in the time of how many others do it."""
+    own, inside = float(PASSES["merges"]), 0.0
     for name, width in (("swiglu", 3), ("rotation", 1)):
         for way, (passes, _) in kernels.passes[name].items():
-            found += width * kernels.fused.get((name, way), (passes, 1.0))[0]
-    return found
+            if (name, way) in kernels.fused:
+                inside += width * kernels.fused[name, way]
+            else:
+                own += width * passes
+    return own, inside
 
 
 def _merges_above(kernels: Kernels, tokens: int) -> float:

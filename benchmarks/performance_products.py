@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from performance_parts import APART_UNTIL, FIRST_STEP, PRODUCTS_SINCE, day, markdown
+from performance_parts import PRODUCTS_SINCE, day, markdown
 
 Found = dict[str, Any]
 LIBRARY, ALONE = "library", "library, the product alone"
@@ -17,6 +17,9 @@ NAMES = {
     "down": "w2's input gradient, SwiGLU's",
     "heads": "W_QKV, rotation and QK-norm",
 }
+BLOCK = "26 × (256+64), nothing"  # of step_classes
+# The last step before products did what follows them, and the first.
+BEFORE, FIRST_FORM = "2026-11-30T0844", "2026-11-30T1015"
 
 
 def products(found: Found) -> str:
@@ -41,12 +44,25 @@ def products(found: Found) -> str:
 On Hopper GPUs SwiGLU, its gradients, and rotation with QK-norm are done inside the product before them
 ([how](../mvsplit/kernels/hopper/block_product.py)), and gradients of attention go on to the projection in their
 own kernel, each where a machine finds it right and faster than libraries and the kernel that follows. Under load,
-by turns; *by libraries*: the library's product, then that kernel; FLOPs are those of the product alone.
+by turns; *by libraries*: the library's product, then that kernel; FLOPs are those of the product alone; *beside*: what
+follows a tile is done beside the products of the next.{_slower(best)}
 
 {markdown(head, rows)}
 Gate: {right} of {len(gates)} forms agree with fp64, in every 16 rows of 64 columns to {worst:.4f} at most, and with themselves bit by bit.
 Of {day(found["date"])}.{note}
 """  # noqa: E501
+
+
+def _slower(best: dict[tuple[str, int], Found]) -> str:
+    """Which products no form of ours does faster than libraries."""
+    found = [
+        f"{NAMES[name]}, at {n:,} rows"
+        for (name, n), ways in best.items()
+        if ways["best"]["us"] >= ways[LIBRARY]["us"]
+    ]
+    return (
+        f" Not faster than libraries, so that these may serve: {'; '.join(found)}." if found else ""
+    )
 
 
 def best_of(found: Found) -> dict[tuple[str, int], Found]:
@@ -69,20 +85,17 @@ def fastest_alone(found: Found) -> list[float]:
     return sorted(ways[ALONE]["tflops"] for (_, n), ways in best.items() if n == most)
 
 
-def product_ideas(runs: Found, found: Found) -> list[list[str]]:
+def product_ideas(runs: Found, found: Found, classes: Found) -> list[list[str]]:
     """Rows of the table of ideas. `runs`: results by the name of their file."""
-    before, after = (runs[f"train_step_h200_{name}"] for name in (APART_UNTIL, "2026-11-30T1015"))
-    steps = [
-        f"{step['mfu']:.1%} ({day(date)}, {step['samples']} samples, "
-        f"{step['load']['sm_mhz']:.0f} MHz)"
-        for step, date in ((run["step bf16"], run["date"]) for run in (before, after))
-    ]
+    loaded = [run for run in runs.values() if "load" in (run.get("step bf16") or ())]
+    shown = [runs[f"train_step_h200_{name}"] for name in (BEFORE, FIRST_FORM)]
+    steps = map(_mfu, [*shown, max(loaded, key=lambda run: run["date"])])
     rows = [
         [
             "products that do what follows them, and gradients of attention that go on to the "
             "projection",
-            f"MFU of 400 layers {steps[0]} → {steps[1]}, with all changes since; cards and "
-            "batches differ",
+            f"MFU of 400 layers {' → '.join(steps)}, with all changes since; cards and batches "
+            f"differ{_in_one_run(classes)}",
         ]
     ]
     pairs = {key: (w[LIBRARY]["us"], w["best"]["us"]) for key, w in best_of(found).items()}
@@ -99,15 +112,19 @@ def product_ideas(runs: Found, found: Found) -> list[list[str]]:
     return rows
 
 
-def not_in_profiles(classes: Found) -> str:
-    """That no profile is of a block with such products, while that is so."""
-    if any(in_block(row) for row in classes.get("rows", {}).values()):
+def _mfu(run: Found) -> str:
+    step = run["step bf16"]
+    of = f"{day(run['date'])}, {step['samples']} samples, {step['load']['sm_mhz']:.0f} MHz"
+    return f"{step['mfu']:.1%} ({of})"
+
+
+def _in_one_run(classes: Found) -> str:
+    """What a block takes with all such products by libraries, against the same card's."""
+    pair = classes.get("pairs", {}).get((f"{BLOCK}, all products by libraries", False))
+    if pair is None:
         return ""
-    return (
-        "\nIn every row SwiGLU, QK-norm and rotation are kernels of their own; in the step "
-        f"[products](#products-with-what-follows-them)\ndo them since {FIRST_STEP}: no profile has "
-        "been made of that.\n"
-    )
+    base, other = (row["us"] for row in pair)
+    return f"; a block of one run, by libraries and so: {other:.0f} → {base:.0f} µs"
 
 
 def in_block(row: Found) -> bool:

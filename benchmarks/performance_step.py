@@ -127,10 +127,12 @@ def _ratios(row: Found) -> list[float]:
 
 
 def learning(results: Sequence[Found]) -> Found:
-    """The stage of 1000 layers of the latest day, of the run with the most steps."""
+    """The stage of 1000 layers of the latest day: of the run with the most steps, the later of
+    two."""
     stages = [result["thousand"] | _source(result) for result in results if "thousand" in result]
     day = max(stage["date"][:10] for stage in stages)
-    return max((s for s in stages if s["date"][:10] == day), key=lambda s: s.get("steps", 0))
+    of_day = (stage for stage in stages if stage["date"][:10] == day)
+    return max(of_day, key=lambda stage: (stage.get("steps", 0), stage["date"]))
 
 
 def _source(result: Found) -> Found:

@@ -97,6 +97,21 @@ def test_the_ratio_to_the_rival_is_that_of_all_runs():
         assert f": {ratio:.2f}× (" in TEXT
 
 
+def test_1000_layers_are_those_of_the_later_of_two_runs_as_long(writer):
+    def run(date: str, steps: int) -> dict:
+        return {"date": date, "thousand": {"steps": steps}}
+
+    days = [run("2026-01-01T09:00", 40), run("2026-01-02T09:00", 30), run("2026-01-02T10:00", 30)]
+    assert writer.learning([*days, run("2026-01-02T11:00", 7)])["date"] == "2026-01-02T10:00"
+
+
+def test_what_another_kernel_does_is_no_limit_of_none(writer):
+    """Neither zero µs in a table, nor a negative distance."""
+    sections = TEXT.partition("## What the card's power allows")[2].partition("## Sampling")[0]
+    assert "| SwiGLU | 112 | – | – | – |" in sections
+    assert not re.search(r"\| 0 \||\| -\d+ \|", sections)
+
+
 def test_what_is_said_of_the_warm_up_is_in_the_script(writer):
     from performance_step import WARMUP
 
@@ -161,6 +176,10 @@ def test_a_merge_of_another_form_than_serves_says_so(writer):
         ),
         ("recipe_h200_2026-11-28.json", "bf16, seed 0 +0.13%"),
         ("ffn_products_h200_2026-11-30T0937.json", "| w13, SwiGLU | 4,608 | 122 | 97 | 108 |"),
+        (
+            "ffn_products_h200_2026-11-30T1341.json",
+            "| W_QKV, rotation and QK-norm | 8,320 | 105 | 84 | 92 |",
+        ),
     ],
 )
 def test_a_result_alone_as_a_table(writer, file, words):

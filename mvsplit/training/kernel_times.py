@@ -8,7 +8,7 @@ Where the constants come from (files of benchmarks/results):
 | `rounded` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
 | `merge` | `fused_ops_h200_…_merge`, and for two launches, which serve below 8,192 tokens, the profiles of `step_classes_h200` |
 | `passes` | the other element-wise kernels: bytes that have to move, times what such a profile took more |
-| `fused` | SwiGLU in a product: `ffn_products_h200`, what the best form takes beyond the library's product alone; rotation and norm as nothing: they were not timed by themselves |
+| `fused` | in a product: `ffn_products_h200_2026-11-30T1341`, what the best form takes beyond the library's product alone; in gradients of attention: what these take more in the profile of `step_classes_h200_2026-11-30T1343`, where they go on to the projection, than where they do not. In passes, the middle of 8,320 and of 4,608 tokens, which differ by up to 6 µs from it; less than nothing counts as nothing |
 | `own` | `step_classes_h200_2026-11-30T0846`: attention in CUDA C++, of FLOPs without padding to `rounded` |
 | `forward`, `backward`, `again` | counts of it |
 
@@ -46,7 +46,8 @@ class Kernels:
         apart: the same where clusters do not serve: another D, fp32, another kind of GPU.
         passes: by kind and direction, passes over [n, D] or [n, F] in bf16, and the time over that
             of a copy of as many bytes.
-        fused: what is left of some passes where the kernel before them does them, on Hopper.
+        fused: what is left of some passes where the kernel before them does them, on Hopper: in
+            the time of how many.
         own: by direction, FLOP/s of attention where kernels of ours serve, on Hopper.
         forward, backward: how many kernels there are.
         again: how many of them backward runs again, by level.
@@ -60,7 +61,7 @@ class Kernels:
     forward: int
     backward: int
     again: Mapping[Recompute, int]
-    fused: Mapping[Kind, tuple[float, float]] = field(default_factory=dict)
+    fused: Mapping[Kind, float] = field(default_factory=dict)
     own: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -108,15 +109,14 @@ APART = replace(
     again={"nothing": 0, "packed": 1, "attention": 4, "trunk": 5, "all": 7},
 )
 # Since 2026-11-30: w13 with SwiGLU, w2's input gradient with SwiGLU's, W_QKV with rotation and
-# QK-norm, and gradients of attention that go on to the projection. Of SwiGLU's bytes H is left, and
-# of its gradient's all but the gradient of H, which the product would write.
+# QK-norm, and gradients of attention that go on to the projection.
 KERNELS = replace(
     APART,
     fused={
-        ("swiglu", "forward"): (1, 1.62),
-        ("swiglu", "backward"): (4, 1.17),
-        ("rotation", "forward"): (0, 1.0),
-        ("rotation", "backward"): (0, 1.0),
+        ("swiglu", "forward"): 0.0,  # H is written beside the products of the next tile
+        ("swiglu", "backward"): 4.2,
+        ("rotation", "forward"): 3.4,
+        ("rotation", "backward"): 7.7,
     },
     own={"forward": 345e12, "backward": 205e12},
 )
@@ -124,7 +124,7 @@ KERNELS = replace(
 
 def served(
     kernels: Kernels, model: DiTConfig, precision: str, samples: int, length: int, gpu: Gpu
-) -> dict[Kind, tuple[float, float]]:
+) -> dict[Kind, float]:
     """Those of `Kernels.fused` that a block of such samples has, were all found right and faster on
     the machine.
 

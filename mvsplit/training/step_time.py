@@ -7,7 +7,7 @@ here and there none is fitted to the time of a step; that is what the model is t
 |---|---|
 | `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
 | `Gpu.under_load` | the same of a block that has been running for seconds, of what its other kernels and nodes leave, `step_classes_h200`: random numbers, clock held down by the card's power |
-| `Gpu.alone` | the same of a library's products with nothing between them, `ffn_products_h200`; between that and `_SHARE` a line |
+| `Gpu.alone` | the same of a library's products with nothing between them, `ffn_products_h200_2026-11-30T1341` (601 TFLOP/s in the run of 09:37, on another card); between that and `_SHARE` a line |
 | `_TILE` | the profile of `train_step_eager_h200`: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
 | `LAUNCH` | wall time of a block in the profile, where it is longer than its kernels |
@@ -275,8 +275,9 @@ class _Block:
         return _CAST * 2 * 6 * self.matrices / self.gpu.copy
 
     def _pass(self, name: str, way: str, width: int) -> float:
-        passes, slower = self.fused.get((name, way)) or self.kernels.passes[name][way]
-        return slower * passes * 2 * self.shape.tokens * width / COPY * self._slower()
+        bytes_, slower = self.kernels.passes[name][way]
+        passes = self.fused.get((name, way), slower * bytes_)
+        return passes * 2 * self.shape.tokens * width / COPY * self._slower()
 
     def _slower(self) -> float:
         """Of this GPU and precision, beside that of the measurements."""
