@@ -103,6 +103,19 @@ def test_where_gains_start_is_as_its_table_says():
     assert starts(RuleConfig(), depth) == (depth**-0.5, depth**-0.5)
 
 
+def test_what_it_says_of_beta_at_a_lower_rate_is_in_the_result():
+    path = ROOT / "docs" / "experiments" / "results" / "collapse-gpu.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    figures = {name: [*each["values"].values()] for name, each in result["figures"].items()}
+    assert figures["MV-Split: lives"] == [1, 1, 1]
+    one, deep = (figures[f"MV-Split{n}: end loss"] for n in ("", ", small beta"))
+    ratios = {f"{a / b:.1f} times the\nloss" for a, b in zip(one, deep, strict=True)}
+    assert ratios == {"1.3 times the\nloss"}
+    assert f"after 300 steps, at {ratios.pop()} of β = 1/√L" in README
+    (row,) = (r for r in result["runs"] if (r["label"], r["seed"]) == ("MV-Split", 0))
+    assert (row["lr"], row["width"], row["steps"]) == (0.001, 128, 300)
+
+
 def test_every_command_and_preset_it_shows_exists():
     shown = re.findall(r"^mvsplit (\w+) ?(\S*)", README, re.MULTILINE)
     assert shown

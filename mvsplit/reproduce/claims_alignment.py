@@ -21,6 +21,7 @@ from mvsplit.reproduce.claim import (
 from mvsplit.reproduce.claims_gradients import (
     COLLAPSED,
     COST,
+    LATE_ENTRY,
     ON_DEMAND,
     WRITERS,
     plain_trials,
@@ -114,14 +115,14 @@ ALIGNMENT = Claim(
     afterwards="The rule counts every look with tokens alike, also those long after the entry. At "
     "the small size the network stands there at the least loss that it can still have, so that "
     "the mean adjoint is noise about zero, and A − 1 with it, while the envelope, of absolute "
-    "values, stays high. In the first runs at the GPU size (2026-11-30) A − 1 is far below it, "
-    "too, and the loss stands above that least: there the reason is not known. The rule took more "
+    "values, stays high. In all runs at the GPU size A − 1 is far below it, too, and the loss "
+    "stands above that least: there the reason is not known. The rule took more "
     "than the paper says; `alignment-entry` looks at the entry alone, on seeds that had not been "
     "run when its rule was written. The first record of the small size is of the version before "
     "c1797ed, with which the envelope of a dead network's shallow layers underflowed in fp32. "
     "That version, run where the runs below were, gives its figures of seed 2 again, with the "
     "losses of the runs below bit for bit: there the rank correlation moved by what was mended, "
-    "and not by rounding.",
+    "and not by rounding. " + LATE_ENTRY + " Of the first runs it said: does not hold.",
     cost=COST,
     trials=plain_trials,
     remarks=_alignment_remarks,
