@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from mvsplit.reproduce.depth import understood as module
+from mvsplit.reproduce.depth.conclusion import by_depth
 from mvsplit.reproduce.depth.page import RESULTS
-from mvsplit.reproduce.depth.plan import ENTRIES
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES
+from mvsplit.reproduce.depth.table import cells
 from mvsplit.reproduce.depth.understood import understood
+from mvsplit.reproduce.depth.verdict import best, compare
 
 ROOT = Path(__file__).parents[3]
 TEXT = """## One
@@ -61,18 +64,46 @@ def test_words_that_count_seeds_by_hand_hold_of_the_rows():
     for name in ("README.md", "CHANGELOG.md"):
         words = " ".join((ROOT / name).read_text("utf-8").split())
         assert "does not learn in any of three seeds" in words
-        assert "does in the one that was run" in words
+        assert "α = β does in all of three" in words
     assert seeds("standard-1000x64-lr3.2e-03") == [False] * 3
-    assert seeds("alpha-1000x64-lr3.2e-03") == [True]
+    assert seeds("standard-1000x64-lr1.0e-03") == [False]
+    for name in ("alpha", "alpha-standard"):
+        assert seeds(f"{name}-1000x64-lr3.2e-03") == [True] * 3
+        assert seeds(f"{name}-1000x64-lr1.0e-03") == [True]
     text = " ".join(module.UNDERSTOOD.split())
     assert "fixed before they ran" not in text  # nothing that is kept says so
-    assert "The seeds of the rivals are still three" in text
-    counts = {entry.name: len(seeds(f"{entry.name}-400x64-lr3.2e-03")) for entry in ENTRIES}
-    rivals = {entry.name for entry in ENTRIES if entry.kind == "rival"}
-    assert max(counts[name] for name in rivals) == 3
+    assert "ReZero and LayerScale γ = 1/√L have three seeds still" in text
+    rivals = ("rezero", "layerscale-root", "layerscale-0.01")
+    assert [len(seeds(f"{name}-400x64-lr3.2e-03")) for name in rivals] == [3, 3, 5]
     assert "added at 3.2e-3 alone, which moved its rate there" in text
     lives = [len(seeds(f"alpha-standard-400x64-lr{rate}")) for rate in ("3.2e-03", "1.0e-02")]
     assert lives == [5, 3]
+
+
+def test_words_about_standings_hold_of_the_rows():
+    """Against the best rival of each depth, in both sizes; what is ahead of all at 400."""
+    found = []
+    for name in ("small", "gpu"):
+        path = ROOT / "docs/experiments" / RESULTS / f"{name}.json"
+        rows = json.loads(path.read_text("utf-8"))["rows"]
+        found.append((SIZES[name], cells(SIZES[name], [*ENTRIES, *CANDIDATES], rows)))
+    depths = by_depth(found)
+    text = " ".join(module.UNDERSTOOD.split())
+    assert "at 4, 16 and 100 layers and ties with it at 64, 400 and 1000, which no other" in text
+
+    def against(name: str) -> dict[int, str]:
+        pairs = ((at.layers, at.all.get(name), at.rivals[best(at.rivals)]) for at in depths)
+        return {layers: compare(mine, rival) for layers, mine, rival in pairs}
+
+    ours = {entry.name: against(entry.name) for entry in [*ENTRIES, *CANDIDATES]}
+    ties = dict.fromkeys((64, 400, 1000), "tie")
+    assert ours["alpha-standard"] == dict.fromkeys((4, 16, 100), "ahead") | ties
+    settings = {e.name for e in [*ENTRIES, *CANDIDATES] if e.kind in ("mvsplit", "candidate")}
+    good = [n for n in settings if set(ours[n].values()) <= {"ahead", "tie"}]
+    assert good == ["alpha-standard"]
+    assert ours["alpha"][1000] == "behind"
+    (deep,) = (at for at in depths if at.layers == 400)
+    assert (deep.top, deep.level) == ("standard", [])
 
 
 def test_without_rows_words_without_figures_stay(tmp_path, folder):
