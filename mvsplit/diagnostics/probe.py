@@ -38,6 +38,7 @@ def _of_branches(names: Sequence[str]) -> tuple[str, ...]:
 
 BACKWARD_FIELDS = _of_branches(MODE_FIELDS + ALIGNMENT_FIELDS)
 CHEAP_FIELDS = ("tcs", *_of_branches(MODE_FIELDS))
+WRITER_FIELDS = (*CHEAP_FIELDS, *_of_branches(ALIGNMENT_FIELDS))
 FIELDS = (
     *TRUNK_FIELDS,
     *ATTENTION_FIELDS,
@@ -45,6 +46,7 @@ FIELDS = (
     *BACKWARD_FIELDS,
     *FAMILIES,
 )
+NAMED_FIELDS = {"cheap": CHEAP_FIELDS, "writers": WRITER_FIELDS, "all": FIELDS}
 
 
 Names = tuple[tuple[str, int], ...]  # of values: column, layer
@@ -106,13 +108,14 @@ class LayerProbe:
         self._segments: dict[int, Segments] = {}
         self._trunks: dict[BranchTap, Tensor] = {}  # from the branch's start to its writer
         self._layer: LayerTap | None = None  # the layer that is running forward
-        self._recalled: tuple[Names, Tensor] = (), torch.empty(0)
+        self._recalled: tuple[Names, list[Tensor]] = (
+            (),
+            [],
+        )  # values of passes that a graph repeated
         self._active = ExitStack()
 
     def __enter__(self) -> LayerProbe:
-        with ExitStack() as stack:
-            stack.enter_context(self.passes())
-            self._active = stack.pop_all()
+        self._active.enter_context(self.passes())
         return self
 
     @contextmanager
@@ -157,7 +160,7 @@ class LayerProbe:
     def recall(self, names: Names, values: Tensor) -> None:
         """Takes for seen what another probe with the same key saw, as `seen` gave it: values of
         passes that a CUDA graph has repeated, which calls no hook."""
-        self._recalled = names, values
+        self._recalled = names, [values]
 
     def forget(self) -> None:
         """Lets go of what passes have shown that came to nothing."""
@@ -174,7 +177,7 @@ class LayerProbe:
         self._check_complete()
         columns: dict[str, dict[int, float]] = {}
         names, values = self._recalled
-        found = read([values, *self._scalars.values()])
+        found = read([*values, *self._scalars.values()])
         for (column, layer), value in zip((*names, *self._scalars), found, strict=True):
             columns.setdefault(column, {})[layer] = value
         layers = [tap.layer for tap in self.taps]

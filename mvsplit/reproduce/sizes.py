@@ -23,7 +23,7 @@ class Regime:
 
     Attributes:
         low: what the learning rate is multiplied by in the trials at a lower one.
-        probe: "all" adds the fields that need T×T matrices to each look.
+        probe: the fields of a look, as `TrainConfig.probe` names them.
         look_every: steps between looks around the rise of the rate, from 20 before it to 40 after;
             0: those of `probe_every` are near enough.
     """
@@ -39,7 +39,7 @@ class Regime:
     jump: int = 0
     factor: float = 1.0
     probe_every: int = 4
-    probe: Literal["cheap", "all"] = "cheap"
+    probe: Literal["cheap", "writers", "all"] = "cheap"
     look_every: int = 0
 
 
@@ -158,11 +158,11 @@ GPU = Size(
         "jump": replace(
             _GPU_START,
             lr=1e-4,
-            steps=240,
+            steps=320,
             jump=160,
             factor=10,
             probe_every=20,
-            probe="all",
+            probe="writers",
             look_every=2,
         ),
         "front": replace(_GPU_START, depth=128, steps=100, probe_every=5),

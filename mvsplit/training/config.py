@@ -192,7 +192,7 @@ class TrainConfig:
         keep: how many checkpoints stay on the disk.
         keep_every: checkpoints of the multiples of so many steps stay too; 0 for none.
         probe_every: steps between looks into every layer; 0 for none.
-        probe: the fields of such a look: the cheap ones, or all.
+        probe: the fields of such a look: the cheap ones, with the alignment of the writers, or all.
         probe_burst: most looks in a row that the watch may ask for beside them.
         record_steps: steps that the flight recorder keeps in memory.
         on_alarm: what the run does when the watch raises an alarm (docs/policies.md).
@@ -228,7 +228,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     probe_every: int = 128
-    probe: Literal["cheap", "all"] = "cheap"
+    probe: Literal["cheap", "writers", "all"] = "cheap"
     probe_burst: int = 10
     record_steps: int = 32
     on_alarm: Policy = "record"

@@ -12,7 +12,7 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
-from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.probe import NAMED_FIELDS, LayerProbe
 from mvsplit.diagnostics.ranks import arrays_over_ranks
 from mvsplit.training.builders import build_state
 from mvsplit.training.checkpoint import (
@@ -220,7 +220,7 @@ class _Run:
         step left the usual, or if an observer wants it."""
         every = self.config.probe_every
         due = self._wanted or (every and (step % every == 0 or self._watch.stirred))
-        fields = FIELDS if self.config.probe == "all" else CHEAP_FIELDS
+        fields = NAMED_FIELDS[self.config.probe]
         return LayerProbe(self.state.taps, fields=fields) if due else None
 
     def guarded_step(self, step: int) -> dict[str, Any]:
