@@ -45,6 +45,14 @@ def _cuts(forward: Changes, backward: Changes) -> Changes:
     }
 
 
+def _some(names: tuple[str, ...], **changes: Any) -> Changes:
+    """Of those kernels in clusters."""
+    return {name: replace(getattr(clusters, name), **changes) for name in names}
+
+
+LONG, SHORT = ("LONG_FORWARD", "LONG_BACKWARD"), ("FORWARD", "BACKWARD")
+
+
 # A form of the package, and what it has otherwise; dictionaries are changed in the keys given.
 FORMS: dict[str, tuple[str, Changes]] = {
     CHOSEN: ("", {}),
@@ -61,6 +69,11 @@ FORMS: dict[str, tuple[str, Changes]] = {
         "clusters",
         _cuts({"appliers": 8}, {"appliers": 4}),
     ),
+    "clusters, long segments in order": ("clusters", _some(LONG, alternate=False, hints=False)),
+    "clusters, long segments without hints": ("clusters", _some(LONG, hints=False)),
+    "clusters, long segments with hints": ("clusters", _some(LONG, hints=True)),
+    "clusters, long segments by 8 blocks": ("clusters", _some(LONG, cluster=8)),
+    "clusters, short segments by turns": ("clusters", _some(SHORT, alternate=True)),
     "clusters, slots of 2 rows": (
         "clusters",
         _cuts(

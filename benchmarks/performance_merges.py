@@ -19,8 +19,9 @@ def _by_form(rows: list[Row], direction: str) -> dict[tuple[str, str], Row]:
     return {(row["form"], " ".join(map(str, row["size"]))): row for row in chosen}
 
 
-def forms(found: Row, ops: list[Row]) -> str:
-    """A table of the forms, from `merge_clusters_h200`, beside the released code's times."""
+def forms(found: Row, ops: list[Row], long: Row) -> str:
+    """A table of the forms, from `merge_clusters_h200`, beside the released code's times, and what
+    long segments gained since, from `merge_long_h200`."""
     ways = [_by_form(found["rows"], direction) for direction in ("forward", "backward")]
     merges = [row for row in ops if row["op"] == "merge"]
     released = {" ".join(map(str, row["shape"])): row.get("released_ms") for row in merges}
@@ -40,7 +41,7 @@ def forms(found: Row, ops: list[Row]) -> str:
         lines.append([f"{batch}, {image}+{text}", *each, *others, ratio])
     head = ("samples, tokens", "clusters, forward (× floor)", "backward (× floor)")
     table = markdown((*head, "two launches", "waiting", "released ÷ clusters"), lines)
-    again = _by_form(found["again"], "forward")["clusters", LONG]
+    since = {row["form"]: _pair(row["us"]) for row in long["rows"]}
     return f"""### The merge with means by form
 
 Its rows above are of the form that serves, but where they say otherwise. There are three, each direction timed by itself here, in an
@@ -50,8 +51,12 @@ launches* where the L2 cache holds X and F; else one launch of blocks that *wait
 kernel serves on a machine it is compared with the formula there.
 
 {table}
-In another run of the same day the forward at 16 samples of 1024+256 took {again["us"]:.1f} µs, {again["us"] / again["floor_us"]:.2f} times its
-bytes. What clusters give in a training step: [below](#what-the-cards-power-allows).
+Segments of 1,024 rows have clusters of 16 blocks. All clusters had a long one first, so that all read and then all
+wrote; since every other cluster begins with the short ones, 16 samples of 1024+256 take {since["clusters, alternate"]} µs instead of
+{since["clusters"]} ([figures](../benchmarks/results/merge_long_h200_2026-11-30T1416.json)). Where the L2 cache is told as well to keep
+the rows that are loaded twice, and nothing else, {since["clusters, hints, alternate, stores pass"]}, which serves backward; hints alone, {since["clusters, hints"]}. By
+clusters of 8 blocks, which keep two fifths of such a segment, {since["clusters, long by 8"]}, with all of that {since["clusters, long by 8, hints, alternate, stores pass"]}.
+What clusters give in a training step: [below](#what-the-cards-power-allows).
 """  # noqa: E501
 
 

@@ -120,7 +120,9 @@ def page() -> str:
     head = HEAD.format(torch=graphs["torch"].partition("+")[0], triton=ops[-1]["triton"])
     parts = (
         head,
-        fused(rows(ops)) + "\n" + forms(clusters, rows(ops)),
+        fused(rows(ops))
+        + "\n"
+        + forms(clusters, rows(ops), merged(load("merge_long_h200_*.json"))),
         products(fused_products),
         training(graphs, reference) + updates(graphs) + layers(graphs),
         thousand(deep, all_deep),

@@ -27,22 +27,24 @@ static_assert(sizeof(Shared) <= SHARED, "what the launch asks for");
 __device__ __forceinline__ void load_role(Shared &at, const Layout &layout, const VALID *valid, u32 rank,
                                           const u16 *g, const u16 *y, const u16 *f, long long sg_b,
                                           long long sg_t, long long sf_b, long long sf_t, int tokens) {
+  const Hints hints = make_hints();
   u32 f_fill = 0;
   each_unit(layout, valid, rank, [&](const Unit &u) {
     for (int j = 0; j < u.slots + u.passed; ++j) {
+      const u64 hint = j < u.passed ? hints.keep : hints.drop;
       const u32 fill = u.fill + j, slot = slot_of(fill), bar = shared(&at.bars.full[slot]);
       const int k = j < u.slots ? j : j - u.slots, rows = within(u.real - k * ROWS, 0, ROWS);
       const long long token = u.token + k * ROWS;
       if (fill >= SLOTS) barrier_wait(shared(&at.bars.empty[slot]), phase_of(fill) ^ 1);
       barrier_expect(bar, 2 * rows * ROW_BYTES);
       const u32 to = shared(at.slots[slot]);
-      load_rows(to, g + u.b * sg_b + token * sg_t, sg_t, rows, bar);
-      load_rows(to + ROWS * ROW_BYTES, y + ((long long)u.b * tokens + token) * D, D, rows, bar);
+      load_rows(to, g + u.b * sg_b + token * sg_t, sg_t, rows, bar, hint);
+      load_rows(to + ROWS * ROW_BYTES, y + ((long long)u.b * tokens + token) * D, D, rows, bar, hint);
       if (!f || j >= u.slots) continue;
       const u32 i = f_fill % F_SLOTS, f_bar = shared(&at.bars.f_full[i]);
       if (f_fill >= F_SLOTS) barrier_wait(shared(&at.bars.f_empty[i]), (f_fill / F_SLOTS & 1) ^ 1);
       barrier_expect(f_bar, rows * ROW_BYTES);
-      load_rows(shared(at.f[i]), f + u.b * sf_b + token * sf_t, sf_t, rows, f_bar);
+      load_rows(shared(at.f[i]), f + u.b * sf_b + token * sf_t, sf_t, rows, f_bar, hints.drop);
       ++f_fill;
     }
   });

@@ -19,6 +19,11 @@
 #define ARRIVALS 24                   // that free a slot:
 #define FROM_SUM 8                    // of the first pass,
 #define FROM_APPLY 16                 // of the second, if the rows have one
+#if HINTS
+#define STREAMED ".cs"
+#else
+#define STREAMED ""
+#endif
 #define NOTED_AFTER 200000000ull      // ns that a wait may take
 #define ENDED_AFTER 10000000000ull
 
@@ -96,18 +101,37 @@ __device__ __forceinline__ void send8(u32 to, u32 bar, const float (&v)[8]) {
   send4(to + 16, bar, v[4], v[5], v[6], v[7]);
 }
 
-__device__ __forceinline__ void copy_bulk(u32 to, const void *from, u32 bytes, u32 bar) {
+// With HINTS the L2 cache is told to keep what is loaded a second time, and nothing else: no other load, and
+// no result.
+struct Hints { u64 keep, drop; };
+
+__device__ __forceinline__ Hints make_hints() {
+  Hints h = {};
+#if HINTS
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(h.keep));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(h.drop));
+#endif
+  return h;
+}
+
+__device__ __forceinline__ void copy_bulk(u32 to, const void *from, u32 bytes, u32 bar, u64 hint) {
+#if HINTS
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(hint) : "memory");
+#else
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+#endif
 }
 
 // Rows of one tensor into a slot: as one copy where they follow each other.
-__device__ __forceinline__ void load_rows(u32 to, const u16 *from, long long stride, int rows, u32 bar) {
+__device__ __forceinline__ void load_rows(u32 to, const u16 *from, long long stride, int rows, u32 bar, u64 hint) {
   if (stride == D) {
-    if (rows) copy_bulk(to, from, rows * ROW_BYTES, bar);
+    if (rows) copy_bulk(to, from, rows * ROW_BYTES, bar, hint);
   } else {
-    for (int r = 0; r < rows; ++r) copy_bulk(to + r * ROW_BYTES, from + r * stride, ROW_BYTES, bar);
+    for (int r = 0; r < rows; ++r) copy_bulk(to + r * ROW_BYTES, from + r * stride, ROW_BYTES, bar, hint);
   }
 }
 
@@ -142,7 +166,7 @@ __device__ __forceinline__ void add_blocks(const float (&sums)[CLUSTER][2][SLICE
 }
 
 __device__ __forceinline__ void store_quad(u16 *to, const Quad &q) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+  asm volatile("st.global" STREAMED ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
 }
 
 __device__ __forceinline__ void unpack(const Quad &q, float (&v)[8]) {
@@ -230,7 +254,8 @@ __device__ __forceinline__ void await_sums(Shared &at, const Unit &u) {
 
 __device__ __forceinline__ int within(int x, int low, int high) { return min(max(x, low), high); }
 
-// Calls f for every unit of this cluster, a segment of each in turn.
+// Calls f for every unit of this cluster, a segment of each in turn; with ALTERNATE every other cluster begins
+// with the last, for where all have long ones at once, all read at once and then all write.
 template <class F>
 __device__ __forceinline__ void each_unit(const Layout &at, const VALID *valid, u32 rank, F f) {
   const int cluster = blockIdx.x / CLUSTER;
@@ -239,7 +264,10 @@ __device__ __forceinline__ void each_unit(const Layout &at, const VALID *valid, 
 #pragma unroll
   for (int s = 0; s < SEGMENTS; ++s) most = max(most, at.first[s][cluster + 1] - at.first[s][cluster]);
   for (int i = 0; i < most; ++i)
-    for (int s = 0, start = 0; s < SEGMENTS; start += at.length[s++]) {
+    for (int turn = 0; turn < SEGMENTS; ++turn) {
+      const int s = ALTERNATE && cluster % 2 ? SEGMENTS - 1 - turn : turn;
+      int start = 0;
+      for (int before = 0; before < s; ++before) start += at.length[before];
       const int b = at.first[s][cluster] + i, length = at.length[s];
       if (b >= at.first[s][cluster + 1] || length == 0) continue;
       const int count = valid ? within((int)valid[b * SEGMENTS + s], 0, length) : length;

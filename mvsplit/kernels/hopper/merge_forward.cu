@@ -20,16 +20,18 @@ static_assert(sizeof(Shared) <= SHARED, "what the launch asks for");
 __device__ __forceinline__ void load_role(Shared &at, const Layout &layout, const VALID *valid, u32 rank,
                                           const u16 *x, const u16 *f, long long sx_b, long long sx_t,
                                           long long sf_b, long long sf_t) {
+  const Hints hints = make_hints();
   each_unit(layout, valid, rank, [&](const Unit &u) {
     for (int j = 0; j < u.slots + u.passed; ++j) {
       const u32 fill = u.fill + j, slot = slot_of(fill), bar = shared(&at.bars.full[slot]);
       const int k = j < u.slots ? j : j - u.slots, rows = within(u.real - k * ROWS, 0, ROWS);
+      const u64 hint = j < u.passed ? hints.keep : hints.drop;
       if (fill >= SLOTS) barrier_wait(shared(&at.bars.empty[slot]), phase_of(fill) ^ 1);
       barrier_expect(bar, 2 * rows * ROW_BYTES);
       const long long token = u.token + k * ROWS;
       const u32 to = shared(at.slots[slot]);
-      load_rows(to, x + u.b * sx_b + token * sx_t, sx_t, rows, bar);
-      load_rows(to + ROWS * ROW_BYTES, f + u.b * sf_b + token * sf_t, sf_t, rows, bar);
+      load_rows(to, x + u.b * sx_b + token * sx_t, sx_t, rows, bar, hint);
+      load_rows(to + ROWS * ROW_BYTES, f + u.b * sf_b + token * sf_t, sf_t, rows, bar, hint);
     }
   });
 }
