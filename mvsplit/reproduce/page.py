@@ -23,6 +23,8 @@ from mvsplit.reproduce.reruns import (
     beyond_spread,
     changed_lines,
     machine,
+    other_run_lines,
+    other_runs,
     other_verdicts,
     place,
     rerun_lines,
@@ -42,7 +44,8 @@ INDEX = f"""# The claims of the paper, repeated
 
 Each claim of arXiv 2605.06169 is a few runs and a rule that was written down before the first of
 them; the verdict is what the rule says of the logs, welcome or not. Where a rule has changed since,
-its page keeps what it said before. The sizes:
+its page keeps what it said before, and where other runs were made, what the earlier ones came to.
+The sizes:
 {"".join(chr(10) + f"- `{size.name}`: {size.hardware}" for size in SIZES.values())}
 
 [The depth bench](depth-bench.md) compares the rules beyond the paper, each at its own learning
@@ -61,8 +64,9 @@ there; a page says by how much its figures move.
 
 
 def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = None) -> Path:
-    """Puts a result where the pages of `folder` are written from. What was there
-    stays beside it, as a rerun; with `again` the result itself is one, of that name.
+    """Puts a result where the pages of `folder` are written from. What was there stays beside it,
+    as a rerun or as a record of other runs; with `again` the result itself is a rerun, of that
+    name.
 
     Raises:
         UserError: there is no result that it could be a rerun of, or its runs are other ones.
@@ -160,6 +164,7 @@ def _short(result: Mapping[str, Any]) -> str:
     seeds = len({row["seed"] for row in result["runs"]})
     others = "".join(f"; run again: {verdict}" for verdict in other_verdicts(result))
     others += "".join(f"; by the rule before: {verdict}" for verdict in verdicts_before(result))
+    others += "".join(f"; {words}" for words in other_runs(result))
     return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'}{others})"
 
 
@@ -219,7 +224,8 @@ def _of_size(claim: Claim, result: Mapping[str, Any]) -> list[str]:
     ]
     if result["panels"]:
         parts.append(f"![{claim.title}]({claim.name}-{size}.png)")
-    return [*parts, _figures(result), *beyond_spread(result), _runs(runs), *rerun_lines(result)]
+    before = [*rerun_lines(result), *other_run_lines(result)]
+    return [*parts, _figures(result), *beyond_spread(result), _runs(runs), *before]
 
 
 def _written(result: Mapping[str, Any]) -> str:

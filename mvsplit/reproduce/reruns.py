@@ -1,5 +1,5 @@
-"""The same runs again: earlier results and reruns are kept beside a claim's, and the page says by
-how much figures moved.
+"""The same runs again, and other ones before: earlier results and reruns are kept beside a claim's,
+and the page says by how much figures moved.
 
 A run in which rounding is amplified ends elsewhere on another version, processor or choice of
 kernels, with the same seed. How far, only a rerun shows.
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mvsplit.errors import UserError
 
 AGAIN = "again"  # of a stored result: what its reruns came to
 CHANGED = "changed"  # of a stored result: the records that other rules judged before, oldest first
+OTHERS = "other_runs"  # of a stored result: earlier records of other runs, oldest first
+RUNS = "runs_then"  # of a record: in words, in what its runs were other ones
 _OF_RERUN = ("words", "date", "verdict", "environment", "together", "look_every", "values")
 _OF_RECORD = (
     *("date", "verdict", "reasons", "environment"),
@@ -23,6 +25,14 @@ _OF_RECORD = (
 )
 # Of a run's row; the rest says which run it is. A look changes no step, but what is seen of them.
 _HOW_IT_WENT = ("ended", "seconds", "together", "look_every")
+_IN_WORDS = {
+    "steps": "{} steps",
+    "depth": "{} layers",
+    "width": "width {}",
+    "lr": "a rate of {}",
+    "jump": "a rise after {} steps",
+    "factor": "a rise of {} times",
+}
 Values = Mapping[str, Mapping[str, float | None]]  # by figure and seed
 
 
@@ -41,29 +51,65 @@ def looks(result: Mapping[str, Any]) -> list[int]:
 
 
 def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns; not
-    where other runs have been made since. A rule that is the same was written when it was first
-    written; of another one the record that it judged is kept, whatever was run."""
+    """`result` in the place of `before`, which becomes a rerun of it, and so do its reruns; where
+    other runs have been made since, they become records of other runs. A rule that is the same was
+    written when it was first written; of another one the record that it judged is kept apart."""
     whole = dict(result)
     if before is None:
         return whole
-    earlier = []
-    if _runs(result) == _runs(before):
-        earlier = [*before.get(AGAIN, [])]
-        if _signature(result) != _signature(before):
-            other = "" if looks(result) == looks(before) else ", with other looks"
-            earlier.insert(0, rerun(before, f"an earlier record{other}"))
-    changed = [*before.get(CHANGED, [])]
-    if not _same_rule(result, before):
-        changed.append(record(before))
+    again, changed, others = ([*before.get(key, [])] for key in (AGAIN, CHANGED, OTHERS))
+    same_rule, then = _same_rule(result, before), _runs_then(before, result)
+    if then:
+        others += _of_other_runs(before, then, itself=same_rule)
+        again, changed = [], [{RUNS: then} | each for each in changed]
+    elif _signature(result) != _signature(before):
+        other = "" if looks(result) == looks(before) else ", with other looks"
+        again.insert(0, rerun(before, f"an earlier record{other}"))
+    if not same_rule:
+        changed.append(record(before) | ({RUNS: then} if then else {}))
     elif before["rule_unchanged"]:
         whole["rule_written"] = min(result["rule_written"], before["rule_written"])
-    return whole | ({AGAIN: earlier} if earlier else {}) | ({CHANGED: changed} if changed else {})
+    kept = {AGAIN: again, CHANGED: changed, OTHERS: others}
+    return whole | {key: each for key, each in kept.items() if each}
 
 
 def record(result: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a result whose rule has been changed since."""
     return {name: result.get(name) for name in _OF_RECORD}
+
+
+def _of_other_runs(before: Mapping[str, Any], then: str, *, itself: bool) -> list[dict[str, Any]]:
+    """What is kept of a result and its reruns where other runs took their place; without the result
+    itself where it is kept as what another rule judged."""
+    by = {"rule": before["rule"], RUNS: then}
+    reruns = [{"reasons": None} | each | by for each in reversed(before.get(AGAIN, []))]
+    own = [record(before) | rerun(before, "") | by] if itself else []
+    return sorted([*reruns, *own], key=lambda each: str(each["date"]))
+
+
+def _runs_then(before: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """In what the runs of `before` are other ones than those of `result`, in words: "runs of 240
+    steps"; empty where they are the same."""
+    then, now = _runs(before), _runs(result)
+    common = [(row, now[name]) for name, row in then.items() if name in now]
+    found: dict[str, list[Any]] = {}
+    for mine, theirs in common:
+        for key in mine.keys() | theirs.keys():
+            if mine.get(key) != theirs.get(key):
+                found.setdefault(key, []).append(mine.get(key))
+    keys = sorted(found, key=lambda key: ([*_IN_WORDS, key].index(key), key))
+    parts = [_IN_WORDS.get(key, f"{key} {{}}").format(_distinct(found[key])) for key in keys]
+    if then.keys() != now.keys():
+        networks = [dict.fromkeys(row["label"] for row in each.values()) for each in (then, now)]
+        parts += [f"the networks {_distinct(networks[0])}"] if networks[0] != networks[1] else []
+        parts.append(f"seeds {_distinct(sorted({row['seed'] for row in then.values()}))}")
+    return f"runs of {', '.join(parts)}" if parts else ""
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """Each once: "240", "0, 1 and 2"."""
+    words = [*dict.fromkeys(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), *words[-1:]])
 
 
 def _same_rule(result: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -121,11 +167,13 @@ def _changed(
     }
     rows = "; ".join(f"{words}: {', '.join(names)}" for words, names in parts.items() if names)
     rows = rows or "as they were, but of figures that were measured otherwise"
-    same = before["date"] == result["date"] and before["environment"] == result["environment"]
+    there = before["date"] == result["date"] and before["environment"] == result["environment"]
+    same = there and RUNS not in before
     return (
         f"**The rule has changed since the record of {before['date']}**, of which it said: "
         f"*{before['verdict']}*. Rows {rows}."
         + (" The runs are those of that record." if same else "")
+        + (f" It was of {before[RUNS]}." if RUNS in before else "")
     )
 
 
@@ -139,6 +187,52 @@ def verdicts_before(result: Mapping[str, Any]) -> list[str]:
     """What rules before said of their records, where that is not the verdict."""
     found = dict.fromkeys(each["verdict"] for each in result.get(CHANGED, []))
     return [verdict for verdict in found if verdict != result["verdict"]]
+
+
+def other_runs(result: Mapping[str, Any]) -> list[str]:
+    """Earlier records of other runs whose verdict is not that of the result: "runs of 240 steps:
+    holds", each once."""
+    found = dict.fromkeys(
+        f"{each[RUNS]}{_by(each, result)}: {each['verdict']}"
+        for each in result.get(OTHERS, [])
+        if each["verdict"] != result["verdict"]
+    )
+    return [*found]
+
+
+def _by(each: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return "" if each["rule"] == result["rule"] else ", by the rule before"
+
+
+def other_run_lines(result: Mapping[str, Any]) -> list[str]:
+    """The part of a page about earlier records of other runs: what they said, and each figure that
+    is judged. Nothing where there are none."""
+    others = result.get(OTHERS, [])
+    if not others:
+        return []
+    names = [f"{each[RUNS]}{', ' if each['words'] else ''}{each['words']}" for each in others]
+    items = [
+        f"- {_name(dict(each) | {'words': name})}: {each['verdict']}{_by(each, result)}"
+        for name, each in zip(names, others, strict=True)
+    ]
+    rows = [
+        [row["figure"], *(_listed(values.get(row["figure"], {})) for values in _all_values(result))]
+        for row in result["rule"]
+    ]
+    head = ["figure (by seed)", "above", *names]
+    lines = [head, ["---"] * len(head), *rows]
+    return [
+        "### Earlier, of other runs",
+        "What was on this page before the runs above, oldest first:",
+        "\n".join(items),
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
+    ]
+
+
+def _all_values(result: Mapping[str, Any]) -> list[Values]:
+    """Of the result, then of each record of other runs."""
+    now = {name: figure["values"] for name, figure in result["figures"].items()}
+    return [now, *(each["values"] for each in result.get(OTHERS, []))]
 
 
 def rerun_lines(result: Mapping[str, Any]) -> list[str]:

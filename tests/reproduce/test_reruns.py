@@ -15,7 +15,7 @@ from mvsplit.cli import main
 from mvsplit.errors import UserError
 from mvsplit.reproduce import get_claim
 from mvsplit.reproduce.page import keep_result, page_text, stored_results, write_index
-from mvsplit.reproduce.reruns import AGAIN, CHANGED
+from mvsplit.reproduce.reruns import AGAIN, CHANGED, OTHERS, RUNS
 from mvsplit.reproduce.rule import Figure, judge
 
 PAGES = Path(__file__).parents[2] / "docs" / "experiments"
@@ -28,7 +28,8 @@ LATER = "2030-01-02"
 def result() -> dict[str, Any]:
     """A stored one without reruns."""
     (found,) = [r for r in stored_results(FRONT, PAGES) if r["size"] == "small"]
-    found.pop(AGAIN, None)
+    for key in (AGAIN, CHANGED, OTHERS):
+        found.pop(key, None)
     found["figures"][CROSSED]["values"] = {"0": 0.4, "1": 0.3}
     return found
 
@@ -41,6 +42,14 @@ def changed(result: dict[str, Any], **values: float) -> dict[str, Any]:
     other["environment"]["revision"] = "f" * 40
     for seed, value in values.items():
         other["figures"][CROSSED]["values"][seed.removeprefix("seed")] = value
+    return other
+
+
+def longer(result: dict[str, Any], **values: float) -> dict[str, Any]:
+    """A later result, of runs of ten steps more."""
+    other = changed(result, **values)
+    for row in other["runs"]:
+        row["steps"] += 10
     return other
 
 
@@ -155,6 +164,105 @@ def test_other_runs_are_no_rerun(result, tmp_path):
     assert [each["date"] for each in kept(tmp_path)[AGAIN]] == [LATER]
 
 
+def test_a_record_of_other_runs_is_kept_with_all_that_it_said(result, tmp_path):
+    keep_result(result | {"verdict": "does not hold"}, tmp_path)
+    again = changed(result, seed1=0.2) | {"verdict": "holds"}
+    for row in again["runs"]:
+        row["look_every"] = 2
+    keep_result(again, tmp_path)
+    now = longer(again, seed1=0.1) | {"verdict": "cannot tell at this scale", "date": "2030-02-02"}
+    keep_result(now, tmp_path)
+    steps = result["runs"][0]["steps"]
+    first, second = kept(tmp_path)[OTHERS]  # the oldest first
+    for each, other in ((first, result), (second, again)):
+        assert each[RUNS] == f"runs of {steps} steps"
+        assert each["values"][CROSSED] == other["figures"][CROSSED]["values"]
+        assert (each["date"], each["environment"]) == (other["date"], other["environment"])
+    assert first["verdict"] == "does not hold"
+    assert second["verdict"] == "holds"
+    assert (first["reasons"], second["reasons"]) == (None, result["reasons"])  # of a rerun, figures
+    text = page_text(FRONT, [kept(tmp_path)])
+    names = [
+        f"runs of {steps} steps, an earlier record, with other looks",
+        f"runs of {steps} steps",
+    ]
+    assert f"- {names[0]}, {result['date']}, revision " in text
+    assert f"- {names[1]}, {LATER}, revision fffffff, torch" in text
+    assert f"| figure (by seed) | above | {names[0]} | {names[1]} |" in text
+    assert f"| {CROSSED} | 0.4, 0.1 | 0.4, 0.3 | 0.4, 0.2 |" in text
+    assert "The same runs again" not in text
+    index = write_index(tmp_path).read_text(encoding="utf-8")
+    then = f"runs of {steps} steps"
+    assert f"(2 seeds; {then}: does not hold; {then}: holds)" in index
+    keep_result(now, tmp_path)  # once more is nothing new
+    assert kept(tmp_path)[OTHERS] == [first, second]
+    keep_result(longer(now, seed1=0.15) | {"date": "2030-03-03"}, tmp_path)
+    *older, newest = kept(tmp_path)[OTHERS]
+    assert older == [first, second]
+    assert (newest[RUNS], newest["values"][CROSSED]["1"]) == (f"runs of {steps + 10} steps", 0.1)
+
+
+def test_a_verdict_of_other_runs_that_is_the_same_stands_on_the_page_alone(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(longer(result), tmp_path)
+    assert "runs of" not in write_index(tmp_path).read_text(encoding="utf-8")
+    assert "### Earlier, of other runs" in page_text(FRONT, [kept(tmp_path)])
+
+
+def test_where_runs_and_rule_are_other_ones_the_record_is_kept_once(result, tmp_path):
+    keep_result(result, tmp_path)
+    keep_result(changed(result, seed1=0.2), tmp_path, "elsewhere")
+    other = longer(result) | {"verdict": "does not hold"}
+    other["rule"][0]["why"] = "because"
+    keep_result(other, tmp_path)
+    now = kept(tmp_path)
+    (before,) = now[CHANGED]
+    assert before[RUNS] == f"runs of {result['runs'][0]['steps']} steps"
+    assert [each["words"] for each in now[OTHERS]] == ["elsewhere"]
+    text = page_text(FRONT, [now])
+    assert f" It was of {before[RUNS]}." in text
+    assert f": {result['verdict']}, by the rule before\n" in text
+    index = write_index(tmp_path).read_text(encoding="utf-8")
+    words = f"{before[RUNS]}, by the rule before: {result['verdict']}"
+    assert f"; by the rule before: {result['verdict']}; {words})" in index
+
+
+def test_a_rule_that_changed_before_says_of_what_runs_its_record_was(result, tmp_path):
+    keep_result(result, tmp_path)
+    other = changed(result) | {"date": result["date"], "environment": result["environment"]}
+    other["rule"][0]["why"] = "because"
+    keep_result(other, tmp_path)
+    assert "The runs are those of that record." in page_text(FRONT, [kept(tmp_path)])
+    keep_result(longer(other) | {"date": result["date"]}, tmp_path)
+    text = page_text(FRONT, [kept(tmp_path)])
+    assert "The runs are those of that record." not in text
+    assert f"It was of runs of {result['runs'][0]['steps']} steps." in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: [row | {"lr": 1e-3} for row in rows], "runs of a rate of 0.004"),
+        (lambda rows: [row | {"depth": 9, "width": 8} for row in rows], "runs of 64 layers, width"),
+        (lambda rows: rows[:-1], "runs of seeds 0 and 1"),
+        (
+            lambda rows: [row for row in rows if row["label"] != "zero writers"],
+            "runs of the networks standard writers and zero writers, seeds 0 and 1",
+        ),
+        (lambda rows: [row | {"batch": 3} for row in rows], "runs of batch None"),
+    ],
+)
+def test_in_what_runs_were_other_ones_is_said(result, tmp_path, change, words):
+    for row in result["runs"]:
+        row |= {"lr": 4e-3, "depth": 64}
+    keep_result(result, tmp_path)
+    other = changed(result)
+    other["runs"] = change(other["runs"])
+    keep_result(other, tmp_path)
+    (then,) = kept(tmp_path)[OTHERS]
+    assert then[RUNS].startswith(words)
+
+
 def test_the_page_says_by_how_much_a_figure_moves(result, tmp_path):
     keep_result(result, tmp_path)
     assert "The same runs again" not in page_text(FRONT, [kept(tmp_path)])
@@ -242,7 +350,8 @@ def test_another_verdict_of_a_rerun_stands_in_the_index(result, tmp_path):
 @pytest.mark.parametrize("path", sorted(PAGES.glob("results/*.json")), ids=lambda p: p.stem)
 def test_the_verdicts_of_kept_reruns_are_those_of_the_rule(path):
     result = json.loads(path.read_text(encoding="utf-8"))
-    for each in result.get(AGAIN, []):
+    others = [each for each in result.get(OTHERS, []) if each["rule"] == result["rule"]]
+    for each in [*result.get(AGAIN, []), *others]:
         figures = [Figure(name=n, words="", values=v) for n, v in each["values"].items()]
         assert each["verdict"] == judge(get_claim(result["claim"]).rule, figures).verdict
 
