@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import io
 import json
+import re
 import tokenize
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -24,6 +25,8 @@ from mvsplit.reproduce.runlog import RunLog, Runs
 _HERE = __name__.rpartition(".")[0]
 _METHODS = {**vars(Runs), **vars(RunLog)}
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+_F_STRING = re.compile(r"(?i)(f|rf|fr)['\"]")
+_FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 def measure_fingerprint(claim: Claim) -> str:
@@ -83,7 +86,17 @@ def _without_layout(module: str, node: ast.Lambda | ast.FunctionDef) -> str:
     text = ast.get_source_segment(module, node) or ""
     if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
         text = text.replace(ast.get_source_segment(module, node.body[0]) or "", "", 1)
-    read = io.StringIO(f"({text})" if isinstance(node, ast.Lambda) else text).readline
+    return _tokens(f"({text})" if isinstance(node, ast.Lambda) else text)
+
+
+def _tokens(text: str) -> str:
+    """As Python 3.12 and later read it, on older ones too: what stands in the braces of an f-string
+    is code."""
+    found = tokenize.generate_tokens(io.StringIO(text).readline)
     return "".join(
-        each.string for each in tokenize.generate_tokens(read) if each.type not in _LAYOUT
+        _FIELD.sub(lambda field: f"{{{_tokens(field[1])}}}", each.string)
+        if each.type == tokenize.STRING and _F_STRING.match(each.string)
+        else each.string
+        for each in found
+        if each.type not in _LAYOUT
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mvsplit.reproduce import CLAIMS, get_claim, runlog
-from mvsplit.reproduce.measured_by import measure_fingerprint
+from mvsplit.reproduce.measured_by import _tokens, measure_fingerprint
 from mvsplit.reproduce.runlog import RunLog
 
 MODES = get_claim("modes")
@@ -17,6 +17,12 @@ def test_each_claim_has_its_own_and_it_stays():
     assert found["modes"] == measure_fingerprint(MODES)
     easier = dataclasses.replace(MODES, rule=MODES.rule[:1])
     assert measure_fingerprint(easier) == found["modes"]
+
+
+def test_it_is_the_same_on_every_version_of_python():
+    """3.12 takes an f-string apart, 3.11 has it as one token."""
+    text = """f"{'50' if writer == 'W_O' else  x } or more" + 'a {b } c' """
+    assert _tokens(text) == """f"{'50'ifwriter=='W_O'elsex} or more"+'a {b } c'"""
 
 
 def test_a_constant_that_a_measure_comes_to_is_part_of_it(monkeypatch):
