@@ -237,7 +237,15 @@ TIMESTEP = Claim(
     "of 128 channels, so that the bound on R² is itself lower.",
     limits="A pixel network after hundreds of steps. Which scalar statistics the paper used is not "
     "known to us; ours are mean, spread and mean square.",
-    cost={"small": "2 runs of 3.5 minutes on a core", "gpu": "3 runs, not measured"},
+    afterwards="At the GPU size no layer has it: over the 100 layers R² is 0.732 to 0.815, 0.75 "
+    "to 0.79 in the first, and least in the 39th, 25th and 33rd, by seed. The network lives all "
+    "the same, at 0.17 of the floor. Mean, spread and mean square of the noisy picture alone give "
+    "0.94 on these pictures, 0.72 on the digits, 0.41 in the paper: here the spread of the input "
+    "is nearly the time. Tokens are normed before the first layer, which takes the input's size "
+    "out of them; that this is why their mean knows less is likely, and was not tested. A probe "
+    "of 128 features from 1024 samples fits some noise, as the shuffled times show, −0.10 to "
+    "−0.13 where 32 features give −0.02: without it the worst layer would have some 0.03 more.",
+    cost={"small": "2 runs of 3.5 minutes on a core", "gpu": "3 runs of 0.7 minutes"},
     trials=_time_trials,
     measure=_time_figures,
     rule=(

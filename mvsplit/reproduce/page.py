@@ -128,16 +128,18 @@ def write_index(folder: Path | str) -> Path:
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
-    """How many claims hold at each size, and why the paper's order does not show where it does
-    not."""
+    """How many claims hold at each size, why the paper's order does not show where it does not, and
+    what is to be known of 1000 layers."""
     lines = ["**In short.**", ""]
     for size in SIZES:
         here = [result for result in results if result["size"] == size]
         found = Counter(result["verdict"] for result in here)
         counts = [f"{verdict}: {found[verdict]}" for verdict in _COUNTED]
-        counts.append(f"not run: {len(CLAIMS) - len(here)}")
+        counts += [f"not run: {len(CLAIMS) - len(here)}"] if len(here) < len(CLAIMS) else []
         lines.append(f"- `{size}`, of {len(CLAIMS)} claims: {'; '.join(counts)}.")
-    return "\n".join([*lines, *(line for result in results for line in _order(result, results))])
+    for result in results:
+        lines += [*_order(result, results), *_thousand(result)]
+    return "\n".join(lines)
 
 
 def _order(result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -157,6 +159,21 @@ def _order(result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> li
         f"keeps its tokens apart but learns little (end loss {paper} of the floor), and with "
         f"β = 1/√L it learns well ({small}), [so that the comparison is about β and the "
         "rate](collapse.md)."
+    ]
+
+
+def _thousand(result: Mapping[str, Any]) -> list[str]:
+    """A line on the paper's start at 1000 layers where it does not train."""
+    if (result["claim"], result["verdict"]) != ("thousand", FAILS):
+        return []
+    figures = result["figures"]
+    loss, alike = (figures[f"MV-Split: end {name}"]["values"] for name in ("loss", "similarity"))
+    size, rate = result["size"], result["runs"][0]["lr"]
+    return [
+        f"- The paper's start at 1000 layers (β = 0.03, α = 0) does not learn at `{size}`, at a "
+        f"rate of {rate:g}: end loss {spelled(loss)} of the floor, deep tokens at a similarity of "
+        f"{spelled(alike)}. [With α = β, as the library starts, such networks learn in the depth "
+        "bench](thousand.md)."
     ]
 
 

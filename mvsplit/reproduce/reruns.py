@@ -205,8 +205,8 @@ def _by(each: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def other_run_lines(result: Mapping[str, Any]) -> list[str]:
-    """The part of a page about earlier records of other runs: what they said, and each figure that
-    is judged. Nothing where there are none."""
+    """The part of a page about earlier records of other runs: what they said, with their figures.
+    Nothing where there are none."""
     others = result.get(OTHERS, [])
     if not others:
         return []
@@ -215,10 +215,9 @@ def other_run_lines(result: Mapping[str, Any]) -> list[str]:
         f"- {_name(dict(each) | {'words': name})}: {each['verdict']}{_by(each, result)}"
         for name, each in zip(names, others, strict=True)
     ]
-    rows = [
-        [row["figure"], *(_listed(values.get(row["figure"], {})) for values in _all_values(result))]
-        for row in result["rule"]
-    ]
+    now = {name: figure["values"] for name, figure in result["figures"].items()}
+    columns = [now, *(each["values"] for each in others)]
+    rows = [[name, *(_listed(values.get(name, {})) for values in columns)] for name in now]
     head = ["figure (by seed)", "above", *names]
     lines = [head, ["---"] * len(head), *rows]
     return [
@@ -227,12 +226,6 @@ def other_run_lines(result: Mapping[str, Any]) -> list[str]:
         "\n".join(items),
         "\n".join("| " + " | ".join(cells) + " |" for cells in lines),
     ]
-
-
-def _all_values(result: Mapping[str, Any]) -> list[Values]:
-    """Of the result, then of each record of other runs."""
-    now = {name: figure["values"] for name, figure in result["figures"].items()}
-    return [now, *(each["values"] for each in result.get(OTHERS, []))]
 
 
 def rerun_lines(result: Mapping[str, Any]) -> list[str]:

@@ -137,16 +137,3 @@ def test_what_is_said_of_the_front_at_the_gpu_size_is_in_its_plot():
     first, last = ("{:.0f}, {:.0f} and {:.0f}".format(*layers) for layers in ends)
     assert f"from layer {first} on, by seed, and in the last look from {last} on" in words
     assert lines[0]["x"][0] == 5
-
-
-def test_what_is_said_of_the_entry_at_the_gpu_size_is_in_its_plot():
-    """The centered gradient is gone where tokens are alike, and stays so."""
-    modes = stored("modes", "gpu")
-    centered = [line for line in modes["panels"][0]["lines"] if line["label"] == "centered"]
-    for line, entry in zip(centered, (202, 204, 170), strict=True):
-        steps, values = (np.array(line[axis], float) for axis in "xy")
-        assert values[steps > entry + 1].max() < 1e-3 < values[steps < entry].min()
-    words = get_claim("modes").afterwards
-    rises = by_seed("modes", "gpu", "W_O: rise of G_ctr")
-    assert f"{rises[0]:.0f} and {rises[1]:.0f} times its median in W_O" in words
-    assert max(by_seed("modes", "gpu", "W_O: rise of G_mean over that of G_ctr")) < 10
