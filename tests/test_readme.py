@@ -109,11 +109,50 @@ def test_what_it_says_of_beta_at_a_lower_rate_is_in_the_result():
     figures = {name: [*each["values"].values()] for name, each in result["figures"].items()}
     assert figures["MV-Split: lives"] == [1, 1, 1]
     one, deep = (figures[f"MV-Split{n}: end loss"] for n in ("", ", small beta"))
-    ratios = {f"{a / b:.1f} times the\nloss" for a, b in zip(one, deep, strict=True)}
-    assert ratios == {"1.3 times the\nloss"}
-    assert f"after 300 steps, at {ratios.pop()} of β = 1/√L" in README
+    ratios = {f"{a / b:.1f}" for a, b in zip(one, deep, strict=True)}
+    assert ratios == {"1.3"}
+    words = " ".join(README.split())
+    assert f"after 300 steps, at {ratios.pop()} times the loss of β = 1/√L" in words
     (row,) = (r for r in result["runs"] if (r["label"], r["seed"]) == ("MV-Split", 0))
     assert (row["lr"], row["width"], row["steps"]) == (0.001, 128, 300)
+
+
+def test_what_it_says_of_1000_layers_is_in_the_result():
+    path = ROOT / "docs" / "experiments" / "results" / "thousand-gpu.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    figures = {name: [*each["values"].values()] for name, each in result["figures"].items()}
+    losses = figures["MV-Split: end loss"]
+    words = " ".join(README.split())
+    said = f"three of three seeds are at {min(losses):.2f} to {max(losses):.2f} times the loss"
+    assert said in words
+    assert "with their deep tokens alike ([thousand]" in words
+    assert min(figures["MV-Split: end similarity"]) > 0.95
+    (row,) = (r for r in result["runs"] if (r["label"], r["seed"]) == ("MV-Split", 0))
+    assert (row["lr"], row["width"], row["steps"]) == (0.001, 128, 200)
+    rows = bench_rows()
+    learns = [r["lives"] for r in rows if r["run"].startswith("alpha-1000x64-lr1.0e-03-")]
+    assert learns == [True]
+
+
+def bench_rows() -> list[dict]:
+    path = ROOT / "docs" / "experiments" / "results" / "depth-bench" / "gpu.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+def test_what_it_says_of_wider_networks_is_in_the_rows():
+    words = " ".join(README.split())
+    assert "100 layers of width 128 and 25 of 256, one seed each" in words
+    assert "at 0.01 the default dies there, all tokens alike, and LayerScale lives" in words
+    rows = {row["run"]: row for row in bench_rows()}
+    for name in ("alpha", "layerscale-0.01"):
+        deep = [r["validation_loss"] for k, r in rows.items() if k.startswith(f"{name}-400x64-")]
+        for shape in ("100x128", "25x256"):
+            found = [k for k in rows if k.startswith(f"{name}-{shape}-")]
+            assert {rows[run]["seed"] for run in found} == {0}
+            assert min(rows[run]["validation_loss"] for run in found) < min(deep)
+            fast = rows[f"{name}-{shape}-lr1.0e-02-seed0"]
+            assert fast["lives"] == (name != "alpha")
+            assert (fast["similarity"] > 0.99) == (name == "alpha")
 
 
 def test_every_command_and_preset_it_shows_exists():

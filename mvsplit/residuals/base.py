@@ -31,8 +31,9 @@ class RuleConfig:
             mvsplit-1000l.
         alpha: start of MV-Split's mean gain α. None for 1/√L where β is not given either, with
             which 400 layers learn at ten times the rate, and 1000 at rates at which 0 does not
-            with writers of standard size (docs/experiments/depth-bench.md); and for the paper's 0
-            where β is given.
+            with writers of standard size (docs/experiments/depth-bench.md), nor, at width 128,
+            with those of zeros (docs/experiments/thousand.md); and for the paper's 0 where β is
+            given.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.
         gamma: start of LayerScale's γ.

@@ -157,14 +157,16 @@ def _quoted(text: str) -> list[str]:
 def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[str]:
     timing = _found(folder, f"timing-{size.name}")
     main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
-    here = [cell for cell in main if cell.width == size.width]
-    whole = {cell.entry.name for cell in other if cell.swept}  # at one depth at least
+    # Of other widths only the table of shapes knows.
+    here, tried = ([c for c in found if c.width == size.width] for found in (main, other))
+    whole = {cell.entry.name for cell in tried if cell.swept}  # at one depth at least
     save_rates(
-        [*here, *(cell for cell in other if cell.entry.name in whole)],
+        [*here, *(cell for cell in tried if cell.entry.name in whole)],
         size,
         folder / f"{NAME}-{size.name}-rates.png",
     )
-    save_best([*here, *other], size, folder / f"{NAME}-{size.name}-best.png")
+    here += tried
+    save_best(here, size, folder / f"{NAME}-{size.name}-best.png")
     seeds = len({row["seed"] for row in result["rows"]})
     device = sorted({f"{row['device']}, torch {row['torch']}" for row in result["rows"]})
     parts = [
@@ -175,12 +177,12 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         f"{result['rule']['written']}, before the first of the runs{_changed(result)}.\n",
         *verdict_words(size, [*main, *other]),
         f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",
-        dead_words(size, [*here, *other]) + "\n",
+        dead_words(size, here) + "\n",
         f"![Loss against learning rate]({NAME}-{size.name}-rates.png)\n",
     ]
     for depth in size.depths:
-        parts += best_table(depth, size, [*here, *other], timing)
-    parts += rate_table(size, [*here, *other])
+        parts += best_table(depth, size, here, timing)
+    parts += rate_table(size, here)
     parts += collapse_table(result["rows"])
     gate, again = (_found(folder, name) for name in (f"gate-{size.name}", f"{size.name}{AGAIN}"))
     parts += both_ways(gate, result["rows"], again.get("rows", []))

@@ -73,9 +73,11 @@ UNDERSTOOD = """## Understood so far
   α = 0 lives at lower rates is not known, and at 400 layers, with writers of zeros, it does at
   3.2e-4. Whether a rate above 3.2e-3 is better for those that live is not known either. α and
   β are those that the paper starts with at this depth, the writers are not: its are zeros, with
-  which α = 0 does not learn at these rates at 400 layers (above) and was not run here. Of the two
-  networks of 1000 layers with such writers that [growth](../growth.md#to-1000-layers) has from the
-  start, one on digits and one of width 128 on these shapes at 1e-3, neither learns, in fewer steps.
+  which α = 0 does not learn at these rates at 400 layers (above) and was not run here. Elsewhere it
+  was: three seeds of [the claim on 1000 layers](thousand.md), of width 128 on these shapes at 1e-3
+  after 100 steps of warm-up, learn nothing in 200 steps, and of the two networks that
+  [growth](../growth.md#to-1000-layers) has from the start, one on digits and one of width 128 on
+  these shapes at 1e-3, neither learns, in fewer steps.
   The paper's own run, of width 1024 at a twentieth of the higher rate with
   50 times the warm-up, is another thing. What would tell more: α = 0 at 3.2e-4, with writers of
   zeros as well, and seeds 3 and 4 of the three that live. Nine networks took
@@ -137,7 +139,8 @@ UNDERSTOOD = """## Understood so far
   depth, has nothing take its place. By the small size it is no candidate either, behind α = β with
   such writers at 4 and 16 layers. Those in turn tie with the default at 400, with five seeds each,
   and at 100 and 1000 the seeds do not decide. With α = β each of them lives to 1e-2, the highest
-  rate at which both were run; with α = 0 one of three dies at 64 layers and 1e-2, the only one at
+  rate at which both were run, at these widths (wider networks below); with α = 0 one of three dies
+  at 64 layers and 1e-2, the only one at
   400 layers and 1e-2, and at 1000 layers all three at 3.2e-3 and the one at 1e-3. So the default
   stays what it is: it
   has changed only where each size said so by itself. Were the depths of both judged as one,
@@ -193,13 +196,34 @@ UNDERSTOOD = """## Understood so far
   at 1000 LayerScale γ = 0.01, with which α = β and writers of standard size tie, while α = 0 does
   not learn and the default is behind.
 
-- **Depth against width** at the small size: 4 layers of width 96 are ahead of 16 layers of width
-  48, which have as many parameters, with each of the three rules that were run at both. The default
-  ends at [[small alpha-4x96-lr3.2e-03-seed* validation_loss .2f]] and
+- **Depth against width**, at equally many parameters. At the small size: 4 layers of width 96 are
+  ahead of 16 layers of width 48, which have as many parameters, with each of the three rules that
+  were run at both. The default ends at [[small alpha-4x96-lr3.2e-03-seed* validation_loss .2f]] and
   [[small alpha-16x48-lr3.2e-03-seed* validation_loss .2f]], LayerScale γ = 0.01 at
   [[small layerscale-0.01-4x96-lr3.2e-03-seed* validation_loss .2f]] and
-  [[small layerscale-0.01-16x48-lr1.0e-02-seed* validation_loss .2f]]. In so few steps depth is not
-  worth its parameters, whatever the rule.
+  [[small layerscale-0.01-16x48-lr1.0e-02-seed* validation_loss .2f]]. At the size of a GPU, at
+  3.2e-3, the best rate of each: 400 layers of width 64, 100 of 128 and 25 of 256 end at
+  [[gpu alpha-400x64-lr3.2e-03-seed* validation_loss .2f]],
+  [[gpu alpha-100x128-lr3.2e-03-seed0 validation_loss .3f]] and
+  [[gpu alpha-25x256-lr3.2e-03-seed0 validation_loss .3f]] with the default, at
+  [[gpu layerscale-0.01-400x64-lr3.2e-03-seed* validation_loss .2f]],
+  [[gpu layerscale-0.01-100x128-lr3.2e-03-seed0 validation_loss .3f]] and
+  [[gpu layerscale-0.01-25x256-lr3.2e-03-seed0 validation_loss .3f]] with LayerScale γ = 0.01: the
+  shallower is ahead at each step, of one seed at the wider two. In so few steps depth is not worth
+  its parameters, whatever the rule.
+
+- **At 1e-2 the default dies in wider networks**, one seed each. Of width 256 its
+  loss is once a little below the floor and goes up again; of width 128, 100 layers, it learns for
+  80 steps and then loses all of it. Both end at
+  [[gpu alpha-25x256-lr1.0e-02-seed0 validation_loss .2f]] and
+  [[gpu alpha-100x128-lr1.0e-02-seed0 validation_loss .2f]], above the floor, with all tokens alike
+  (similarity [[gpu alpha-25x256-lr1.0e-02-seed0 similarity .2f]] and
+  [[gpu alpha-100x128-lr1.0e-02-seed0 similarity .2f]]): the paper's state, entered
+  with MV-Split. LayerScale γ = 0.01 lives at that rate in both,
+  at [[gpu layerscale-0.01-25x256-lr1.0e-02-seed0 validation_loss .2f]] and
+  [[gpu layerscale-0.01-100x128-lr1.0e-02-seed0 validation_loss .2f]]. At width 64 the default lives
+  there, at 100 layers and at 400. So α = β widens the range of rates at which deep networks learn
+  and is no guard beyond it; 3.2e-3 is within it at every width that was run.
 
 - **Writers of standard size** with α = β end at
   [[small alpha-standard-4x48-lr3.2e-03-seed* validation_loss .2f]] at 4 layers and at

@@ -62,6 +62,25 @@ def test_a_best_rate_beyond_which_nothing_was_tried_is_marked(rate):
     assert not cell.at_end
 
 
+def test_runs_of_another_width_stand_in_the_table_of_shapes_alone(tmp_path):
+    """Also those of a candidate, which lives at other rates there."""
+    path = tmp_path / module.RESULTS / "gpu.json"
+    path.parent.mkdir(parents=True)
+    result = json.loads((PAGES / "results" / "depth-bench" / "gpu.json").read_text("utf-8"))
+    wide = [each for each in result["rows"] if each["width"] != SIZES["gpu"].width]
+    assert {"alpha", "layerscale-0.01"} == {each["entry"] for each in wide}
+    texts = []
+    for without in ([], wide):
+        rows = [each for each in result["rows"] if each not in without]
+        path.write_text(json.dumps(result | {"rows": rows}), encoding="utf-8")
+        texts.append(write_page(tmp_path).read_text(encoding="utf-8"))
+    for title in ("### Learning rates that live", "### 100 layers"):
+        parts = [text.split(f"\n{title}\n")[1].partition("\n### ")[0] for text in texts]
+        assert parts[0] == parts[1]
+    assert "| 400 × 64 | 100 × 128 | 25 × 256 |" in texts[0]
+    assert "| 400 × 64 | 100 × 128 | 25 × 256 |" not in texts[1]
+
+
 def test_what_was_not_swept_whole_is_not_called_dead():
     dead = [row(rate, None, name="plain") for rate in TINY.rates]
     (whole,) = cells(TINY, [entry("plain")], dead)

@@ -106,6 +106,36 @@ def test_words_about_standings_hold_of_the_rows():
     assert (deep.top, deep.level) == ("standard", [])
 
 
+def test_words_about_shapes_hold_of_the_rows():
+    path = ROOT / "docs/experiments" / RESULTS / "gpu.json"
+    rows = {row["run"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
+    shapes = ("400x64", "100x128", "25x256")
+    for name in ("alpha", "layerscale-0.01"):
+        losses = [
+            [r["validation_loss"] for r in rows.values() if r["run"].startswith(f"{name}-{s}-lr3")]
+            for s in shapes
+        ]
+        assert [len(each) for each in losses] == [5, 1, 1]
+        deep, middle, wide = losses
+        assert min(deep) > middle[0] > wide[0]  # the shallower is ahead at each step
+        for shape in shapes[1:]:
+            best_of = {r["validation_loss"]: r["rate"] for r in rows.values()
+                       if r["run"].startswith(f"{name}-{shape}-")}  # fmt: skip
+            assert best_of[min(best_of)] == 3.2e-3
+    lives = {shape: rows[f"alpha-{shape}-lr1.0e-02-seed0"]["lives"] for shape in (
+        "400x64", "100x64", "100x128", "25x256")}  # fmt: skip
+    assert lives == {"400x64": True, "100x64": True, "100x128": False, "25x256": False}
+    assert rows["alpha-100x128-lr1.0e-02-seed0"]["collapse_step"] == 80
+    assert rows["alpha-25x256-lr1.0e-02-seed0"]["collapse_step"] is None
+    text = " ".join(module.UNDERSTOOD.split())
+    assert "it learns for 80 steps and then loses all of it" in text
+    wide = rows["alpha-25x256-lr1.0e-02-seed0"]
+    assert 0.8 < min(wide["curve"]) / wide["floor"] < 0.9
+    rates = {row["rate"] for row in rows.values() if row["run"].startswith("alpha-")
+             and row["width"] > 64 and row["lives"]}  # fmt: skip
+    assert rates == {1e-3, 3.2e-3}
+
+
 def test_without_rows_words_without_figures_stay(tmp_path, folder):
     (folder / "gpu.json").unlink()
     assert understood(folder) == ["## Three", "", "No figure.", ""]
