@@ -28,6 +28,7 @@ from performance_step import (
     low_precision,
     masked,
     more_ideas,
+    recipes,
     thousand,
     updates,
 )
@@ -111,7 +112,7 @@ def page() -> str:
     eager = merged(load("train_step_eager_h200_*.json"))
     reference = json.loads((RESULTS / "reference_h200.json").read_text(encoding="utf-8"))
     padded = ways_together(load("masked_attention_h200_*.json"))
-    recipe = merged(load("recipe_h200_*.json"))
+    recipe = recipes(load("recipe_h200_*.json"))
     all_deep = load("thousand_layers_h200_*.json")
     deep = merged(all_deep) | {"thousand": learning(all_deep)}
     clusters = merged(load("merge_clusters_h200_*.json"))

@@ -281,11 +281,19 @@ the plan foretells {plan.time.seconds:.1f} s for {plan.batch_size} samples, {pla
 """  # noqa: E501
 
 
+def recipes(results: Sequence[Found]) -> Found:
+    """Of results of recipe.py, oldest first: the latest in which all steps were taken, or else the
+    latest; `parts`: those that were stopped since."""
+    whole = [each for each in results if each["steps"] >= each.get("of_steps", 1000)]
+    kept = (whole or results)[-1]
+    return kept | {"parts": [each for each in results if each["date"] > kept["date"]]}
+
+
 def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) -> str:
     """What bf16 weights and gradients cost in learning, and what `moments` of fewer bytes."""
     lines = []
     if recipe.get("gaps"):
-        gaps = ", ".join(f"{name} {gap:+.2%}" for name, gap in recipe["gaps"].items())
+        gaps = _gaps(recipe)
         seeds = len({name.partition(", seed ")[2] for name in recipe["gaps"]})
         spread = "1 seed, no spread" if seeds == 1 else f"{seeds} seeds"
         then = _ONE_BYTE if recipe["date"] < ONE_BYTE_SINCE else ""
@@ -294,6 +302,11 @@ def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) ->
             f"{recipe['steps']:,} of {recipe.get('of_steps', 1000):,} steps of "
             f"{recipe.get('batch_size', _BATCH_THEN)} samples, mean loss of the last 100 against\n"
             f"fp32 AdamW from the same seed: {gaps} ({spread}). At most 2 % was allowed.{then}"
+            + "".join(
+                f"\nRun again in part, stopped by its time at {part['steps']:,} of "
+                f"{part['of_steps']:,} steps: {_gaps(part)}, of the 100 steps before that."
+                for part in recipe.get("parts", ())
+            )
         )
     if moments:
         costs = {n: statistics.fmean(each) for n, each in moments["over_fp32"].items()}
@@ -320,6 +333,10 @@ def low_precision(recipe: Found, graphs: Found, moments: Found | None = None) ->
     if not lines:
         return ""
     return "## What low precision costs\n\n" + "\n\n".join(lines) + "\n"
+
+
+def _gaps(recipe: Found) -> str:
+    return ", ".join(f"{name} {gap:+.2%}" for name, gap in recipe["gaps"].items())
 
 
 def updates(graphs: Found) -> str:

@@ -186,6 +186,26 @@ def test_a_result_alone_as_a_table(writer, file, words):
     assert words in writer.table([FOLDER / "results" / file])
 
 
+def test_a_recipe_that_was_stopped_stands_beside_the_whole_one_as_a_part(writer):
+    first, whole, part = (
+        result(f"recipe_h200_{date}.json")
+        for date in ("2026-11-28", "2026-11-30T0855", "2026-11-30T1425")
+    )
+    assert (whole["passed"], part["passed"], part["steps"]) == (True, False, 800)
+    found = writer.recipes([first, whole, part])
+    assert found == whole | {"parts": [part]}
+    words = " ".join(writer.low_precision(found, {}).split())
+    assert "1,000 of 1,000 steps of 32 samples" in words
+    assert "bf16, seed 0 +0.31% (1 seed, no spread). At most 2 % was allowed." in words
+    again = "Run again in part, stopped by its time at 800 of 1,000 steps: bf16, seed 1 +0.21%"
+    assert again in words
+    assert again in " ".join(TEXT.split())
+    last = part["losses"]
+    means = [sum(last[f"{name}, seed 1"][700:800]) / 100 for name in ("bf16", "fp32")]
+    assert means[0] / means[1] - 1 == pytest.approx(part["gaps"]["bf16, seed 1"], abs=1e-5)
+    assert writer.recipes([first]) == first | {"parts": []}
+
+
 def test_what_was_run_with_products_is_not_said_to_be_missing(writer):
     """Each line goes by a result of its own, of the forms that serve."""
     from performance_not_run import UNMEASURED, not_run
