@@ -52,9 +52,10 @@ The sizes:
 rate.
 
 All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
-others. Some of them make much of rounding: the same runs on another processor end elsewhere. What
-was recorded earlier stays beside a result, and `--again "on another processor"` keeps a rerun
-there; a page says by how much its figures move.
+others. Some of them make much of rounding: the same runs on another processor end elsewhere; on two
+machines of one kind some are the same to the bit and some are not ([modes](modes.md)). What was
+recorded earlier stays beside a result, and `--again "on another processor"` keeps a rerun there; a
+page says by how much its figures move.
 
 {{summary}}
 

@@ -82,6 +82,8 @@ def test_how_often_the_runs_were_taken_and_where_tokens_became_alike():
     )
     assert [run["beside"]["same_losses"] for run in LOOKS] == [240, 240, 5]
     assert {run["beside"]["steps"] for run in LOOKS} == {240}
+    index = " ".join((PAGES / "README.md").read_text(encoding="utf-8").split())
+    assert "on two machines of one kind some are the same to the bit and some are not" in index
     assert (
         "same loss to the bit in all 240 steps that they share, seed 2 in the first five" in words
     )
