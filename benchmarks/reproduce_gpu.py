@@ -16,7 +16,7 @@ its first steps would not be through before the minutes are over stops there and
 run, too; --members has fewer in one. Its gate is that of depth_bench.py, and comes first.
 
 Cost: as many minutes as --minutes says, nine by default, on one H200; the same command goes on
-later. By the seconds in the kept results all twelve claims are a quarter of an hour, beside what
+later. By the seconds in the kept results all twelve claims are a quarter of an hour, without what
 starts and gates take. The twelve runs with a rise of the rate, which delayed, modes, alignment and
 extinction, attention-only and alignment-entry share, took 3.5 to 3.7 minutes each, six at a time
 (--workers 6): 47 to 82 looks of 1.6 s, from a CUDA graph of their own, are more than half of that.
