@@ -19,7 +19,7 @@ Cost: as many minutes as --minutes says, nine by default, on one H200; the same 
 later. By the seconds in the kept results all twelve claims are a quarter of an hour, without what
 starts and gates take. The twelve runs with a rise of the rate, which delayed, modes, alignment and
 extinction, attention-only and alignment-entry share, took 3.5 to 3.7 minutes each, six at a time
-(--workers 6): 47 to 82 looks of 1.6 s, from a CUDA graph of their own, are more than half of that.
+(--workers 6): 47 to 82 looks of 1.6 s, from a CUDA graph of their own, are about half of that.
 Those of timestep took 0.7 minutes each, three at a time; trained as one (--together start front
 thousand), a run of collapse, order and controls 0.17, of front 0.05, of thousand 0.4.
 """
