@@ -123,7 +123,7 @@ def page() -> str:
         head,
         fused(rows(ops))
         + "\n"
-        + forms(clusters, rows(ops), merged(load("merge_long_h200_*.json"))),
+        + forms(clusters, rows(ops), *load("merge_long_h200_2026-11-30T1416.json")),
         products(fused_products),
         training(graphs, reference) + updates(graphs) + layers(graphs),
         thousand(deep, all_deep),

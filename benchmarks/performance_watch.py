@@ -32,10 +32,17 @@ def watch(found: Found) -> str:
     ]
     head = ("a step of 400 layers", "s", f"added, one look in {cadence} steps")
     difference = found["gradient_difference"]
+    from_graphs = found.get("looks_from_graphs", 0)
+    how = (
+        "that is replayed from a graph of its own, for half of the memory was free"
+        if from_graphs
+        else "launched part by part, and a graph recorded anew whose memory it took; where half\n"
+        "of the memory is free, it is replayed from a graph of its own"
+    )
     return f"""## The watch
 
 D = 1024, bf16 weights, {found["tokens_per_step"]:,} tokens a step in four pieces, as CUDA graphs; a look costs a piece
-launched part by part and its graph recorded anew. {cadence} is the default of `--probe-every`, and of `Monitor` in calm;
+{how}. {cadence} is the default of `--probe-every`, and of `Monitor` in calm;
 `--probe all` asks for all fields.
 
 {markdown(head, rows)}

@@ -4,7 +4,7 @@ from mvsplit.diagnostics.detector import Detector
 from mvsplit.diagnostics.events import Event
 from mvsplit.diagnostics.logs import read_jsonl
 from mvsplit.diagnostics.monitor import Cadence, Monitor, Stopped
-from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe
+from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, WRITER_FIELDS, LayerProbe
 from mvsplit.diagnostics.report import write_report
 from mvsplit.diagnostics.structure import TapNames, find_taps
 from mvsplit.diagnostics.taps import (
@@ -20,6 +20,7 @@ from mvsplit.diagnostics.thresholds import Thresholds
 __all__ = [
     "CHEAP_FIELDS",
     "FIELDS",
+    "WRITER_FIELDS",
     "BranchTap",
     "Cadence",
     "Detector",

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mvsplit.diagnostics.metrics import upcast
-from mvsplit.diagnostics.probe import segments_among
-from mvsplit.diagnostics.taps import BranchName, LayerTap
+from mvsplit.diagnostics.taps import BranchName, LayerTap, segments_among
 from mvsplit.kernels import Segments
 
 

@@ -21,7 +21,16 @@ from torch.utils.hooks import RemovableHandle
 
 from mvsplit.diagnostics import metrics
 from mvsplit.diagnostics.shards import norms
-from mvsplit.diagnostics.taps import FAMILIES, BranchTap, LayerTap, family_gradients, read
+from mvsplit.diagnostics.taps import (
+    FAMILIES,
+    BranchTap,
+    LayerTap,
+    family_gradients,
+    first_tensor,
+    read,
+    segments_among,
+    trunk_among,
+)
 from mvsplit.errors import UserError, nearest
 from mvsplit.kernels import Segments
 
@@ -108,10 +117,8 @@ class LayerProbe:
         self._segments: dict[int, Segments] = {}
         self._trunks: dict[BranchTap, Tensor] = {}  # from the branch's start to its writer
         self._layer: LayerTap | None = None  # the layer that is running forward
-        self._recalled: tuple[Names, list[Tensor]] = (
-            (),
-            [],
-        )  # values of passes that a graph repeated
+        self._recalled: tuple[Names, list[Tensor]] = (), []  # of passes that a graph repeated
+        self._ran = False
         self._active = ExitStack()
 
     def __enter__(self) -> LayerProbe:
@@ -129,8 +136,12 @@ class LayerProbe:
                     stack.callback(handle.remove)
             if self.fields.intersection(ATTENTION_FIELDS):
                 stack.enter_context(_AttentionWatch(self._on_attention))
+            stack.callback(self._let_go)
             yield
+
+    def _let_go(self) -> None:
         self._trunks.clear()
+        self._layer = None
 
     def __exit__(
         self,
@@ -138,34 +149,35 @@ class LayerProbe:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.rest()
+        self._active.close()
         if exc_type is None:
             self.read_gradients()
 
-    def rest(self) -> None:
-        """Stops looking, once a forward and a backward pass are over: passes that follow inside the
-        probe cost what they would outside it. The gradients of parameters are read at the end."""
-        self._active.close()
-
     @property
     def key(self) -> Hashable:
-        """What it looks at: passes of the same network that are alike give two probes with the same
-        key the same `seen` names."""
-        return self.fields, self.per_segment, self.samples
+        """What it looks at: of passes of one network that are alike, probes with the same key see
+        the same."""
+        parts = tuple(
+            (t.layer, id(t.block), *(id(b.writer) for b in t.branches)) for t in self.taps
+        )
+        return self.fields, self.per_segment, self.samples, parts
 
     def seen(self) -> tuple[Names, Tensor]:
         """What it has seen so far: names (column, layer) and their values, [n]."""
-        return tuple(self._scalars), torch.cat([v.reshape(-1) for v in self._scalars.values()])
+        values = [v.reshape(-1) for v in self._scalars.values()]
+        return tuple(self._scalars), torch.cat(values) if values else torch.empty(0)
 
     def recall(self, names: Names, values: Tensor) -> None:
         """Takes for seen what another probe with the same key saw, as `seen` gave it: values of
-        passes that a CUDA graph has repeated, which calls no hook."""
-        self._recalled = names, [values]
+        passes that a CUDA graph has repeated, which calls no hook. What it saw itself is gone."""
+        self.forget()
+        self._recalled, self._ran = (names, [values] if names else []), True
 
     def forget(self) -> None:
-        """Lets go of what passes have shown that came to nothing."""
+        """Lets go of what it has seen."""
         self._scalars.clear()
         self._segments.clear()
+        self._recalled, self._ran = ((), []), False
 
     def arrays(self) -> dict[str, list[float | None]]:
         """The fields over the layers, in the order of the taps, as numbers: the one place that
@@ -186,7 +198,7 @@ class LayerProbe:
 
     def _check_complete(self) -> None:
         names = (*self._recalled[0], *self._scalars)
-        if not self._segments and not self._recalled[0]:
+        if not self._ran:
             raise UserError(
                 "the probe saw no layer run; run the forward and backward pass inside the probe"
             )
@@ -224,12 +236,12 @@ class LayerProbe:
 
     def _on_enter(self, tap: LayerTap, _: nn.Module, args: Any, kwargs: Any) -> None:
         self._segments.setdefault(tap.layer, segments_among(args, kwargs, tap))
-        self._layer = tap
+        self._layer, self._ran = tap, True
 
     def _on_leave(self, tap: LayerTap, _: nn.Module, args: Any, output: Any) -> None:
         self._layer = None
         segments = self._segments[tap.layer]
-        x = _trunk_among(output, segments.total, tap)
+        x = trunk_among(output, segments.total, tap)
         if x is None or self.fields.isdisjoint(TRUNK_FIELDS):
             return
         with _quietly(x):
@@ -240,7 +252,7 @@ class LayerProbe:
     def _on_trunk(
         self, tap: LayerTap, branch: BranchTap, _: nn.Module, args: Any, kwargs: Any
     ) -> None:
-        self._trunks[branch] = tap.oriented(_first_tensor(args, kwargs)).detach()
+        self._trunks[branch] = tap.oriented(first_tensor(args, kwargs)).detach()
 
     def _on_write(
         self, tap: LayerTap, branch: BranchTap, _: nn.Module, args: Any, update: Tensor
@@ -419,31 +431,6 @@ def _first_samples(segments: Segments, samples: int) -> Segments:
     if segments.valid is None:
         return segments
     return Segments(segments.lengths, segments.valid[:samples], segments.real_first)
-
-
-def _trunk_among(output: Any, total: int, tap: LayerTap) -> Tensor | None:
-    """The output of a block, or the last of several, that has the trunk's number of tokens: blocks
-    with a text stream return (text, image), others (trunk, weights). None where the block changed
-    that number, or returned something else."""
-    outputs = (output,) if isinstance(output, Tensor) else output
-    trunks = [tap.oriented(o) for o in outputs if isinstance(o, Tensor) and o.dim() == 3]
-    return next((x for x in reversed(trunks) if x.shape[1] == total), None)
-
-
-def segments_among(args: Any, kwargs: Any, tap: LayerTap) -> Segments:
-    """The segments that a block is given, else one over all tokens of its first tensor."""
-    given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
-    return given[0] if given else Segments.whole(tap.oriented(_first_tensor(args, kwargs)))
-
-
-def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if found is None:
-        raise UserError(
-            "a watched block is called without a tensor; name blocks that take the trunk [B, T, D] "
-            "by TapNames(blocks=…)"
-        )
-    return found
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mvsplit.diagnostics.shards import GradientPart, norms, part_of
 from mvsplit.errors import UserError
+from mvsplit.kernels import Segments
 from mvsplit.models import Block, DiT
 from mvsplit.residuals import Rule
 
@@ -184,3 +185,28 @@ def read(scalars: Iterable[Tensor]) -> list[float]:
     if not flat:
         return []
     return torch.cat([s.to(flat[0].device) for s in flat]).tolist()
+
+
+def trunk_among(output: Any, total: int, tap: LayerTap) -> Tensor | None:
+    """The output of a block, or the last of several, that has the trunk's number of tokens: blocks
+    with a text stream return (text, image), others (trunk, weights). None where the block changed
+    that number, or returned something else."""
+    outputs = (output,) if isinstance(output, Tensor) else output
+    trunks = [tap.oriented(o) for o in outputs if isinstance(o, Tensor) and o.dim() == 3]
+    return next((x for x in reversed(trunks) if x.shape[1] == total), None)
+
+
+def segments_among(args: Any, kwargs: Any, tap: LayerTap) -> Segments:
+    """The segments that a block is given, else one over all tokens of its first tensor."""
+    given = [a for a in (*args, *kwargs.values()) if isinstance(a, Segments)]
+    return given[0] if given else Segments.whole(tap.oriented(first_tensor(args, kwargs)))
+
+
+def first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    found = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if found is None:
+        raise UserError(
+            "a watched block is called without a tensor; name blocks that take the trunk [B, T, D] "
+            "by TapNames(blocks=…)"
+        )
+    return found

@@ -9,9 +9,9 @@ A graph runs the network as it was when it was recorded. So it is used only whil
 part of the network (`Graphs.usable`) and while the same parameters learn, and it is dropped when
 parameters move (`Graphs.clear`).
 
-A look into the passes (`Look`) has graphs of its own, which hold what it computes, too: without one
-a look into 400 layers takes the time of fifty steps, nearly all of it launches. They are recorded
-where they leave half of the memory free.
+A look into the passes (`Look`) has graphs of its own, which hold what it computes, too: in a narrow
+network launching that takes far longer than a step does. They are recorded where half of the memory
+is free before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mvsplit.models.block import _is_watched
 from mvsplit.training.pieces import Piece
 
 _logger = logging.getLogger(__name__)
-_MOST = 8  # graphs that are kept, the shapes last seen
+_MOST, _MOST_LOOKS = 8, 4  # graphs that are kept, the shapes last seen
 NODE_BYTES = 600_000  # of a graph for every layer: some fifty nodes of about 10 KB
 
 Run = Callable[[Piece], Tensor]  # adds gradients, gives the loss of each sample
@@ -46,7 +46,7 @@ class Look(Protocol):
 
     @property
     def key(self) -> Hashable:
-        """Looks with the same key see the same of passes that are alike."""
+        """Looks with the same key see the same of passes of one network that are alike."""
 
     def passes(self) -> AbstractContextManager[None]:
         """For the passes: what runs inside is seen."""
@@ -106,42 +106,47 @@ class Graphs:
         Returns:
             The loss of each sample, [B].
         """
-        usable = self._on and self.usable()
-        if look is not None:
-            return self._run_seen(piece, run, look, usable)
-        if not usable:
-            self._make_room()
-            return run(piece)
+        if not self._on or not self.usable():
+            return self._run_as_written(piece, run, look)
         key = self._key(piece)
+        if key not in self._seen:
+            self._seen.add(key)
+            if look is not None:
+                self._seen.add((look.key, *key))
+            if self._held():
+                self.clear()
+            return self._run_as_written(piece, run, look)
+        if look is not None:
+            return self._run_seen(piece, run, look, (look.key, *key))
         if key not in self._recorded:
-            if key not in self._seen:
-                self._seen.add(key)
-                if self._recorded or self._looks:
-                    self.clear()
-                return run(piece)
             # A larger piece finds no room in the blocks of a smaller one's graph.
-            smaller = any(_size(r.piece) < _size(piece) for r in self._recorded.values())
+            smaller = any(_size(r.piece) < _size(piece) for r in self._held())
             if smaller or len(self._recorded) >= _MOST:
                 self.clear()
             self._record(key, piece, run)
         return self._recorded[key].replay(piece) if key in self._recorded else run(piece)
 
-    def _run_seen(self, piece: Piece, run: Run, look: Look, usable: bool) -> Tensor:
-        """`run` with a look into it, from the second look at such a piece on from a graph."""
-        key = (look.key, *self._key(piece))
-        if usable and self._looks_on and key not in self._looks:
+    def _run_seen(self, piece: Piece, run: Run, look: Look, key: Any) -> Tensor:
+        """`run` with a look into it: from the second such look on from a graph, if it has room."""
+        if self._looks_on and key not in self._looks:
             if key in self._seen and self._has_room():
                 self._record_look(key, piece, run, look)
             self._seen.add(key)
-        if usable and key in self._looks:
-            recorded = self._looks[key]
-            losses = recorded.replay(piece)
-            names, values = recorded.seen
-            look.recall(names, values.clone())  # before another graph of the pool is replayed
-            return losses
+        if key not in self._looks:
+            return self._run_as_written(piece, run, look)
+        recorded = self._looks[key]
+        losses = recorded.replay(piece)
+        names, values = recorded.seen
+        look.recall(names, values.clone())  # before another graph of the pool is replayed
+        return losses
+
+    def _run_as_written(self, piece: Piece, run: Run, look: Look | None) -> Tensor:
         self._make_room()
-        with look.passes():
+        with nullcontext() if look is None else look.passes():
             return run(piece)
+
+    def _held(self) -> list[_Recorded]:
+        return [*self._recorded.values(), *self._looks.values()]
 
     @property
     def recorded(self) -> int:
@@ -188,33 +193,53 @@ class Graphs:
             self.clear()
 
     def _has_room(self) -> bool:
-        """Whether half of the memory that this process could have is free: a look keeps up to as
-        much as a step does."""
+        """Whether half of the memory that this process could have is free: a look keeps about as
+        much as a step does. Where it is not, that is said once."""
         gc.collect()
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(self._device)[0]
-        return bool(free > torch.cuda.memory_reserved(self._device))
+        free, used = (
+            torch.cuda.mem_get_info(self._device)[0],
+            torch.cuda.memory_reserved(self._device),
+        )
+        if free > used:
+            return True
+        self._looks_on = False
+        words = (
+            "looks run without a CUDA graph, for less memory is free, %.1f GiB, than in use, %.1f"
+        )
+        _logger.info(words, free / 2**30, used / 2**30)
+        return False
 
     def _record(self, key: Any, piece: Piece, run: Run) -> None:
+        error = None
         try:
             self._recorded[key] = self._captured(piece, run)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            return
+        except torch.OutOfMemoryError:
+            if not self._looks:
                 raise
-            self._on = False
-            self.clear()
-            _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
+        except RuntimeError as reason:
+            error = str(reason)
+        self.clear()  # now that no traceback holds what the recording had
+        if error is None:  # the looks had the memory
+            self._recorded[key] = self._captured(piece, run)
+            return
+        self._on = False
+        _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
 
     def _record_look(self, key: Any, piece: Piece, run: Run, look: Look) -> None:
-        if len(self._looks) >= _MOST:
+        if len(self._looks) >= _MOST_LOOKS:
             self._looks.clear()
+        error = None
         try:
             self._looks[key] = self._captured(piece, run, look)
-        except RuntimeError as error:  # memory ran out, too: without a graph a look may fit
-            self._looks_on = False
-            self.clear()
-            _logger.warning("looks run without a CUDA graph, and slower: %s", error)
+        except RuntimeError as reason:  # memory ran out, too: without a graph a look may fit
+            error = str(reason)
         look.forget()  # a recording computes nothing
+        if error is not None:
+            self.clear()
+            self._looks_on = False
+            _logger.warning("looks run without a CUDA graph, and slower: %s", error)
 
     def _captured(self, piece: Piece, run: Run, look: Look | None = None) -> _Recorded:
         """Raises RuntimeError where it cannot be recorded."""
@@ -222,16 +247,25 @@ class Graphs:
         own = Piece(**parts)
         gc.collect()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self._device)
+        before = self._taken()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if look is not None:
+            look.forget()  # what it saw before is no part of these passes
         with capture(graph, self._pool):
             with nullcontext() if look is None else look.passes():
                 losses = run(own)
             seen = ((), losses) if look is None else look.seen()
-        self._bytes += torch.cuda.memory_reserved(self._device) - before
+        # Nodes of a graph are no memory of PyTorch's, and on a GPU of several programs what the
+        # device has less is not all of this one.
+        self._bytes += max(now - then for now, then in zip(self._taken(), before, strict=True))
         return _Recorded(graph, own, losses, seen)
+
+    def _taken(self) -> tuple[int, int]:
+        """Bytes: PyTorch's, and all that is not free."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return torch.cuda.memory_reserved(self._device), total - free
 
 
 def _shape(value: Tensor | None) -> Any:

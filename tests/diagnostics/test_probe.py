@@ -287,15 +287,20 @@ def test_parameter_rows_without_bounds_are_the_whole_gradient() -> None:
     assert torch.equal(ParameterRows(projection=linear).gradient().local, torch.ones(3, 2))
 
 
-def test_a_probe_at_rest_lets_passes_run_unwatched() -> None:
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_passes_after_those_that_a_probe_looks_at_are_unwatched() -> None:
     """What the first pass showed stays, later passes meet no hook; gradients come at the end."""
     model = dit()
     taps = taps_for_dit(model)
-    with LayerProbe(taps) as once:
+    once = LayerProbe(taps)
+    with once.passes():
         step(model)
-        once.rest()
-        hooks = sum(len(m._forward_hooks) for m in model.modules())
-        step(model)
+    hooks = hooks_on(model)
+    step(model)
+    once.read_gradients()
     with LayerProbe(taps) as alone:
         step(model)
     ours, theirs = once.arrays(), alone.arrays()
@@ -304,3 +309,47 @@ def test_a_probe_at_rest_lets_passes_run_unwatched() -> None:
         factor = 2 / 3 if name.startswith("grad_") else 1  # gradients of two steps, then of three
         wanted = [v for v in ours[name] if v is not None]
         assert wanted == pytest.approx([factor * v for v in values if v is not None], rel=1e-5)
+
+
+def test_a_pass_that_fails_leaves_no_hook_and_nothing_to_mistake() -> None:
+    model = dit()
+    probe = LayerProbe(taps_for_dit(model))
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    model.blocks[1].register_forward_pre_hook(fails)
+    before = hooks_on(model)
+    with pytest.raises(ZeroDivisionError), probe.passes():
+        model(*inputs())
+    assert (hooks_on(model), probe._layer, probe._trunks) == (before, None, {})
+
+
+def test_what_a_graph_repeats_counts_instead_of_what_was_seen() -> None:
+    model = dit()
+    taps = taps_for_dit(model)
+    with LayerProbe(taps, fields=CHEAP_FIELDS) as first:
+        step(model)
+    names, values = first.seen()
+    wanted = {
+        name: [value if name == "layer" or value is None else value + 1 for value in row]
+        for name, row in first.arrays().items()
+    }
+    for probe in (first, LayerProbe(taps, fields=CHEAP_FIELDS)):
+        probe.recall(names, values + 1)
+        assert_close(probe.arrays(), wanted)
+
+
+def test_probes_of_other_layers_or_writers_have_other_keys() -> None:
+    model = dit()
+    taps = taps_for_dit(model)
+    assert LayerProbe(taps).key == LayerProbe(taps_for_dit(model)).key
+    others = (
+        LayerProbe(taps[:1]),
+        LayerProbe(taps[1:]),
+        LayerProbe(taps, fields=CHEAP_FIELDS),
+        LayerProbe(taps, samples=1),
+        LayerProbe(taps, per_segment=True),
+        LayerProbe(taps_for_dit(dit())),
+    )
+    assert len({LayerProbe(taps).key, *(probe.key for probe in others)}) == 7
