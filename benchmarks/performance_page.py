@@ -21,7 +21,8 @@ from performance_merges import forms, tried, tried_in_a_block
 from performance_not_run import BACKEND, IN_CUDA, not_run, served, served_since
 from performance_parallel import several
 from performance_parts import NAMES, distance, fused, ideas, plans
-from performance_products import fastest_alone, product_ideas, products, since
+from performance_planned import planned
+from performance_products import product_ideas, products, since
 from performance_step import (
     layers,
     learning,
@@ -135,7 +136,8 @@ def page() -> str:
             since=served_since(load("step_classes_h200_*.json"), BACKEND),
         ),
         low_precision(recipe, graphs, merged(load("low_moments_cpu_*.json"))),
-        plans(graphs, eager, deep, fastest_alone(fused_products)),
+        plans(graphs, eager, deep)
+        + planned(load("ffn_products_h200_*.json"), load("step_classes_h200_*.json")),
         distance(graphs, eager, classes),
         engine(load("engine_h200_*.json")),
         watch(merged(load("watch_cost_h200_*.json"))),

@@ -5,7 +5,7 @@ Shapes: samples, image and text tokens. Units: those of the column.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from mvsplit.training.gpus import GIB, GPUS
 from mvsplit.training.kernel_times import APART, FIRST, KERNELS, Kernels
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.step_memory import count_parameters, step_memory
-from mvsplit.training.step_time import Shape, merge_seconds, step_time
+from mvsplit.training.step_time import Shape, left_seconds, merge_seconds, step_time
 
 Found = dict[str, Any]
 LENGTH = 320  # tokens of a sample in train_step.py
@@ -156,8 +156,7 @@ def kernels_of(stage: Found) -> Kernels:
     return KERNELS if stage.get("run", stage.get("date", "")) >= PRODUCTS_SINCE else APART
 
 
-def plans(graphs: Found, eager: Found, deep: Found, alone: Sequence[float] = ()) -> str:
-    """`alone`: TFLOP/s of a library's products under load, with nothing between them."""
+def plans(graphs: Found, eager: Found, deep: Found) -> str:
     preset = get_preset("mvsplit-1000l-h200").model
     thousand = deep.get("thousand")
     cases = (
@@ -191,17 +190,7 @@ load ([above](#what-the-cards-power-allows)), none fitted to a whole step. *One 
 kernels. A run that had another recompute plan in its day, or kept more, is compared with that one; where
 writers were zero, with products as fast as a card has them that power does not hold down.
 
-{markdown(head, rows)}{_fused(alone)}"""  # noqa: E501
-
-
-def _fused(alone: Sequence[float]) -> str:
-    """What the plan makes of products that do what follows them."""
-    return f"""
-Where products and gradients of attention do what follows them ([above](#products-with-what-follows-them); in the table, as CUDA
-graphs with bf16 weights), the plan counts what that took beyond the library's product, or in a block beyond gradients that do not go on. Power
-holds products down the more, the less lies between them: a library's reach {min(alone):.0f} to {max(alone):.0f} TFLOP/s under load
-alone, {GPUS["h200"].under_load / 1e12:.0f} in a block of 2026-11-29, of another card.
-"""  # noqa: E501
+{markdown(head, rows)}"""  # noqa: E501
 
 
 # The distance that is left
@@ -297,10 +286,9 @@ def _split(graphs: Found) -> str:
     products = time.parts["matrix products"]
     blocks = 400 * shape.pieces
     best = 6 * _matrices() * shape.tokens * blocks / gpu.peak
-    bytes_, inside = (
-        passes * 2 * shape.tokens * 1024 * blocks / gpu.copy
-        for passes in _passes(kernels_of(stage))
-    )
+    passes, inside = _own_and_inside(kernels_of(stage), shape.tokens)
+    inside *= blocks
+    bytes_ = passes * 2 * shape.tokens * 1024 * blocks / gpu.copy
     above = time.parts["element-wise kernels"] - inside - bytes_
     merges = _merges_above(kernels_of(stage), shape.tokens) * blocks
     rows = [
@@ -330,14 +318,14 @@ def _split(graphs: Found) -> str:
     )
 
 
-def _passes(kernels: Kernels) -> tuple[float, float]:
-    """Of [n, D], what merges, SwiGLU and QK-norm have to move in a block of today's network where
-    kernels of their own do it; and in the time of how many others do it."""
+def _own_and_inside(kernels: Kernels, tokens: int) -> tuple[float, float]:
+    """Passes over [n, D] that merges, SwiGLU and QK-norm have to make in a block of today's network
+    where kernels of their own do it, and seconds that it takes others where they do it."""
     own, inside = float(PASSES["merges"]), 0.0
     for name, width in (("swiglu", 3), ("rotation", 1)):
         for way, (passes, _) in kernels.passes[name].items():
             if (name, way) in kernels.fused:
-                inside += width * kernels.fused[name, way]
+                inside += left_seconds(kernels.fused[name, way], tokens)
             else:
                 own += width * passes
     return own, inside

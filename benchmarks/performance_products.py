@@ -78,13 +78,6 @@ def best_of(found: Found) -> dict[tuple[str, int], Found]:
     return {key: ways for key, ways in timed.items() if ways["best"]}
 
 
-def fastest_alone(found: Found) -> list[float]:
-    """TFLOP/s of the library's products under load with nothing between them, of most rows."""
-    best = best_of(found)
-    most = max(n for _, n in best)
-    return sorted(ways[ALONE]["tflops"] for (_, n), ways in best.items() if n == most)
-
-
 def product_ideas(runs: Found, found: Found, classes: Found) -> list[list[str]]:
     """Rows of the table of ideas. `runs`: results by the name of their file."""
     loaded = [run for run in runs.values() if "load" in (run.get("step bf16") or ())]

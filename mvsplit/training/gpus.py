@@ -80,7 +80,8 @@ GPUS: dict[str, Gpu] = {
         processors=132,
         hopper=True,
         link=300e9,
-        source="products and copy measured by hand on an 80 GB SXM card; under load as an H200",
+        source="products and copy measured by hand on an 80 GB SXM card; products under load and "
+        "alone not measured: an H200's, in proportion to products",
         alone=635e12,
     ),
     "a100": Gpu(

@@ -8,7 +8,7 @@ Where the constants come from (files of benchmarks/results):
 | `rounded` | the same, `step_classes_h200`: a sample of 288 tokens takes as long as one of 320 |
 | `merge` | `fused_ops_h200_…_merge`, and for two launches, which serve below 8,192 tokens, the profiles of `step_classes_h200` |
 | `passes` | the other element-wise kernels: bytes that have to move, times what such a profile took more |
-| `fused` | in a product: `ffn_products_h200_2026-11-30T1341`, what the best form takes beyond the library's product alone; in gradients of attention: what these take more in the profile of `step_classes_h200_2026-11-30T1343`, where they go on to the projection, than where they do not. In passes, the middle of 8,320 and of 4,608 tokens, which differ by up to 6 µs from it; less than nothing counts as nothing |
+| `fused` | each size as it was measured, between them a line, beyond them in proportion; no third size says how good that is. In a product: `ffn_products_h200_2026-11-30T1341`, the best form less the library's product alone, less than nothing as nothing. In gradients of attention: at 8,320 tokens `step_classes_h200_2026-11-30T1343`, those that go on to the projection less those that do not; at 4,608 of two runs, 13:43 less 08:46 |
 | `own` | `step_classes_h200_2026-11-30T0846`: attention in CUDA C++, of FLOPs without padding to `rounded` |
 | `forward`, `backward`, `again` | counts of it |
 
@@ -30,9 +30,13 @@ from mvsplit.training.step_memory import runs_as_one_node
 COPY = 4.25e12  # bytes/s of the GPU that all of this was measured on
 Passes = Mapping[str, tuple[float, float]]
 Kind = tuple[str, str]  # a name of `passes`, a direction
+Rows = Sequence[tuple[int, float]]  # n, seconds
 # What kernels that do what follows them take (`block_product_choice`, `unit_heads`).
-FEWEST_ROWS, WIDTHS, COLUMNS, HEAD = 4000, 64, 128, 128
+WIDTHS, COLUMNS, HEAD = 64, 128, 128
+# Where they were timed and faster than libraries: W_QKV's with rotation was not at 4,608 rows.
+FEWEST_ROWS = {"swiglu": 4000, "rotation": 8000}
 MOST_TOKENS, TOKENS = 320, (32, 48)
+MEASURED = {"swiglu": 3072, "rotation": 1024}  # F, D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,8 @@ class Kernels:
         apart: the same where clusters do not serve: another D, fp32, another kind of GPU.
         passes: by kind and direction, passes over [n, D] or [n, F] in bf16, and the time over that
             of a copy of as many bytes.
-        fused: what is left of some passes where the kernel before them does them, on Hopper: in
-            the time of how many.
+        fused: what is left of some passes where the kernel before them does them, on Hopper, by
+            n at the width of `MEASURED`.
         own: by direction, FLOP/s of attention where kernels of ours serve, on Hopper.
         forward, backward: how many kernels there are.
         again: how many of them backward runs again, by level.
@@ -61,7 +65,7 @@ class Kernels:
     forward: int
     backward: int
     again: Mapping[Recompute, int]
-    fused: Mapping[Kind, float] = field(default_factory=dict)
+    fused: Mapping[Kind, Rows] = field(default_factory=dict)
     own: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -113,10 +117,10 @@ APART = replace(
 KERNELS = replace(
     APART,
     fused={
-        ("swiglu", "forward"): 0.0,  # H is written beside the products of the next tile
-        ("swiglu", "backward"): 4.2,
-        ("rotation", "forward"): 3.4,
-        ("rotation", "backward"): 7.7,
+        ("swiglu", "forward"): ((4608, 0.0), (8320, 0.0)),  # H is written beside the next tile's
+        ("swiglu", "backward"): ((4608, 31.1e-6), (8320, 45.2e-6)),
+        ("rotation", "forward"): ((8320, 8.2e-6),),
+        ("rotation", "backward"): ((4608, 19.5e-6), (8320, 26.7e-6)),
     },
     own={"forward": 345e12, "backward": 205e12},
 )
@@ -124,7 +128,7 @@ KERNELS = replace(
 
 def served(
     kernels: Kernels, model: DiTConfig, precision: str, samples: int, length: int, gpu: Gpu
-) -> dict[Kind, float]:
+) -> dict[Kind, Rows]:
     """Those of `Kernels.fused` that a block of such samples has, were all found right and faster on
     the machine.
 
@@ -133,22 +137,27 @@ def served(
     """
     if not (kernels.fused and gpu.hopper and runs_as_one_node(model, precision)):
         return {}
-    products = samples * length >= FEWEST_ROWS and model.width % WIDTHS == 0
-    heads = model.head_width == HEAD  # three matrices of whole heads, so of whole tiles
-    ffn = products and model.ffn_width % COLUMNS == 0
+    takes = {
+        "swiglu": model.ffn_width % COLUMNS == 0,
+        "rotation": model.head_width == HEAD,  # three matrices of whole heads, so of whole tiles
+    }
+    product = {
+        name: taken and model.width % WIDTHS == 0 and samples * length >= FEWEST_ROWS[name]
+        for name, taken in takes.items()
+    }
     serves = {
-        ("swiglu", "forward"): ffn,
-        ("swiglu", "backward"): ffn,
-        ("rotation", "forward"): products and heads,
-        ("rotation", "backward"): own_attention(kernels, model, precision, length, gpu) is not None,
+        ("swiglu", "forward"): product["swiglu"],
+        ("swiglu", "backward"): product["swiglu"],
+        ("rotation", "forward"): product["rotation"],
+        ("rotation", "backward"): bool(own_attention(kernels, model, precision, length, gpu)),
     }
     return {kind: left for kind, left in kernels.fused.items() if serves[kind]}
 
 
 def own_attention(
     kernels: Kernels, model: DiTConfig, precision: str, length: int, gpu: Gpu
-) -> Mapping[str, float] | None:
-    """`Kernels.own` where it serves for samples of so many tokens."""
+) -> Mapping[str, float]:
+    """`Kernels.own` where it serves for samples of so many tokens, nothing elsewhere."""
     heads = model.head_width == HEAD and model.groups == model.heads and precision == "bf16"
     rows = length <= MOST_TOKENS and any(length % n == 0 for n in TOKENS)
-    return kernels.own if kernels.own and gpu.hopper and heads and rows else None
+    return kernels.own if gpu.hopper and heads and rows else {}

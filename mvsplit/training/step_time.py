@@ -7,7 +7,7 @@ here and there none is fitted to the time of a step; that is what the model is t
 |---|---|
 | `Gpu.products` | FLOPs of a block over the time of its matrix products, profile of `train_step_eager_h200` |
 | `Gpu.under_load` | the same of a block that has been running for seconds, of what its other kernels and nodes leave, `step_classes_h200`: random numbers, clock held down by the card's power |
-| `Gpu.alone` | the same of a library's products with nothing between them, `ffn_products_h200_2026-11-30T1341` (601 TFLOP/s in the run of 09:37, on another card); between that and `_SHARE` a line |
+| `Gpu.alone` | the same of a library's products with nothing between them, `ffn_products_h200_2026-11-30T1341`; another card reached 7 % less in that of 09:37, with which a planned step would take 1 % longer; between that and `_SHARE` a line |
 | `_TILE` | the profile of `train_step_eager_h200`: the names of the kernels |
 | `_FEW_TOKENS` | the four products of a block at several numbers of tokens, `reference_h200` |
 | `LAUNCH` | wall time of a block in the profile, where it is longer than its kernels |
@@ -34,6 +34,7 @@ from mvsplit.training.gpus import Gpu
 from mvsplit.training.kernel_times import (
     COPY,
     KERNELS,
+    MEASURED,
     Kernels,
     Kind,
     own_attention,
@@ -228,7 +229,7 @@ class _Block:
         long; ours always with their square."""
         each, rate = self.kernels.attention[way]
         width, length = self.model.width, self.shape.length
-        if self.own is not None:
+        if way in self.own:
             each, rate = 0.0, self.own[way]
         else:
             length += -length % self.kernels.rounded
@@ -275,9 +276,12 @@ class _Block:
         return _CAST * 2 * 6 * self.matrices / self.gpu.copy
 
     def _pass(self, name: str, way: str, width: int) -> float:
+        n = self.shape.tokens
+        if (name, way) in self.fused:
+            left = left_seconds(self.fused[name, way], n * width / MEASURED[name])
+            return left * self._slower()
         bytes_, slower = self.kernels.passes[name][way]
-        passes = self.fused.get((name, way), slower * bytes_)
-        return passes * 2 * self.shape.tokens * width / COPY * self._slower()
+        return slower * bytes_ * 2 * n * width / COPY * self._slower()
 
     def _slower(self) -> float:
         """Of this GPU and precision, beside that of the measurements."""
@@ -308,6 +312,14 @@ def merge_seconds(rows: Sequence[tuple[float, float]], n: float) -> float:
     (first, least), (last, most) = rows[0], rows[-1]
     if n <= first:
         return least
+    return most * n / last if n >= last else _between(rows, n)
+
+
+def left_seconds(rows: Sequence[tuple[float, float]], n: float) -> float:
+    """Of n tokens; with fewer and with more than were measured in proportion."""
+    (first, least), (last, most) = rows[0], rows[-1]
+    if n <= first:
+        return least * n / first
     return most * n / last if n >= last else _between(rows, n)
 
 

@@ -1,11 +1,10 @@
-"""The plan of a step against what was measured on an H200, and against counts made otherwise."""
+"""The plan of a step: memory against what was measured on an H200 and against counts made
+otherwise, what does not fit, several GPUs. Times of one GPU: `test_step_time.py`."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from mvsplit.residuals import RULES, RuleConfig
 from mvsplit.training import TrainConfig
 from mvsplit.training.config import TuneConfig
 from mvsplit.training.gpus import GIB, GPUS, find_gpu
-from mvsplit.training.kernel_times import APART, FIRST, KERNELS
+from mvsplit.training.kernel_times import FIRST
 from mvsplit.training.memory_plan import kept_bytes
 from mvsplit.training.optimizer import AdamW, flatten_parameters
 from mvsplit.training.parallelize import lower_weights
@@ -28,171 +27,12 @@ from mvsplit.training.step_memory import (
     step_memory,
 )
 from mvsplit.training.step_plan import Sample, plan_step, sample_of
-from mvsplit.training.step_time import _NODE, _SHARE, LAUNCH, Shape, model_flops, step_time
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-H200 = GPUS["h200"]
-# The writers of these runs were zero, so that half of backward's products were of zeros, which
-# draw less power; as the card is before it gets warm.
-IDLE = replace(H200, under_load=H200.products)
-
-
-def result(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-GRAPHS = result("train_step_h200_2026-11-24.json")
-EAGER = result("train_step_eager_h200_2026-11-24.json")
-REFERENCE = result("reference_h200.json")
-
-
-def measured_network(depth: int) -> DiTConfig:
-    """That of benchmarks/train_step.py."""
-    return DiTConfig(
-        depth=depth,
-        width=1024,
-        heads=8,
-        ffn_width=3072,
-        channels=128,
-        text_width=1024,
-        rule=RuleConfig(name="mvsplit"),
-    )
-
-
-def train(weights: str = "fp32", **other) -> TrainConfig:
-    given = {"steps": 1, "batch_size": 1, "precision": "bf16", "ema_decay": 0.0, **other}
-    return TrainConfig(weights=weights, **given)
+from mvsplit.training.step_time import Shape, model_flops, step_time
+from tests.training.measured import H200, IDLE, RUNS, network, result, train
 
 
 def sharded(config: TrainConfig, **other) -> TrainConfig:
     return replace(config, parallel=replace(config.parallel, layout="shard", **other))
-
-
-# A stage of the benchmark: its figures, depth, weights, and whether it was replayed as graphs.
-RUNS = {
-    "graphs, bf16 weights": (GRAPHS["step bf16"], 400, "bf16", True),
-    "graphs, fp32 weights": (GRAPHS["step fp32"], 400, "fp32", True),
-    "launched, bf16 weights": (EAGER["step bf16"], 400, "bf16", False),
-    "launched, fp32 weights": (EAGER["step fp32"], 400, "fp32", False),
-    "launched, 1000 layers": (EAGER["thousand"], 1000, "bf16", False),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_time_is_within_fifteen_percent_of_the_measured(name):
-    found, depth, weights, graph = RUNS[name]
-    samples = found.get("piece", 26)
-    shape = Shape(samples=samples, length=320, pieces=found["samples"] // samples)
-    levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    time = step_time(
-        measured_network(depth), train(weights), shape, levels, IDLE, graph=graph, kernels=FIRST
-    )
-    assert time.seconds == pytest.approx(found["seconds"], rel=0.15)
-    assert time.mfu == pytest.approx(found["mfu"] * found["seconds"] / time.seconds, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("stage", "file", "ran"),
-    [
-        ("step bf16", "2026-11-29_late", APART),
-        ("step split", "2026-11-29_late_weights", APART),
-        ("step fp32", "2026-11-29_late_weights", APART),
-        ("step bf16", "2026-11-30T1015", KERNELS),
-        ("step bf16", "2026-11-30T1345", KERNELS),
-    ],
-)
-def test_a_step_takes_what_was_measured(stage, file, ran):
-    """Runs under load, with writers that are not zero, by the kernels of their day."""
-    found = result(f"train_step_h200_{file}.json")[stage]
-    shape = Shape(samples=found["piece"], length=320, pieces=found["samples"] // found["piece"])
-    levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    config = train(stage.split()[1])
-    time = step_time(measured_network(400), config, shape, levels, H200, kernels=ran)
-    assert time.seconds == pytest.approx(found["seconds"], rel=0.05)
-
-
-def classes():
-    """Rows of step_classes under load: samples, tokens of a sample, level, the row, and the kernels
-    that ran."""
-    for path in sorted(RESULTS.glob("step_classes_h200_*.json")):
-        for name, row in json.loads(path.read_text(encoding="utf-8"))["rows"].items():
-            size, level, *other = name.split(", ")
-            samples = int(size.split()[0])
-            if not other:
-                ran = KERNELS if "products" in row else APART if "late" in path.stem else FIRST
-                case = (samples, row["tokens"] // samples, level, row, ran)
-                yield pytest.param(*case, id=f"{path.stem[-4:]}, {name}")
-
-
-def test_the_rate_under_load_is_that_of_one_block():
-    """The time of a block that its other kernels, in the profile, and the nodes of its graph leave;
-    the other rows of the file test what follows from it."""
-    rows = json.loads((RESULTS / "step_classes_h200_2026-11-29.json").read_text())["rows"]
-    found, shares = [], []
-    for name in ("29 × (256+32 masked), nothing", "14 × (256+32 masked), nothing"):
-        kinds = rows[name]["by_kind_us"]
-        others = sum(us for kind, us in kinds.items() if kind != "matrix products")
-        nodes = 1e6 * _NODE * (FIRST.forward + FIRST.backward)
-        flops = 6 * count_parameters(measured_network(1)).low * rows[name]["tokens"]
-        products = rows[name]["us"] - others - nodes
-        found.append(flops / products * 1e6)
-        shares.append(products / rows[name]["us"])
-    assert sum(found) / 2 == pytest.approx(H200.under_load, rel=0.01)
-    assert sum(shares) / 2 == pytest.approx(_SHARE, rel=0.01)
-
-
-def test_the_rate_of_products_alone_is_that_of_a_library_s_under_load():
-    timed = {
-        row["product"]: row["tflops"]
-        for row in result("ffn_products_h200_2026-11-30T1341.json")["rows"]
-        if row.get("rows") == 8320 and row["way"] == "library, the product alone"
-    }
-    flops = {"up": 2, "down": 1, "heads": 1}  # of all together
-    seconds = sum(flops[name] / tflops for name, tflops in timed.items())
-    assert 4e12 / seconds == pytest.approx(H200.alone, rel=0.01)
-
-
-def test_power_holds_products_down_where_little_lies_between_them():
-    """Not below what they reach alone, nor where power does not hold them down."""
-
-    def rate(gpu, **changes):
-        model = replace(measured_network(1), **changes)
-        shape = Shape(samples=26, length=320, pieces=1)
-        time = step_time(model, train("bf16"), shape, ["nothing"], gpu)
-        return 6 * count_parameters(model).low * shape.tokens / time.parts["matrix products"]
-
-    assert H200.alone < rate(H200, ffn_width=30720) < rate(H200) < H200.under_load
-    assert rate(H200, ffn_width=256) == pytest.approx(H200.under_load)
-    assert rate(IDLE) == pytest.approx(H200.products, rel=0.01)
-
-
-@pytest.mark.parametrize(("samples", "length", "level", "row", "ran"), list(classes()))
-def test_a_block_under_load_is_within_seven_percent(samples, length, level, row, ran):
-    """Whatever a piece's size, and whatever is computed again."""
-    shape = Shape(samples=samples, length=length, pieces=1)
-    time = step_time(measured_network(1), train("bf16"), shape, [level], H200, kernels=ran)
-    block = time.seconds - time.parts["optimiser"]
-    assert block == pytest.approx(1e-6 * row["us"], rel=0.07)
-
-
-@pytest.mark.parametrize(
-    ("name", "ran"),  # of 32 samples, of 29 and of 16
-    [
-        ("2026-11-28", FIRST),
-        ("2026-11-29_first", FIRST),
-        ("2026-11-29_late", APART),
-        ("2026-11-30T1338", KERNELS),
-    ],
-)
-def test_a_thousand_layers_take_what_was_measured(name, ran):
-    found = result(f"thousand_layers_h200_{name}.json")["thousand"]
-    shape = Shape(
-        samples=found["piece"], length=found["length"], pieces=found["samples"] // found["piece"]
-    )
-    levels = [level for level, count in found["recompute"].items() for _ in range(count)]
-    preset = get_preset("mvsplit-1000l-h200")
-    time = step_time(preset.model, preset.train, shape, levels, H200, kernels=ran)
-    assert time.seconds == pytest.approx(found["seconds"], rel=0.05)
 
 
 def as_it_was(memory, model, found, weights, ranks=1):
@@ -208,43 +48,13 @@ def as_it_was(memory, model, found, weights, ranks=1):
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_within_five_percent_of_the_measured(name):
     found, depth, weights, _ = RUNS[name]
-    model, config = measured_network(depth), train(weights)
+    model, config = network(depth), train(weights)
     memory = step_memory(model, config, found.get("piece", 26) * 320, H200)
     peak = as_it_was(memory, model, found, weights) / GIB
     assert peak == pytest.approx(found["peak_gib"], rel=0.05)
     if depth == 400:
         assert Counter(memory.levels) == found["recompute"]
         assert memory.fits
-
-
-def test_constants_are_those_of_the_profile():
-    profile = EAGER["profile"]
-    kernels = [(*key.rsplit("×", 1), us) for key, us in profile["by_kernel_us"].items()]
-    products = sum(us for name, _, us in kernels if name.startswith("nvjet"))
-    model = measured_network(1)
-    block = count_parameters(model).low
-    rate = 6 * block * 8320 / (products * 1e-6)
-    assert pytest.approx(rate, rel=0.01) == H200.products
-    assert pytest.approx(profile["wall_us"] * 1e-6, rel=0.01) == LAUNCH
-    copies = [result(f"fused_ops_{n}_h200_2026-11-22.json") for n in ("merge", "others")]
-    assert [c["copy_bytes_per_second"] for c in copies] == pytest.approx([H200.copy] * 2, rel=0.01)
-    shape = Shape(samples=26, length=320, pieces=1)
-    time = step_time(model, train(), shape, ["nothing"], IDLE, graph=False, kernels=FIRST)
-    groups = ("split_merge", "swiglu", "qk_norm", "Memset", "at::native::", "scaled")
-    small = sum(us for name, _, us in kernels if any(g in name for g in groups))
-    modelled = time.parts["element-wise kernels"] + time.parts["casts of weights"]
-    assert modelled == pytest.approx(small * 1e-6, rel=0.03)
-    assert time.parts["matrix products"] == pytest.approx(products * 1e-6, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("samples", "length", "cudnn"),
-    [(b, t, c) for b, t, _, c, _ in REFERENCE["attention_us"]["rows"] if b >= 32],
-)
-def test_attention_is_that_of_the_reference(samples, length, cudnn):
-    shape = Shape(samples=samples, length=length, pieces=1)
-    time = step_time(measured_network(1), train("bf16"), shape, ["nothing"], H200, kernels=APART)
-    assert time.parts["attention"] == pytest.approx(sum(cudnn) * 1e-6, rel=0.08)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -264,7 +74,7 @@ def test_parameters_are_counted_exactly(rule, depth):
 
 @pytest.mark.parametrize(("weights", "ema", "each"), [("fp32", 0.0, 16), ("fp32", 0.9, 20)])
 def test_state_in_bytes_a_parameter(weights, ema, each):
-    model = measured_network(3)
+    model = network(3)
     parts = state_parts(model, train(weights, ema_decay=ema))
     assert sum(parts.values()) == each * count_parameters(model).all
     replicated = state_parts(model, train(weights, ema_decay=ema), ranks=2)
@@ -359,7 +169,7 @@ def test_a_plan_says_that_it_is_of_everything_free():
 
 
 def test_several_gpus_send_what_fsdp_sends():
-    model, config = measured_network(8), sharded(train(batch_size=16, accumulate=2))
+    model, config = network(8), sharded(train(batch_size=16, accumulate=2))
     shape = Shape(samples=2, length=320, pieces=2)
     time = step_time(model, config, shape, ["nothing"] * 8, H200, ranks=4)
     n = count_parameters(model).all
@@ -374,7 +184,7 @@ def test_several_gpus_send_what_fsdp_sends():
 @pytest.mark.parametrize(("weights", "each"), [("fp32", 4), ("bf16", 2)])
 def test_several_gpus_that_hold_the_network_run_as_one_and_exchange(weights, each):
     """The parts of a step are those of one GPU, but for the exchange and the update."""
-    model, config = measured_network(8), train(weights, batch_size=16, ema_decay=0.9)
+    model, config = network(8), train(weights, batch_size=16, ema_decay=0.9)
     shape, levels = Shape(samples=4, length=320, pieces=1), ["packed"] * 8
     one, four = (step_time(model, config, shape, levels, H200, ranks=n) for n in (1, 4))
     same = one.parts.keys() - {"optimiser"}
@@ -394,7 +204,7 @@ def test_two_gpus_take_what_was_measured(weights):
     step = result("parallel_step_h200x2_2026-11-28.json")[f"replicated {weights}"]
     pieces = step["samples_on_each"] // step["piece"]
     shape = Shape(samples=step["piece"], length=320, pieces=pieces)
-    model, config = measured_network(400), train(weights, accumulate=pieces, batch_size=208)
+    model, config = network(400), train(weights, accumulate=pieces, batch_size=208)
     memory = step_memory(model, config, shape.tokens, H200, ranks=2)
     assert Counter(memory.levels) == step["recompute"]
     assert as_it_was(memory, model, step, weights, 2) / GIB == pytest.approx(
@@ -427,7 +237,7 @@ def test_one_gpu_ignores_what_several_would_do():
 
 
 def test_every_replica_updates_the_whole_network():
-    model, config = measured_network(8), train(batch_size=16)
+    model, config = network(8), train(batch_size=16)
     twice = sharded(config, replicas=2)
     shape, levels = Shape(samples=4, length=320, pieces=1), ["nothing"] * 8
     halves = step_time(model, sharded(config), shape, levels, H200, ranks=2).parts["optimiser"]
@@ -463,7 +273,7 @@ def test_pieces_that_are_too_small_are_told_of_the_best():
 
 
 def test_only_what_runs_as_one_node_counts_as_measured():
-    model = measured_network(2)
+    model = network(2)
     assert runs_as_one_node(model, "bf16")
     assert not runs_as_one_node(model, "fp32")
     assert not runs_as_one_node(replace(model, kv_heads=2), "bf16")
