@@ -16,8 +16,9 @@ from mvsplit.training import DataConfig, Experiment, TrainConfig
 _SHALLOW = RuleConfig(name="mvsplit", alpha=0.0)
 _GAINS = (
     "β and α: where MV-Split's gains start. The deep presets repeat the paper's start, with its "
-    "low learning rate. The library's default, which the depth bench suggests at higher ones, is "
-    "β = α = 1/√L: --model.rule.beta None --model.rule.alpha None (README, Where β and α start)."
+    "low learning rate. The library's default, taken from the depth bench at higher ones, is "
+    "β = α = 1/√L with W_O and W_2 of standard size, not zeros: --model.rule.beta None "
+    "--model.rule.alpha None (README, Where β and α start)."
 )
 _DIGITS = DataConfig(dataset="digits")
 _TINY = DiTConfig(

@@ -11,7 +11,7 @@ from mvsplit.cli import COMMANDS, main
 from mvsplit.diagnostics import Stopped
 from mvsplit.evaluation.passport import read_evaluation
 from mvsplit.presets import PRESETS
-from mvsplit.residuals import RuleConfig
+from mvsplit.residuals import RuleConfig, build_rule
 from mvsplit.residuals.mvsplit import starts
 from tests.slow import slow
 
@@ -88,7 +88,9 @@ def test_every_file_it_links_to_exists():
 def test_where_gains_start_is_as_its_table_says():
     """And the command it gives instead starts as the library does."""
     table = README.split("### Where β and α start")[1].split("```")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "| 0 |" in line]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if "`" in line]
+    library, *rows = (line for line in lines if len(line) == 5)
+    assert library[1:4] == ["1/√L", "1/√L", "standard"]
     shown = {name: row[1:] for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
     ours = {name: e for name, e in PRESETS.items() if e.model.rule.name == "mvsplit"}
     assert set(shown) == set(ours)
@@ -98,9 +100,25 @@ def test_where_gains_start_is_as_its_table_says():
         first = shown[name][0].split()[0]
         assert beta == pytest.approx(depth**-0.5 if first == "1/√L" else float(first))
         assert alpha == float(shown[name][1])
+        assert (experiment.model.writers, shown[name][2]) == ("rule", writers(rule, depth))
     instead = r"train (\S+) --model.rule.beta None --model.rule.alpha None\n"
     depth = PRESETS[re.search(instead, README)[1]].model.depth
     assert starts(RuleConfig(), depth) == (depth**-0.5, depth**-0.5)
+    assert writers(RuleConfig(), depth) == library[3]
+
+
+def writers(rule: RuleConfig, depth: int) -> str:
+    built = build_rule(rule, width=8, depth=depth, branch="ffn")
+    return "zero" if built.zero_writers else "standard"
+
+
+def test_what_it_says_of_your_own_writers_is_what_the_rule_says():
+    words = " ".join(README.split())
+    assert "With this default start your writers, W_O and W_2, keep the start they have." in words
+    assert "where you give β or α, or take another rule, and `rule.zero_writers` is true" in words
+    assert writers(RuleConfig(), 400) == "standard"
+    for given in ({"beta": 0.05}, {"alpha": 0.05}, {"beta": 0.05, "alpha": 0.05}):
+        assert writers(RuleConfig(**given), 400) == "zero"
 
 
 def test_what_it_says_of_beta_at_a_lower_rate_is_in_the_result():
@@ -130,7 +148,7 @@ def test_what_it_says_of_1000_layers_is_in_the_result():
     (row,) = (r for r in result["runs"] if (r["label"], r["seed"]) == ("MV-Split", 0))
     assert (row["lr"], row["width"], row["steps"]) == (0.001, 128, 200)
     rows = bench_rows()
-    learns = [r["lives"] for r in rows if r["run"].startswith("alpha-1000x64-lr1.0e-03-")]
+    learns = [r["lives"] for r in rows if r["run"].startswith("alpha-standard-1000x64-lr1.0e-03-")]
     assert learns == [True]
 
 
@@ -142,7 +160,8 @@ def bench_rows() -> list[dict]:
 def test_what_it_says_of_wider_networks_is_in_the_rows():
     words = " ".join(README.split())
     assert "100 layers of width 128 and 25 of 256, one seed each" in words
-    assert "at 0.01 the default dies there, all tokens alike, and LayerScale lives" in words
+    assert "α = β with writers of zeros and LayerScale γ=0.01 end lower than at" in words
+    assert "at 0.01 the former dies there, all tokens alike, and LayerScale lives" in words
     rows = {row["run"]: row for row in bench_rows()}
     for name in ("alpha", "layerscale-0.01"):
         deep = [r["validation_loss"] for k, r in rows.items() if k.startswith(f"{name}-400x64-")]
@@ -153,6 +172,27 @@ def test_what_it_says_of_wider_networks_is_in_the_rows():
             fast = rows[f"{name}-{shape}-lr1.0e-02-seed0"]
             assert fast["lives"] == (name != "alpha")
             assert (fast["similarity"] > 0.99) == (name == "alpha")
+
+
+def test_what_speaks_against_the_default_is_in_the_rows():
+    """Both where it is said; the rest is tests/reproduce/depth/test_understood.py's."""
+    ends = {
+        name: [
+            row["validation_loss"]
+            for row in bench_rows()
+            if row["run"].startswith(f"{name}-1000x64-lr3.2e-03-")
+        ]
+        for name in ("alpha-standard", "layerscale-0.01")
+    }
+    mine, rival = (sum(each) / len(each) for each in ends.values())
+    said = f"its mean {mine / rival - 1:.1%} above LayerScale's"
+    assert said in " ".join(README.split())
+    changelog = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert said.replace("mean", "mean is") in changelog
+    for text in (" ".join(README.split()), changelog):
+        assert "on 2026-11-30" in text
+        assert "by a decision after the" in text
+        assert "it has not been run in the wider" in text
 
 
 def test_every_command_and_preset_it_shows_exists():

@@ -34,7 +34,8 @@ class DiTConfig:
         text_width: width of the text states; they are projected where it differs from `width`.
         attention_bias, ffn_bias: biases on the projections (the released model has none).
         rule: the residual rule and its start values.
-        writers: start of W_O and W_2: as the rule has it, zero, or standard.
+        writers: start of W_O and W_2: zero, standard, or as the rule has it, which for MV-Split is
+            standard where neither β nor α is given and zero where one is.
         rope_theta: base of the rotary frequencies.
         qk_eps: ε of the QK-norm.
         norm_eps: ε of the norms at the input and before the head.

@@ -173,8 +173,8 @@ def _thousand(result: Mapping[str, Any]) -> list[str]:
     return [
         f"- The paper's start at 1000 layers (β = 0.03, α = 0) does not learn at `{size}`, at a "
         f"rate of {rate:g}: end loss {spelled(loss)} of the floor, deep tokens at a similarity of "
-        f"{spelled(alike)}. [With α = β, as the library starts, such networks learn in the depth "
-        "bench](thousand.md)."
+        f"{spelled(alike)}. [With α = β and writers of standard size, as the library starts, "
+        "such networks learn in the depth bench](thousand.md)."
     ]
 
 

@@ -29,11 +29,10 @@ class RuleConfig:
         beta: start of MV-Split's centered gain β; None for 1/√L, L the blocks of the network. The
             paper uses 1 at 400 layers and 0.03 ≈ 1/√L at 1000: presets mvsplit-400l and
             mvsplit-1000l.
-        alpha: start of MV-Split's mean gain α. None for 1/√L where β is not given either, with
-            which 400 layers learn at ten times the rate, and 1000 at rates at which 0 does not
-            with writers of standard size (docs/experiments/depth-bench.md), nor, at width 128,
-            with those of zeros (docs/experiments/thousand.md); and for the paper's 0 where β is
-            given.
+        alpha: start of MV-Split's mean gain α. None for 1/√L where β is not given either, and for
+            the paper's 0 where it is. Where neither is given W_O and W_2 start at standard size,
+            else at zero, unless a network's configuration says otherwise. Why:
+            docs/experiments/depth-bench.md.
         tied_leak: True leaks the trunk mean by λ = α, as in the paper; False learns λ apart.
         leak: start of λ where it is not tied.
         gamma: start of LayerScale's γ.
@@ -95,7 +94,8 @@ class Rule(nn.Module):
         x = rule.merge(x, attention(rule.enter(x)), segments)
 
     Attributes:
-        zero_writers: whether the branch's last matrix (the writer, W_O or W_2) starts at zero.
+        zero_writers: whether the branch's last matrix (the writer, W_O or W_2) starts at zero; of
+            MV-Split only where β or α is given.
         weight_scale: factor on the initial value, output and FFN weights (1 but for DeepNorm).
         normalised: whether the trunk leaves `merge` with unit RMS; where it does not, the network
             normalises it once before its head.

@@ -34,9 +34,16 @@ def starts(config: RuleConfig, depth: int) -> tuple[float, float]:
     return beta, root if config.beta is None else 0.0
 
 
+def starts_by_default(config: RuleConfig) -> bool:
+    """Whether MV-Split is given neither β nor α: it starts with β = α = 1/√L then, and with writers
+    of standard size instead of zeros."""
+    return config.name == "mvsplit" and config.beta is None and config.alpha is None
+
+
 def written_out(config: RuleConfig, depth: int) -> RuleConfig:
     """The rule with β and α as they start in a network of `depth` blocks; None where it has none.
-    Two are equal where their networks are, however they were asked for."""
+    Two are equal where their merges are, however they were asked for; their writers may start
+    apart (`starts_by_default`)."""
     has_gains = config.name.startswith("mvsplit")
     beta, alpha = starts(config, depth) if has_gains else (None, None)
     return replace(config, beta=beta, alpha=alpha)
@@ -45,17 +52,17 @@ def written_out(config: RuleConfig, depth: int) -> RuleConfig:
 class MVSplit(PostNorm):
     """X' = RMSNorm(X + β⊙PF + α⊙J(F − X)), β and α ∈ R^D learned for each branch of each block.
 
-    Start: β = α = 1/√L if neither is given; the paper's α = 0 where β is (1 at 400 layers, 0.03 at
-    1000); writers zero.
+    Start: β = α = 1/√L and writers of standard size if neither gain is given
+    (docs/experiments/depth-bench.md); writers zero if one is, and α = 0 where β is, as in the paper
+    (β = 1 at 400 layers, 0.03 at 1000).
     With `tied_leak=False` the trunk mean leaks by its own λ: Z = X + β⊙PF + α⊙JF − λ⊙JX. At
     α = β = 1, λ = 0 that is the plain residual, so a plain model can become an MV-Split model.
     Source: arXiv 2605.06169, Eq. 7–8.
     """
 
-    zero_writers = True
-
     def __init__(self, config: RuleConfig, *, width: int, depth: int, branch: Branch) -> None:
         super().__init__(config, width=width, depth=depth, branch=branch)
+        self.zero_writers = not starts_by_default(config)
         self.beta = nn.Parameter(torch.empty(width))
         self.alpha = nn.Parameter(torch.empty(width))
         self.leak = None if config.tied_leak else nn.Parameter(torch.empty(width))

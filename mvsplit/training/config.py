@@ -16,7 +16,7 @@ from mvsplit.flow import DPOConfig
 from mvsplit.models import DiTConfig
 from mvsplit.models.lora import LoRAConfig
 from mvsplit.residuals import RuleConfig, as_recorded
-from mvsplit.residuals.mvsplit import written_out
+from mvsplit.residuals.mvsplit import starts_by_default, written_out
 from mvsplit.training.typed_json import read_as
 
 
@@ -360,13 +360,20 @@ CHANGEABLE = frozenset(
 
 def differences(old: Experiment, new: Experiment) -> dict[str, tuple[Any, Any]]:
     """The fields in which two experiments differ, by dotted name: (old, new); but for what nobody
-    asks for, and for gains that start alike though one leaves that to the default."""
-    if written_out(old.model.rule, old.model.depth) == written_out(new.model.rule, new.model.depth):
+    asks for, and for gains that start alike though one leaves that to the default, unless its
+    writers start otherwise for that."""
+    if _start(old.model) == _start(new.model):
         old = replace(old, model=replace(old.model, rule=new.model.rule))
     before, after = (flat_fields(dataclasses.asdict(e.asked())) for e in (old, new))
     names = sorted(before.keys() | after.keys())
     pairs = {name: (before.get(name), after.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _start(model: DiTConfig) -> tuple[RuleConfig, bool]:
+    """The rule as it starts, and whether it is one whose writers are not zero by default."""
+    standard = model.writers == "rule" and starts_by_default(model.rule)
+    return written_out(model.rule, model.depth), standard
 
 
 def flat_fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_trained_digits_are_drawn_as_by_our_own_sampler(digits, guidance):
     ).images
     expected = ours(digits.model, given, noise, guidance)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
-    assert (expected - noise).abs().mean() > 0.5  # the network has moved it, and not by rounding
+    assert (expected - noise).abs().mean() > 0.3  # the network has moved it, and not by rounding
     assert (expected[0] - expected[1]).abs().mean() > 0.1
 
 

@@ -272,14 +272,17 @@ def test_of_a_thousand_layers():
     rows = json.loads((PAGES / "results/depth-bench/gpu.json").read_text("utf-8"))["rows"]
     lives = {
         name: [row for row in rows if row["run"].startswith(f"{name}-1000x64-lr")]
-        for name in ("standard", "alpha")
+        for name in ("standard", "alpha", "alpha-standard")
     }
     assert {row["lives"] for row in lives["standard"]} == {False}
-    assert {row["lives"] for row in lives["alpha"]} == {True}
+    assert {row["lives"] for row in lives["alpha"] + lives["alpha-standard"]} == {True}
     for found in lives.values():
         assert {row["rate"] for row in found} == {1e-3, 3.2e-3}
-    (same,) = [row for row in lives["alpha"] if row["rate"] == 1e-3]
-    assert f"loss of {same['validation_loss']:.2f}, of a floor of {same['floor']:.2f}" in words
+    ours, zeros = (
+        row for n in ("alpha-standard", "alpha") for row in lives[n] if row["rate"] == 1e-3
+    )
+    both = f"{ours['validation_loss']:.2f} and {zeros['validation_loss']:.2f}"
+    assert f"at this rate to losses of {both}, of a floor of {zeros['floor']:.2f}" in words
 
 
 def test_the_index_says_what_starts_do_not_learn_at_1000_layers():

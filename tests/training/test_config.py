@@ -140,7 +140,7 @@ def test_differences_are_named_by_path() -> None:
         ({"name": "plain", "alpha": 0.0}, {"name": "plain"}),
         ({"name": "keel", "beta": 1.0, "alpha": 0.0}, {"name": "keel"}),
         ({"beta": 0.05, "alpha": 0.0}, {"beta": 0.05}),
-        ({"beta": runs.MODEL.depth**-0.5, "alpha": runs.MODEL.depth**-0.5}, {}),
+        ({"beta": runs.MODEL.depth**-0.5, "alpha": 0.0}, {"alpha": 0.0}),
     ],
 )
 def test_gains_given_as_what_the_default_is_are_no_difference(before, now) -> None:
@@ -156,3 +156,18 @@ def test_another_default_than_the_folder_was_begun_with_is_a_difference() -> Non
     old = runs.experiment()
     old = replace(old, model=replace(old.model, rule=RuleConfig(alpha=0.0)))
     assert differences(old, runs.experiment()) == {"model.rule.alpha": (0.0, None)}
+
+
+def test_gains_given_as_the_default_are_a_difference_where_the_writers_start_otherwise() -> None:
+    """The default alone starts with writers of standard size, unless the model says how."""
+    root = runs.MODEL.depth**-0.5
+
+    def of(writers: str, **given: float) -> Experiment:
+        model = replace(runs.MODEL, rule=RuleConfig(**given), writers=writers)
+        return replace(runs.experiment(), model=model)
+
+    given = {"beta": root, "alpha": root}
+    expected = {"model.rule.alpha": (root, None), "model.rule.beta": (root, None)}
+    assert differences(of("rule", **given), of("rule")) == expected
+    for writers in ("zero", "standard"):
+        assert differences(of(writers, **given), of(writers)) == {}

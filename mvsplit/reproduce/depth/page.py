@@ -42,6 +42,11 @@ from mvsplit.reproduce.depth.verdict import (
 
 NAME = "depth-bench"
 RESULTS = "results/depth-bench"
+_DECIDED = (
+    "The rule did not set today's default: a decision of 2026-11-30 did, after the rows and with "
+    "them in sight ([why, and what speaks against it](#understood-so-far)). What the rule gives "
+    "is shown below as before.\n"
+)
 AGAIN = "-again"  # behind a size's name: other rows of runs of which one counts
 _SCALE = ("batch_size", "steps")  # of the sizes, for the page's head
 HEAD = """# The depth bench: every rule at its own learning rate
@@ -138,7 +143,14 @@ def write_page(folder: Path | str) -> Path:
     results = [_found(folder, size.name) for size in sizes]
     every = [*ENTRIES, *CANDIDATES]
     together = [(s, cells(s, every, r["rows"])) for s, r in zip(sizes, results, strict=True)]
-    parts = [head, *in_short(together), "## The rule of the verdicts\n", *_quoted(RULE), ""]
+    parts = [
+        head,
+        *in_short(together),
+        "## The rule of the verdicts\n",
+        *_quoted(RULE),
+        "",
+        _DECIDED,
+    ]
     for size, result in zip(sizes, results, strict=True):
         parts += _of_size(size, result, folder)
     parts += understood(folder / RESULTS)

@@ -32,7 +32,7 @@ from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
 from mvsplit.reproduce.trial import Deadline, token_floor
 from mvsplit.residuals import RuleConfig
-from mvsplit.residuals.mvsplit import written_out
+from mvsplit.residuals.mvsplit import starts_by_default, written_out
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
 from mvsplit.training import (
     Experiment,
@@ -144,6 +144,8 @@ def fingerprint(experiment: Experiment) -> str:
     for name, start, before in (("beta", rule.beta, 1.0), ("alpha", rule.alpha, 0.0)):
         if fields[f"model.rule.{name}"] is None:
             fields[f"model.rule.{name}"] = before if start is None else start
+    if fields["model.writers"] == "rule" and starts_by_default(experiment.model.rule):
+        fields["model.writers"] = "standard"  # as they start there since, and did not before
     decides = {n: v for n, v in fields.items() if v != plain[n] and n not in _DECIDES_NOTHING}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 

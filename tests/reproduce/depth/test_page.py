@@ -164,9 +164,11 @@ def test_the_verdict_is_the_rules_on_the_cells():
     text = "\n".join(verdict_words(TINY, found))
     assert "at least as good as its rivals" in text
     words = "MV-Split β=1/√L takes the place of MV-Split β=1, nothing takes the place of"
-    tail = "and nothing takes the place of MV-Split α=β=1/√L"
+    tail = "nothing takes the place of MV-Split α=β=1/√L, and nothing takes the place of MV-Split "
+    tail += "α=β=1/√L, writers standard"
     assert f"**By this size alone {words} MV-Split β=1/√L, {tail}.**" in text
-    assert "default, MV-Split α=β=1/√L: at 2 layers nothing can be told; at 3 layers" in text
+    default = "default, MV-Split α=β=1/√L, writers standard"
+    assert f"{default}: at 2 layers nothing can be told; at 3 layers" in text
     assert "3 layers: the best rival is plain, the best setting MV-Split β=1/√L (ahead" in text
     shallow = cells(TINY, ENTRIES, [r for r in rows if r["depth"] < 4])
     text = "\n".join(verdict_words(TINY, shallow))
@@ -234,9 +236,10 @@ def test_settings_are_compared_with_todays_default():
     names = {"alpha": 0.50, "alpha-standard": 0.40, "standard": 0.51, "mvsplit-1": 0.70}
     rows = [row_ for name, loss in names.items() for row_ in seeds(name, [loss, loss + 0.01, loss])]
     text = "\n".join(verdict_words(TINY, cells(TINY, [entry(name) for name in names], rows)))
-    words = "α=β=1/√L, writers standard ahead, MV-Split β=1 behind, MV-Split β=1/√L, writers"
-    assert f"default, MV-Split α=β=1/√L: at 2 layers MV-Split {words} standard tie.\n" in text
-    assert "and MV-Split α=β=1/√L, writers standard takes the place of MV-Split α=β=1/√L (" in text
+    words = "MV-Split α=β=1/√L behind, MV-Split β=1 behind, MV-Split β=1/√L, writers standard"
+    assert f"MV-Split α=β=1/√L, writers standard: at 2 layers {words} behind.\n" in text
+    assert "MV-Split α=β=1/√L, writers standard takes the place of MV-Split α=β=1/√L, and" in text
+    assert "and nothing takes the place of MV-Split α=β=1/√L, writers standard (" in text
 
 
 def test_a_table_shows_the_best_first_and_what_is_dead():
@@ -422,8 +425,8 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
         "\nOrdered by the loss at 4 layers: not run there after those that learned, dead last.\n\n"
         "Learned at each of these depths: none of them.\n\n"
         "No rule is best at every depth, and at none is one ahead of all others with 3 seeds.\n\n"
-        "The default, alpha, against the best rival of each depth: cannot tell at 2, 3 and 4, "
-        "behind it nowhere that can be told.\n\n"
+        "The default, alpha-standard, against the best rival of each depth: cannot tell at 2, 3 "
+        "and 4, behind it nowhere that can be told.\n\n"
         "Dead at every rate that was run, so not in the picture: at 3 layers plain "
         f"(at {', '.join(f'{rate:.2g}' for rate in TINY.rates)}); at 4 layers MV-Split β=1/√L "
         "(at 0.0032).\n"
@@ -436,16 +439,17 @@ def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
 
 def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     rows = [
-        *seeds("alpha", [0.40, 0.41, 0.42]),
+        *seeds("alpha-standard", [0.40, 0.41, 0.42]),
         *seeds("keel", [0.50, 0.51, 0.52]),
         *seeds("plain", [0.60, 0.61, 0.62]),
-        *seeds("alpha", [0.30, 0.50, 0.60], depth=3),
+        *seeds("alpha-standard", [0.30, 0.50, 0.60], depth=3),
         *seeds("keel", [0.40, 0.41, 0.42], depth=3),
         *seeds("keel", [0.40, 0.41, 0.42], depth=4),
     ]
     text = "\n".join(in_short([(TINY, cells(TINY, [*ENTRIES, *CANDIDATES], rows))]))
-    assert "| 2 (tiny) | MV-Split α=β=1/√L, 0.41 ± 0.01 | 3 | none | ahead |" in text
-    assert "| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | MV-Split α=β=1/√L | cannot tell |" in text
+    ours = "MV-Split α=β=1/√L, writers standard"
+    assert f"| 2 (tiny) | {ours}, 0.41 ± 0.01 | 3 | none | ahead |" in text
+    assert f"| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | {ours} | cannot tell |" in text
     lone = "nothing else has 3 seeds that live | cannot tell (0 seeds) |"
     assert f"| 4 (tiny) | Keel, 0.41 ± 0.01 | 3 | {lone}" in text
     assert "best at every depth, and at 2 one is ahead of all others with 3 seeds." in text

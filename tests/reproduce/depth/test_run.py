@@ -187,17 +187,20 @@ def test_the_bench_trains_as_any_run_is_trained(done, tmp_path):
 
 def test_rows_of_before_beta_had_a_default_by_depth_are_still_those_runs():
     """Rules that have no β were configured with β = 1 and α = 0 then; MV-Split without β has 1/√L
-    for both, and α = 0 where β is given."""
+    for both, and α = 0 where β is given. Given neither, its writers are standard since."""
 
-    def of(**rule) -> str:
+    def of(writers="rule", **rule) -> str:
         there = BenchRun(entry=entry("plain"), depth=4, width=16, rate=1e-2, seed=0)
         experiment = there.experiment(TINY)
-        model = dataclasses.replace(experiment.model, rule=RuleConfig(**rule))
+        model = dataclasses.replace(experiment.model, rule=RuleConfig(**rule), writers=writers)
         return fingerprint(dataclasses.replace(experiment, model=model))
 
     assert of(name="plain") == of(name="plain", beta=1.0)
     assert of(name="plain") == of(name="plain", beta=1.0, alpha=0.0)
-    assert of(name="mvsplit") == of(name="mvsplit", beta=0.5, alpha=0.5)
+    default = of(name="mvsplit", beta=0.5, alpha=0.5, writers="standard")
+    assert of(name="mvsplit") == of(name="mvsplit", writers="standard") == default
+    assert of(name="mvsplit") != of(name="mvsplit", beta=0.5, alpha=0.5)
+    assert of(name="mvsplit", writers="zero") != of(name="mvsplit")
     assert of(name="mvsplit", beta=0.5) == of(name="mvsplit", beta=0.5, alpha=0.0)
     assert of(name="mvsplit") != of(name="mvsplit", beta=0.5)
     assert of(name="mvsplit", beta=0.5) != of(name="mvsplit", beta=1.0)

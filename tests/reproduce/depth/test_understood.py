@@ -1,19 +1,23 @@
 """Words whose figures are read from the rows."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvsplit.reproduce.depth import understood as module
-from mvsplit.reproduce.depth.conclusion import by_depth
+from mvsplit.reproduce.depth.conclusion import SERVED, TODAY, by_depth
 from mvsplit.reproduce.depth.page import RESULTS
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES
 from mvsplit.reproduce.depth.table import cells
 from mvsplit.reproduce.depth.understood import understood
 from mvsplit.reproduce.depth.verdict import best, compare
+from mvsplit.residuals import RuleConfig, build_rule
 
 ROOT = Path(__file__).parents[3]
+ALPHA = "MV-Split α=β=1/√L"
 TEXT = """## One
 
 - It reached [[gpu plain-2 loss .2f]] in one run
@@ -104,6 +108,63 @@ def test_words_about_standings_hold_of_the_rows():
     assert ours["alpha"][1000] == "behind"
     (deep,) = (at for at in depths if at.layers == 400)
     assert (deep.top, deep.level) == ("standard", [])
+    assert all(len(at.all["alpha-standard"]) >= 3 for at in depths)
+
+    def between(name: str, other: str) -> dict[int, str]:
+        pairs = ((at.layers, at.all.get(name), at.all.get(other)) for at in depths)
+        return {layers: compare(mine, theirs) for layers, mine, theirs in pairs}
+
+    zeros = between("alpha-standard", "alpha")
+    assert zeros == {4: "cannot tell", 16: "ahead", 64: "tie", 100: "cannot tell", 400: "tie",
+                     1000: "cannot tell"}  # fmt: skip
+    ahead = {
+        (at.layers, name)
+        for at in depths
+        for name, losses in at.all.items()
+        if compare(losses, at.all["alpha-standard"]) == "ahead"
+    }
+    assert ahead == {(400, "standard")}
+    assert between("standard", "alpha-standard")[4] == "behind"
+    assert between("standard", "alpha-standard")[16] == "behind"
+    assert between("standard", "alpha")[400] == "ahead"
+
+
+def test_the_default_of_the_pages_is_the_librarys():
+    (today,) = (entry for entry in CANDIDATES if entry.name == TODAY)
+    assert SERVED[:-1] == ("mvsplit-1", "mvsplit-root", "alpha")  # the rule speaks of these too
+    for depth in (16, 400):
+        built = [
+            build_rule(rule, width=8, depth=depth, branch="ffn")
+            for rule in (RuleConfig(), today.rule(depth))
+        ]
+        for name in ("alpha", "beta"):
+            first, second = (getattr(rule, name) for rule in built)
+            torch.testing.assert_close(first, second, rtol=1e-3, atol=0)
+        assert today.writers == "standard"
+        assert not built[0].zero_writers
+
+
+def test_the_decision_and_what_speaks_against_it_are_on_the_page():
+    rows = json.loads((ROOT / "docs/experiments" / RESULTS / "gpu.json").read_text("utf-8"))["rows"]
+    page = " ".join((ROOT / "docs/experiments/depth-bench.md").read_text("utf-8").split())
+    text = " ".join(module.UNDERSTOOD.split())
+    assert "The rule did not set today's default: a decision of 2026-11-30 did" in page
+    assert "by a decision after the rows**, of 2026-11-30" in text
+    assert "it has not been run in the wider shapes, and the watch has seen it at" in text
+    mine = [row for row in rows if row["run"].startswith(f"{TODAY}-")]
+    assert {row["width"] for row in mine} == {64}
+    assert not any(row["looks"] for row in mine)
+    assert all(row["lives"] and row["rate"] <= 1e-2 for row in mine)
+    small = json.loads((ROOT / "docs/experiments" / RESULTS / "small.json").read_text("utf-8"))
+    seen = [row for row in small["rows"] if row["run"].startswith(f"{TODAY}-")]
+    assert all(row["looks"] and row["lives"] and row["rate"] <= 1e-2 for row in seen)
+    words = "the highest rate at which it was run, at these widths"
+    assert words in text
+    sizes = re.findall(r"\*\*By this size alone (.*?)\*\*", page)
+    place = f"takes the place of {ALPHA}"
+    (small_words, gpu_words) = sizes
+    assert f"{ALPHA}, writers standard {place}," in small_words
+    assert f"nothing {place}," in gpu_words
 
 
 def test_words_about_shapes_hold_of_the_rows():
