@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import tyro
@@ -33,6 +33,7 @@ from mvsplit.evaluation.twins import DRAWN, Twin, dead_since, draw, examine
 from mvsplit.evaluation.twins_picture import TITLES, save_twins_picture
 from mvsplit.presets import get_preset
 from mvsplit.sampling import make_grid, save_png, to_pictures
+from mvsplit.training import Experiment
 from mvsplit.training.checkpoint import list_checkpoints, step_of
 
 TWINS = ("plain", "mvsplit")
@@ -80,6 +81,8 @@ def run(args: Arguments) -> None:
         raise UserError(
             f"minutes={args.minutes:g}: must be greater than 0; all of it takes about 5"
         )
+    for name in TWINS:
+        _experiment(name, args)  # refuses what cannot be before anything is made or said
     began = time.monotonic()
     console = Console()
     # Or the twins would train on without their parent.
@@ -155,11 +158,10 @@ class Trainer:
 
     def __init__(self, name: str, args: Arguments) -> None:
         self.name = name
-        self.preset = f"digits-400l-{name}"
+        self.preset = _preset(name)
         self.folder = args.runs / name
-        experiment = get_preset(self.preset)
-        self.steps = experiment.train.steps if args.steps is None else args.steps
-        self.depth = experiment.model.depth if args.depth is None else args.depth
+        experiment = _experiment(name, args)
+        self.steps, self.depth = experiment.train.steps, experiment.model.depth
         probe_every = max(min(experiment.train.probe_every, self.steps), 1)
         self.since = self._dead_and_saved() if args.stop_dead else None
         self._stopped = self.since is not None
@@ -241,6 +243,24 @@ class Trainer:
         events = read_jsonl(log, latest=False) if log.exists() else ()
         first = next((e for e in events if e.get("level") == "alarm" and "verdict" in e), None)
         return f"ALARM at step {first['at_step']}: {first['verdict']}" if first else ""
+
+
+def _preset(name: str) -> str:
+    return f"digits-400l-{name}"
+
+
+def _experiment(name: str, args: Arguments) -> Experiment:
+    """A twin's preset with what was given instead.
+
+    Raises:
+        UserError: a number of steps or layers that cannot be.
+    """
+    preset = get_preset(_preset(name))
+    train: dict[str, Any] = {} if args.steps is None else {"steps": args.steps}
+    model: dict[str, Any] = {} if args.depth is None else {"depth": args.depth}
+    return replace(
+        preset, train=replace(preset.train, **train), model=replace(preset.model, **model)
+    )
 
 
 def _make(folder: Path) -> None:

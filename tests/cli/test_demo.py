@@ -102,6 +102,15 @@ def test_no_time_is_refused_before_anything_is_made(tmp_path, capsys, minutes):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["model.depth", "train.steps"])
+def test_what_cannot_be_is_refused_before_anything_is_made(tmp_path, capsys, option):
+    places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert main(["demo", f"--{option.partition('.')[2]}", "0", *places]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"mvsplit: {option}=0: must be at least 1\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", ["--runs", "--out"])
 def test_a_place_that_cannot_be_made_is_one_line(tmp_path, capsys, option):
     (tmp_path / "file").write_text("")
@@ -110,12 +119,6 @@ def test_a_place_that_cannot_be_made_is_one_line(tmp_path, capsys, option):
     error = capsys.readouterr().err
     assert "Not a directory; choose another --runs or --out" in error
     assert error.startswith("mvsplit: cannot create ")
-
-
-def test_zero_steps_are_no_default(tmp_path):
-    arguments = demo.Arguments(steps=0, depth=2, runs=tmp_path / "runs", out=tmp_path)
-    with pytest.raises(UserError, match=r"twin stopped: train\.steps=0: must be at least 1"):
-        demo.run(arguments)
 
 
 def test_a_run_without_probes_is_one_line(tmp_path):
