@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _NEAR = 0.6  # difflib's ratio; at 0.5 "nonsense" is near "finetune"
 
@@ -47,6 +48,18 @@ def nearest_of_all(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = nearest(name, known)
     return f"{near} known: {', '.join(known)}" if near.startswith("did you mean") else near
+
+
+def runs_near(path: Path) -> list[str]:
+    """The run folders beside `path` and in runs/."""
+    configs = [*path.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
+    return sorted({str(config.parent) for config in configs})
+
+
+def nearest_run(path: Path) -> str:
+    """Says which run may be meant by a `path` that is none, for the end of an error message."""
+    known = runs_near(path)
+    return nearest(str(path), known) if known else "train one first: mvsplit train tiny"
 
 
 @contextmanager

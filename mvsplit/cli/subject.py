@@ -16,7 +16,7 @@ from mvsplit.data import Embedder, sample_shape
 from mvsplit.data.encoders import LatentEncoder, Pixels
 from mvsplit.data.text_encoder import Padding, QwenEncoder
 from mvsplit.data.vae import Flux2Autoencoder
-from mvsplit.errors import UserError, nearest
+from mvsplit.errors import UserError, nearest_run
 from mvsplit.hub import load_weights
 from mvsplit.hub.released import LikelyHeads
 from mvsplit.hub.weights import ends_of
@@ -135,10 +135,7 @@ def sampling_config(args: object, subject: Subject) -> SamplingConfig:
 
 def nothing_at(source: Path) -> UserError:
     """What is said where neither a run nor weights are; names the run with the nearest name."""
-    near = [*source.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
-    known = {str(config.parent) for config in near}
-    remedy = nearest(str(source), known) if known else "train one first: mvsplit train tiny"
-    return UserError(f"no run at {source}; {remedy}")
+    return UserError(f"no run at {source}; {nearest_run(source)}")
 
 
 def find_run(path: Path) -> Path | None:

@@ -15,7 +15,7 @@ import tyro
 
 from mvsplit.diagnostics.live import LiveReport
 from mvsplit.diagnostics.live_server import serve
-from mvsplit.errors import UserError
+from mvsplit.errors import UserError, runs_near
 
 _HIGHEST_PORT = 65535
 
@@ -61,7 +61,9 @@ def _check(options: _Options) -> None:
 def _say_where(url: str, options: _Options) -> None:
     for run in options.runs:
         if not run.exists():
-            print(f"{run} does not exist yet; waiting for it")
+            known = runs_near(run)
+            there = f"; runs that are there: {', '.join(known)}" if known else ""
+            print(f"{run} does not exist yet; waiting for it{there}")
     if options.port and not url.endswith(f":{options.port}/"):
         print(f"port {options.port} is taken")
     print(f"watching at {url} (Ctrl-C ends it)", flush=True)

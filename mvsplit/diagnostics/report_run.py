@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from mvsplit.diagnostics.logs import Dropped, Record, as_number, read_jsonl
 from mvsplit.diagnostics.report_layers import LayerMap, LayerMapsBuilder
 from mvsplit.diagnostics.report_series import Series, SeriesTable
-from mvsplit.errors import UserError
+from mvsplit.errors import UserError, nearest_run
 
 MOST_EVENTS = 400
 MOST_PICTURES = 8
@@ -58,7 +58,7 @@ def read_run(folder: Path | str) -> RunRecord:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"run {str(folder)!r} is no folder; name a run such as runs/NAME")
+        raise UserError(f"run {str(folder)!r} is no folder; {nearest_run(folder)}")
     if not any((folder / name).is_file() for name in _LOGS):
         raise UserError(f"run {str(folder)!r} has none of {', '.join(_LOGS)}; name a run's folder")
     run = RunRecord(name=name_of(folder))

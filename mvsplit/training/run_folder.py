@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from mvsplit.errors import UserError
+from mvsplit.errors import UserError, nearest_run
 from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
@@ -188,7 +188,7 @@ def read_experiment(path: Path | str) -> Experiment:
     """
     config = Path(path) / "config.json"
     if not config.is_file():
-        raise UserError(f"no run at {path}: there is no {config}; check the path")
+        raise UserError(f"no run at {path}: there is no {config}; {nearest_run(Path(path))}")
     return from_json(config.read_text(encoding="utf-8"), config)
 
 

@@ -73,6 +73,23 @@ def test_what_cannot_be_explained(
     assert message in capsys.readouterr().err
 
 
+def test_where_there_is_no_run_those_that_are_there_are_named(
+    flight: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}")
+    for command in ("explain", "report"):
+        assert main([command, "nowhere"]) == 2
+        assert "choose one of: runs/first, runs/second\n" in capsys.readouterr().err
+        assert main([command, "runs/secnd"]) == 2
+        assert "did you mean runs/second or" in capsys.readouterr().err
+
+
 @pytest.fixture
 def watched(tmp_path: Path) -> Path:
     """The run_dir of a monitor whose 30th step was lost."""

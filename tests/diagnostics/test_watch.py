@@ -120,13 +120,16 @@ def test_a_taken_port_gives_way_to_the_next(run):
 
 def test_ctrl_c_ends_the_command(run):
     """A process of its own, as a terminal would start it."""
+    (run / "early").mkdir()
+    (run / "early" / "config.json").touch()
     command = [sys.executable, "-c", "from mvsplit.cli import watch; exit(watch.main("]
     command[-1] += f"[{str(run)!r}, {str(run / 'later')!r}, '--port', '0']))"
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == f"{run / 'later'} does not exist yet; waiting for it\n"
+    waits = f"{run / 'later'} does not exist yet; waiting for it; runs that are there: "
+    assert process.stdout.readline() == f"{waits}{run / 'early'}\n"
     said = process.stdout.readline()
     assert said.startswith("watching at http://127.0.0.1:")
     port = urlsplit(said.split()[2]).port
