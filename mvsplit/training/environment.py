@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import mvsplit
+from mvsplit.errors import UserError
 from mvsplit.training.distributed import world
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
@@ -33,6 +35,21 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "processes": world(),
         "revision": git_revision(),
     }
+
+
+def cpu_threads_in(path: Path) -> int | None:
+    """The threads in the environment.json at `path`; None where there is none, or none of a CPU,
+    whose kernels alone take sums in an order that depends on them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, it is written anew") from error
+    on_cpu = isinstance(found, dict) and found.get("device") == "cpu"
+    return found.get("threads") if on_cpu else None
 
 
 def processor() -> str:

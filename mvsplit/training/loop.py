@@ -12,6 +12,8 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any
 
+import torch
+
 from mvsplit.diagnostics.probe import NAMED_FIELDS, LayerProbe
 from mvsplit.diagnostics.ranks import arrays_over_ranks
 from mvsplit.training.builders import build_state
@@ -162,6 +164,7 @@ class _Run:
         if snapshot is not None:
             changed = {name: list(pair) for name, pair in folder.changed.items()}
             self._tell("resumed", f"resumed {folder.path} at step {state.step}", changed=changed)
+            self._tell_threads()
         elif begun_before:
             self._tell("started", f"{folder.path} has no checkpoint yet: starting again")
         else:
@@ -175,6 +178,17 @@ class _Run:
             self.save()
         if snapshot is not None and (stop := Stop.of(snapshot.values)) is not None:
             self._meet(stop)
+
+    def _tell_threads(self) -> None:
+        """Says that a resumed run may not be the whole one to the bit, where that is so."""
+        before, now = self.folder.threads_before, torch.get_num_threads()
+        if self.state.device.type == "cpu" and before not in (None, now):
+            message = (
+                f"{now} threads now, {before} before: sums may have other last digits, so the "
+                f"steps may differ a little from those of a run that was not interrupted; "
+                f"OMP_NUM_THREADS={before} gives the same"
+            )
+            self._tell("threads", message, level="info", before=before, now=now)
 
     def _meet(self, stop: Stop) -> None:
         """What becomes of a run that an alarm has stopped: the same settings leave it there, and
@@ -318,7 +332,11 @@ class _Run:
             message = f"stopped by {self.signal.name} {done}; give the same command again to go on"
             self._tell("interrupted", message, signal=self.signal.name)
         elif step == self._first:
-            message = f"nothing to do: the run is at step {step}, steps={steps}; raise --steps"
+            message = (
+                f"nothing to do: the run is at step {step}, and steps={steps}, which is the "
+                f"preset's where you gave none; to go on give more than {step}, for example "
+                f"--steps {step + max(steps, 1)}"
+            )
             self._tell("finished", message)
         else:
             self._tell("finished", f"finished step {step} of {steps}: {self.folder.path}")

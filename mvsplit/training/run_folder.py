@@ -27,7 +27,7 @@ from mvsplit.residuals import RuleConfig
 from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.config import CHANGEABLE, Experiment, differences, from_json, to_json
 from mvsplit.training.distributed import from_first
-from mvsplit.training.environment import describe_environment
+from mvsplit.training.environment import cpu_threads_in, describe_environment
 from mvsplit.training.files import (
     JsonLines,
     NoLines,
@@ -52,6 +52,7 @@ class RunFolder:
 
     Attributes:
         changed: fields that differ from the last time, (old, new) by dotted name.
+        threads_before: of PyTorch, if the process before this one ran on a CPU, from `begin` on.
         metrics, layers, events: the logs, from `begin` on.
 
     Raises:
@@ -68,6 +69,7 @@ class RunFolder:
             stack.enter_context(_lock(self.path))
             stack.push(traces.remove_files)
             self.changed = _agree(self.path, experiment)
+            self.threads_before: int | None = None
             self._stack = stack.pop_all()
 
     @property
@@ -90,6 +92,7 @@ class RunFolder:
             UserError: the folder cannot be written, the disk being full for example.
         """
         environment = json.dumps(describe_environment(device), indent=2) + "\n"
+        self.threads_before = cpu_threads_in(self.path / "environment.json")
         if self.experiment.origin is not None:
             origin = replace(self.experiment.origin, sha256=base)
             self.experiment = replace(self.experiment, origin=origin)
@@ -153,6 +156,7 @@ class FollowedFolder(RunFolder):
     def __init__(self, path: Path | str, experiment: Experiment) -> None:
         self.path, self.experiment = Path(path), experiment
         self.changed: dict[str, tuple[Any, Any]] = {}
+        self.threads_before = None
         self._stack = ExitStack()
 
     def begin(

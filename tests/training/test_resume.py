@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -50,7 +51,25 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path, whole_run: Path) -> None:
     for _ in range(2):
         train(runs.experiment(), tmp_path / "run")
     runs.assert_same_run(tmp_path / "run", whole_run)
-    assert "nothing to do" in runs.lines(tmp_path / "run" / "events.jsonl")[-1]["message"]
+    message = runs.lines(tmp_path / "run" / "events.jsonl")[-1]["message"]
+    assert (
+        "nothing to do: the run is at step 8, and steps=8, which is the preset's where" in message
+    )
+    assert "give more than 8, for example --steps 16" in message
+
+
+def test_another_number_of_threads_is_said(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", []
+    for threads, steps in ((1, 2), (1, 4), (2, 6), (2, 8)):
+        torch.set_num_threads(threads)  # put back by the conftest
+        train(runs.experiment(steps=steps), run)
+        assert json.loads((run / "environment.json").read_text())["threads"] == threads
+        said.append([e for e in runs.lines(run / "events.jsonl") if e["event"] == "threads"])
+    assert [len(events) for events in said] == [0, 0, 1, 1]
+    (event,) = said[-1]
+    assert (event["step"], event["before"], event["now"]) == (4, 1, 2)
+    assert "2 threads now, 1 before" in event["message"]
+    assert "\n" not in event["message"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
