@@ -75,7 +75,8 @@ class Options:
         source: a run's folder or one of its checkpoints; or weights: model.pt, a .safetensors file,
             a folder of shards, a diffusers folder.
         ema: the averaged weights, or the weights as trained.
-        device: cpu, cuda, …; auto is cuda where there is one.
+        device: cpu, cuda, …; auto is cuda where there is one. On a CPU a narrow network is often
+            faster with OMP_NUM_THREADS=1 before the command.
         vae: for weights, folder or hub id of the FLUX.2 autoencoder; that of a diffusers folder if
             not given.
         text_encoder: for weights, folder or hub id of Qwen3-0.6B; that of a diffusers folder if
