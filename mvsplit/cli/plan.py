@@ -18,6 +18,7 @@ from mvsplit.models import DiTConfig
 from mvsplit.presets import PRESETS, get_preset, list_presets
 from mvsplit.training import DataConfig, Experiment, TrainConfig
 from mvsplit.training.gpus import GIB, Gpu, find_gpu
+from mvsplit.training.memory_plan import SPARE
 from mvsplit.training.step_memory import OUTSIDE
 from mvsplit.training.step_plan import Remedy, StepPlan, plan_step, sample_of
 
@@ -198,8 +199,13 @@ def _foot(plan: StepPlan) -> Iterable[str]:
 
 
 def _verdict(plan: StepPlan) -> Iterable[str]:
-    if plan.memory.fits:
-        yield "[green]it fits[/]"
+    memory = plan.memory
+    if memory.fits:
+        left = _gib(memory.available - memory.total)
+        yield (
+            f"[green]it fits[/]: {left} GiB left of what may be used, which is {1 - SPARE:.0%} of "
+            f"the GPU's memory"
+        )
         return
     if not plan.remedies:
         yield "[red]it does not fit[/], and no change that was tried takes less"

@@ -46,7 +46,8 @@ def key() -> str:
             "  N × P pieces of S: N GPUs, each of which takes P times S samples before one update",
             "  memory of a GPU, GiB (2^30 bytes), at its peak:",
             *_rows(MEMORY),
-            "    may be used: what the step may take; above it, it does not fit (exit status 1)",
+            "    may be used: what the step may take; above it, it does not fit (exit status 1); "
+            "with --recompute auto little is left, since what is free is kept, not computed again",
             "  time of a step, s: one update of a warm GPU, of the whole batch; share: of the step",
             *_rows(TIME),
             "  tokens/s: image and text tokens, padding too, of all GPUs together",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -45,7 +46,11 @@ def test_rates_can_be_given(capsys):
 def test_the_table_says_whether_it_fits(capsys):
     assert cli.main(["plan", "mvsplit-400l-h200"]) == 0
     out = capsys.readouterr().out
-    assert "it fits" in out
+    _, plan = planned(capsys, "mvsplit-400l-h200")
+    left = (plan["memory"]["available"] - plan["memory"]["total"]) / 2**30
+    said = re.search(r"it fits: ([\d.]+) GiB left .* 96% of the GPU's memory", out)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(left, abs=0.06)
     assert "batch 264 as 1 × 11 pieces of 24" in out
     assert cli.main(["plan", "mvsplit-1000l", "--gpu", "h100"]) == 1
     out = capsys.readouterr().out
