@@ -4,6 +4,7 @@ import torch
 
 from mvsplit.data import Digits
 from mvsplit.evaluation import CHANCE, digit_classifier, evaluate_digits
+from mvsplit.evaluation.digits import read_digits
 
 
 def real(count=300):
@@ -37,3 +38,8 @@ def test_held_out_accuracy_is_measured_on_digits_it_has_not_seen():
     seen = {row.tobytes() for row in classifier.support_vectors_.astype("float32")}
     rows = [((latents[i].flatten() + 1) * 8).numpy().tobytes() for i in range(len(latents))]
     assert sum(row in seen for row in rows) < 0.76 * len(rows)
+
+
+def test_what_is_no_digit_is_read_as_one_all_the_same():
+    """As docs/evaluation.md says of a plain grey picture."""
+    assert read_digits(torch.zeros(1, 1, 8, 8)) == [8]
