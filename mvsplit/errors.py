@@ -51,9 +51,9 @@ def nearest_of_all(name: str, known: Iterable[str]) -> str:
 
 
 def runs_near(path: Path) -> list[str]:
-    """The run folders beside `path` and in runs/."""
-    configs = [*path.parent.glob("*/config.json"), *Path("runs").glob("*/config.json")]
-    return sorted({str(config.parent) for config in configs})
+    """The run folders beside `path` and in runs/: a model of others has a config.json too."""
+    logs = [*path.parent.glob("*/metrics.jsonl"), *Path("runs").glob("*/metrics.jsonl")]
+    return sorted({str(log.parent) for log in logs if (log.parent / "config.json").exists()})
 
 
 def nearest_run(path: Path) -> str:

@@ -35,7 +35,8 @@ class _PlainLines(Progress):
         task = self._tasks[task_id]
         seconds = task.time_remaining
         left = "" if seconds is None else f", {TimeRemainingColumn().render(task)} left"
-        line = f"{task.description}: {task.percentage:.0f}%{left}"
+        done = f"{task.completed:,.0f}" if task.total is None else f"{task.percentage:.0f}%"
+        line = f"{task.description}: {done}{left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

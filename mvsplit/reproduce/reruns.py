@@ -66,7 +66,8 @@ def succeed(result: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict
         other = "" if looks(result) == looks(before) else ", with other looks"
         again.insert(0, rerun(before, f"an earlier record{other}"))
     if not same_rule:
-        changed.append(record(before) | ({RUNS: then} if then else {}))
+        figures = {RUNS: then, "values": rerun(before, "")["values"]} if then else {}
+        changed.append(record(before) | figures)
     elif before["rule_unchanged"]:
         whole["rule_written"] = min(result["rule_written"], before["rule_written"])
     kept = {AGAIN: again, CHANGED: changed, OTHERS: others}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 import mvsplit
-from mvsplit.errors import UserError
 from mvsplit.training.distributed import world
 
 _CPUINFO = Path("/proc/cpuinfo")  # of Linux
@@ -39,15 +38,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 def cpu_threads_in(path: Path) -> int | None:
     """The threads in the environment.json at `path`; None where there is none, or none of a CPU,
-    whose kernels alone take sums in an order that depends on them.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    whose kernels alone take sums in an order that depends on them, or the file is damaged: it is
+    written anew."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, it is written anew") from error
+    except ValueError:
+        return None
     on_cpu = isinstance(found, dict) and found.get("device") == "cpu"
     return found.get("threads") if on_cpu else None
 

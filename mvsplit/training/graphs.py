@@ -11,7 +11,7 @@ parameters move (`Graphs.clear`).
 
 A look into the passes (`Look`) has graphs of its own, which hold what it computes, too: in a narrow
 network launching that takes far longer than a step does. They are recorded where half of the memory
-is free before.
+is free before, of the four shapes that were looked at first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from mvsplit.models.block import _is_watched
 from mvsplit.training.pieces import Piece
 
 _logger = logging.getLogger(__name__)
-_MOST, _MOST_LOOKS = 8, 4  # graphs that are kept, the shapes last seen
+_MOST = 8  # graphs that are kept, the shapes last seen
+_MOST_LOOKS = 4  # and those first looked at: a recording costs more than a look
 NODE_BYTES = 600_000  # of a graph for every layer: some fifty nodes of about 10 KB
 
 Run = Callable[[Piece], Tensor]  # adds gradients, gives the loss of each sample
@@ -92,6 +93,7 @@ class Graphs:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model, self._device = model, device
         self._on = self._looks_on = device.type == "cuda"
+        self._refused = False
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded] = {}
         self._looks: dict[Any, _Recorded] = {}
@@ -128,7 +130,7 @@ class Graphs:
 
     def _run_seen(self, piece: Piece, run: Run, look: Look, key: Any) -> Tensor:
         """`run` with a look into it: from the second such look on from a graph, if it has room."""
-        if self._looks_on and key not in self._looks:
+        if self._looks_on and key not in self._looks and len(self._looks) < _MOST_LOOKS:
             if key in self._seen and self._has_room():
                 self._record_look(key, piece, run, look)
             self._seen.add(key)
@@ -197,39 +199,34 @@ class Graphs:
         much as a step does. Where it is not, that is said once."""
         gc.collect()
         torch.cuda.empty_cache()
-        free, used = (
-            torch.cuda.mem_get_info(self._device)[0],
-            torch.cuda.memory_reserved(self._device),
-        )
-        if free > used:
-            return True
-        self._looks_on = False
-        words = (
-            "looks run without a CUDA graph, for less memory is free, %.1f GiB, than in use, %.1f"
-        )
-        _logger.info(words, free / 2**30, used / 2**30)
-        return False
+        free = torch.cuda.mem_get_info(self._device)[0]
+        used = torch.cuda.memory_reserved(self._device)
+        if free <= used and not self._refused:
+            self._refused = True
+            words = (
+                "looks run without a CUDA graph: less memory is free, %.1f GiB, than in use, %.1f"
+            )
+            _logger.warning(words, free / 2**30, used / 2**30)
+        return bool(free > used)
 
     def _record(self, key: Any, piece: Piece, run: Run) -> None:
-        error = None
-        try:
-            self._recorded[key] = self._captured(piece, run)
-            return
-        except torch.OutOfMemoryError:
-            if not self._looks:
-                raise
-        except RuntimeError as reason:
-            error = str(reason)
-        self.clear()  # now that no traceback holds what the recording had
-        if error is None:  # the looks had the memory
-            self._recorded[key] = self._captured(piece, run)
-            return
-        self._on = False
-        _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
+        for _ in range(2):
+            looks, error = len(self._looks), None
+            try:
+                self._recorded[key] = self._captured(piece, run)
+                return
+            except torch.OutOfMemoryError:
+                if not looks:
+                    raise
+            except RuntimeError as reason:
+                error = str(reason)
+            self.clear()  # the looks may have had the memory; no traceback holds it any more
+            if error is not None:
+                self._on = False
+                _logger.warning("the step runs without a CUDA graph, and slower: %s", error)
+                return
 
     def _record_look(self, key: Any, piece: Piece, run: Run, look: Look) -> None:
-        if len(self._looks) >= _MOST_LOOKS:
-            self._looks.clear()
         error = None
         try:
             self._looks[key] = self._captured(piece, run, look)

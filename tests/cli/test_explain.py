@@ -80,9 +80,11 @@ def test_where_there_is_no_run_those_that_are_there_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("first", "second"):
+    for name in ("first", "second", "a model of others"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.json").write_text("{}")
+        if " " not in name:
+            (tmp_path / "runs" / name / "metrics.jsonl").touch()
     for command in ("explain", "report"):
         assert main([command, "nowhere"]) == 2
         assert "choose one of: runs/first, runs/second\n" in capsys.readouterr().err

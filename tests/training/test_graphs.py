@@ -264,6 +264,46 @@ def test_a_look_without_room_runs_as_it_is_written() -> None:
     assert graphs.looks == 0
 
 
+def test_half_of_the_memory_must_be_free_for_a_look(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is refused once may be granted later; the refusal is said once."""
+    graphs = Graphs(DiT(runs.MODEL), torch.device("cpu"))
+    memory = {"free": 10, "used": 10}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory["free"], 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: memory["used"])
+    assert not graphs._has_room()
+    assert not graphs._has_room()
+    assert caplog.text.count("looks run without a CUDA graph") == 1
+    memory["free"] = 11
+    assert graphs._has_room()
+    assert graphs._taken() == (10, 19)
+
+
+def test_graphs_go_where_what_they_hold_is_more_than_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    for _ in range(2):
+        graphs.run(some_piece(), losses_of)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 30))
+    for held, left in ((10, 1), (11, 0)):
+        graphs._bytes = held
+        graphs._make_room()
+        assert graphs.recorded == left
+
+
+def test_of_many_shapes_the_first_that_were_looked_at_keep_their_graphs() -> None:
+    graphs = Recording(DiT(runs.MODEL))
+    lengths = range(4, 28, 4)
+    for length in lengths:
+        graphs.run(some_piece(length), losses_of)
+    for _ in range(3):
+        inside = [looked_at(graphs, length)[1] for length in lengths]
+    assert inside == [False] * 4 + [True] * 2
+    assert graphs.looks == 4
+
+
 def test_a_look_that_others_watch_too_is_seen_by_all() -> None:
     model = DiT(runs.MODEL)
     graphs = Recording(model)
