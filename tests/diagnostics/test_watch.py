@@ -122,6 +122,7 @@ def test_ctrl_c_ends_the_command(run):
     """A process of its own, as a terminal would start it."""
     (run / "early").mkdir()
     (run / "early" / "config.json").touch()
+    (run / "early" / "metrics.jsonl").touch()
     command = [sys.executable, "-c", "from mvsplit.cli import watch; exit(watch.main("]
     command[-1] += f"[{str(run)!r}, {str(run / 'later')!r}, '--port', '0']))"
     process = subprocess.Popen(
