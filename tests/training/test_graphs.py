@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,15 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvsplit.diagnostics.probe import WRITER_FIELDS, LayerProbe
 from mvsplit.models import DiT
 from mvsplit.training import DataConfig, Experiment, build_state, train
 from mvsplit.training.builders import resolve_device
-from mvsplit.training.graphs import Graphs, Look, Run, _Recorded
+from mvsplit.training.graphs import Graphs
 from mvsplit.training.pieces import Piece, in_few_lengths
 from mvsplit.training.step import accumulate_gradients, pieces, train_step
 from mvsplit.training.surgery import protect
 from tests.training import runs
-
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+from tests.training.recordings import ON_GPU, Recording, losses_of, some_piece
 
 
 class EveryOperation(TorchDispatchMode):
@@ -78,51 +75,6 @@ def test_not_used_where_a_replay_would_be_unseen() -> None:
     assert graphs.usable()
 
 
-class Recording(Graphs):
-    """On a CPU: a graph that only counts its replays."""
-
-    def __init__(self, model: DiT) -> None:
-        super().__init__(model, torch.device("cpu"))
-        self._on = self._looks_on = True
-        self.replays, self.room, self.fails, self.places = 0, True, False, 100
-
-    def replay(self) -> None:
-        self.replays += 1
-
-    def _has_room(self) -> bool:
-        return self.room
-
-    def recorded_texts(self) -> list[int]:
-        """Text tokens of each graph's piece, in the order of recording."""
-        return [r.piece.text.shape[1] for r in self._recorded.values()]
-
-    def _captured(self, piece: Piece, run: Run, look: Look | None = None) -> _Recorded:
-        if self.fails:
-            raise RuntimeError("nothing is recorded here")
-        if len(self._held()) >= self.places:
-            raise torch.OutOfMemoryError("graphs hold it")
-        if look is None:
-            return _Recorded(self, piece, run(piece), ((), piece.times))
-        look.forget()
-        with look.passes():
-            losses = run(piece)
-        return _Recorded(self, piece, losses, look.seen())
-
-
-def some_piece(text: int = 4) -> Piece:
-    return Piece(
-        data=torch.ones(2, 1, 8, 8),
-        noise=torch.ones(2, 1, 8, 8),
-        times=torch.ones(2),
-        text=torch.ones(2, text, 16),
-        text_valid=None,
-    )
-
-
-def losses_of(piece: Piece) -> torch.Tensor:
-    return piece.times
-
-
 def test_another_shape_finds_the_memory_of_the_graphs_free() -> None:
     """The memory plan counts on it, and what runs without a graph cannot use a graph's pool."""
     graphs = Recording(DiT(runs.MODEL))
@@ -160,171 +112,6 @@ def test_a_graph_is_not_replayed_once_other_parameters_learn() -> None:
     ran = []
     graphs.run(some_piece(), lambda p: ran.append(p) or p.times)
     assert (len(ran), graphs.replays) == (1, 2)
-
-
-class Eye:
-    """A look whose numbers are the sums of the pieces' data, as its hooks see them."""
-
-    key = "eye"
-
-    def __init__(self) -> None:
-        self.open = False
-        self.found: list[torch.Tensor] = []
-        self.recalled: tuple[object, torch.Tensor] | None = None
-
-    @contextmanager
-    def passes(self) -> Iterator[None]:
-        self.open = True
-        yield
-        self.open = False
-
-    def read_gradients(self) -> None:
-        pass
-
-    def seen(self) -> tuple[object, torch.Tensor]:
-        return ("sum",), torch.stack(self.found)
-
-    def recall(self, names: object, values: torch.Tensor) -> None:
-        self.recalled = names, values
-
-    def forget(self) -> None:
-        self.found.clear()
-
-
-def looked_at(graphs: Graphs, text: int = 4) -> tuple[Eye, bool]:
-    """A look at a piece, and whether the piece ran inside it."""
-    eye, inside = Eye(), []
-
-    def run(piece: Piece) -> torch.Tensor:
-        inside.append(eye.open)
-        eye.found.append(piece.data.sum())
-        return piece.times
-
-    losses = graphs.run(some_piece(text), run, eye)
-    assert losses.shape == (2,)
-    assert not eye.open
-    return eye, inside == [True]
-
-
-def test_a_look_is_recorded_the_second_time_and_then_recalled() -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    eye, inside = looked_at(graphs)
-    assert (inside, eye.recalled, len(eye.found), graphs.looks) == (True, None, 1, 0)
-    eye, inside = looked_at(graphs)
-    assert (inside, graphs.looks, graphs.replays) == (True, 1, 1)
-    assert not eye.found  # what a recording showed is no number
-    again, inside = looked_at(graphs)
-    assert (inside, graphs.replays) == (False, 2)
-    for one in (eye, again):
-        assert one.recalled is not None
-        names, values = one.recalled
-        assert names == ("sum",)
-        assert values.tolist() == [128.0]
-
-
-@pytest.mark.parametrize("with_a_look", [False, True])
-def test_looks_and_steps_have_graphs_of_their_own_and_make_room_together(with_a_look: bool) -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    for _ in range(2):
-        looked_at(graphs)
-        graphs.run(some_piece(), losses_of)
-    assert (graphs.recorded, graphs.looks) == (1, 1)
-    if with_a_look:  # another shape runs as it is written, and needs the memory
-        looked_at(graphs, 8)
-    else:
-        graphs.run(some_piece(8), losses_of)
-    assert (graphs.recorded, graphs.looks) == (0, 0)
-
-
-def test_a_step_gets_the_memory_that_looks_hold() -> None:
-    """A larger piece that was seen before a look at a smaller one was recorded."""
-    graphs = Recording(DiT(runs.MODEL))
-    for text in (4, 8):
-        graphs.run(some_piece(text), losses_of)
-    for _ in range(2):
-        looked_at(graphs)
-    assert (graphs.recorded, graphs.looks) == (0, 1)
-    graphs.run(some_piece(8), losses_of)
-    assert (graphs.recorded_texts(), graphs.looks) == ([8], 0)
-    looked_at(graphs)  # at a smaller one, which finds room beside it
-    assert (graphs.recorded, graphs.looks) == (1, 1)
-    graphs.places = 2
-    graphs.run(some_piece(4), losses_of)
-    assert (graphs.recorded_texts(), graphs.looks) == ([4], 0)
-    graphs.places = 1
-    graphs.run(some_piece(8), losses_of)
-    with pytest.raises(torch.OutOfMemoryError):  # no look holds it
-        graphs.run(some_piece(4), losses_of)
-
-
-def test_a_look_without_room_runs_as_it_is_written() -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    graphs.room = False
-    assert [looked_at(graphs)[1] for _ in range(3)] == [True] * 3
-    assert graphs.looks == 0
-
-
-def test_half_of_the_memory_must_be_free_for_a_look(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What is refused once may be granted later; the refusal is said once."""
-    graphs = Graphs(DiT(runs.MODEL), torch.device("cpu"))
-    memory = {"free": 10, "used": 10}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory["free"], 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: memory["used"])
-    assert not graphs._has_room()
-    assert not graphs._has_room()
-    assert caplog.text.count("looks run without a CUDA graph") == 1
-    memory["free"] = 11
-    assert graphs._has_room()
-    assert graphs._taken() == (10, 19)
-
-
-def test_graphs_go_where_what_they_hold_is_more_than_what_is_free(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    for _ in range(2):
-        graphs.run(some_piece(), losses_of)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 30))
-    for held, left in ((10, 1), (11, 0)):
-        graphs._bytes = held
-        graphs._make_room()
-        assert graphs.recorded == left
-
-
-def test_of_many_shapes_the_first_that_were_looked_at_keep_their_graphs() -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    lengths = range(4, 28, 4)
-    for length in lengths:
-        graphs.run(some_piece(length), losses_of)
-    for _ in range(3):
-        inside = [looked_at(graphs, length)[1] for length in lengths]
-    assert inside == [False] * 4 + [True] * 2
-    assert graphs.looks == 4
-
-
-def test_a_look_that_others_watch_too_is_seen_by_all() -> None:
-    model = DiT(runs.MODEL)
-    graphs = Recording(model)
-    for _ in range(3):
-        looked_at(graphs)
-    hook = WAYS["forward"](model)
-    assert looked_at(graphs)[1]
-    hook.remove()
-    assert not looked_at(graphs)[1]
-
-
-def test_a_look_that_cannot_be_recorded_costs_nothing_but_speed(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    graphs = Recording(DiT(runs.MODEL))
-    graphs.fails = True
-    for _ in range(3):
-        eye, inside = looked_at(graphs)
-        assert inside
-        assert (len(eye.found), eye.recalled) == (1, None)
-    assert caplog.text.count("looks run without a CUDA graph") == 1
 
 
 def test_a_cpu_runs_the_step_as_it_is_written() -> None:
@@ -383,45 +170,6 @@ def test_replays_give_the_gradients_of_the_eager_step(weights: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
     assert with_graph.graphs is not None
     assert len(with_graph.graphs._recorded) == 1
-
-
-@pytest.mark.gpu
-@ON_GPU
-@pytest.mark.parametrize("per_segment", [False, True])
-def test_a_look_from_a_graph_sees_what_its_hooks_see(per_segment: bool) -> None:
-    """Of texts of two lengths by turns, padded, between steps that have graphs of the same pool."""
-    experiment = runs.experiment(precision="bf16", weights="bf16", accumulate=2, device="cuda")
-    with_graph, without = build_state(experiment), build_state(experiment)
-    without.graphs = None
-    width = experiment.model.text_width
-    for step in range(1, 13):
-        lines = []
-        for state in (with_graph, without):
-            torch.manual_seed(step)
-            batch = state.loader.next_batch()
-            parts = [
-                replace(
-                    part,
-                    text=torch.randn(len(part.data), length, width, device="cuda"),
-                    text_valid=torch.randint(1, length + 1, (len(part.data),), device="cuda"),
-                )
-                for part, length in zip(
-                    pieces(batch, step, experiment.train, state.device),
-                    (16, 32) if step % 2 else (32, 16),
-                    strict=True,
-                )
-            ]
-            probe = LayerProbe(state.taps, per_segment=per_segment)
-            accumulate_gradients(state, experiment.train, parts, probe)
-            lines.append((probe.arrays(), [g.grads.clone() for g in state.optimizer.groups]))
-        (ours, our_grads), (theirs, their_grads) = lines
-        assert ours.keys() == theirs.keys() > set(WRITER_FIELDS)
-        for name, values in theirs.items():
-            assert ours[name] == pytest.approx(values, rel=1e-4, abs=1e-9), name
-        for one, other in zip(our_grads, their_grads, strict=True):
-            torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-5)
-    assert with_graph.graphs is not None
-    assert with_graph.graphs.looks == 2
 
 
 @pytest.mark.gpu

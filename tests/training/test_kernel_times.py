@@ -27,6 +27,7 @@ from mvsplit.training.kernel_times import (
     served,
 )
 from mvsplit.training.step_time import Shape, left_seconds, step_time
+from tests.training import measured
 
 FFN_FORWARD, FFN_BACKWARD = ("swiglu", "forward"), ("swiglu", "backward")
 FORWARD, BACKWARD = ("rotation", "forward"), ("rotation", "backward")
@@ -88,10 +89,7 @@ def test_clusters_are_planned_where_they_serve() -> None:
 
 
 def network(heads: int = 8, hidden: int = 3072) -> DiTConfig:
-    return DiTConfig(
-        depth=1, width=1024, heads=heads, ffn_width=hidden, channels=32, text_width=1024,
-        rule=RuleConfig(name="mvsplit"),
-    )  # fmt: skip
+    return replace(measured.network(1), heads=heads, ffn_width=hidden)
 
 
 SIZES = 4608, 8320
