@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +24,18 @@ from torch import Tensor
 
 from mvsplit.data import Embedder, Shapes
 from mvsplit.data.atomic import write_atomically
+from mvsplit.data.scenes import Scene
 from mvsplit.errors import UserError
 from mvsplit.evaluation.geneval import evaluate_shapes, geneval_indices, scenes_at
 from mvsplit.evaluation.held_out import SERIES, validation_loss
-from mvsplit.models import DiT, DiTConfig
+from mvsplit.models import DiTConfig
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
 from mvsplit.reproduce.trial import Deadline, token_floor
 from mvsplit.residuals import RuleConfig
 from mvsplit.residuals.mvsplit import starts_by_default, written_out
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
+from mvsplit.sampling.guidance import Network
 from mvsplit.training import (
     Experiment,
     NonFiniteError,
@@ -227,44 +229,77 @@ def first_words(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def score(state: TrainState, size: BenchSize) -> dict[str, Any]:
     """Validation loss and task scores of the network as it stands, which becomes one of the run's
-    precision; None in place of scores of pictures that are not finite."""
+    precision."""
     model, embedder = state.model.eval(), state.loader.embedder
     if size.precision == "bf16":
         model = model.to(torch.bfloat16)
-    shapes, real, scenes = _held_out(size.pictures)
-    losses = dict(validation_loss(model, embedder, shapes, samples=size.validation, batch_size=256))
-    pictures = draw(model, embedder, [scene.caption for scene in scenes], size.drawing)
-    tasks: dict[str, float] | None = None
-    if bool(pictures.isfinite().all()):
-        tasks = dict(evaluate_shapes(pictures, scenes, real))
+    held = held_out_shapes(size.pictures)
+    asked = validation_loss(model, embedder, held.shapes, samples=size.validation, batch_size=256)
+    losses, weight = dict(asked), next(model.parameters())
+    prompts = [scene.caption for scene in held.scenes]
+    pictures = draw(model, embedder, prompts, size.drawing, like=weight)
     return {
         "validation_loss": six_digits(losses["validation_loss"]),
         "by_time": [six_digits(v) for n, v in losses.items() if "_t" in n and "stderr" not in n],
-        "tasks": tasks,
+        "tasks": task_scores(pictures),
     }
 
 
+class HeldOutShapes(NamedTuple):
+    """Samples that no run sees.
+
+    Attributes:
+        shapes: for the validation loss.
+        real: rendered pictures [REAL, 3, 32, 32].
+        scenes: what is asked for, GenEval's six tasks in turn.
+    """
+
+    shapes: Shapes
+    real: Tensor
+    scenes: list[Scene]
+
+
 @cache
-def _held_out(pictures: int) -> tuple[Shapes, Tensor, Any]:
+def held_out_shapes(pictures: int) -> HeldOutShapes:
+    """With so many scenes."""
     shapes = Shapes(32, SERIES)
-    return (
-        shapes,
-        shapes.fetch(range(REAL)).latents,
-        scenes_at(shapes, geneval_indices(shapes, pictures)),
-    )
+    scenes = scenes_at(shapes, geneval_indices(shapes, pictures))
+    return HeldOutShapes(shapes, shapes.fetch(range(REAL)).latents, scenes)
+
+
+def task_scores(pictures: Tensor) -> dict[str, float] | None:
+    """Of pictures [N, 3, 32, 32] of the first N held-out scenes; None where they are not finite."""
+    if not bool(pictures.isfinite().all()):
+        return None
+    held = held_out_shapes(len(pictures))
+    return dict(evaluate_shapes(pictures, held.scenes, held.real))
 
 
 @torch.no_grad()
-def draw(model: DiT, embedder: Embedder, prompts: Sequence[str], steps: int) -> Tensor:
-    """Pictures [N, 3, 32, 32] by Euler's method with guidance, all in one batch. The network runs
-    as it is: an engine would take longer to record than these few steps take."""
-    weight = next(model.parameters())
+def draw(
+    network: Network,
+    embedder: Embedder,
+    prompts: Sequence[str],
+    steps: int,
+    *,
+    like: Tensor,
+    copies: int = 1,
+) -> Tensor:
+    """Pictures [copies·N, 3, 32, 32] by Euler's method with guidance, all in one batch, which holds
+    the N prompts with the same noise `copies` times. The network runs as it is: an engine would
+    take longer to record than these few steps take.
+
+    Args:
+        like: has the network's precision and device.
+    """
     text, valid = embedder.encode([*prompts, ""])
-    text, valid = text.to(weight), valid.to(weight.device)
+    text, valid = text.to(like), valid.to(like.device)
+    each, lengths = text[:-1].repeat(copies, 1, 1), valid[:-1].repeat(copies)
     velocity = classifier_free(
-        model, text[:-1], text[-1:], GUIDANCE, text_valid=valid[:-1], null_valid=valid[-1:]
+        network, each, text[-1:], GUIDANCE, text_valid=lengths, null_valid=valid[-1:]
     )
-    noise = sample_noise(range(len(prompts)), (3, 32, 32), seed=0, device=weight.device)
+    noise = sample_noise(range(len(prompts)), (3, 32, 32), seed=0, device=like.device)
+    noise = noise.repeat(copies, 1, 1, 1)
     return get_sampler("euler").sample(velocity, noise, steps=steps, shift=1.0).float().cpu()
 
 

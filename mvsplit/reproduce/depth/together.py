@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvsplit.data import Shapes
-from mvsplit.evaluation.held_out import SERIES, questions
 from mvsplit.flow import interpolate
 from mvsplit.kernels.capture import capture
 from mvsplit.models import DiT, DiTConfig
 from mvsplit.reproduce.depth.ensemble import Ensemble
+from mvsplit.reproduce.depth.ensemble_scores import score
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.depth.run import (
     FINISHED,
@@ -357,7 +356,7 @@ def run_together(
     they came to their end; the time `end`, in seconds of the clock, stops them before.
 
     A row has no peak memory, seconds a step or word of the watch, for these are of a network that
-    runs alone, and no task scores."""
+    runs alone."""
     began = time.perf_counter()
     experiments = [run.experiment(size) for run in runs]
     training = Training(
@@ -370,9 +369,9 @@ def run_together(
     if not training.run(end):
         return False
     trained = time.perf_counter() - began - built
-    scores = score(training, size)
+    scores = score(training.ensemble, build_loader(training.experiment).embedder, size)
     deepest = training.similarity[size.steps][:, -math.ceil(runs[0].depth / 4) :]
-    scores["similarity"] = deepest.double().mean(1).numpy()
+    similarity = deepest.double().mean(1).tolist()
     floors = {r.seed: token_floor(r.experiment(size)) for r in runs}
     on_gpu = training.device.type == "cuda"
     common = {
@@ -389,11 +388,8 @@ def run_together(
     }
     for member, run in enumerate(runs):
         row = head(run, size) | _of_curve(training, member, floors[run.seed])
-        row |= {
-            name: six_digits(values[member]) for name, values in scores.items() if values.ndim == 1
-        }
-        row["by_time"] = [six_digits(v) for v in scores["by_time"][member]]
-        row |= {"watch": None, "looks": 0, "tasks": None, "peak_gib": None}
+        row |= scores[member] | {"similarity": six_digits(similarity[member])}
+        row |= {"watch": None, "looks": 0, "peak_gib": None}
         row |= {"seconds_a_step": None, "collapse_seconds": None} | common
         loss = row["validation_loss"]
         finished = row["ended"] == FINISHED and loss is not None
@@ -414,28 +410,3 @@ def _of_curve(training: Training, member: int, floor: float) -> dict[str, Any]:
         "curve": [six_digits(v) for v in curve],
         "collapse_step": None if at is None else at * WINDOW,
     }
-
-
-@torch.no_grad()
-def score(training: Training, size: BenchSize) -> dict[str, np.ndarray[Any, Any]]:
-    """Of each member: `validation_loss` [E] at the samples, noise and times of
-    `mvsplit.evaluation`, and `by_time` [E, 10]. The gains become numbers of the run's precision, as
-    in `run.score` all parameters do."""
-    ensemble = training.ensemble
-    ensemble.refresh()
-    ensemble.gains.copy_(ensemble.gains.to(ensemble.dtype))
-    found = []
-    asked = questions(
-        build_loader(training.experiment).embedder,
-        Shapes(32, SERIES),
-        [*range(size.validation)],
-        device=training.device,
-        dtype=ensemble.dtype,
-    )
-    for question in asked:
-        shared = (question.noisy, question.text, question.valid)
-        velocity = ensemble.forward(*(t.expand(len(ensemble), *t.shape) for t in shared))
-        errors = velocity.to(question.data.dtype) - (question.data - question.noise)
-        found.append(errors.square().flatten(1).mean(1, dtype=torch.float64).cpu())
-    by_time = torch.stack(found, 1).numpy()
-    return {"validation_loss": by_time.mean(1), "by_time": by_time}

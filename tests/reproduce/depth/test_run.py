@@ -121,7 +121,7 @@ def test_pictures_are_those_of_euler_with_guidance():
         for parameter in state.model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     prompts = ["a red circle", "two blue squares"]
-    found = draw(state.model, state.loader.embedder, prompts, 3)
+    found = draw(state.model, state.loader.embedder, prompts, 3, like=torch.empty(0))
     from mvsplit.sampling import sample_noise
 
     for i, prompt in enumerate(prompts):

@@ -24,7 +24,10 @@ from mvsplit.reproduce.depth.together import (
 )
 from tests.reproduce.depth.tiny import TINY, entry
 
-SAME = ("curve", "validation_loss", "by_time", "floor", "steps_taken", "ended", "fingerprint")
+SAME = (
+    *("curve", "validation_loss", "by_time", "floor", "steps_taken", "ended", "fingerprint"),
+    *("tasks",),
+)
 
 
 def runs_of(names, rates=(1e-3, 3.2e-3)) -> list[BenchRun]:
@@ -62,7 +65,7 @@ def test_a_run_is_what_it_is_alone(tmp_path, names):
         for each in (row, other):  # by which one of several rows of a run counts
             made = datetime.datetime.fromisoformat(each["date"])
             assert began <= made <= datetime.datetime.now(datetime.UTC)
-        for name in ("peak_gib", "seconds_a_step", "collapse_seconds", "tasks", "watch"):
+        for name in ("peak_gib", "seconds_a_step", "collapse_seconds", "watch"):
             assert other[name] is None
         assert other.keys() >= row.keys() - {"cpu_seconds", "graphs"} - {
             *("seconds_curve", "seconds_stepping")
@@ -77,6 +80,8 @@ def test_a_run_that_is_not_finite_is_a_row_and_the_others_go_on(tmp_path):
     calm, broken = (next(r for r in read_rows(tmp_path) if r["run"] == run.name) for run in runs)
     assert broken["ended"] == "non-finite: step 2"
     assert (broken["steps_taken"], broken["lives"], broken["curve"]) == (1, False, [])
+    assert broken["tasks"] is None
+    assert calm["tasks"] is not None
     assert calm["ended"] == "finished"
     json.dumps([calm, broken], allow_nan=False)
 
