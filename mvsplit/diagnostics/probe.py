@@ -33,6 +33,7 @@ from mvsplit.diagnostics.taps import (
 )
 from mvsplit.errors import UserError, nearest
 from mvsplit.kernels import Segments
+from mvsplit.kernels.attention import attend, attention_mask
 
 TRUNK_FIELDS = ("tcs", "rho")
 ATTENTION_FIELDS = ("mu_eff", "row_div", "retention", "leakage")
@@ -357,7 +358,8 @@ class _WriterTap(torch.autograd.Function):
 
 
 class _AttentionWatch(TorchFunctionMode):
-    """Shows the arguments of every call of PyTorch's attention to `receive`."""
+    """Shows the arguments of every call of attention, PyTorch's or ours, to `receive`, as PyTorch's
+    takes them."""
 
     def __init__(self, receive: Callable[..., None]) -> None:
         super().__init__()
@@ -369,6 +371,10 @@ class _AttentionWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             self.receive(*args, **kwargs)
+        elif func is attend:
+            query, key, value, segments = args
+            grouped, mask = query.shape[1] != key.shape[1], attention_mask(segments)
+            self.receive(query, key, value, attn_mask=mask, enable_gqa=grouped)
         return func(*args, **kwargs)
 
 

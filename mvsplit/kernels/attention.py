@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from mvsplit.kernels.capture import milliseconds
 from mvsplit.kernels.choices import recall, remember
@@ -105,12 +106,23 @@ def attend(
         [B, H, T, K]; rows of padding hold values without meaning, and so do their gradients. The
         gradient of the output has to be zero there, or those of real keys and values depend on
         which way serves.
+
+    On a GPU some ways are no call of PyTorch's attention: a `TorchFunctionMode` that listens for
+    such calls is shown one of this function there, whichever way serves.
     """
     if not q.is_cuda or torch.compiler.is_compiling():
-        grouped = q.shape[1] != k.shape[1]
-        mask = None if segments.mask is None else segments.mask[:, None, None, :]
+        grouped, mask = q.shape[1] != k.shape[1], attention_mask(segments)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if has_torch_function_unary(q):
+        padding = {"zero_padding": zero_padding}
+        return handle_torch_function(attend, (q,), q, k, v, segments, **padding)
     return _choose(q, k, v, segments, zero_padding)(q, k, v, segments)
+
+
+def attention_mask(segments: Segments) -> Tensor | None:
+    """[B, 1, 1, T], true for the keys that count, as `scaled_dot_product_attention` takes it; None
+    where all do."""
+    return None if segments.mask is None else segments.mask[:, None, None, :]
 
 
 def attention_backend(

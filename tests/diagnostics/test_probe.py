@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import handle_torch_function
 
 from mvsplit.diagnostics import metrics
 from mvsplit.diagnostics.probe import CHEAP_FIELDS, FIELDS, LayerProbe, attention_matrix
 from mvsplit.diagnostics.taps import BranchTap, LayerTap, ParameterRows, taps_for_dit
 from mvsplit.errors import UserError
 from mvsplit.kernels import Segments, qk_norm_rope
+from mvsplit.kernels.attention import attend
 from mvsplit.models import DiT
 from mvsplit.models.rope import rope_tables
 from tests.diagnostics.probes import (
@@ -109,13 +111,23 @@ def explicit_attention(model: DiT, block: nn.Module, x: Tensor, segments: Segmen
     return logits.softmax(-1).detach()
 
 
+def attend_as_on_a_gpu(*tensors: Any, **options: Any) -> Tensor:
+    """Those who listen are shown a call of `attend`, and none of PyTorch's attention."""
+    return handle_torch_function(attend, tensors[:1], *tensors, **options)
+
+
+@pytest.mark.parametrize("on_a_gpu", [False, True])
 @pytest.mark.parametrize("valid", [None, VALID], ids=["no padding", "padding"])
-def test_every_field_is_the_metric_of_the_tensors_that_ran(valid: Tensor | None) -> None:
+def test_every_field_is_the_metric_of_the_tensors_that_ran(
+    valid: Tensor | None, on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = dit()
     kept = keep_everything(model, valid)
     segments = segments_of(valid)
     expected = [expected_fields(model, k, n, segments) for n, k in enumerate(kept)]
     model.zero_grad()
+    if on_a_gpu:
+        monkeypatch.setattr("mvsplit.models.block.attend", attend_as_on_a_gpu)
     with LayerProbe(taps_for_dit(model)) as probe:
         step(model, valid)
     arrays = probe.arrays()

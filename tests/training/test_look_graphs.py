@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvsplit.diagnostics.probe import WRITER_FIELDS, LayerProbe
+from mvsplit.diagnostics.probe import ATTENTION_FIELDS, WRITER_FIELDS, LayerProbe
 from mvsplit.models import DiT
 from mvsplit.training import build_state
 from mvsplit.training.graphs import Graphs
@@ -167,9 +167,10 @@ def test_a_look_from_a_graph_sees_what_its_hooks_see(per_segment: bool) -> None:
             accumulate_gradients(state, experiment.train, parts, probe)
             lines.append((probe.arrays(), [g.grads.clone() for g in state.optimizer.groups]))
         (ours, our_grads), (theirs, their_grads) = lines
-        assert ours.keys() == theirs.keys() > set(WRITER_FIELDS)
-        for name, values in theirs.items():
-            assert ours[name] == pytest.approx(values, rel=1e-4, abs=1e-9), name
+        assert ours.keys() == theirs.keys() > {*WRITER_FIELDS, *ATTENTION_FIELDS}
+        for name, values in theirs.items():  # NaN: of texts of one token, which no other is like
+            near = pytest.approx(values, rel=1e-4, abs=1e-9, nan_ok="segment" in name)
+            assert ours[name] == near, name
         for one, other in zip(our_grads, their_grads, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-5)
     assert with_graph.graphs is not None

@@ -99,6 +99,7 @@ def study_together(
     how: dict[str, Any] = {"recompute": recompute, "graph_or_nothing": graph_or_nothing}
     end = math.inf if minutes is None else time.time() + 60 * minutes
     took: dict[tuple[int, int], float] = {}  # seconds by depth and width
+    fit: dict[tuple[int, int], int] = {}  # members that had room where more had not
 
     def left(run: BenchRun, members: int) -> bool:
         work = run.depth * run.width
@@ -106,25 +107,50 @@ def study_together(
         seconds = took.get((run.depth, run.width), max(known, default=0.0))
         return time.time() + MARGIN * seconds < end
 
+    def room(run: BenchRun) -> int:
+        members = _members(run, size, most, bool(recompute))
+        return min(members, fit.get((run.depth, run.width), members))
+
     with stopped_with_rows(out, say):
         while True:
             rows = read_rows(out)
             done = {row["run"] for row in rows}
             chosen = wanted(size, entries, rows) if only is None else only
             runs = [run for run in chosen if run.name not in done]
-            group = next_group(runs, lambda run: _members(run, size, most, bool(recompute)), left)
+            group = next_group(runs, room, left)
             if not group:
                 return rows
             began, first = time.time(), group[0]
-            if not run_together(group, size, out, end, **how):
+            ended = _trained(group, size, out, end, how)
+            if ended is False:
                 return rows
+            _free(size)
+            if ended is None:
+                fit[first.depth, first.width] = fewer = len(group) // 2
+                say(f"no memory for {len(group)} of {first.depth} layers as one; {fewer} at a time")
+                continue
             took[first.depth, first.width] = time.time() - began
             each = {row["run"]: row for row in read_rows(out)}
             words = [f"{r.name} {_words(each[r.name])}" for r in group]
             say(f"{len(group)} runs in {time.time() - began:.0f} s:\n  " + "\n  ".join(words))
-            gc.collect()
-            if size.device != "cpu":
-                torch.cuda.empty_cache()
+
+
+def _trained(
+    group: Sequence[BenchRun], size: BenchSize, out: Path, end: float, how: dict[str, Any]
+) -> bool | None:
+    """Whether they came to their end in time; None where memory is too short for several."""
+    try:
+        return run_together(group, size, out, end, **how)
+    except torch.OutOfMemoryError:
+        if len(group) == 1:
+            raise
+        return None
+
+
+def _free(size: BenchSize) -> None:
+    gc.collect()
+    if size.device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _members(run: BenchRun, size: BenchSize, most: int, recompute: bool) -> int:

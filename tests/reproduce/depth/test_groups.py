@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth import groups as module
@@ -91,6 +92,33 @@ def test_it_goes_on_until_nothing_is_left(tmp_path, trained):
     names = [name for group in trained for name in group]
     assert len(names) == len(set(names)) == len(rows)
     assert not wanted(TINY, ENTRIES, rows)
+
+
+def test_where_memory_is_too_short_half_as_many_are_trained_as_one(tmp_path, trained, monkeypatch):
+    """Of that shape; what was trained before stays."""
+    train, said = module.run_together, []
+
+    def together(runs, *given, **how) -> bool:
+        if len(runs) > 3 and runs[0].depth == 3:
+            raise torch.OutOfMemoryError
+        return train(runs, *given, **how)
+
+    monkeypatch.setattr(module, "run_together", together)
+    rows = study_together(tmp_path, TINY, ENTRIES, most=6, say=said.append)
+    sizes = {depth: {len(g) for g in trained if f"-{depth}x16-" in g[0]} for depth in (2, 3)}
+    assert max(sizes[2]) == 6
+    assert max(sizes[3]) == 3
+    assert said.count("no memory for 6 of 3 layers as one; 3 at a time") == 1
+    assert not wanted(TINY, ENTRIES, rows)
+    monkeypatch.setattr(
+        module, "run_together", lambda *given, **how: _raise(torch.OutOfMemoryError)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        study_together(tmp_path / "other", TINY, ENTRIES, most=6, say=said.append)
+
+
+def _no_memory() -> bool:
+    raise torch.OutOfMemoryError
 
 
 def test_a_signal_stops_it_and_it_is_said_what_is_kept(tmp_path, trained, monkeypatch):
