@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 TOKENS = 88  # of a sample of shapes at a patch of 4: 64 of the picture, captions padded to 24
 WORDS = 8  # captions are padded to a multiple of so many tokens, one length for the whole training
 # Of the memory that may be allocated: the first step, which has no graph yet, leaves pieces that
-# nothing fits into. 15 members of 1000 layers, 92 % of it by `member_bytes`, had no room on an H200.
+# nothing fits into. 15 members of 1000 layers, 92 % of it, had no room on an H200.
 _FILLED = 0.8
 CLOCK = 20  # steps between looks at the clock, each of which waits for the device
 

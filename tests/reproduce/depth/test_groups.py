@@ -110,9 +110,7 @@ def test_where_memory_is_too_short_half_as_many_are_trained_as_one(tmp_path, tra
     assert max(sizes[3]) == 3
     assert said.count("no memory for 6 of 3 layers as one; 3 at a time") == 1
     assert not wanted(TINY, ENTRIES, rows)
-    monkeypatch.setattr(
-        module, "run_together", lambda *given, **how: _raise(torch.OutOfMemoryError)
-    )
+    monkeypatch.setattr(module, "run_together", lambda *_, **how: _no_memory())
     with pytest.raises(torch.OutOfMemoryError):
         study_together(tmp_path / "other", TINY, ENTRIES, most=6, say=said.append)
 
