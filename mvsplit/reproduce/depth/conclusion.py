@@ -20,10 +20,15 @@ Found = Sequence[tuple[BenchSize, Sequence[Cell]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """What was run at a depth of a size, by entry: losses of seeds at the best rate."""
+    """What was run at a depth of a size, by entry: losses of seeds at the best rate.
+
+    Attributes:
+        name: how sentences call it: its layers, and its steps where one before has as many layers.
+    """
 
     size: str
     layers: int
+    name: str
     all: Losses
     rivals: Losses
 
@@ -55,13 +60,14 @@ class Depth:
 
 def by_depth(found: Found) -> list[Depth]:
     """The depths of all sizes, shallow before deep within each."""
-    result = []
+    result: list[Depth] = []
     for size, cells in found:
         whole, rivals = (for_verdict(cells, size, kinds) for kinds in ((*OURS, *RIVALS), RIVALS))
-        result += [
-            Depth(size=size.name, layers=layers, all=losses, rivals=rivals[layers])
-            for layers, losses in whole.items()
-        ]
+        before = {at.layers for at in result}
+        for layers, losses in whole.items():
+            name = f"{layers} after {size.steps} steps" if layers in before else str(layers)
+            has = {"all": losses, "rivals": rivals[layers]}
+            result.append(Depth(size=size.name, layers=layers, name=name, **has))
     return result
 
 
@@ -106,12 +112,12 @@ def joint(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
     """What holds over all depths, a sentence each."""
     places: dict[str, list[str]] = {}
     for at in depths:
-        places.setdefault(at.default.partition(" (")[0], []).append(str(at.layers))
+        places.setdefault(at.default.partition(" (")[0], []).append(at.name)
     default = ", ".join(
         f"{_PLACES[word]} at {_listed(places[word])}" for word in _PLACES if word in places
     )
     never = "" if "behind" in places else ", behind it nowhere that can be told"
-    sure = [str(at.layers) for at in depths if len(at.enough) > 1 and not at.level]
+    sure = [at.name for at in depths if len(at.enough) > 1 and not at.level]
     tops = [at.top for at in depths if at.top]
     best_here = set(tops)
     none = "No rule is best at every depth" if len(best_here) > 1 else "One rule is best everywhere"
@@ -133,7 +139,7 @@ def _steady(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
     everywhere = [n for n in labels if all(n in at.enough for at in depths)]
     words = []
     for name in everywhere:
-        level = [str(at.layers) for at in depths if name == at.top or name in at.level]
+        level = [at.name for at in depths if name == at.top or name in at.level]
         words.append(f"{labels[name]} (none is ahead of it at {_listed(level) or 'none'})")
     return [f"Learned at every depth with {SEEDS} seeds or more: {', '.join(words) or 'none'}."]
 
@@ -141,7 +147,7 @@ def _steady(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
 def _lone(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
     """Depths at which there is nothing to compare."""
     return [
-        f"At {at.layers} layers {labels[at.top]} alone has {SEEDS} seeds that live: which rule is "
+        f"At {at.name} layers {labels[at.top]} alone has {SEEDS} seeds that live: which rule is "
         "best there cannot be told."
         for at in depths
         if at.top and len(at.enough) == 1

@@ -167,7 +167,8 @@ def _quoted(text: str) -> list[str]:
 
 
 def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[str]:
-    timing = _found(folder, f"timing-{size.name}")
+    measured = size.like or size.name  # where its gate and times are from
+    timing = _found(folder, f"timing-{measured}")
     main, other = (cells(size, entries, result["rows"]) for entries in (ENTRIES, CANDIDATES))
     # Of other widths only the table of shapes knows.
     here, tried = ([c for c in found if c.width == size.width] for found in (main, other))
@@ -196,10 +197,10 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         parts += best_table(depth, size, here, timing)
     parts += rate_table(size, here)
     parts += collapse_table(result["rows"])
-    gate, again = (_found(folder, name) for name in (f"gate-{size.name}", f"{size.name}{AGAIN}"))
+    gate, again = (_found(folder, name) for name in (f"gate-{measured}", f"{size.name}{AGAIN}"))
     parts += both_ways(gate, result["rows"], again.get("rows", []))
     parts += shape_table(size, [*main, *other], timing)
-    if timing:
+    if timing and size.like is None:
         save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
         parts += timing_table(timing, size, f"{NAME}-{size.name}-seconds.png")
     parts += missing(size, main)
@@ -220,8 +221,14 @@ def _together(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f" {len(sizes)} of them were trained as one network with others, up to {max(sizes)} at a "
         "time: the same data, starts and updates as alone (`mvsplit/reproduce/depth/ensemble.py`), "
-        "without looks, task scores and memory of their own."
+        f"without looks and memory of their own.{_unscored(rows)}"
     )
+
+
+def _unscored(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many living rows of ensembles have no task scores, as before they had them."""
+    without = [r for r in rows if "together" in r and r["lives"] and r["tasks"] is None]
+    return f" {len(without)} of these that live have no task scores." if without else ""
 
 
 def _changed(result: Mapping[str, Any]) -> str:

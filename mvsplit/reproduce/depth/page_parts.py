@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from mvsplit.reproduce.depth.timing import SHARED
 from mvsplit.reproduce.depth.verdict import SEEDS
 
 NOTHING = "–"
+_FEW = 12  # lines of a table that is not folded away
 
 
 def figure(values: Sequence[float], digits: int = 3, *, mark: bool = False) -> str:
@@ -208,12 +210,18 @@ def _which_counts(pairs: Sequence[tuple[Row, Row]]) -> str:
 
 
 def _twice(words: str, head: Sequence[str], pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    """A line for each run of which there are two rows; nothing where there are none."""
+    """How far apart they are, and a line for each run of which there are two rows, folded away
+    where they are many; nothing where there are none."""
     lines = [
         [row["run"], *(_ending(each) for each in (row, other)), _share(row, other)]
         for row, other in pairs
     ]
-    return [words, *table(head, lines)] if lines else []
+    if len(lines) <= _FEW:
+        return [words, *table(head, lines)] if lines else []
+    apart = [abs(share) for row, other in pairs if (share := _apart(row, other)) is not None]
+    middle = f"in the middle {statistics.median(apart):.1%}, at most {max(apart):.1%} apart"
+    folded = f"<details><summary>{len(lines)} pairs, {middle}</summary>\n"
+    return [words, folded, *table(head, lines), "</details>\n"]
 
 
 def _ungated(gate: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -230,9 +238,15 @@ def _ending(row: Mapping[str, Any]) -> str:
     return row["ended"] if loss is None else f"{loss:.4g}"
 
 
-def _share(row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    losses = row["validation_loss"], other["validation_loss"]
-    return NOTHING if None in losses else f"{losses[1] / losses[0] - 1:+.1%}"
+def _share(row: Row, other: Row) -> str:
+    share = _apart(row, other)
+    return NOTHING if share is None else f"{share:+.1%}"
+
+
+def _apart(row: Row, other: Row) -> float | None:
+    """By which part of the first's loss the second is above it."""
+    mine, theirs = row["validation_loss"], other["validation_loss"]
+    return None if None in (mine, theirs) else theirs / mine - 1
 
 
 def shape_table(size: BenchSize, found: Sequence[Cell], timing: Mapping[str, Any]) -> list[str]:

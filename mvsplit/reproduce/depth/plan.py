@@ -144,6 +144,7 @@ class BenchSize:
         pictures: drawn for the task scores, in `drawing` steps.
         probes: looks into every layer.
         room: of L × D of all runs at a time together, for the device's memory.
+        like: the size of whose gate and times this one has the networks and the device.
     """
 
     name: str
@@ -165,6 +166,7 @@ class BenchSize:
     room: int
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
+    like: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +271,9 @@ GPU = BenchSize(
     precision="bf16",
     device="cuda",
 )
-LONG = replace(GPU, name="gpu-long", depths=(100, 400), steps=1000, warmup=100, shapes=())
+LONG = replace(
+    GPU, name="gpu-long", depths=(100, 400), steps=1000, warmup=100, shapes=(), like="gpu"
+)
 SIZES = {size.name: size for size in (SMALL, GPU, LONG)}
 
 

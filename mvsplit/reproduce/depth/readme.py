@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.conclusion import TODAY, by_depth, joint
-from mvsplit.reproduce.depth.page_parts import dead_words, figure, loss_words, table
-from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, BenchSize
+from mvsplit.reproduce.depth.page_parts import NOTHING, dead_words, figure, loss_words, table
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, SIZES, BenchSize
 from mvsplit.reproduce.depth.table import Cell, cells
 from mvsplit.reproduce.depth.verdict import SEEDS
 
@@ -17,54 +17,83 @@ BEGIN, END = "<!-- depth bench -->", "<!-- end -->"
 
 
 def write_table(readme: Path, results: Path, size: BenchSize = GPU) -> None:
-    """Puts the table between its two marks.
+    """Puts between its two marks the table of a size, those of the sizes that have its networks for
+    longer, and what all sizes say together.
 
     Raises:
         UserError: the marks are not there.
     """
-    rows = json.loads((results / f"{size.name}.json").read_text("utf-8"))["rows"]
+    found = {}
+    for each in dict.fromkeys((*SIZES.values(), size)):
+        path = results / f"{each.name}.json"
+        if path.exists():
+            rows = json.loads(path.read_text("utf-8"))["rows"]
+            found[each] = cells(each, [*ENTRIES, *CANDIDATES], rows)
     head, begin, rest = readme.read_text("utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{readme} has no {BEGIN} … {END}, between which the table goes")
-    lines = "\n".join(bench_table(cells(size, [*ENTRIES, *CANDIDATES], rows), size))
-    readme.write_text(f"{head}{BEGIN}\n{lines.rstrip()}\n{END}{tail}", encoding="utf-8")
+    labels = {entry.name: entry.label for entry in (*ENTRIES, *CANDIDATES)}
+    parts = [*bench_table(found[size], size), ""]
+    for each, cells_of_it in found.items():
+        if each.like == size.name:
+            losses, *_ = loss_table(cells_of_it, each)
+            parts += [f"The same networks after {each.steps} steps:\n", *losses]
+    parts += [f"{sentence}\n" for sentence in joint(by_depth([*found.items()]), labels)[:2]]
+    lines = "\n".join(parts).rstrip()
+    readme.write_text(f"{head}{BEGIN}\n{lines}\n{END}{tail}", encoding="utf-8")
 
 
 def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
-    """The losses of entries at their best rates, at the depths at which any has enough seeds; the
-    best first of the deepest at which half of the entries have them, the dead last. Those without
-    enough seeds at any depth are left out. Below it which of them learned at every one of the
-    depths, and which died."""
+    """`loss_table`, and below it which of its entries learned at every one of its depths, and what
+    died."""
+    lines, names, depths = loss_table(found, size)
+    here = {(c.entry.label, c.depth): c for c in found if c.width == size.width}
+    everywhere = [name for name in names if all(_learned(here, name, d) for d in depths)]
+    words = "; ".join(label + _few(here, label, depths) for label in everywhere)
+    return [
+        *lines,
+        "Ordered by the last column, how far a mean is above the smallest of its depth where that "
+        "is most; what was not run at a depth comes after the others, what died at one last.\n",
+        f"Learned at each of these depths: {words or 'none of them'}.\n",
+        dead_words(size, found),
+    ]
+
+
+def loss_table(found: Sequence[Cell], size: BenchSize) -> tuple[list[str], list[str], list[int]]:
+    """The losses of entries at their best rates, at the depths at which any has enough seeds. Those
+    without enough seeds at any depth are left out. The first is the one that loses least at the
+    depth that suits it worst.
+
+    Returns:
+        Markdown, the labels in the order of its lines, and its depths.
+    """
     here = {(c.entry.label, c.depth): c for c in found if c.width == size.width}
     enough = {at for at, cell in here.items() if cell.rate and len(cell.best) >= SEEDS}
     depths = [depth for depth in size.depths if any(d == depth for _, d in enough)]
-    names = list(dict.fromkeys(label for label, _ in enough))
-    half = [d for d in depths if 2 * sum((label, d) in enough for label in names) >= len(names)]
-    by = (half or depths)[-1]
+    least = {d: min(_middle(here[at]) for at in enough if at[1] == d) for d in depths}
 
-    def order(label: str) -> tuple[int, float, str]:
-        cell = here.get((label, by))
-        died = cell is not None and cell.rate is None
-        return (2 if died else int(cell is None), _middle(cell), label)
+    def above(label: str) -> float:
+        known = {d: cell for d in depths if (cell := here.get((label, d))) and cell.rate}
+        return max(_middle(cell) / least[d] - 1 for d, cell in known.items())
 
-    lines = [
-        [label, *(_words(here.get((label, depth))) for depth in depths)]
-        for label in sorted(names, key=order)
-    ]
-    everywhere = [line[0] for line in lines if all(_learned(here, line[0], d) for d in depths)]
-    words = "; ".join(label + _few(here, label, depths) for label in everywhere)
-    labels = {cell.entry.name: cell.entry.label for cell in found}
+    def order(label: str) -> tuple[bool, bool, float, str]:
+        cells_of_it = [here.get((label, d)) for d in depths]
+        died = any(cell is not None and cell.rate is None for cell in cells_of_it)
+        return died, None in cells_of_it, above(label), label
+
+    names = sorted({label for label, _ in enough}, key=order)
     today = {cell.entry.label for cell in found if cell.entry.name == TODAY}
-    shown = [[f"**{row[0]}** (default)" if row[0] in today else row[0], *row[1:]] for row in lines]
-    head = ("residual rule", *(f"{depth} layers" for depth in depths))
-    return [
-        *table(head, shown),
-        f"Ordered by the loss at {by} layers: not run there after those that learned, dead last.\n",
-        f"Learned at each of these depths: {words or 'none of them'}.\n",
-        *(f"{sentence}\n" for sentence in joint(by_depth([(size, found)]), labels)[:2]),
-        dead_words(size, found),
+    rows = [
+        [
+            f"**{label}** (default)" if label in today else label,
+            *(_words(here.get((label, depth))) for depth in depths),
+            NOTHING if any(order(label)[:2]) else f"{above(label):.1%}",
+        ]
+        for label in names
     ]
+    head = ("residual rule", *(f"{depth} layers" for depth in depths), "at most above the best")
+    return table(head, rows), names, depths
 
 
 def _learned(here: Mapping[tuple[str, int], Cell], label: str, depth: int) -> bool:

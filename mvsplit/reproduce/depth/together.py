@@ -362,6 +362,8 @@ def run_together(
     A row has no peak memory, seconds a step or word of the watch, for these are of a network that
     runs alone."""
     began = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     experiments = [run.experiment(size) for run in runs]
     training = Training(
         experiments,

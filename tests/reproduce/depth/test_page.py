@@ -13,7 +13,6 @@ from mvsplit.reproduce.depth.conclusion import in_short
 from mvsplit.reproduce.depth.page import keep_rows, missing, verdict_words, write_page
 from mvsplit.reproduce.depth.page_parts import best_table, collapse_table, figure, rate_table
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES, BenchRun
-from mvsplit.reproduce.depth.readme import BEGIN, END, write_table
 from mvsplit.reproduce.depth.run import check_row
 from mvsplit.reproduce.depth.table import (
     at_equal_time,
@@ -68,7 +67,7 @@ def test_runs_of_another_width_stand_in_the_table_of_shapes_alone(tmp_path):
     path.parent.mkdir(parents=True)
     result = json.loads((PAGES / "results" / "depth-bench" / "gpu.json").read_text("utf-8"))
     wide = [each for each in result["rows"] if each["width"] != SIZES["gpu"].width]
-    assert {"alpha", "layerscale-0.01"} == {each["entry"] for each in wide}
+    assert {"alpha", "alpha-standard", "standard"} < {each["entry"] for each in wide}
     texts = []
     for without in ([], wide):
         rows = [each for each in result["rows"] if each not in without]
@@ -401,42 +400,6 @@ def test_the_page_of_the_repository_is_drawn_from_its_rows(tmp_path):
     assert write_page(tmp_path).read_text() == (PAGES / "depth-bench.md").read_text()
 
 
-def test_the_table_of_the_readme_has_what_has_enough_seeds(tmp_path):
-    rows = [
-        *seeds("plain", [0.5, 0.6, 0.7]),
-        *[row(rate, None, name="plain", depth=3) for rate in TINY.rates],
-        *seeds("mvsplit-root", [0.4, 0.5, 0.6], depth=3),
-        *seeds("keel", [0.1]),
-        row(3.2e-3, 0.5, name="plain", depth=4),
-        row(3.2e-3, None, name="mvsplit-root", depth=4),
-        *[row(1e-2, 0.6, name="rezero", depth=4, seed=s) for s in range(3)],
-    ]
-    keep_rows(TINY, RULE, rows, tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_table(readme, tmp_path / module.RESULTS, TINY)
-    assert readme.read_text() == (
-        f"before\n{BEGIN}\n| residual rule | 2 layers | 3 layers | 4 layers |\n"
-        "| --- | --- | --- | --- |\n"
-        "| plain | 0.6 ± 0.1 at 0.0032 | learns at no rate | "
-        "0.5 (**1 seed**) at 0.0032, the only rate run |\n"
-        "| ReZero | not run | not run | 0.6 ± 0 at 0.01, the only rate run |\n"
-        "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 | dead at 0.0032, others not run |\n"
-        "\nOrdered by the loss at 4 layers: not run there after those that learned, dead last.\n\n"
-        "Learned at each of these depths: none of them.\n\n"
-        "No rule is best at every depth, and at none is one ahead of all others with 3 seeds.\n\n"
-        "The default, alpha-standard, against the best rival of each depth: cannot tell at 2, 3 "
-        "and 4, behind it nowhere that can be told.\n\n"
-        "Dead at every rate that was run, so not in the picture: at 3 layers plain "
-        f"(at {', '.join(f'{rate:.2g}' for rate in TINY.rates)}); at 4 layers MV-Split β=1/√L "
-        "(at 0.0032).\n"
-        f"{END}\nafter\n"
-    )
-    readme.write_text("no marks")
-    with pytest.raises(UserError, match="between which the table goes"):
-        write_table(readme, tmp_path / module.RESULTS, TINY)
-
-
 def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     rows = [
         *seeds("alpha-standard", [0.40, 0.41, 0.42]),
@@ -457,8 +420,11 @@ def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     assert "3 seeds or more: Keel (none is ahead of it at 3 and 4)." in text
 
 
-def test_the_table_of_the_readme_is_that_of_the_rows(tmp_path):
-    text = (PAGES.parents[1] / "README.md").read_text()
-    (tmp_path / "README.md").write_text(text)
-    write_table(tmp_path / "README.md", PAGES / module.RESULTS)
-    assert (tmp_path / "README.md").read_text() == text
+def test_depths_of_two_sizes_are_told_apart_by_their_steps():
+    rows = [*seeds("alpha-standard", [0.40, 0.41, 0.42]), *seeds("keel", [0.50, 0.51, 0.52])]
+    found = cells(TINY, [*ENTRIES, *CANDIDATES], rows)
+    longer = replace(TINY, name="longer", steps=70)
+    text = "\n".join(in_short([(TINY, found), (longer, found)]))
+    assert "at 2 and 2 after 70 steps one is ahead of all others with 3 seeds." in text
+    assert "ahead at 2 and 2 after 70 steps, behind it nowhere" in text
+    assert "| 2 (longer) |" in text

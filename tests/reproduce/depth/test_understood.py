@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
 from mvsplit.reproduce.depth import understood as module
-from mvsplit.reproduce.depth.conclusion import SERVED, TODAY, by_depth
+from mvsplit.reproduce.depth.conclusion import SERVED, TODAY, Depth, by_depth
 from mvsplit.reproduce.depth.page import RESULTS
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, SIZES
 from mvsplit.reproduce.depth.table import cells
@@ -58,75 +59,173 @@ def test_means_of_runs_are_compared(folder, monkeypatch):
     assert understood(folder) == []
 
 
-def test_words_that_count_seeds_by_hand_hold_of_the_rows():
+def rows_of(name: str) -> list[dict]:
+    path = ROOT / "docs/experiments" / RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8"))["rows"]
+
+
+@pytest.fixture(scope="module")
+def depths() -> list[Depth]:
+    every = [*ENTRIES, *CANDIDATES]
+    return by_depth([(size, cells(size, every, rows_of(name))) for name, size in SIZES.items()])
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict[str, dict]:
+    return {row["run"]: row for row in rows_of("gpu")}
+
+
+def words() -> str:
+    return " ".join(module.UNDERSTOOD.split())
+
+
+def lives(rows: dict[str, dict], run: str) -> list[bool]:
+    """Of each seed."""
+    return [row["lives"] for name, row in rows.items() if re.fullmatch(rf"{run}-seed\d", name)]
+
+
+def against_rivals(depths: list[Depth], name: str) -> dict[str, str]:
+    pairs = ((at.name, at.all.get(name), at.rivals[best(at.rivals)]) for at in depths)
+    return {depth: compare(mine, rival) for depth, mine, rival in pairs}
+
+
+def test_what_it_says_to_use_holds_of_the_rows(depths):
     """Sentences without figures of their own, which the next rows may make untrue."""
-    rows = json.loads((ROOT / "docs/experiments" / RESULTS / "gpu.json").read_text("utf-8"))["rows"]
-
-    def seeds(run: str) -> list[bool]:
-        return [row["lives"] for row in rows if row["run"].startswith(f"{run}-seed")]
-
-    for name in ("README.md", "CHANGELOG.md"):
-        words = " ".join((ROOT / name).read_text("utf-8").split())
-        assert "does not learn in any of three seeds" in words
-        assert "α = β does in all of three" in words
-    assert seeds("standard-1000x64-lr3.2e-03") == [False] * 3
-    assert seeds("standard-1000x64-lr1.0e-03") == [False]
-    for name in ("alpha", "alpha-standard"):
-        assert seeds(f"{name}-1000x64-lr3.2e-03") == [True] * 3
-        assert seeds(f"{name}-1000x64-lr1.0e-03") == [True]
-    text = " ".join(module.UNDERSTOOD.split())
-    assert "fixed before they ran" not in text  # nothing that is kept says so
-    assert "ReZero and LayerScale γ = 1/√L have three seeds still" in text
-    rivals = ("rezero", "layerscale-root", "layerscale-0.01")
-    assert [len(seeds(f"{name}-400x64-lr3.2e-03")) for name in rivals] == [3, 3, 5]
-    assert "added at 3.2e-3 alone, which moved its rate there" in text
-    lives = [len(seeds(f"alpha-standard-400x64-lr{rate}")) for rate in ("3.2e-03", "1.0e-02")]
-    assert lives == [5, 3]
-
-
-def test_words_about_standings_hold_of_the_rows():
-    """Against the best rival of each depth, in both sizes; what is ahead of all at 400."""
-    found = []
-    for name in ("small", "gpu"):
-        path = ROOT / "docs/experiments" / RESULTS / f"{name}.json"
-        rows = json.loads(path.read_text("utf-8"))["rows"]
-        found.append((SIZES[name], cells(SIZES[name], [*ENTRIES, *CANDIDATES], rows)))
-    depths = by_depth(found)
-    text = " ".join(module.UNDERSTOOD.split())
-    assert "at 4, 16 and 100 layers and ties with it at 64, 400 and 1000, which no other" in text
-
-    def against(name: str) -> dict[int, str]:
-        pairs = ((at.layers, at.all.get(name), at.rivals[best(at.rivals)]) for at in depths)
-        return {layers: compare(mine, rival) for layers, mine, rival in pairs}
-
-    ours = {entry.name: against(entry.name) for entry in [*ENTRIES, *CANDIDATES]}
-    ties = dict.fromkeys((64, 400, 1000), "tie")
-    assert ours["alpha-standard"] == dict.fromkeys((4, 16, 100), "ahead") | ties
-    settings = {e.name for e in [*ENTRIES, *CANDIDATES] if e.kind in ("mvsplit", "candidate")}
-    good = [n for n in settings if set(ours[n].values()) <= {"ahead", "tie"}]
-    assert good == ["alpha-standard"]
-    assert ours["alpha"][1000] == "behind"
-    (deep,) = (at for at in depths if at.layers == 400)
-    assert (deep.top, deep.level) == ("standard", [])
-    assert all(len(at.all["alpha-standard"]) >= 3 for at in depths)
-
-    def between(name: str, other: str) -> dict[int, str]:
-        pairs = ((at.layers, at.all.get(name), at.all.get(other)) for at in depths)
-        return {layers: compare(mine, theirs) for layers, mine, theirs in pairs}
-
-    zeros = between("alpha-standard", "alpha")
-    assert zeros == {4: "cannot tell", 16: "ahead", 64: "tie", 100: "cannot tell", 400: "tie",
-                     1000: "cannot tell"}  # fmt: skip
-    ahead = {
-        (at.layers, name)
+    assert (
+        "ahead at 4, 16 and 100 layers and, after 1,000 steps, at 100 and 400; a tie at 64, and "
+        "after 200 steps at 400 and 1000, where its mean is"
+    ) in words()
+    ahead = ("4", "16", "100", "100 after 1000 steps", "400 after 1000 steps")
+    ties = dict.fromkeys(("64", "400", "1000"), "tie")
+    assert against_rivals(depths, TODAY) == dict.fromkeys(ahead, "ahead") | ties
+    settings = [e.name for e in (*ENTRIES, *CANDIDATES) if e.kind in ("mvsplit", "candidate")]
+    good = [n for n in settings if {*against_rivals(depths, n).values()} <= {"ahead", "tie"}]
+    assert good == [TODAY]
+    assert all(len(at.all[TODAY]) >= 3 for at in depths)
+    better = {
+        (at.name, name)
         for at in depths
         for name, losses in at.all.items()
-        if compare(losses, at.all["alpha-standard"]) == "ahead"
+        if compare(losses, at.all[TODAY]) == "ahead"
     }
-    assert ahead == {(400, "standard")}
-    assert between("standard", "alpha-standard")[4] == "behind"
-    assert between("standard", "alpha-standard")[16] == "behind"
-    assert between("standard", "alpha")[400] == "ahead"
+    assert better == {("400", "standard")}
+    (short,) = (at for at in depths if at.name == "400")
+    (rival,) = {best(at.rivals) for at in depths if at.name in ("400", "1000")}
+    assert rival == "layerscale-0.01"
+    assert [len(short.all[name]) for name in (TODAY, "standard", rival, "rezero")] == [10] * 4
+    assert against_rivals(depths, "alpha") | {"400": "behind", "1000": "behind"} == (
+        against_rivals(depths, "alpha")
+    )
+
+
+def test_what_it_says_of_longer_runs_holds_of_the_rows(depths):
+    (short, long) = (at for at in depths if at.layers == 400)
+    (run,) = (at for at in depths if at.name == "100 after 1000 steps")
+    assert (short.top, long.top, long.level) == ("standard", TODAY, [])
+    means = {name: fmean(losses) for name, losses in long.all.items() if losses}
+    assert sorted(means, key=means.__getitem__) == [TODAY, "layerscale-0.01", "rezero", "standard"]
+    rows = rows_of("gpu-long")
+    rates = {
+        depth: {(row["entry"], row["rate"]) for row in rows if row["depth"] == depth}
+        for depth in (100, 400)
+    }
+    assert len(rates[400]) == len(means)
+    assert len(rates[100]) == 3 * len(means)
+    late = {row["entry"]: row["collapse_step"] for row in rows if row["rate"] == 1e-2}
+    assert late.pop("rezero") is None
+    assert len(late) == 3
+    assert min(late.values()) > 800
+    assert all(len(losses) == 3 for losses in run.all.values() if losses)
+
+
+def test_what_it_says_of_rates_holds_of_the_rows(gpu, depths):
+    deep = {"mvsplit-root": {"1.0e-04", "3.2e-04"}, "beta-quarter": set()}
+    rates = ("1.0e-04", "3.2e-04", "1.0e-03", "3.2e-03", "1.0e-02")
+    for name, living in deep.items():
+        found = {rate: lives(gpu, f"{name}-400x64-lr{rate}") for rate in rates}
+        assert all(found.values())
+        assert {rate for rate, each in found.items() if all(each)} == living
+    assert lives(gpu, "mvsplit-1-400x64-lr1.0e-03") == [True] * 3
+    assert not any(lives(gpu, "mvsplit-1-400x64-lr3.2e-03"))
+    behind = {
+        at.name: compare(at.all["mvsplit-1"], at.all["mvsplit-root"])
+        for at in depths
+        if at.name in ("4", "16", "100")
+    }
+    assert behind == dict.fromkeys(("4", "16", "100"), "behind")
+    assert "β = 1 is behind 1/√L at 4, 16 and 100" in words()
+    at_3e3 = {row["entry"] for row in gpu.values() if (row["depth"], row["rate"]) == (1000, 3.2e-3)}
+    learn = {name for name in at_3e3 if all(lives(gpu, f"{name}-1000x64-lr3.2e-03"))}
+    assert learn == {"layerscale-0.01", TODAY, "alpha", "keel"}
+    assert {"plain", "mvsplit-1", "layerscale-root", "rezero", "standard"} < at_3e3
+    for name in ("layerscale-root", "rezero"):
+        assert lives(gpu, f"{name}-1000x64-lr1.0e-03") == [True] * 3
+    assert all(lives(gpu, "keel-1000x64-lr1.0e-02"))
+    assert lives(gpu, "standard-1000x64-lr3.2e-04") == [True]
+    assert not any(lives(gpu, "standard-1000x64-lr1.0e-03"))
+    assert lives(gpu, "mvsplit-1-1000x64-lr3.2e-04") == [True]
+    assert sorted(lives(gpu, "mvsplit-1-1000x64-lr1.0e-03")) == [False, True, True]
+    for name in ("mvsplit-root", "plain", "deepnorm"):
+        found = [lives(gpu, f"{name}-1000x64-lr{rate}") for rate in rates[:3]]
+        assert all(found)
+        assert not any(map(any, found))
+
+
+def test_what_it_says_of_the_default_at_1e_2_holds_of_the_rows(gpu, depths):
+    rates = ("1.0e-03", "3.2e-03", "1.0e-02")
+    small = {row["run"]: row for row in rows_of("small")}
+    for rows, shapes in ((small, ("4x48", "16x48", "64x48")), (gpu, ("100x64", "400x64"))):
+        for shape in shapes:
+            each = [lives(rows, f"{TODAY}-{shape}-lr{rate}") for rate in rates]
+            assert all(each)
+            assert all(map(all, each))
+    shapes = ("1000x64", "100x128", "25x256")
+    for name, living in ((TODAY, [False] * 3), ("alpha", [False] * 3)):
+        assert [all(lives(gpu, f"{name}-{s}-lr1.0e-02")) for s in shapes] == living
+    for name in ("layerscale-0.01", "standard"):
+        assert all(all(lives(gpu, f"{name}-{s}-lr1.0e-02")) for s in shapes[1:])
+    for name in (TODAY, "alpha"):
+        wide = gpu[f"{name}-100x128-lr1.0e-02-seed0"]
+        assert wide["similarity"] > 0.99
+        assert wide["collapse_step"] >= 70
+
+
+def test_what_it_says_of_shapes_holds_of_the_rows(gpu):
+    shapes = ("400x64", "100x128", "25x256")
+
+    def losses(name: str, shape: str) -> list[float]:
+        prefix = f"{name}-{shape}-lr3.2e-03-"
+        return [r["validation_loss"] for run, r in gpu.items() if run.startswith(prefix)]
+
+    for name in (TODAY, "standard", "layerscale-0.01"):
+        found = [losses(name, shape) for shape in shapes]
+        assert [len(each) for each in found[1:]] == [3, 3]
+        assert compare(found[2], found[0]) == "ahead"
+    for shape in shapes[1:]:
+        for other in ("layerscale-0.01", TODAY):
+            assert compare(losses("standard", shape), losses(other, shape)) == "ahead"
+    ours = [compare(losses(TODAY, s), losses("layerscale-0.01", s)) for s in shapes[1:]]
+    assert ours == ["cannot tell", "ahead"]
+
+
+def test_what_it_says_of_controls_holds_of_the_rows(depths, gpu):
+    (at,) = (at for at in depths if at.name == "400")
+    hard = fmean(
+        gpu[f"hard-center-400x64-lr3.2e-04-seed{seed}"]["validation_loss"] for seed in range(3)
+    )
+    learn_less = {n for n, losses in at.all.items() if losses and fmean(losses) > hard}
+    assert learn_less == {"prenorm"}
+
+
+def test_seeds_beyond_three_are_as_many_as_it_says(depths):
+    counts = {at.name: {n: len(v or ()) for n, v in at.all.items()} for at in depths}
+    assert sorted(n for n, count in counts["400"].items() if count > 5) == sorted(
+        [TODAY, "standard", "layerscale-0.01", "rezero"]
+    )
+    assert sum(count == 10 for count in counts["100"].values()) == 8
+    assert [n for n, count in counts["1000"].items() if count > 3] == ["layerscale-0.01", TODAY]
+    (at,) = (at for at in depths if at.name == "400")
+    assert compare(at.all["standard"], at.all["layerscale-0.01"]) == "cannot tell"
 
 
 def test_the_default_of_the_pages_is_the_librarys():
@@ -145,56 +244,21 @@ def test_the_default_of_the_pages_is_the_librarys():
 
 
 def test_the_decision_and_what_speaks_against_it_are_on_the_page():
-    rows = json.loads((ROOT / "docs/experiments" / RESULTS / "gpu.json").read_text("utf-8"))["rows"]
     page = " ".join((ROOT / "docs/experiments/depth-bench.md").read_text("utf-8").split())
-    text = " ".join(module.UNDERSTOOD.split())
+    text = words()
     assert "The rule did not set today's default: a decision of 2026-11-30 did" in page
     assert "by a decision after the rows**, of 2026-11-30" in text
-    assert "it has not been run in the wider shapes, and the watch has seen it at" in text
-    mine = [row for row in rows if row["run"].startswith(f"{TODAY}-")]
-    assert {row["width"] for row in mine} == {64}
-    assert not any(row["looks"] for row in mine)
-    assert all(row["lives"] and row["rate"] <= 1e-2 for row in mine)
-    small = json.loads((ROOT / "docs/experiments" / RESULTS / "small.json").read_text("utf-8"))
-    seen = [row for row in small["rows"] if row["run"].startswith(f"{TODAY}-")]
-    assert all(row["looks"] and row["lives"] and row["rate"] <= 1e-2 for row in seen)
-    words = "the highest rate at which it was run, at these widths"
-    assert words in text
-    sizes = re.findall(r"\*\*By this size alone (.*?)\*\*", page)
+    assert "the watch has seen it at the small size alone" in text
+    assert not any(r["looks"] for n in ("gpu", "gpu-long") for r in rows_of(n) if _is_default(r))
+    assert any(row["looks"] for row in rows_of("small") if _is_default(row))
+    small, gpu, _ = re.findall(r"\*\*By this size alone (.*?)\*\*", page)
     place = f"takes the place of {ALPHA}"
-    (small_words, gpu_words) = sizes
-    assert f"{ALPHA}, writers standard {place}," in small_words
-    assert f"nothing {place}," in gpu_words
+    assert f"{ALPHA}, writers standard {place}," in small
+    assert f"nothing {place}," in gpu
 
 
-def test_words_about_shapes_hold_of_the_rows():
-    path = ROOT / "docs/experiments" / RESULTS / "gpu.json"
-    rows = {row["run"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
-    shapes = ("400x64", "100x128", "25x256")
-    for name in ("alpha", "layerscale-0.01"):
-        losses = [
-            [r["validation_loss"] for r in rows.values() if r["run"].startswith(f"{name}-{s}-lr3")]
-            for s in shapes
-        ]
-        assert [len(each) for each in losses] == [5, 1, 1]
-        deep, middle, wide = losses
-        assert min(deep) > middle[0] > wide[0]  # the shallower is ahead at each step
-        for shape in shapes[1:]:
-            best_of = {r["validation_loss"]: r["rate"] for r in rows.values()
-                       if r["run"].startswith(f"{name}-{shape}-")}  # fmt: skip
-            assert best_of[min(best_of)] == 3.2e-3
-    lives = {shape: rows[f"alpha-{shape}-lr1.0e-02-seed0"]["lives"] for shape in (
-        "400x64", "100x64", "100x128", "25x256")}  # fmt: skip
-    assert lives == {"400x64": True, "100x64": True, "100x128": False, "25x256": False}
-    assert rows["alpha-100x128-lr1.0e-02-seed0"]["collapse_step"] == 80
-    assert rows["alpha-25x256-lr1.0e-02-seed0"]["collapse_step"] is None
-    text = " ".join(module.UNDERSTOOD.split())
-    assert "it learns for 80 steps and then loses all of it" in text
-    wide = rows["alpha-25x256-lr1.0e-02-seed0"]
-    assert 0.8 < min(wide["curve"]) / wide["floor"] < 0.9
-    rates = {row["rate"] for row in rows.values() if row["run"].startswith("alpha-")
-             and row["width"] > 64 and row["lives"]}  # fmt: skip
-    assert rates == {1e-3, 3.2e-3}
+def _is_default(row: dict) -> bool:
+    return row["entry"] == TODAY
 
 
 def test_without_rows_words_without_figures_stay(tmp_path, folder):
