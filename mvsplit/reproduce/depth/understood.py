@@ -64,7 +64,8 @@ UNDERSTOOD = """## Understood so far
   [[gpu alpha-1000x64-lr3.2e-03-seed* over layerscale-0.01-1000x64-lr3.2e-03-seed* validation_loss
   .1%]] above LayerScale's: behind; and Keel, which lives up to 1e-2, the highest rate that was
   run, and ends there at [[gpu keel-1000x64-lr1.0e-02-seed* validation_loss .2f]]. LayerScale
-  γ = 1/√L and ReZero live up to 1e-3, at [[gpu layerscale-root-1000x64-lr1.0e-03-seed* validation_loss .2f]] and
+  γ = 1/√L and ReZero live up to 1e-3, at
+  [[gpu layerscale-root-1000x64-lr1.0e-03-seed* validation_loss .2f]] and
   [[gpu rezero-1000x64-lr1.0e-03-seed* validation_loss .2f]]. α = 0 with writers of standard size
   dies at 1e-3 and 3.2e-3 and lives at 3.2e-4, one seed, at
   [[gpu standard-1000x64-lr3.2e-04-seed0 validation_loss .2f]]; with writers of zeros β = 1 lives at
