@@ -21,19 +21,8 @@ OURS, RIVAL = "#1f6fb4", "#555555"
 _COOL = ("#08306b", "#2171b5", "#6baed6", "#00695c", "#41ab5d", "#17becf", "#6a51a3", "#9e9ac8")
 _WARM = ("#c0392b", "#e67e22", "#b8860b", "#e377c2", "#8c564b", "#f29b93", "#7a0177", "#d4a017")
 _GREY = ("#000000", "#888888")
-_TICKS = (
-    0.1,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.8,
-    1.0,
-    1.5,
-)  # of losses, which are logarithmic
+# Of losses, whose axes are logarithmic.
+_TICKS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)
 
 
 def save_rates(found: Sequence[Cell], size: BenchSize, path: Path) -> None:
