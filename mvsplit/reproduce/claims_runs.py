@@ -385,12 +385,14 @@ THOUSAND = Claim(
     "have a mean below 1.05 of it, and the tokens of its deepest quarter are at a similarity of "
     "0.95 to 0.97 in the first look, at step 100, where the warm-up ends. In seed 1 the loss goes "
     "up once more, from 1.08 to 1.24 within twenty steps, and they are at 1.00 after it. [The "
-    "depth bench](depth-bench.md) agrees: at 1000 layers of width 64 α = 0 learns nothing at this "
-    "rate or a higher one, with writers of standard size; α = β = 1/√L learns in every seed, with "
-    "such writers, the library's start, and with zeros, as they are here, at this rate to losses "
-    "of 0.34 and 0.38, of a floor of 1.07. Width and warm-up are other ones there; at 400 layers, "
-    "all else alike, it is α that decides. So for 1000 layers at rates like these α = β is the "
-    "start to take. Of the paper's own run nothing is said: a sixth of this rate, reached after "
+    "depth bench](depth-bench.md) agrees: at 1000 layers of width 64 β = 1/√L with α = 0 learns "
+    "nothing at this rate, with writers of zeros, as they are here, nor at a third or a tenth of "
+    "it; with writers of standard size it learns at a third of it. α = β = 1/√L learns at this "
+    "rate and at 3.2 times it, in every seed, with such writers, the library's start, and with "
+    "zeros, at this rate to losses of 0.34 and 0.38, of a floor of 1.07. Width and warm-up are "
+    "other ones there; at 400 layers, with writers of zeros and all else alike, it is α that "
+    "decides. So for 1000 layers at rates like these α = β is the start to take. Of the paper's "
+    "own run nothing is said: a sixth of this rate, reached after "
     "1,000 steps of warm-up, width 1024, 100,000 steps.",
     cost={
         "small": "2 runs of 0.7 to 0.9 minutes on a core, no repeat",
