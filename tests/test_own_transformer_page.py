@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mvsplit.kernels import Segments
-from mvsplit.residuals import RULES, RuleConfig
+from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES
+from mvsplit.residuals import RULES, RuleConfig, build_rule
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your-own-transformer.md").read_text(encoding="utf-8")
 
@@ -69,3 +70,26 @@ def test_padding_is_given_as_it_says(names):
     segments = eval(words, {"Segments": Segments, "torch": torch})
     assert segments.mask.sum(1).tolist() == [20, 18]
     assert not names["network"](torch.randn(2, 20, 64), segments)[1, 18:].any()
+
+
+def test_starts_by_name_are_those_of_the_bench():
+    """Each row of the table gives the gains and the writers of the bench's entry of that name."""
+    rows = re.findall(r"^\| ([^|]*?)(?: \(the default\))? \| `(RuleConfig\(.*?\))` \| (.*?) \|$",
+                      PAGE, re.MULTILINE)  # fmt: skip
+    entries = {entry.label: entry for entry in (*ENTRIES, *CANDIDATES)}
+    depth = 400
+    assert len(rows) == 9
+    for label, code, writers in rows:
+        entry = entries[label]
+        asked = eval(code, {"RuleConfig": RuleConfig, "depth": depth})
+        ours, theirs = (
+            build_rule(rule, width=8, depth=depth, branch="ffn")
+            for rule in (asked, entry.rule(depth))
+        )
+        assert type(ours) is type(theirs)
+        gains = zip(ours.parameters(), theirs.parameters(), strict=True)
+        for one, other in gains:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=0)
+        zero = theirs.zero_writers and entry.writers == "rule"
+        assert ("zeros" in writers) == zero
+        assert ours.zero_writers == (zero or "though" in writers)

@@ -79,7 +79,8 @@ def in_short(found: Found) -> list[str]:
         [
             f"{at.layers} ({at.size})",
             *_top(at, labels),
-            "; ".join(labels[name] for name in at.level) or _alone(at),
+            "; ".join(f"{labels[name]} ({len(at.all[name] or ())})" for name in at.level)
+            or _alone(at),
             at.default,
         ]
         for at in depths
@@ -89,8 +90,10 @@ def in_short(found: Found) -> list[str]:
         "## In short\n",
         "Which rule to use at which depth, as far as these rows say it: of entries with "
         f"{SEEDS} seeds or more the one with the smallest mean loss, and those that it is not "
-        "ahead of: these tie with it, or the seeds do not tell them apart. The data are toys and "
-        "the runs of few steps, so for other widths and longer runs it is a guess.\n",
+        "ahead of, with their seeds: these tie with it, or the seeds do not tell them apart. The "
+        "data are toys and the runs of few steps, so for other widths and longer runs it is a "
+        "guess. Between two of these depths nothing was run; what fails here fails from some depth "
+        "on, so that the deeper of the two is the safer guide.\n",
         *table((*head, "the default against the best rival"), rows),
         *[f"- {sentence}" for sentence in joint(depths, labels)],
         "",

@@ -55,7 +55,14 @@ HEAD = """# The depth bench: every rule at its own learning rate
 
 The paper compares three stabilisers at one learning rate, without repeats. Here each rule of the
 registry has a sweep of its own, with the same data, steps and network, and what is best is repeated
-with other seeds. Settings of MV-Split that are not the paper's stand below as candidates.
+with other seeds. Settings of MV-Split that are not the paper's stand among them.
+
+**Names.** Behind MV-Split stands where its gains start. β = 1/√L alone leaves the rest as in the
+paper: α = 0, and the last matrices of both branches, W_O and W_2, the *writers*, are zeros. α=β
+opens the gain of the mean as well; *writers standard* starts W_O and W_2 as all other matrices
+start. γ is LayerScale's, λ = α wherever there is a λ.
+[How each is asked for](../your-own-transformer.md#starts-by-name), in your own network and in
+`mvsplit train`.
 
 **What is measured.** Captioned shapes of 32×32 pixels. Validation loss: on samples that no
 training sees, at fixed noise and times ([evaluation](../evaluation.md)). A run *lives* if it stays
@@ -203,7 +210,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
     if timing and size.like is None:
         save_seconds(timing, folder / f"{NAME}-{size.name}-seconds.png")
         parts += timing_table(timing, size, f"{NAME}-{size.name}-seconds.png")
-    parts += missing(size, main)
+    parts += missing(size, [*main, *other])
     return parts
 
 
@@ -341,12 +348,13 @@ def _against_default(settings: Mapping[int, Losses], labels: Mapping[str, str]) 
 
 
 def missing(size: BenchSize, found: Sequence[Cell]) -> list[str]:
-    """What has not been run yet, for a page that says so."""
+    """What has not been run yet, for a page that says so; of candidates what was begun."""
     have = {(c.entry.name, c.depth): c for c in found if c.width == size.width}
     lines = []
     for depth in size.depths:
         absent = [e.label for e in ENTRIES if (e.name, depth) not in have]
-        here = [have[e.name, depth] for e in ENTRIES if (e.name, depth) in have]
+        every = (*ENTRIES, *CANDIDATES)
+        here = [have[e.name, depth] for e in every if (e.name, depth) in have]
         few = [c.entry.label for c in here if c.rate and len(c.best) < len(size.seeds)]
         part = [c.entry.label for c in here if not c.swept]
         ends = [c.entry.label for c in here if c.swept and c.at_end]

@@ -11,8 +11,10 @@ from typing import Any
 
 # A figure stands as [[FILE RUN FIELD FORMAT]], of a row of FILE.json, or with the lowest and the
 # highest of several runs, [[FILE RUN* FIELD FORMAT]]; [[FILE RUN* over RUN* FIELD FORMAT]] is by
-# what part the mean of some is above that of others. Where a row is missing, its paragraph is.
+# what part the mean of some is above that of others. Where a row is missing, its paragraph is;
+# [[FILE RUN]] is no figure, and says only which row a paragraph is about.
 _FIGURE = re.compile(r"\[\[(\S+)\s+(\S+)(?:\s+over\s+(\S+))?\s+(\S+)\s+(\S+)\]\]")
+_ABOUT = re.compile(r"\s*\[\[(\S+)\s+(\S+)\]\]")
 
 UNDERSTOOD = """## Understood so far
 
@@ -127,7 +129,8 @@ UNDERSTOOD = """## Understood so far
   [[gpu layerscale-0.01-400x64-lr3.2e-03-seed* over standard-400x64-lr3.2e-03-seed* validation_loss
   .1%]] above its own, it cannot be told, by a little less than two standard errors.
 
-- **The default was set by a decision after the rows**, of 2026-11-30. The rule had set the one
+- [[gpu alpha-standard-400x64-lr3.2e-03-seed0]]
+  **The default was set by a decision after the rows**, of 2026-11-30. The rule had set the one
   before it: α = β with writers of zeros took the place of β = 1/√L with α = 0 at both sizes, when
   each had three seeds at 400 layers. By the rule nothing takes the place of that one at both sizes
   of then. It was moved all the same, because the default is to be at least as good as the best
@@ -142,13 +145,15 @@ UNDERSTOOD = """## Understood so far
   trunk's mean. At the start (1 − 1/√L)^2L of what this was comes through the network but for the
   norms, 0.4% at 4 layers and less than 10⁻⁸ at 100.
 
-- **What is not known.** The paper's own runs are of width 1024 at a twentieth of 3.2e-3 with 50
+- [[gpu alpha-standard-400x64-lr3.2e-03-seed0]]
+  **What is not known.** The paper's own runs are of width 1024 at a twentieth of 3.2e-3 with 50
   times the warm-up: nothing here is near them. Why α matters is not understood. Task scores are of
   48 pictures, which after 200 steps show hardly one thing as it was asked for: GenEval tells
   nothing apart, and the Fréchet distance, in its spread, little. What a network takes alone was
   measured at 100 and 400 layers, and what the watch says in the runs that were not trained as one.
 
-- **Other settings** – free λ, the gains' own rate, ε, 4/√L – are entries of the bench (`--entries
+- [[gpu alpha-standard-400x64-lr3.2e-03-seed0]]
+  **Other settings** – free λ, the gains' own rate, ε, 4/√L – are entries of the bench (`--entries
   candidates`) without a run.
 
 ## What did not work
@@ -167,7 +172,8 @@ UNDERSTOOD = """## Understood so far
   [[gpu alpha-400x64-lr1.0e-03-seed0 seconds_trained .0f]] s with 15: each kernel waits for its
   turn, so that more members cost nothing there.
 
-- The first gate had 6 layers and would have passed an ensemble that gave MV-Split NaN from about 16
+- [[gpu mvsplit-root-100x64-lr3.2e-03-seed0]]
+  The first gate had 6 layers and would have passed an ensemble that gave MV-Split NaN from about 16
   layers on: with a leak, padding had a gradient, which each norm below multiplied by 1/√ε. Found
   before the first run on a GPU; the gate has 20 layers since.
 """
@@ -195,6 +201,10 @@ def understood(folder: Path) -> list[str]:
 def _filled(paragraph: str, rows: dict[str, list[dict[str, Any]]]) -> str | None:
     """The paragraph with its figures; None where a row is missing."""
     text = paragraph
+    for match in _ABOUT.finditer(paragraph):
+        if not _values(rows.get(match[1], []), match[2], "run"):
+            return None
+        text = text.replace(match.group(), "", 1)
     for match in _FIGURE.finditer(paragraph):
         file, run, other, field, form = match.groups()
         values = _values(rows.get(file, []), run, field)

@@ -412,7 +412,7 @@ def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     text = "\n".join(in_short([(TINY, cells(TINY, [*ENTRIES, *CANDIDATES], rows))]))
     ours = "MV-Split α=β=1/√L, writers standard"
     assert f"| 2 (tiny) | {ours}, 0.41 ± 0.01 | 3 | none | ahead |" in text
-    assert f"| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | {ours} | cannot tell |" in text
+    assert f"| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | {ours} (3) | cannot tell |" in text
     lone = "nothing else has 3 seeds that live | cannot tell (0 seeds) |"
     assert f"| 4 (tiny) | Keel, 0.41 ± 0.01 | 3 | {lone}" in text
     assert "best at every depth, and at 2 one is ahead of all others with 3 seeds." in text

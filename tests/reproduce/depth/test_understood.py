@@ -52,6 +52,18 @@ def test_figures_are_those_of_the_rows_and_what_has_none_is_left_out(folder):
     )
 
 
+def test_words_without_figures_can_ask_for_a_row(folder, monkeypatch):
+    monkeypatch.setattr(module, "UNDERSTOOD", "- [[gpu plain-3]] Said.\n\n- [[gpu keel]] Not said.")
+    assert understood(folder) == ["- Said.", ""]
+
+
+def test_no_words_of_the_bench_are_without_a_row():
+    """Or they would stand on the page of somebody who has run something else."""
+    paragraphs = [p for p in module.UNDERSTOOD.strip().split("\n\n") if p[0] != "#"]
+    assert len(paragraphs) > 10
+    assert all("[[" in paragraph for paragraph in paragraphs)
+
+
 def test_means_of_runs_are_compared(folder, monkeypatch):
     monkeypatch.setattr(module, "UNDERSTOOD", "By [[gpu plain-3\n  over plain-* loss .1%]].")
     assert understood(folder) == ["By 50.0%.", ""]
