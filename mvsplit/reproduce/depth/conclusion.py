@@ -150,7 +150,7 @@ def _steady(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
 def _lone(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
     """Depths at which there is nothing to compare."""
     return [
-        f"At {at.name} layers {labels[at.top]} alone has {SEEDS} seeds that live: which rule is "
+        f"At {at.name} (layers) {labels[at.top]} alone has {SEEDS} seeds that live: which rule is "
         "best there cannot be told."
         for at in depths
         if at.top and len(at.enough) == 1

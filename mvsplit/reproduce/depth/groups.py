@@ -121,30 +121,23 @@ def study_together(
             if not group:
                 return rows
             began, first = time.time(), group[0]
-            ended = _trained(group, size, out, end, how)
-            if ended is False:
-                return rows
-            _free(size)
-            if ended is None:
+            try:
+                ended, short = run_together(group, size, out, end, **how), False
+            except torch.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                ended, short = True, True
+            _free(size)  # after the error is gone, whose traceback holds the networks
+            if short:
                 fit[first.depth, first.width] = fewer = len(group) // 2
                 say(f"no memory for {len(group)} of {first.depth} layers as one; {fewer} at a time")
                 continue
+            if not ended:
+                return rows
             took[first.depth, first.width] = time.time() - began
             each = {row["run"]: row for row in read_rows(out)}
             words = [f"{r.name} {_words(each[r.name])}" for r in group]
             say(f"{len(group)} runs in {time.time() - began:.0f} s:\n  " + "\n  ".join(words))
-
-
-def _trained(
-    group: Sequence[BenchRun], size: BenchSize, out: Path, end: float, how: dict[str, Any]
-) -> bool | None:
-    """Whether they came to their end in time; None where memory is too short for several."""
-    try:
-        return run_together(group, size, out, end, **how)
-    except torch.OutOfMemoryError:
-        if len(group) == 1:
-            raise
-        return None
 
 
 def _free(size: BenchSize) -> None:

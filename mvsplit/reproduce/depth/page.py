@@ -72,11 +72,11 @@ Tasks: GenEval's six and the Fréchet distance of [the exact reader](../evaluati
 Figures are means ± one standard deviation over seeds; **1 seed** and **2 seeds** mark those that
 no verdict counts.
 
-**Not covered.** Toy pictures, narrow networks, batches of {batches} and {steps} steps, where
-the paper trains 100,000: who is ahead after so few need not be ahead later, and a collapse that
-comes late is not seen. Only the learning rate is swept: warm-up, decay and clipping are the same
-for all. The best rate is chosen by the same held-out samples that it is judged by, and the seed
-that chose it is one of the three, for every entry alike. Two standard errors of three seeds are
+**Not covered.** Toy pictures, narrow networks, batches of {batches} and {steps} steps, where the
+paper trains 100,000: who is ahead after so few need not be ahead later, and a collapse that comes
+later is not seen. Only the learning rate is swept: warm-up, decay and clipping are the same for
+all. The best rate is chosen by the same held-out samples that it is judged by, and the seed that
+chose it is one of those that count, for every entry alike. Two standard errors of three seeds are
 little: of two entries that do not differ, one is ahead by that much in one comparison of nine (t,
 four degrees of freedom), in fewer by 3% as well. Rivals with fewer seeds are not compared with,
 whatever their loss.
@@ -193,7 +193,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         f"## {size.name}: {size.hardware}\n",
         f"{len(result['rows'])} runs, {seeds} seed{'s' if seeds > 1 else ''} at most, "
         f"{size.steps} steps of {size.batch_size} samples, {size.warmup} of them warm-up, width "
-        f"{size.width}; {'; '.join(device)}.{_together(result['rows'])} The rule was written "
+        f"{size.width}; {'; '.join(device)}.{_together(result['rows'])} The rule was noted "
         f"{result['rule']['written']}, before the first of the runs{_changed(result)}.\n",
         *verdict_words(size, [*main, *other]),
         f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",

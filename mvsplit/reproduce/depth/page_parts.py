@@ -77,7 +77,16 @@ def best_table(
 def _best_rate(cell: Cell) -> str:
     tried = f"{len(cell.tried)} tried" + ("" if cell.swept else ", sweep not whole")
     tried += ", **best at an end**" if cell.at_end and cell.swept else ""
+    tried += smaller_words(cell)
     return f"{NOTHING if cell.rate is None else f'{cell.rate:.2g}'} ({tried})"
+
+
+def smaller_words(cell: Cell) -> str:
+    """That a rate with fewer seeds has a smaller mean, which the rule passes by."""
+    if cell.smaller is None:
+        return ""
+    rate, losses = cell.smaller
+    return f"; {figure(losses, mark=True)} at {rate:.2g}, fewer seeds"
 
 
 def loss_words(cell: Cell | None) -> str:
@@ -216,11 +225,17 @@ def _twice(words: str, head: Sequence[str], pairs: Sequence[tuple[Row, Row]]) ->
         [row["run"], *(_ending(each) for each in (row, other)), _share(row, other)]
         for row, other in pairs
     ]
+    lines = [list(line) for line in dict.fromkeys(map(tuple, lines))]  # the same again says nothing
     if len(lines) <= _FEW:
         return [words, *table(head, lines)] if lines else []
     apart = [abs(share) for row, other in pairs if (share := _apart(row, other)) is not None]
-    middle = f"in the middle {statistics.median(apart):.1%}, at most {max(apart):.1%} apart"
-    folded = f"<details><summary>{len(lines)} pairs, {middle}</summary>\n"
+    summary = f"{len(lines)} pairs"
+    if apart:
+        summary += (
+            f", {apart.count(0)} with the same loss; in the middle {statistics.median(apart):.1%}, "
+            f"at most {max(apart):.1%} apart"
+        )
+    folded = f"<details><summary>{summary}</summary>\n"
     return [words, folded, *table(head, lines), "</details>\n"]
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.conclusion import TODAY, by_depth, joint
-from mvsplit.reproduce.depth.page_parts import NOTHING, dead_words, figure, loss_words, table
+from mvsplit.reproduce.depth.page_parts import (
+    NOTHING,
+    dead_words,
+    figure,
+    loss_words,
+    smaller_words,
+    table,
+)
 from mvsplit.reproduce.depth.plan import CANDIDATES, ENTRIES, GPU, SIZES, BenchSize
 from mvsplit.reproduce.depth.table import Cell, cells
 from mvsplit.reproduce.depth.verdict import SEEDS
@@ -34,6 +41,8 @@ def write_table(readme: Path, results: Path, size: BenchSize = GPU) -> None:
     if not begin or not end:
         raise UserError(f"{readme} has no {BEGIN} … {END}, between which the table goes")
     labels = {entry.name: entry.label for entry in (*ENTRIES, *CANDIDATES)}
+    if size not in found:
+        raise UserError(f"{results} has no rows of size {size.name!r}, of which the table is")
     parts = [*bench_table(found[size], size), ""]
     for each, cells_of_it in found.items():
         if each.like == size.name:
@@ -54,7 +63,8 @@ def bench_table(found: Sequence[Cell], size: BenchSize) -> list[str]:
     return [
         *lines,
         "Ordered by the last column, how far a mean is above the smallest of its depth where that "
-        "is most; what was not run at a depth comes after the others, what died at one last.\n",
+        "is most; what was not run at a depth comes after the others, what died at one last. This "
+        "order was chosen with rows in sight.\n",
         f"Learned at each of these depths: {words or 'none of them'}.\n",
         dead_words(size, found),
     ]
@@ -82,13 +92,16 @@ def loss_table(found: Sequence[Cell], size: BenchSize) -> tuple[list[str], list[
         died = any(cell is not None and cell.rate is None for cell in cells_of_it)
         return died, None in cells_of_it, above(label), label
 
+    def few(label: str) -> str:
+        return "" if all((label, depth) in enough for depth in depths) else " (**few seeds**)"
+
     names = sorted({label for label, _ in enough}, key=order)
     today = {cell.entry.label for cell in found if cell.entry.name == TODAY}
     rows = [
         [
             f"**{label}** (default)" if label in today else label,
             *(_words(here.get((label, depth))) for depth in depths),
-            NOTHING if any(order(label)[:2]) else f"{above(label):.1%}",
+            NOTHING if any(order(label)[:2]) else f"{above(label):.1%}{few(label)}",
         ]
         for label in names
     ]
@@ -119,4 +132,4 @@ def _words(cell: Cell | None) -> str:
     end = ", an end of its sweep" if cell.at_end else ""
     if cell.tried == [cell.rate]:
         end = ", the only rate run"
-    return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}{end}"
+    return f"{figure(cell.losses or [], mark=True)} at {cell.rate:g}{end}{smaller_words(cell)}"

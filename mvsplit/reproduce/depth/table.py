@@ -55,6 +55,20 @@ class Cell:
         return [rate for rate in self.tried if rate not in dead]
 
     @property
+    def smaller(self) -> tuple[float, list[float]] | None:
+        """A rate at which every run lives and the mean is smaller than at the best one, which has
+        more seeds, with its losses; of several the one with the smallest."""
+        means = {rate: self._at(rate) for rate in self.living if rate != self.rate}
+        if self.rate is None or not means:
+            return None
+        rate = min(means, key=lambda rate: statistics.fmean(means[rate]))
+        smaller = statistics.fmean(means[rate]) < statistics.fmean(self._at(self.rate))
+        return (rate, means[rate]) if smaller else None
+
+    def _at(self, rate: float) -> list[float]:
+        return [row["validation_loss"] for row in self.rows if row["rate"] == rate]
+
+    @property
     def at_end(self) -> bool:
         """Whether the best rate lies at an end of what was tried, beyond which a better one may."""
         return self.rate in (self.tried[0], self.tried[-1])

@@ -174,6 +174,13 @@ class Training:
             _logger.warning("%d as one: %.2f s a step, %.0f s to go", members, pace, left)
         return left
 
+    def let_go(self) -> int:
+        """Lets go of the graph and the moments, so that scores have their memory; gives how many
+        graphs there were. No step can be taken after it."""
+        graphs = int(self._graph is not None)
+        del self._graph, self._update
+        return graphs
+
     def course(self, member: int) -> tuple[Array, Array, str]:
         """Losses and gradient norms of the steps up to the first that is not finite, and how the
         run of a member ended."""
@@ -362,7 +369,7 @@ def run_together(
     A row has no peak memory, seconds a step or word of the watch, for these are of a network that
     runs alone."""
     began = time.perf_counter()
-    if torch.cuda.is_available():
+    if size.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     experiments = [run.experiment(size) for run in runs]
     training = Training(
@@ -374,7 +381,7 @@ def run_together(
     built = time.perf_counter() - began
     if not training.run(end):
         return False
-    trained = time.perf_counter() - began - built
+    trained, graphs = time.perf_counter() - began - built, training.let_go()
     scores = score(training.ensemble, build_loader(training.experiment).embedder, size)
     deepest = training.similarity[size.steps][:, -math.ceil(runs[0].depth / 4) :]
     similarity = deepest.double().mean(1).tolist()
@@ -383,7 +390,7 @@ def run_together(
     common = {
         "date": now(),
         "together": len(runs),
-        "graphs": int(training._graph is not None),
+        "graphs": graphs,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__,
         "seconds_built": built,

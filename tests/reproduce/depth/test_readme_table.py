@@ -35,7 +35,7 @@ def test_it_has_what_has_enough_seeds(tmp_path):
         "| MV-Split β=1/√L | not run | 0.5 ± 0.1 at 0.0032 | dead at 0.0032, others not run | – |\n"
         "\nOrdered by the last column, how far a mean is above the smallest of its depth where "
         "that is most; what was not run at a depth comes after the others, what died at one "
-        "last.\n\n"
+        "last. This order was chosen with rows in sight.\n\n"
         "Learned at each of these depths: none of them.\n\n"
         "Dead at every rate that was run, so not in the picture: at 3 layers plain "
         f"(at {', '.join(f'{rate:.2g}' for rate in TINY.rates)}); at 4 layers MV-Split β=1/√L "
@@ -66,7 +66,7 @@ def test_the_first_is_the_one_that_loses_least_where_it_loses_most():
     assert [line.split(" | ")[-1].rstrip(" |") for line in lines[2:-1]] == [
         "12.5%",
         "16.0%",
-        "20.0%",
+        "20.0% (**few seeds**)",
         "25.0%",
     ]
 

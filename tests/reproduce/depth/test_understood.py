@@ -162,10 +162,10 @@ def test_what_it_says_of_rates_holds_of_the_rows(gpu, depths):
     behind = {
         at.name: compare(at.all["mvsplit-1"], at.all["mvsplit-root"])
         for at in depths
-        if at.name in ("4", "16", "100")
+        if at.layers < 400 and at.size in ("small", "gpu")
     }
-    assert behind == dict.fromkeys(("4", "16", "100"), "behind")
-    assert "β = 1 is behind 1/√L at 4, 16 and 100" in words()
+    assert behind == dict.fromkeys(("4", "16", "64", "100"), "behind")
+    assert "β = 1 is behind 1/√L at 4, 16, 64 and 100" in words()
     at_3e3 = {row["entry"] for row in gpu.values() if (row["depth"], row["rate"]) == (1000, 3.2e-3)}
     learn = {name for name in at_3e3 if all(lives(gpu, f"{name}-1000x64-lr3.2e-03"))}
     assert learn == {"layerscale-0.01", TODAY, "alpha", "keel"}
