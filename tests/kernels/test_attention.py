@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from mvsplit.kernels import Segments, attention
 from mvsplit.kernels.attention import attend
@@ -60,6 +62,48 @@ def choose(segments: Segments = NO_PADDING, zero: bool = False) -> str:
 def kept() -> str | None:
     q = torch.zeros(1, 1, 2, 4)
     return recall("attention", attention._name(attention._key(q, q, NO_PADDING, False)))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says so, and is no more to a `TorchFunctionMode` than any other."""
+
+    is_cuda = True  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+class Listening(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (attend, functional.scaled_dot_product_attention):
+            self.calls.append((func, args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_on_a_gpu_those_who_listen_are_shown_one_call_whichever_way_serves(
+    monkeypatch: pytest.MonkeyPatch, zero: bool
+) -> None:
+    """And the trials by which a way is chosen are none."""
+    q, k, v = (torch.randn(1, 1, 2, 4) for _ in range(3))
+
+    def choose(*inputs: Any) -> Any:
+        assert inputs[-1] is zero
+        functional.scaled_dot_product_attention(q, k, v)
+        return lambda q, k, v, segments: q + k + v
+
+    monkeypatch.setattr(attention, "_choose", choose)
+    ours = [each.as_subclass(OnGpu) for each in (q, k, v)]
+    with Listening() as outer, Listening() as inner:
+        out = attend(*ours, NO_PADDING, zero_padding=zero)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), q + k + v)
+    for mode in (outer, inner):
+        ((func, args, kwargs),) = mode.calls
+        assert func is attend
+        assert all(one is other for one, other in zip(args, (*ours, NO_PADDING), strict=True))
+        assert kwargs == {"zero_padding": zero}
 
 
 def test_the_fastest_serves_and_is_kept(machine: dict[str, Any]) -> None:

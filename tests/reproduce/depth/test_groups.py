@@ -16,6 +16,7 @@ from mvsplit.reproduce.depth.run import read_rows, write_row
 from mvsplit.reproduce.workers import Stopped
 from tests.reproduce.depth.tiny import TINY, entry, row
 
+RATES, SEEDS = (1e-3, 1e-2), (0, 1, 2)
 ENTRIES = get_entries(["plain", "mvsplit-root", "keel"])
 
 
@@ -95,8 +96,8 @@ def test_it_goes_on_until_nothing_is_left(tmp_path, trained):
 
 
 def test_where_memory_is_too_short_half_as_many_are_trained_as_one(tmp_path, trained, monkeypatch):
-    """Of that shape; what was trained before stays."""
-    train, said = module.run_together, []
+    """Of that shape; what was trained before stays, and the memory of what failed is given back."""
+    train, said, freed = module.run_together, [], []
 
     def together(runs, *given, **how) -> bool:
         if len(runs) > 3 and runs[0].depth == 3:
@@ -104,12 +105,20 @@ def test_where_memory_is_too_short_half_as_many_are_trained_as_one(tmp_path, tra
         return train(runs, *given, **how)
 
     monkeypatch.setattr(module, "run_together", together)
+    monkeypatch.setattr(module, "_free", freed.append)
     rows = study_together(tmp_path, TINY, ENTRIES, most=6, say=said.append)
+    assert len(freed) == len(trained) + 1
     sizes = {depth: {len(g) for g in trained if f"-{depth}x16-" in g[0]} for depth in (2, 3)}
     assert max(sizes[2]) == 6
     assert max(sizes[3]) == 3
     assert said.count("no memory for 6 of 3 layers as one; 3 at a time") == 1
     assert not wanted(TINY, ENTRIES, rows)
+    trained.clear()
+    order = [
+        run("plain", depth, rate, seed) for depth in (3, 2) for rate in RATES for seed in SEEDS
+    ]
+    study_together(tmp_path / "two", TINY, ENTRIES, most=6, only=order, say=said.append)
+    assert [len(group) for group in trained] == [3, 3, 6]
     monkeypatch.setattr(module, "run_together", lambda *_, **how: _no_memory())
     with pytest.raises(torch.OutOfMemoryError):
         study_together(tmp_path / "other", TINY, ENTRIES, most=6, say=said.append)
