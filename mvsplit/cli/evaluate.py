@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor
 
 from mvsplit.cli import evaluate_compare
 from mvsplit.cli.bars import progress_bar
-from mvsplit.cli.subject import Options, Subject, find_run, open_subject, sampling_config
+from mvsplit.cli.evaluate_again import found_again
+from mvsplit.cli.evaluate_settings import Arguments, names_of, options_of_weights
+from mvsplit.cli.evaluate_table import show
+from mvsplit.cli.subject import find_run, open_subject, sampling_config
 from mvsplit.data import Clips, Digits, Shapes
 from mvsplit.data.types import Dataset
 from mvsplit.errors import UserError
@@ -31,7 +37,7 @@ from mvsplit.evaluation.held_out import (
     held_out,
     validation_loss,
 )
-from mvsplit.evaluation.inception import Reference, evaluate_pictures, load_network
+from mvsplit.evaluation.inception import Network, Reference, evaluate_pictures, load_network
 from mvsplit.evaluation.passport import (
     Evaluation,
     passport_head,
@@ -39,7 +45,7 @@ from mvsplit.evaluation.passport import (
     values_sha256,
     write_evaluation,
 )
-from mvsplit.sampling import SamplingConfig, accelerated
+from mvsplit.sampling import accelerated
 from mvsplit.training import DataConfig, read_experiment
 from mvsplit.training.builders import build_data
 
@@ -47,66 +53,6 @@ VALIDATION_SAMPLES = 256
 JUDGED = ("digits", "shapes", "clips")  # data sets whose pictures are read
 REAL_SHAPES = 2400  # rendered pictures, for the Fréchet distance
 Scores = Iterator[tuple[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Options):
-    """Scores a trained run or weights, and writes with the scores a passport: all that they depend
-    on. The same command goes on where it was interrupted. `mvsplit evaluate compare A B …` shows
-    scores side by side, if their passports agree in everything but the weights.
-
-    Attributes:
-        settings: as in mvsplit sample; the run's data are what the weights are scored on, as its
-            own would be.
-        num_images: pictures drawn for the scores; 0 for none.
-        validation_samples: samples of the validation loss; 0 for none; 256, or what there is, if
-            not given.
-        validation_data: for a run on a cache, another cache, of pictures that it was not trained
-            on.
-        reference: real pictures, for FID, Inception Score, precision and recall (extra eval): a
-            folder, or ADM's .npz.
-        inception: the file with the Inception weights of torch-fidelity.
-        prompts: file with one prompt a line, which are used in turn; else the captions of held-out
-            samples.
-        seed: of the noise, for drawing and for the validation loss.
-        steps: of the sampler.
-        sampler: as in mvsplit sample.
-        guidance: as in mvsplit sample.
-        guidance_interval: as in mvsplit sample.
-        guidance_rescale: as in mvsplit sample.
-        shift: as in mvsplit sample.
-        batch_size: pictures at a time.
-        name: of the evaluation; its settings if not given.
-        json: where scores and passport go too, besides RUN/evaluations/NAME.json.
-    """
-
-    settings: Path | None = None
-    num_images: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 600
-    validation_samples: int | None = None
-    validation_data: Path | None = None
-    reference: Path | None = None
-    inception: Path | None = None
-    prompts: Path | None = None
-    seed: int = 0
-    steps: int = 35
-    sampler: str = "euler"
-    guidance: float = 2.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    shift: float | None = None
-    batch_size: int = 64
-    name: str | None = None
-    json: Path | None = None
-
-    def __post_init__(self) -> None:
-        for field in ("num_images", "validation_samples"):
-            if (getattr(self, field) or 0) < 0:
-                raise UserError(f"{field}={getattr(self, field)}: must not be negative")
-        if (self.reference is None) != (self.inception is None):
-            raise UserError(
-                f"reference={self.reference}, inception={self.inception}: FID needs both, real "
-                "pictures and the Inception weights"
-            )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -117,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     if arguments and arguments[0] == "compare":
         return evaluate_compare.main(arguments[1:])
+    _require_no_misspelt_compare(arguments)
     if (named := list(takewhile(lambda word: not word.startswith("-"), arguments)))[1:]:
         raise UserError(
             f"evaluate scores one run at a time, and here are {len(named)}; to see scores side by "
@@ -125,6 +72,14 @@ def main(arguments: Sequence[str]) -> int:
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit evaluate")
     Evaluating(args, ["evaluate", *arguments]).run()
     return 0
+
+
+def _require_no_misspelt_compare(arguments: Sequence[str]) -> None:
+    word, *rest = arguments or [""]
+    if get_close_matches(word, ["compare"], cutoff=0.7) and not Path(word).exists():
+        raise UserError(
+            f"no run at {word}; did you mean mvsplit evaluate {shlex.join(['compare', *rest])}?"
+        )
 
 
 class Evaluating:
@@ -144,8 +99,10 @@ class Evaluating:
             )
         self.folder = Path("evaluations") if run is None else run / "evaluations"
         self.config = sampling_config(args, self.subject)
-        self.name = args.name or _name(args, self.subject, self.config)
         self.held_out = self._held_out()
+        self.count = self._count(args.validation_samples)
+        by_default = args.validation_samples != 0 and self.count == self._count(None)
+        self.names = names_of(args, self.subject, self.config, None if by_default else self.count)
         device = next(self.subject.model.parameters()).device
         weights = {
             "source": str(args.source),
@@ -155,11 +112,28 @@ class Evaluating:
         if args.settings is not None:
             weights["settings"] = str(args.settings)
         self.passport = passport_head(self.subject.model, device, weights, command)
+        if own := options_of_weights(args):
+            self.passport["options"] = {name: str(value) for name, value in own.items()}
+        self.prompts = self._prompts(args.num_images) if args.num_images else []
+        self.real: Tensor | None = None
+        self.inception: tuple[Reference, Network] | None = None
         self.scores: dict[str, float] = {}
         self.samples: dict[str, list[float]] = {}
 
     def run(self) -> None:
-        """Computes all scores, writes them with the passport, and shows them."""
+        """Computes all scores, writes them with the passport, and shows them; those that are there
+        already are only shown."""
+        self._describe()
+        place = self.folder / f"{self.names.scores}.json"
+        done = found_again(place, self.passport) if place.exists() else self._score(place)
+        if self.args.json is not None:
+            write_evaluation(self.args.json, done)
+        show([done])
+        print(f"scores and passport: {place}")
+        if self.args.json is not None:
+            print(f"the same in: {self.args.json}")
+
+    def _score(self, place: Path) -> Evaluation:
         with progress_bar(Console(stderr=True), MofNCompleteColumn()) as bar:
             self.scores |= self._validate(bar)
             if self.args.num_images:
@@ -167,13 +141,59 @@ class Evaluating:
         if not self.scores:
             raise UserError(f"{self.args.source}: nothing to score; see mvsplit evaluate --help")
         done = Evaluation(
-            name=self.name, scores=self.scores, passport=self.passport, samples=self.samples
+            name=self.names.scores,
+            scores=self.scores,
+            passport=self.passport,
+            samples=self.samples,
         )
-        places = [self.folder / f"{self.name}.json", self.args.json]
-        for path in filter(None, places):
-            write_evaluation(path, done)
-        evaluate_compare.show([done])
-        print(f"scores and passport: {places[0]}")
+        write_evaluation(place, done)
+        return done
+
+    def _describe(self) -> None:
+        """Completes the passport, before anything is scored."""
+        if self.held_out is not None:
+            self.passport["validation"] = {
+                "data": self.held_out.name,
+                "samples": self.count,
+                "seed": self.args.seed,
+                "sha256": examples_sha256(self.held_out.dataset, self.count),
+            }
+        if not self.args.num_images:
+            return
+        sampling = {name: v for name, v in asdict(self.config).items() if name != "batch_size"}
+        self.passport["sampling"] = {
+            **sampling,
+            "guidance_interval": list(self.config.guidance_interval),
+            "pictures": len(self.prompts),
+            "prompts_sha256": text_sha256(self.prompts),
+        }
+        if self._read_as == "digits":
+            real = Digits()
+            digest = examples_sha256(real, len(real))
+            self.passport["reference"] = {"pictures": len(real), "sha256": digest}
+        elif self._read_as == "shapes":
+            others = self._shapes(SERIES + 1)
+            self.real = others.fetch(geneval_indices(others, REAL_SHAPES)).latents
+            digest = values_sha256(self.real)
+            self.passport["reference"] = {"pictures": len(self.real), "sha256": digest}
+        if self.args.reference is not None:
+            self._describe_real(self.args.reference)
+
+    def _describe_real(self, path: Path) -> None:
+        if self.subject.kind == "clip":
+            raise UserError(f"reference={path}: is for pictures, not for clips")
+        assert self.args.inception is not None
+        device = next(self.subject.model.parameters()).device
+        network = load_network(self.args.inception, device, batch_size=self.args.batch_size)
+        height, width = self.subject.shape[1:]
+        side = height * self.subject.codec.multiple, width * self.subject.codec.multiple
+        reference = Reference(path, side)
+        self.inception = reference, network
+        self.passport["real"] = {
+            "sha256": reference.sha256,
+            "pictures": reference.count,
+            "inception_sha256": network.sha256,
+        }
 
     def _held_out(self) -> HeldOut | None:
         """Samples for the validation loss; None, said aloud, where nobody asked and none are."""
@@ -195,18 +215,23 @@ class Evaluating:
             print(f"no validation loss: {error}")
             return None
 
+    def _count(self, wanted: int | None) -> int:
+        """Samples of the validation loss, where `wanted` are asked for; fewer are said aloud."""
+        if self.held_out is None:
+            return 0
+        size = self.held_out.dataset.size
+        if wanted is not None and size is not None and wanted > size:
+            print(
+                f"validation_samples={wanted}: there are {size} in {self.held_out.name}, and all "
+                "of them are scored"
+            )
+        wanted = wanted or VALIDATION_SAMPLES
+        return wanted if size is None else min(wanted, size)
+
     def _validate(self, bar: Progress) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        dataset = self.held_out.dataset
-        wanted = self.args.validation_samples or VALIDATION_SAMPLES
-        count = wanted if dataset.size is None else min(wanted, dataset.size)
-        self.passport["validation"] = {
-            "data": self.held_out.name,
-            "samples": count,
-            "seed": self.args.seed,
-            "sha256": examples_sha256(dataset, count),
-        }
+        dataset, count = self.held_out.dataset, self.count
         task = bar.add_task("validation loss", total=count)
         losses = validation_loss(
             self.subject.model,
@@ -225,17 +250,14 @@ class Evaluating:
         return partial(self.samples.__setitem__, score)
 
     def _draw(self, bar: Progress) -> DrawnPictures:
-        prompts = self._prompts(self.args.num_images)
-        sampling = {name: v for name, v in asdict(self.config).items() if name != "batch_size"}
-        self.passport["sampling"] = {
-            **sampling,
-            "guidance_interval": list(self.config.guidance_interval),
-            "pictures": len(prompts),
-            "prompts_sha256": text_sha256(prompts),
+        prompts = self.prompts
+        recipe = {
+            "weights": self.passport["weights"]["sha256"],
+            **self.passport["sampling"],
+            **self.passport.get("options", {}),
         }
-        recipe = {"weights": self.passport["weights"]["sha256"], **self.passport["sampling"]}
         frames = self.subject.shape[1] if self.subject.kind == "clip" else None
-        drawn = DrawnPictures(self.folder / self.name, recipe, frames)
+        drawn = DrawnPictures(self.folder / self.names.pictures, recipe, frames)
         steps = len(prompts) * self.config.steps
         begun = min(drawn.done, len(prompts)) * self.config.steps
         task = bar.add_task("drawing", total=steps, completed=begun)
@@ -288,54 +310,36 @@ class Evaluating:
     def _judge(self, drawn: DrawnPictures, bar: Progress) -> dict[str, float]:
         count = self.args.num_images
         scores: dict[str, float] = {}
-        if self.args.prompts is None and self._kind in JUDGED:
-            judge: Callable[[DrawnPictures], Scores] = getattr(self, f"_judge_{self._kind}")
+        if self._read_as is not None:
+            judge: Callable[[DrawnPictures], Scores] = getattr(self, f"_judge_{self._read_as}")
             scores |= dict(judge(drawn))
-        if self.args.reference is not None:
-            if self.subject.kind == "clip":
-                raise UserError(f"reference={self.args.reference}: is for pictures, not for clips")
-            scores |= dict(self._judge_real(drawn, bar))
+        if self.inception is not None:
+            scores |= dict(self._judge_real(drawn, bar, *self.inception))
         if not scores:
             print(f"{count} pictures are drawn; to score them give --reference and --inception")
         return scores
 
     def _judge_digits(self, drawn: DrawnPictures) -> Scores:
         pictures = drawn.read(self.args.num_images)
-        real = Digits()
-        self.passport["reference"] = {
-            "pictures": len(real),
-            "sha256": examples_sha256(real, len(real)),
-        }
         labels = [k % 10 for k in range(len(pictures))]
         yield from evaluate_digits(pictures, labels, on_each=self._keep("digit_accuracy"))
         yield from digit_frechet(pictures)
 
     def _judge_shapes(self, drawn: DrawnPictures) -> Scores:
-        shapes, others = self._shapes(SERIES), self._shapes(SERIES + 1)
+        assert self.real is not None
+        shapes = self._shapes(SERIES)
         scenes = scenes_at(shapes, geneval_indices(shapes, self.args.num_images))
-        real = others.fetch(geneval_indices(others, REAL_SHAPES)).latents
-        self.passport["reference"] = {"pictures": len(real), "sha256": values_sha256(real)}
         pictures, keep = drawn.read(len(scenes)), self._keep("caption_exact")
-        yield from evaluate_shapes(pictures, scenes, real, on_each=keep)
+        yield from evaluate_shapes(pictures, scenes, self.real, on_each=keep)
 
     def _judge_clips(self, drawn: DrawnPictures) -> Scores:
         scenes = self._clips().scenes(range(self.args.num_images))
         keep = self._keep("clip_exact")
         yield from evaluate_clips(drawn.read(len(scenes)), scenes, on_each=keep)
 
-    def _judge_real(self, drawn: DrawnPictures, bar: Progress) -> Scores:
-        assert self.args.reference is not None
-        assert self.args.inception is not None
-        device = next(self.subject.model.parameters()).device
-        network = load_network(self.args.inception, device, batch_size=self.args.batch_size)
-        height, width = self.subject.shape[1:]
-        side = height * self.subject.codec.multiple, width * self.subject.codec.multiple
-        reference = Reference(self.args.reference, side)
-        self.passport["real"] = {
-            "sha256": reference.sha256,
-            "pictures": reference.count,
-            "inception_sha256": network.sha256,
-        }
+    def _judge_real(
+        self, drawn: DrawnPictures, bar: Progress, reference: Reference, network: Network
+    ) -> Scores:
         total = self.args.num_images + reference.count
         task = bar.add_task("features", total=total)
         yield from evaluate_pictures(
@@ -350,6 +354,12 @@ class Evaluating:
     def _kind(self) -> str | None:
         return None if self.data is None else self.data.dataset
 
+    @property
+    def _read_as(self) -> str | None:
+        """The kind of data whose pictures are read; None where prompts of one's own say what they
+        should show, or nothing can read them."""
+        return self._kind if self.args.prompts is None and self._kind in JUDGED else None
+
     def _shapes(self, series: int) -> Shapes:
         assert isinstance(self.data, DataConfig)
         shapes = build_data(replace(self.data, series=series))
@@ -361,15 +371,6 @@ class Evaluating:
         clips = build_data(replace(self.data, series=SERIES))
         assert isinstance(clips, Clips)
         return clips
-
-
-def _name(args: Arguments, subject: Subject, config: SamplingConfig) -> str:
-    """What is scored and how, in short; the passport says all."""
-    ema = "" if args.ema else "_no-ema"
-    return (
-        f"{subject.name}{ema}_{config.sampler}{config.steps}_g{config.guidance:g}"
-        f"_shift{config.shift:g}_seed{config.seed}_n{args.num_images}"
-    )
 
 
 def _in_turn(prompts: Sequence[str], count: int, source: Any) -> list[str]:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from mvsplit.cli.evaluate_table import legend, letters_of, show
 from mvsplit.errors import UserError
-from mvsplit.evaluation.meanings import explain_scores
-from mvsplit.evaluation.passport import Evaluation, differences, paired, read_evaluation
-from mvsplit.evaluation.scores import STDERR
+from mvsplit.evaluation.passport import (
+    ABSENT,
+    Evaluation,
+    differences,
+    in_short,
+    is_within,
+    read_evaluation,
+)
 
 REFUSED = 1  # the exit status
-_NO_SPREAD = "no spread"
-_PAIRED = (
-    "paired: both were asked the same samples with the same noise, so this is the mean of the "
-    "differences, and ± its standard error; what is more than two of them is hardly chance. It is "
-    "of these two networks: another training seed may differ by more"
-)
-_NONE = (
-    "± 0: of a share, all trials went the same way; of few trials that says little, for of n that "
-    "all failed the true share may be as high as about 3/n"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,51 +51,47 @@ def main(arguments: Sequence[str]) -> int:
         UserError: fewer than two evaluations, a file that holds none, an unknown field.
     """
     args = tyro.cli(Arguments, args=list(arguments), prog="mvsplit evaluate compare")
+    _require_allow_last(args)
     if len(args.evaluations) < 2:
         raise UserError("compare: name two evaluations or more")
     found = [read_evaluation(path) for path in args.evaluations]
     wrong = differences(found, args.allow)
-    if not wrong:
-        show(found)
-        return 0
+    if wrong:
+        _refuse(found, wrong)
+        return REFUSED
+    show(found, differences(found))
+    return 0
+
+
+def _require_allow_last(args: Arguments) -> None:
+    """--allow takes all words after it, those that were meant as evaluations too."""
+    files = [word for word in args.allow if _is_evaluation(Path(word))]
+    if files or (args.allow and len(args.evaluations) < 2):
+        fields = [word for word in args.allow if word not in files] or ["FIELD"]
+        places = [*map(str, args.evaluations), *files]
+        places += ["A", "B"][len(places) :]
+        raise UserError(
+            f"allow={' '.join(args.allow)}: --allow comes last, for it takes all words after it: "
+            f"mvsplit evaluate compare {shlex.join([*places, '--allow', *fields])}"
+        )
+
+
+def _is_evaluation(path: Path) -> bool:
+    return path.is_file() or (path / "evaluations").is_dir()
+
+
+def _refuse(evaluations: Sequence[Evaluation], wrong: Mapping[str, Sequence[Any]]) -> None:
+    """Says which fields differ: a line for each value, with those that have it."""
     print("These scores cannot be compared: they differ in more than the weights.", file=sys.stderr)
+    for line in legend(evaluations):
+        print(f"  {line}", file=sys.stderr)
     for field, values in wrong.items():
-        shown = ", ".join(f"{v!r} in {e.name}" for v, e in zip(values, found, strict=True))
-        print(f"  {field}: {shown}", file=sys.stderr)
-    print(f"To compare all the same: --allow {' '.join(wrong)}", file=sys.stderr)
-    return REFUSED
-
-
-def show(evaluations: Sequence[Evaluation]) -> None:
-    """Prints a row for each score, a column for each evaluation, with standard errors, and one for
-    the difference of pairs to the first; then what each score says."""
-    first, *others = evaluations
-    paired_with = [each for each in others if any(paired(first, each, n) for n in first.samples)]
-    apart = [f"{each.name} − {first.name}, paired" for each in paired_with]
-    table = Table("score", *(evaluation.name for evaluation in evaluations), *apart)
-    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
-    for name in names:
-        if not name.endswith(STDERR):
-            values = [_value(evaluation, name) for evaluation in evaluations]
-            table.add_row(name, *values, *(_apart(first, each, name) for each in paired_with))
-    console = Console(markup=False, highlight=False)
-    console.print(table)
-    for line in explain_scores(names):
-        console.print(line, soft_wrap=True)
-    if apart:
-        console.print(_PAIRED, soft_wrap=True)
-    if any(each.scores[n] == 0 for each in evaluations for n in each.scores if n.endswith(STDERR)):
-        console.print(_NONE, soft_wrap=True)
-
-
-def _apart(first: Evaluation, second: Evaluation, name: str) -> str:
-    found = paired(first, second, name)
-    return "–" if found is None else f"{found[0]:+.2g} ± {found[1]:.2g} ({found[2]} pairs)"
-
-
-def _value(evaluation: Evaluation, name: str) -> str:
-    if name not in evaluation.scores:
-        return "–"
-    error = evaluation.scores.get(name + STDERR)
-    spread = f"({_NO_SPREAD})" if error is None else f"± {error:.2g}"
-    return f"{evaluation.scores[name]:.4g} {spread}"
+        have: dict[str, list[str]] = {}
+        for letter, value in zip(letters_of(evaluations), values, strict=True):
+            have.setdefault(in_short(value), []).append(letter)
+        if field.partition(".")[0] in (g for g in wrong if g != field):
+            have.pop(ABSENT, None)  # which the line of the group says
+        for value, letters in have.items():
+            print(f"  {field}: {value} in {', '.join(letters)}", file=sys.stderr)
+    most = [field for field in wrong if not is_within(field, wrong.keys() - {field})]
+    print(f"To compare all the same: --allow {' '.join(most)}", file=sys.stderr)

@@ -10,10 +10,10 @@ from rich.console import Console
 _WIDTH = 100  # columns where nothing says how many there are
 
 
-def table_console(*, highlight: bool = True) -> Console:
+def table_console(*, highlight: bool = True, markup: bool = True) -> Console:
     """A console on standard output, as wide as COLUMNS says, else as the terminal, else 100."""
     asked = os.environ.get("COLUMNS", "")
     width = int(asked) if asked.isdecimal() else 0
     if not width and not sys.stdout.isatty():
         width = _WIDTH
-    return Console(highlight=highlight, width=width or None)
+    return Console(highlight=highlight, markup=markup, width=width or None)

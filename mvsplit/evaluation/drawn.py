@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mvsplit.data import Embedder
 from mvsplit.data.atomic import write_atomically
 from mvsplit.errors import UserError
+from mvsplit.evaluation.passport import in_short
 from mvsplit.sampling import Engine, SamplingConfig, generate, save_png
 from mvsplit.sampling.images import to_bytes
 
@@ -52,8 +53,9 @@ class DrawnPictures:
         for field in sorted(there.keys() | given.keys()):
             if there.get(field) != given.get(field):
                 raise UserError(
-                    f"{folder} holds pictures drawn otherwise ({field}: {there.get(field)!r} "
-                    f"there, {given.get(field)!r} now); choose another --name, or remove it"
+                    f"{folder} holds pictures drawn otherwise ({field}: "
+                    f"{in_short(there.get(field))} there, {in_short(given.get(field))} now); "
+                    "choose another --name, or remove it"
                 )
 
     def path(self, index: int) -> Path:

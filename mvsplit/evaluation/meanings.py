@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from mvsplit.evaluation.scores import STDERR
 
 SPREAD = (
-    "± is one standard error, over the pictures or samples of this evaluation; of what is marked "
-    "(no spread) none is known"
+    "± is one standard error, over the pictures or samples of this evaluation; ± ? where none is "
+    "known"
 )
 _SHARE = "share, 0 to 1, higher is better"
 _DISTANCE = "distance, no unit, 0 is best, lower is better"
@@ -126,14 +126,26 @@ def meaning_of(score: str) -> Meaning | None:
 def explain_scores(scores: Iterable[str]) -> Iterator[str]:
     """A line for each meaning among `scores`, with the names that have it, in their order; then
     what the errors are."""
+    for meaning, names in _by_meaning(scores).items():
+        what = "of another version of mvsplit, not known to this one"
+        if meaning is not None:
+            what = f"{meaning.says} ({meaning.measure})"
+        yield f"{_few(names)}: {what}"
+    yield SPREAD
+
+
+def list_scores(scores: Iterable[str]) -> str:
+    """Their names in a line, of many with one meaning the first and the last."""
+    return ", ".join(map(_few, _by_meaning(scores).values()))
+
+
+def _by_meaning(scores: Iterable[str]) -> dict[Meaning | None, list[str]]:
     named: dict[Meaning | None, list[str]] = {}
     for score in scores:
         if not score.endswith(STDERR):
             named.setdefault(meaning_of(score), []).append(score)
-    for meaning, names in named.items():
-        few = names if len(names) <= 2 else [names[0], "…", names[-1]]
-        what = "of another version of mvsplit, not known to this one"
-        if meaning is not None:
-            what = f"{meaning.says} ({meaning.measure})"
-        yield f"{', '.join(few)}: {what}"
-    yield SPREAD
+    return named
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 2 else [names[0], "…", names[-1]])

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import mvsplit
 from mvsplit.data.atomic import sha256, write_atomically
-from mvsplit.errors import UserError
+from mvsplit.errors import UserError, nearest, nearest_run, runs_near
 from mvsplit.training.config import flat_fields
 from mvsplit.training.environment import describe_environment
 
@@ -35,7 +36,11 @@ FREE = (
     *(f"weights.{field}" for field in ("source", "settings", "sha256", "step")),
     *("command", "date", "revision"),
 )
-_ABSENT = "absent"
+# What scores of the same settings, weights and data may have been made with.
+TOOLS = ("format", "python", "device", "device_name", "versions", "code_sha256")
+_GIVEN, ABSENT = "given", "absent"
+_HASH = re.compile(r"[0-9a-f]{64}")
+_DIGITS = 12  # of a hash that is shown
 # The folders of this package that a score depends on. Their hash is compared instead of the
 # revision, which changes with every commit.
 _CODE = ("kernels", "residuals", "models", "flow", "data", "sampling", "evaluation")
@@ -152,6 +157,10 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _only_one(path: Path) -> Path:
+    if not path.exists():
+        near = [*runs_near(path), *map(str, path.parent.glob("*.json"))]
+        known = nearest(str(path), near) if near else nearest_run(path)
+        raise UserError(f"{path}: there is neither a run nor a file of scores; {known}")
     found = sorted((path / "evaluations").glob("*.json"))
     if len(found) == 1:
         return found[0]
@@ -172,18 +181,48 @@ def differences(
     Raises:
         UserError: an allowed field that no passport has.
     """
-    flat = [flat_fields(evaluation.passport) for evaluation in evaluations]
-    names = sorted({name for fields in flat for name in fields})
+    passports = [evaluation.passport for evaluation in evaluations]
+    names = {name for passport in passports for name in flat_fields(passport)}
+    groups = {name.partition(".")[0] for name in names}
     for given in allowed:
-        if not any(_within(name, given) for name in names):
-            raise UserError(f"allow={given}: no passport has such a field")
-    rows = {name: [fields.get(name, _ABSENT) for fields in flat] for name in names}
+        if not any(is_within(name, [given]) for name in names):
+            known = nearest(given, names | groups, listed=groups)
+            raise UserError(f"allow={given}: no passport has such a field; {known}")
     return {
         name: values
-        for name, values in rows.items()
-        if any(value != values[0] for value in values[1:])
-        and not any(_within(name, given) for given in (*FREE, *allowed))
+        for name, values in differing(passports).items()
+        if not is_within(name, (*FREE, *allowed))
     }
+
+
+def differing(passports: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """All fields in which passports differ, by dotted name, with the value of each. Of a group that
+    some do not have, what is in it counts only among those that do."""
+    flat = [flat_fields(passport) for passport in passports]
+    found: dict[str, list[Any]] = {}
+    for group in {group for passport in passports for group in passport}:
+        parts = [passport.get(group) for passport in passports]
+        if None in parts and any(isinstance(part, Mapping) for part in parts):
+            found[group] = [ABSENT if part is None else _GIVEN for part in parts]
+    for name in {name for fields in flat for name in fields}:
+        group = name.partition(".")[0]
+        values = [fields.get(name, ABSENT) for fields in flat]
+        asked = [v for v, p in zip(values, passports, strict=True) if group in p or group == name]
+        if any(value != asked[0] for value in asked[1:]):
+            found[name] = values
+    return dict(sorted(found.items()))
+
+
+def is_within(name: str, fields: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `fields` or in one of these groups."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def in_short(value: object) -> str:
+    """A value of a passport, of a hash its first digits."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:_DIGITS]
+    return str(value)
 
 
 # Scores of which each sample is kept, by the part of the passport that makes two of them pairs.
@@ -197,17 +236,29 @@ _SAME = {
 
 def paired(first: Evaluation, second: Evaluation, score: str) -> tuple[float, float, int] | None:
     """By how much a score of `second` is above that of `first` on the same samples and noise: the
-    mean of the differences, its standard error, and of how many pairs. None where these are not
-    known, are not finite, or are of other samples."""
+    mean of the differences, its standard error, and of how many pairs. None where `unpaired` says
+    why."""
+    if unpaired(first, second, score) is not None:
+        return None
+    pairs = zip(first.samples[score], second.samples[score], strict=True)
+    apart = [y - x for x, y in pairs]
+    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)), len(apart)
+
+
+def unpaired(first: Evaluation, second: Evaluation, score: str) -> str | None:
+    """Why there are no pairs of a score; None where there are."""
     a, b = (each.samples.get(score, []) for each in (first, second))
     group = _SAME.get(score)
-    same = group is not None and first.passport.get(group) == second.passport.get(group)
-    if not same or len(a) != len(b) or len(a) < 2:
-        return None
-    apart = [y - x for x, y in zip(a, b, strict=True)]
-    if not all(map(math.isfinite, apart)):
-        return None
-    return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)), len(apart)
+    if group is None or not (a and b):
+        return "no values of single samples are kept"
+    mine, theirs = ({group: each.passport.get(group)} for each in (first, second))
+    if mine != theirs:
+        return f"not the same samples and noise ({', '.join(differing([mine, theirs]))})"
+    if len(a) != len(b) or len(a) < 2:
+        return f"{len(a)} and {len(b)} samples"
+    if not all(map(math.isfinite, (*a, *b))):
+        return "not all values are finite"
+    return None
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
@@ -216,7 +267,3 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _within(name: str, field: str) -> bool:
-    return name == field or name.startswith(f"{field}.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import mvsplit.cli.evaluate as command
 from mvsplit.cli import main
@@ -56,7 +58,9 @@ def test_scores_of_digits_and_all_they_depend_on(place, tmp_path, capsys):
     assert explained[0] == "validation_loss"
     assert explained[-1] == "digit_frechet"
     assert "± is one standard error" in shown
-    assert f"evaluations/{'step_00000002_euler2_g2_shift1_seed3_n7'}.json" in shown
+    on_cpu = "_cpu" if torch.cuda.is_available() else ""  # which is not the default there
+    assert f"evaluations/step_00000002_euler2_g2_shift1_seed3_n7{on_cpu}_v5.json" in shown
+    assert shown.endswith(f"the same in: {tmp_path / 'here.json'}\n")
     assert found.passport == json.loads((tmp_path / "here.json").read_text())["passport"]
     expected = {"validation_loss", "digit_accuracy", "digit_accuracy_real", "digit_frechet"}
     assert expected < set(found.scores)
@@ -151,9 +155,10 @@ def test_runs_of_other_weights_are_compared(place, capsys, monkeypatch):
     assert main(["evaluate", "compare", *runs]) == 0
     shown = capsys.readouterr()
     assert "validation_loss" in shown.out
-    assert "(5 pairs)" in shown.out
-    assert "(7 pairs)" in shown.out
-    assert "paired: both were asked the same samples" in shown.out
+    words = "B − A, paired (5 of validation_loss, 7 of digit_accuracy): both were asked the same"
+    assert words in shown.out
+    assert "It is of these two networks" in shown.out
+    assert "allowed" not in shown.out
     assert shown.err == ""
 
 
@@ -166,12 +171,24 @@ def test_what_differs_in_more_is_refused_and_said(place, capsys):
     assert main(compare) == command.evaluate_compare.REFUSED == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert f"sampling.guidance: 2.0 in {first}, 3.0 in {second}\n" in shown.err
-    assert f"validation.samples: 5 in {first}, 4 in {second}\n" in shown.err
+    lines = shown.err.splitlines()
+    assert lines[1:5] == [
+        f"  A  {first}",
+        f"  B  {second}",
+        "  sampling.guidance: 2.0 in A",
+        "  sampling.guidance: 3.0 in B",
+    ]
+    assert lines[5:7] == ["  validation.samples: 5 in A", "  validation.samples: 4 in B"]
+    assert re.fullmatch(r"  validation\.sha256: [0-9a-f]{12} in A", lines[7])
     assert main([*compare, "--allow", "sampling.guidance"]) == 1
     assert "sampling.guidance" not in capsys.readouterr().err
     assert main([*compare, "--allow", "sampling.guidance", "validation"]) == 0
-    assert "validation_loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "differs, and allowed: sampling.guidance 2.0 | 3.0\n" in out
+    assert "no difference of scores is one of the networks alone" in out
+    assert "both were asked the same" not in out
+    reason = "not the same samples and noise (sampling.guidance)"
+    assert f"– in B − A: digit_accuracy: {reason}\n" in out
 
 
 def test_no_validation_without_samples_apart(place, capsys):
@@ -215,7 +232,9 @@ def test_a_run_that_cannot_be_written_to_is_one_line(place, capsys):
 def test_other_settings_under_the_same_name_are_refused(place, capsys):
     assert evaluate(place / "digits0", "--name", "mine") == 0
     assert evaluate(place / "digits0", "--name", "mine", "--guidance", "3") == 2
-    assert "guidance: 2.0 there, 3.0 now" in error_line(capsys).replace("\n", " ")
+    refusal = error_line(capsys)
+    assert "mine.json is there, with other settings, and is not overwritten" in refusal
+    assert "(sampling.guidance: 2.0 there, 3.0 now); choose another --name" in refusal
 
 
 def test_two_runs_are_for_compare(capsys):

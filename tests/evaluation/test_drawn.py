@@ -72,6 +72,11 @@ def test_another_recipe_is_refused_and_named(tmp_path):
         DrawnPictures(tmp_path, {"steps": 25, "guidance_interval": (0.0, 1.0)})
     with pytest.raises(UserError, match="seed: None there, 1 now"):
         DrawnPictures(tmp_path, {"steps": 35, "guidance_interval": (0.0, 1.0), "seed": 1})
+    DrawnPictures(tmp_path / "hashed", {"weights": 64 * "a"})
+    with pytest.raises(
+        UserError, match=r"weights: a{12} there, b{12} now\); choose another --name"
+    ):
+        DrawnPictures(tmp_path / "hashed", {"weights": 64 * "b"})
 
 
 @pytest.mark.parametrize("channels", [1, 3])

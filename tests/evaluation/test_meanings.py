@@ -10,7 +10,7 @@ import pytest
 import mvsplit.evaluation
 from mvsplit.data.motions import MOTIONS
 from mvsplit.evaluation.geneval import GENEVAL
-from mvsplit.evaluation.meanings import MEANINGS, SPREAD, explain_scores, meaning_of
+from mvsplit.evaluation.meanings import MEANINGS, SPREAD, explain_scores, list_scores, meaning_of
 
 HELPERS = ("share", "_share_of", "_mean")  # take the name of a score first
 
@@ -68,3 +68,6 @@ def test_lines_name_the_scores_in_their_order_and_once():
     ]
     assert "not known to this one" in lines[-2]
     assert lines[-1] == SPREAD
+    assert list_scores([*scores, "beauty"]) == ", ".join(
+        line.partition(": ")[0] for line in lines[:-1]
+    )

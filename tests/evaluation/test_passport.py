@@ -11,9 +11,11 @@ from mvsplit.evaluation.passport import (
     Evaluation,
     differences,
     files_sha256,
+    in_short,
     paired,
     passport_head,
     read_evaluation,
+    unpaired,
     weights_sha256,
     write_evaluation,
 )
@@ -60,6 +62,7 @@ def test_other_weights_of_another_day_are_compared():
             {"sampling.guidance_interval": [[0.0, 1.0], [0, 0.5]]},
         ),
         ({"precision": None}, {"precision": ["float32", "absent"]}),
+        ({"sampling": None}, {"sampling": ["given", "absent"]}),
         ({"versions__triton": "3"}, {"versions.triton": ["absent", "3"]}),
         (
             {"versions__torch": "3", "precision": "bfloat16"},
@@ -79,8 +82,29 @@ def test_what_is_allowed_may_differ_and_nothing_more():
     assert differences(two, ["versions.torch"]) == {"sampling.steps": [35, 25]}
     assert differences(two, ["versions", "sampling.steps"]) == {}
     assert differences(two, ["version", "sampling"][1:]) == {"versions.torch": ["2.13", "3"]}
-    with pytest.raises(UserError, match="allow=version: no passport"):
+    with pytest.raises(UserError, match=r"allow=version: no passport.*did you mean versions"):
         differences(two, ["version"])
+
+
+def test_of_a_group_that_one_has_not_the_others_still_differ():
+    three = [evaluation(), evaluation(sampling__steps=25), evaluation(sampling=None)]
+    expected = {
+        "sampling": ["given", "given", "absent"],
+        "sampling.steps": [35, 25, "absent"],
+    }
+    assert differences(three) == expected
+    assert differences(three, ["sampling"]) == {}
+    assert differences(three, ["sampling.steps"]) == {"sampling": expected["sampling"]}
+
+
+def test_a_hash_is_shown_by_its_first_digits():
+    assert in_short("0123456789abcdef" * 4) == "0123456789ab"
+    assert [in_short(value) for value in ("0123456789abcdef", 64 * "g", 2.0, [0, 1])] == [
+        "0123456789abcdef",
+        64 * "g",
+        "2.0",
+        "[0, 1]",
+    ]
 
 
 def test_the_hash_of_weights_is_of_names_types_shapes_and_values():
@@ -116,8 +140,16 @@ def test_a_difference_is_of_pairs_of_the_same_samples():
     assert (mean, pairs) == (0.5, 3)
     assert error == pytest.approx(0.25 / 3**0.5)
     dead = scored([1.5, float("nan"), 4.75])
-    for other in (scored([1.5, 2.25, 4.75], seed=1), scored([1.5, 2.25]), scored([]), dead):
+    reasons = {
+        "not the same samples and noise (validation.seed)": scored([1.5, 2.25, 4.75], seed=1),
+        "3 and 2 samples": scored([1.5, 2.25]),
+        "no values of single samples are kept": scored([]),
+        "not all values are finite": dead,
+    }
+    for reason, other in reasons.items():
         assert paired(first, other, "validation_loss") is None
+        assert unpaired(first, other, "validation_loss") == reason
+    assert unpaired(first, second, "validation_loss") is None
     assert paired(first, second, "fid") is None
 
 
@@ -136,8 +168,15 @@ def test_a_score_is_read_back_by_file_and_by_run(tmp_path):
     write_evaluation(file.with_name("two.json"), found)
     with pytest.raises(UserError, match="has 2 evaluations"):
         read_evaluation(tmp_path / "run")
-    with pytest.raises(UserError, match="mvsplit evaluate"):
+    with pytest.raises(UserError, match="elsewhere: there is neither a run nor a file of scores"):
         read_evaluation(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"nor a file of scores; did you mean .*evaluations/one\.json"
+    ):
+        read_evaluation(file.with_name("ones.json"))
+    (tmp_path / "run-without").mkdir()
+    with pytest.raises(UserError, match="has no evaluation; make one: mvsplit evaluate"):
+        read_evaluation(tmp_path / "run-without")
     file.write_text(json.dumps([1]))
     with pytest.raises(UserError, match="holds no scores"):
         read_evaluation(file)
