@@ -146,7 +146,13 @@ def _by_depth(
 def collapse_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The runs that lost what they had learned, and what the watch said over all runs."""
     count = watch_count(rows)
-    unseen = f"Of the {count.unseen} trained as one it saw nothing. " if count.unseen else ""
+    seen = (
+        f"Of {count.dead} runs that do not live the watch raised an alarm in "
+        f"{count.dead_with_alarm}; of {count.living} that live, in {count.living_with_alarm}. "
+        if count.dead + count.living
+        else ""
+    )
+    unseen = f"The watch saw none of the {count.unseen} trained as one. " if count.unseen else ""
     head = ("run", "collapse at step", "after, s", "the watch")
     lost = [
         [
@@ -159,10 +165,8 @@ def collapse_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     return [
         "### Collapses, and the watch\n",
-        f"Of {count.dead} runs that do not live the watch raised an alarm in "
-        f"{count.dead_with_alarm}; of {count.living} that live, in {count.living_with_alarm}. "
-        f"{unseen}Below: runs whose loss was under 0.8 of the floor and is above 0.9 of it at the "
-        "end, or not finite; seconds with several runs sharing the device.\n",
+        f"{seen}{unseen}Below: runs whose loss was under 0.8 of the floor and is above 0.9 of it "
+        "at the end, or not finite; seconds with several runs sharing the device.\n",
         *(table(head, lost) if lost else ["None.\n"]),
     ]
 
