@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TextIO
 
@@ -46,11 +46,18 @@ _WITHOUT_KERNELS = (  # of a GPU's fault, Python's traceback shows nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 2 after an error that the user can put right,
-    130 after Ctrl-C, 141 where nobody reads the rest (| head), or the command's own."""
+    """Runs a command and returns the exit status (`status_of`), or the command's own."""
     warnings.showwarning = _show_warning
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return status_of(lambda: _dispatch(given))
+
+
+def status_of(action: Callable[[], int | None]) -> int:
+    """Does what a command or a script does and returns its exit status: 0 or what `action` gives, 2
+    after an error that the user can put right, which is one line on stderr, 130 after Ctrl-C, 141
+    where nobody reads the rest (| head)."""
     try:
-        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        status = action() or 0
         sys.stdout.flush()  # here, for at Python's end a closed pipe has a traceback
         return status
     except UserError as error:

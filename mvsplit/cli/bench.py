@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     folder = find_folder()
     if name == "page":
-        found = [_run([sys.executable, str(folder / f"{p}.py"), *rest], folder) for p in _PAGES]
+        found = [_run(folder / f"{page}.py", rest, folder) for page in _PAGES]
         return next(filter(None, found), 0)
     known = find_benchmarks(folder)
     if name == "--list":
@@ -180,13 +180,13 @@ def _measure(benchmark: Benchmark, given: list[str], folder: Path) -> int:
     if out is None and not trial:
         out = _temporary_result(benchmark)
     arguments += ["--json", str(out)] if out else []
-    status = _run([*_launcher(benchmark), str(benchmark.path), *arguments], folder)
+    status = _run(benchmark.path, arguments, folder, _launcher(benchmark))
     if status == 0 and out is not None and out.exists():
         where = "" if kept else ", in a temporary folder; --json FILE keeps it where you say"
         print(f"result {out}{where}", flush=True)
         if benchmark.name in _SHOWN and not trial:
-            page = [sys.executable, str(folder / f"{_PAGE}.py"), "--table", str(out.resolve())]
-            status = _run(page, folder)
+            table = ["--table", str(out.resolve())]
+            status = _run(folder / f"{_PAGE}.py", table, folder)
     return status
 
 
@@ -214,17 +214,18 @@ def _temporary_result(benchmark: Benchmark) -> Path:
     return folder / f"{benchmark.name}_{device}_{datetime.date.today().isoformat()}.json"
 
 
-def _launcher(benchmark: Benchmark) -> list[str]:
+def _launcher(benchmark: Benchmark) -> Sequence[str]:
+    """What stands between Python and the module that it runs."""
     if benchmark.needs != "GPUs":
-        return [sys.executable]
+        return ()
     processes = max(2, torch.cuda.device_count())
-    run = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    return [sys.executable, *run]
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
 
 
-def _run(command: list[str], folder: Path) -> int:
+def _run(script: Path, arguments: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> int:
     """In the caller's folder, with the scripts' package first; a signal ends it and all that it
-    began."""
+    began. `mvsplit.cli.script` runs them all and tells a user's mistake from a fault."""
+    command = [sys.executable, *launcher, "-m", "mvsplit.cli.script", str(script), *arguments]
     paths = [str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return run_command(command, environment)

@@ -14,6 +14,7 @@ import torch
 
 from mvsplit import cli
 from mvsplit.cli import bench
+from tests.slow import slow
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = '''"""Claim: it is
@@ -111,6 +112,56 @@ def test_a_signal_ends_the_script_and_the_command_says_so(folder, tmp_path, monk
     assert not (tmp_path / "went on").exists()
 
 
+FAILS = '''"""Takes --json, and what lies beside it."""
+
+import sys
+from multiprocessing import get_context
+
+import helper
+from mvsplit.errors import UserError
+
+def here():
+    return 1
+
+def fail(error):
+    raise error("depth=0: must be at least 1")
+
+if __name__ == "__main__":
+    with get_context("spawn").Pool(1) as pool:
+        assert pool.apply(here) == 1
+        pool.apply(fail, [{"mistake": UserError, "fault": ValueError}[sys.argv[1]]])
+'''
+
+
+@pytest.mark.parametrize("option", [["quick"], ["page"]])
+def test_a_mistake_of_the_user_is_one_line_in_every_script(folder, capfd, option):
+    """Also where one of its processes finds it."""
+    for name in ("quick", "performance_page", "what_you_get_page"):
+        (folder / f"{name}.py").write_text(FAILS)
+    assert cli.main(["bench", *option, "mistake"]) == cli.USER_ERROR
+    out, err = capfd.readouterr()
+    scripts = 2 if option == ["page"] else 1
+    assert (out, err) == ("", scripts * "mvsplit: depth=0: must be at least 1\n")
+
+
+def test_a_fault_of_a_script_keeps_its_traceback(folder, capfd):
+    (folder / "quick.py").write_text(FAILS)
+    assert cli.main(["bench", "quick", "fault"]) == 1
+    err = capfd.readouterr().err
+    assert err.splitlines()[-1] == "ValueError: depth=0: must be at least 1"
+    assert f'File "{folder / "quick.py"}", line 18, in <module>' in err
+
+
+@slow
+def test_a_mistake_under_torchrun_is_said_once(folder, capfd, monkeypatch):
+    monkeypatch.setitem(bench._NEEDS, "quick", "GPUs")
+    monkeypatch.setattr(bench, "_missing", lambda needs: None)
+    (folder / "quick.py").write_text(FAILS)
+    given = ["mistake", "--json", str(folder / "x.json")]
+    assert cli.main(["bench", "quick", *given]) == 1  # torchrun's own
+    assert capfd.readouterr().err.count("mvsplit: depth=0: must be at least 1\n") == 1
+
+
 def test_arguments_without_which_a_script_does_not_run(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(bench._ARGUMENTS, "quick", ("--run", "there"))
     out = tmp_path / "mine.json"
@@ -123,9 +174,9 @@ def test_arguments_without_which_a_script_does_not_run(folder, tmp_path, monkeyp
 def test_every_page_of_all_results_is_written_and_a_failure_of_one_is_told(monkeypatch, fails):
     done = []
 
-    def run(command, folder):
-        done.append((Path(command[1]).name, *command[2:]))
-        assert Path(command[1]).is_file()
+    def run(script, arguments, folder):
+        done.append((script.name, *arguments))
+        assert script.is_file()
         return int(done[-1][0] == fails)
 
     monkeypatch.setattr(bench, "_run", run)
