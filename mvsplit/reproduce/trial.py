@@ -127,7 +127,7 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
     record: dict[str, Any] = {"label": trial.label, "seed": trial.seed, "ended": None}
     record |= {"jump": trial.jump, "factor": trial.factor, "times": None}
     record |= {"look_every": trial.look_every}
-    began, earlier = time.perf_counter(), _seconds(path)
+    began, earlier = time.perf_counter(), stepped_seconds(path)
     observers = [Jump(trial), Looks(trial), Deadline(end)]
     try:
         outcome = train(trial.experiment, path, observers=observers)
@@ -144,8 +144,9 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
     return True
 
 
-def _seconds(path: Path) -> float:
-    """What the steps of an earlier process took."""
+def stepped_seconds(path: Path) -> float:
+    """What the steps of earlier processes took, by the log of a run that is not begun again yet, so
+    with those after the last checkpoint, which will be taken a second time."""
     return sum(line["seconds"] for line in read_lines(path / "metrics.jsonl"))
 
 

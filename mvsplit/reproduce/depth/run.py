@@ -31,7 +31,7 @@ from mvsplit.evaluation.held_out import SERIES, validation_loss
 from mvsplit.models import DiTConfig
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize
 from mvsplit.reproduce.runlog import DEAD_LOSS, LIVING_LOSS, Array
-from mvsplit.reproduce.trial import Deadline, token_floor
+from mvsplit.reproduce.trial import Deadline, stepped_seconds, token_floor
 from mvsplit.residuals import RuleConfig
 from mvsplit.residuals.mvsplit import starts_by_default, written_out
 from mvsplit.sampling import classifier_free, get_sampler, sample_noise
@@ -80,6 +80,11 @@ def run_bench(
     """Trains and scores a run, from where it stopped if it did, and says whether it came to its
     end; the time `end`, in seconds of the clock, stops it before.
 
+    A row's `seconds_trained`, until the last step was saved, and `seconds`, with scores, are of
+    this process and of the steps that earlier ones took, without what those took to start and to
+    save, which nothing keeps; so at least `seconds_stepping`. `cpu_seconds`, of the training, is
+    None where there was an earlier one, for nothing keeps its share.
+
     Args:
         scratch: where run folders are while they train; OUT/runs if None.
 
@@ -89,7 +94,8 @@ def run_bench(
     if size.device == "cpu":
         torch.set_num_threads(1)
     path, experiment = (scratch or out / RUNS) / run.name, run.experiment(size)
-    held, ended, began, cpu = Held(), FINISHED, time.perf_counter(), time.process_time()
+    held, ended, earlier = Held(), FINISHED, stepped_seconds(path)
+    began, cpu = time.perf_counter(), time.process_time()
     on_gpu = size.device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -109,8 +115,9 @@ def run_bench(
         assert held.state is not None
         row |= score(held.state, size)
     row["lives"] = ended == FINISHED and row["validation_loss"] < LIVING_LOSS * row["floor"]
-    row["seconds_trained"], row["seconds"] = trained, time.perf_counter() - began
-    row["cpu_seconds"], row["graphs"] = cpu, held.graphs
+    row["seconds_trained"] = earlier + trained
+    row["seconds"] = earlier + time.perf_counter() - began
+    row["cpu_seconds"], row["graphs"] = None if earlier else cpu, held.graphs
     write_row(row, out)
     shutil.rmtree(path)
     return True

@@ -104,6 +104,26 @@ def test_a_run_that_the_clock_stops_goes_on_to_the_same_row(tmp_path, done):
     assert {k: row[k] for k in same} == {k: done[1][k] for k in same}
 
 
+def test_the_seconds_of_a_row_are_those_of_all_of_its_processes(tmp_path, done):
+    """The first process is stopped after a step that took long, by its log."""
+    assert not run_bench(RUN, TINY, tmp_path, end=time.time())
+    log = tmp_path / "runs" / RUN.name / "metrics.jsonl"
+    before = list(read_lines(log))
+    before[0]["seconds"] = 1000.0
+    log.write_text("".join(json.dumps(line) + "\n" for line in before))
+    began = time.perf_counter()
+    assert run_bench(RUN, TINY, tmp_path)
+    took = time.perf_counter() - began
+    (row,), earlier = read_rows(tmp_path), sum(line["seconds"] for line in before)
+    assert row["seconds_stepping"] > 1000  # six digits are kept of it
+    assert row["seconds_stepping"] <= row["seconds_trained"] + 0.01
+    assert earlier < row["seconds_trained"] < row["seconds"] < earlier + took
+    assert row["cpu_seconds"] is None
+    whole = done[1]
+    assert whole["seconds_stepping"] < whole["seconds_trained"] < whole["seconds"]
+    assert whole["cpu_seconds"] > 0
+
+
 def test_a_run_that_is_not_finite_is_a_row(tmp_path):
     run = dataclasses.replace(RUN, rate=1e30)
     assert run_bench(run, TINY, tmp_path)
