@@ -30,29 +30,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mvsplit.cli import status_of
 from mvsplit.data.atomic import write_atomically
-from mvsplit.errors import UserError
 from mvsplit.reproduce.check import check_training
 from mvsplit.reproduce.depth.gate import check_together
-from mvsplit.reproduce.depth.groups import study_together
+from mvsplit.reproduce.depth.groups import missing, study_together
+from mvsplit.reproduce.depth.options import check_options, read_part, read_result, read_runs
 from mvsplit.reproduce.depth.plan import (
     SIZES,
     BenchRun,
     BenchSize,
     get_entries,
-    get_run,
     get_size,
     share,
 )
 from mvsplit.reproduce.depth.run import write_row
-from mvsplit.reproduce.depth.study import RULE_FILE, DepthStudy
+from mvsplit.reproduce.depth.study import RULE_FILE, DepthStudy, stopped_with_rows
 from mvsplit.reproduce.depth.timing import time_sharing
 from mvsplit.reproduce.depth.verdict import note_rule
+
+NOTHING = "nothing is left to run"
 
 
 def check(size: BenchSize) -> None:
@@ -71,7 +74,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="run folders while they train")
     parser.add_argument("--entries", nargs="*", default=["all"], help="names, all, or candidates")
     parser.add_argument("--runs", nargs="*", help="names of runs, as rows have them, and no others")
-    parser.add_argument("--part", default="0/1", help="K/N: the entries of process K of N")
+    parser.add_argument(
+        "--part", default="0/1", help="K/N: the entries of process K of N, K from 0"
+    )
     parser.add_argument("--workers", type=int)
     parser.add_argument("--together", type=int, help="runs that are trained as one network")
     parser.add_argument("--recompute", action="store_true", help="--together: blocks keep less")
@@ -90,32 +95,36 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     size = get_size(options.size)
+    check_options(options, size)
+    have = [read_result(path, size) for path in options.have]
     if options.depths:
         size = replace(size, depths=tuple(options.depths))
     if options.draw:
-        have = [json.loads(path.read_text("utf-8")) for path in options.have]
         draw(size, have, options.pages, options.readme)
-        return
-    if options.time:
+    elif options.time:
         keep(time_sharing(size), options.json)
-        return
+    else:
+        run(options, size, have)
+
+
+def run(options: argparse.Namespace, size: BenchSize, have: list[dict[str, Any]]) -> None:
+    """The gate and then what is left to run, or one of them."""
     began = time.monotonic()
-    part, parts = map(int, options.part.split("/"))
-    only = None if options.runs is None else [get_run(name) for name in options.runs]
-    named = [run.entry.name for run in only or ()]
-    entries = share(get_entries([*options.entries, *named]), part, parts)
-    if options.gate == "only":
-        check_together(size, entries, options.json)
-        return
-    if options.gate == "first":
-        check_together(size, entries) if options.together else check(size)
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
 
-    for path in options.have:
-        for row in json.loads(path.read_text("utf-8"))["rows"]:
-            write_row(row, options.out)
+    only = None if options.runs is None else read_runs(options.runs, size)
+    named = [run.entry.name for run in only or ()]
+    entries = share(get_entries([*options.entries, *named]), *read_part(options.part))
+    only = only and [run for run in only if run.entry in entries]
+    gate = stopped_with_rows(options.out, say, options.scratch)
+    if options.gate == "only":
+        with gate:
+            check_together(size, entries, options.json) if entries else say(NOTHING)
+        return
+    for row in (row for result in have for row in result["rows"]):
+        write_row(row, options.out)
     rule = note_rule(options.out / RULE_FILE)
     study = DepthStudy(
         options.out,
@@ -126,15 +135,22 @@ def main() -> None:
         only=only,
         say=say,
     )
-    study.rows()  # those of --have are of the runs that are asked for
+    left = study.left()  # where the rows of --have are not of such runs, it is said here
     if options.together:
-        left = options.minutes and options.minutes - (time.monotonic() - began) / 60
+        left = missing(size, entries, study.rows(), only)
+    if not left:
+        say(NOTHING)
+    elif options.gate == "first":
+        with gate:
+            check_together(size, entries) if options.together else check(size)
+    if options.together:
+        minutes = options.minutes and options.minutes - (time.monotonic() - began) / 60
         rows = study_together(
             options.out,
             size,
             entries,
             most=options.together,
-            minutes=left,
+            minutes=minutes,
             only=only,
             recompute=options.recompute or None,
             graph_or_nothing=options.graph_or_nothing,
@@ -150,7 +166,7 @@ def main() -> None:
 
 
 def draw(
-    size: BenchSize, have: list[dict[str, Any]], pages: Path | None, readme: Path | None = None
+    size: BenchSize, have: list[dict[str, Any]], pages: Path, readme: Path | None = None
 ) -> None:
     """The page, and the table of a README, with some results added to those that they are drawn
     from."""
@@ -158,8 +174,6 @@ def draw(
     from mvsplit.reproduce.depth.page import RESULTS, keep_rows, write_page
     from mvsplit.reproduce.depth.readme import write_table
 
-    if pages is None:
-        raise UserError("--draw needs --pages FOLDER, whose results the page is written from")
     for result in have:
         keep_rows(size, result["rule"], result["rows"], pages)
     print(write_page(pages))
@@ -176,4 +190,4 @@ def keep(result: object, path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(status_of(main))

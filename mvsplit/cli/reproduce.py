@@ -19,6 +19,7 @@ from rich.console import Console
 from mvsplit.cli.listing import listing
 from mvsplit.errors import UserError
 from mvsplit.reproduce import CLAIMS, Study, get_claim
+from mvsplit.reproduce.check import check_minutes
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.page import keep_result, write_index, write_page
 from mvsplit.reproduce.sizes import get_size
@@ -60,11 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.again is not None and options.pages is None:
         raise UserError("--again needs --pages FOLDER, whose results it is kept beside")
-    if options.minutes is not None and not options.minutes > 0:
-        raise UserError(
-            f"minutes={options.minutes:g}: nothing can be run in them; give more than 0, or leave "
-            f"--minutes out to run to the end"
-        )
+    check_minutes(options.minutes)
     claims = _chosen(options.claims)
     if options.draw:
         _draw(claims, options.pages)

@@ -6,6 +6,8 @@ import math
 import tempfile
 from pathlib import Path
 
+from mvsplit.errors import UserError
+from mvsplit.reproduce.workers import Stopped
 from mvsplit.training import Experiment, train
 from mvsplit.training.files import read_lines
 
@@ -13,11 +15,21 @@ ALIKE = 0.02  # of a loss: kernels that add in no fixed order
 LEARNED = 0.8  # of the first loss
 
 
+def check_minutes(minutes: float | None) -> None:
+    """Raises UserError where they are not positive."""
+    if minutes is not None and not minutes > 0:
+        raise UserError(
+            f"minutes={minutes:g}: nothing can be run in them; give more than 0, or leave "
+            f"--minutes out to run to the end"
+        )
+
+
 def check_training(experiment: Experiment) -> str:
     """Trains twice and says in a sentence what came out.
 
     Raises:
         RuntimeError: two runs of one seed are not alike, or a loss is not finite or does not fall.
+        Stopped: SIGTERM or Ctrl-C came meanwhile.
     """
     first, second = (_losses(experiment) for _ in range(2))
     apart = [abs(a - b) / b for a, b in zip(first, second, strict=True)]
@@ -31,5 +43,7 @@ def check_training(experiment: Experiment) -> str:
 
 def _losses(experiment: Experiment) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
-        train(experiment, folder)
+        outcome = train(experiment, folder)
+        if outcome.signal is not None:
+            raise Stopped(outcome.signal)
         return [line["loss"] for line in read_lines(Path(folder) / "metrics.jsonl")]

@@ -131,15 +131,42 @@ def test_a_second_signal_ends_it_at_once_and_half_a_run_counts_as_none(tmp_path,
     assert not (run / RECORD).exists()
 
 
+BENCH = [sys.executable, "-m", "mvsplit", "bench", "depth_bench"]
+
+
 @slow
 def test_the_depth_bench_stops_likewise(tmp_path):
     names = [f"mvsplit-root-4x48-lr1.0e-03-seed{seed}" for seed in range(3)]
-    script = [sys.executable, ROOT / "benchmarks" / "depth_bench.py", "--gate", "elsewhere"]
-    rest = ["--out", tmp_path, "--workers", "1", "--runs", *names]
-    with begun([*script, *rest], PYTHONPATH=str(ROOT)) as it:
+    rest = ["--gate", "elsewhere", "--out", tmp_path, "--workers", "1", "--runs", *names]
+    with begun([*BENCH, *rest], PYTHONPATH=str(ROOT)) as it:
         it.wait_until((tmp_path / "runs" / names[0] / "metrics.jsonl").exists)
         said = stopped(it, signal.SIGTERM)
     assert f"0 runs finished and 1 begun are kept in {tmp_path}; give the same" in said
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(list_checkpoints(folder / "checkpoints")) == 1
     assert not (tmp_path / "rows").exists()
+
+
+@slow
+def test_every_run_of_the_depth_bench_that_took_a_step_is_saved(tmp_path):
+    """Of two side by side; the processes under it get one signal each."""
+    names = [f"mvsplit-root-4x48-lr1.0e-03-seed{seed}" for seed in range(3)]
+    rest = ["--gate", "elsewhere", "--out", tmp_path, "--workers", "2", "--runs", *names]
+    with begun([*BENCH, *rest], PYTHONPATH=str(ROOT)) as it:
+        logs = [tmp_path / "runs" / name / "metrics.jsonl" for name in names[:2]]
+        it.wait_until(lambda: all(log.exists() and log.read_text() for log in logs))
+        said = stopped(it, signal.SIGTERM)
+    assert f"0 runs finished and 2 begun are kept in {tmp_path}; give the same" in said
+    for log in logs:
+        (saved,) = list_checkpoints(log.parent / "checkpoints")
+        assert saved.name == f"step_{len(log.read_text().splitlines()):08d}"
+
+
+@slow
+def test_the_gate_of_the_depth_bench_stops_likewise(tmp_path):
+    (tmp_path / "gate").mkdir()
+    rest = ["--out", tmp_path / "out", "--depths", "4"]
+    with begun([*BENCH, *rest], PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path / "gate")) as it:
+        it.wait_until(lambda: [*(tmp_path / "gate").glob("*/metrics.jsonl")])
+        said = stopped(it, signal.SIGTERM)
+    assert f"0 runs finished and 0 begun are kept in {tmp_path / 'out'}; give the same" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from mvsplit.reproduce.depth.groups import family
 from mvsplit.reproduce.depth.plan import ENTRIES, BenchRun, BenchSize, Entry, get_run
 from mvsplit.reproduce.depth.run import read_rows, run_bench
 from mvsplit.reproduce.depth.together import run_together
+from mvsplit.reproduce.workers import Stopped
 
 DEPTH, STEPS = 20, 40
 RATES = (3.2e-4, 1e-3)  # at which all are calm: a spike makes much of rounding
@@ -35,6 +37,7 @@ def check_together(
 
     Raises:
         RuntimeError: they differ by more than rounding.
+        Stopped: a signal came meanwhile.
     """
     short = replace(size, steps=STEPS, warmup=5, validation=32, pictures=2, drawing=1)
     before = _read(keep)
@@ -46,7 +49,8 @@ def check_together(
             run_together([run for pair in pairs for run in pair], short, Path(one))
             together = {row["run"]: row for row in read_rows(Path(one))}
             for number, pair in enumerate(pairs):
-                run_bench(pair[number % 2], short, Path(alone))
+                if not run_bench(pair[number % 2], short, Path(alone)):
+                    raise Stopped(signal.SIGTERM)  # no clock has stopped it
                 (row,) = (r for r in read_rows(Path(alone)) if r["run"] == pair[number % 2].name)
                 found.append(_apart(row, together[row["run"]]))
                 _tell(found, wanted)

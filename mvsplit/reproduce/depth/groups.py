@@ -38,6 +38,18 @@ def wanted(
     return list(dict.fromkeys([*first, *(r for _, r in filling if r.name not in done)]))
 
 
+def missing(
+    size: BenchSize,
+    entries: Sequence[Entry],
+    rows: Sequence[dict[str, Any]],
+    only: Sequence[BenchRun] | None = None,
+) -> list[BenchRun]:
+    """What would be run by these rows: of `only`, if given, else of what is wanted."""
+    done = {row["run"] for row in rows}
+    chosen = wanted(size, entries, rows) if only is None else only
+    return [run for run in chosen if run.name not in done]
+
+
 def _all(
     size: BenchSize, entries: Sequence[Entry], rows: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[int, BenchRun]]:
@@ -114,10 +126,7 @@ def study_together(
     with stopped_with_rows(out, say):
         while True:
             rows = read_rows(out)
-            done = {row["run"] for row in rows}
-            chosen = wanted(size, entries, rows) if only is None else only
-            runs = [run for run in chosen if run.name not in done]
-            group = next_group(runs, room, left)
+            group = next_group(missing(size, entries, rows, only), room, left)
             if not group:
                 return rows
             began, first = time.time(), group[0]

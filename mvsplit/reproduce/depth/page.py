@@ -139,8 +139,8 @@ def write_page(folder: Path | str) -> Path:
     sizes = [size for size in SIZES.values() if (folder / RESULTS / f"{size.name}.json").exists()]
     if not sizes:
         raise UserError(
-            f"{folder / RESULTS} holds no rows of the bench; run it: mvsplit bench {NAME} "
-            f"--pages {folder}"
+            f"{folder / RESULTS} holds no rows of the bench; run it: mvsplit bench "
+            f"depth_bench --pages {folder}"
         )
     known = {
         name: " or ".join(str(value) for value in dict.fromkeys(getattr(s, name) for s in sizes))

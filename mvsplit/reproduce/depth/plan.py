@@ -296,17 +296,34 @@ def get_entries(names: list[str]) -> list[Entry]:
 
 
 def get_run(name: str) -> BenchRun:
-    """The run of a name as rows have it. Raises UserError for one that is none."""
+    """The run of a name as rows have it.
+
+    Raises:
+        UserError: it is none, and which of its parts is not as it must be.
+    """
     found = _RUN.fullmatch(name)
     if found is None:
-        raise UserError(f"run={name!r}: must be like mvsplit-root-400x64-lr1.0e-03-seed0")
-    entry, depth, width, rate, seed = found.groups()
-    (known,) = get_entries([entry])
-    shape = {"depth": int(depth), "width": int(width)}
-    return BenchRun(entry=known, **shape, rate=float(rate), seed=int(seed))
+        raise UserError(
+            f"run={name!r}: must be ENTRY-LAYERSxWIDTH-lrRATE-seedSEED, rates as 1.0e-03, {_LIKE}"
+        )
+    for part, (pattern, form) in _FORMS.items():
+        if not re.fullmatch(pattern, found[part]):
+            raise UserError(f"run={name!r}: {part}={found[part]!r} must be {form}, {_LIKE}")
+    (known,) = get_entries([found["entry"]])
+    shape = {"depth": int(found["layers"]), "width": int(found["width"])}
+    return BenchRun(entry=known, **shape, rate=float(found["rate"]), seed=int(found["seed"]))
 
 
-_RUN = re.compile(r"(.+)-(\d+)x(\d+)-lr(\d\.\de-\d\d)-seed(\d+)")
+_RUN = re.compile(
+    r"(?P<entry>.+)-(?P<layers>[^-]*)x(?P<width>[^-]*)-lr(?P<rate>.*)-seed(?P<seed>.*)"
+)
+_FORMS = {  # of its parts, for the eye too
+    "layers": (r"[1-9]\d*", "a whole number from 1"),
+    "width": (r"[1-9]\d*", "a whole number from 1"),
+    "rate": (r"\d\.\de-\d\d", "of the form 1.0e-03"),
+    "seed": (r"0|[1-9]\d*", "a whole number from 0"),
+}
+_LIKE = "as in mvsplit-root-400x64-lr1.0e-03-seed0"
 
 
 def share(entries: list[Entry], part: int, parts: int) -> list[Entry]:
@@ -317,6 +334,6 @@ def share(entries: list[Entry], part: int, parts: int) -> list[Entry]:
         UserError: there is no such part.
     """
     if not 0 <= part < parts:
-        raise UserError(f"part={part} of {parts}: must be from 0 to {parts - 1}")
+        raise UserError(f"part={part}/{parts}: K of K/N must be from 0 to {parts - 1}")
     ordered = sorted(entries, key=lambda entry: zlib.crc32(entry.name.encode()))
     return [entry for entry in entries if ordered.index(entry) % parts == part]

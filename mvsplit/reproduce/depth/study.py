@@ -84,6 +84,17 @@ class DepthStudy:
             check_row(run, self.size, row, self.out)
         return rows
 
+    def left(self) -> list[BenchRun]:
+        """The runs that are wanted by the rows that are there, and have none; what they give may
+        have more wanted.
+
+        Raises:
+            UserError: a row is of another experiment.
+        """
+        self._rows = self.rows()
+        done = {row["run"] for row in self._rows}
+        return [run for run in self._wanted() if run.name not in done]
+
     def run(self, *, minutes: float | None = None) -> list[dict[str, Any]]:
         """Trains what is missing and gives all rows. After `minutes` the runs under way are left;
         on a CPU they are saved, and go on with the next call.
@@ -189,9 +200,11 @@ def stopped_with_rows(
             yield
     except Stopped as stop:
         finished = {row["run"] for row in read_rows(out)}
-        folders = (scratch or out / RUNS).glob("*/checkpoints")
-        begun = [p for p in folders if p.parent.name not in finished and list_checkpoints(p)]
-        say(stop.words(f"{len(finished)} runs finished and {len(begun)} begun are kept in {out}"))
+        folders = [p for p in (scratch or out / RUNS).glob("*") if p.name not in finished]
+        begun = [p for p in folders if list_checkpoints(p / "checkpoints")]
+        new = [p for p in folders if not list(read_lines(p / "metrics.jsonl"))]
+        kept = f"{len(finished)} runs finished and {len(begun)} begun are kept in {out}"
+        say(stop.words(kept + (f", {len(new)} more had taken no step yet" if new else "")))
         raise
 
 

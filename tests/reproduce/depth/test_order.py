@@ -109,5 +109,5 @@ def test_parts_share_the_entries_whole_and_each_once():
     # The same for the same names, in whatever order they are given.
     backwards = [e.name for e in share([*reversed(ENTRIES)], 1, 3)]
     assert sorted(backwards) == sorted(e.name for e in parts[1])
-    with pytest.raises(UserError, match="part=3 of 3"):
+    with pytest.raises(UserError, match="part=3/3"):
         share([*ENTRIES], 3, 3)

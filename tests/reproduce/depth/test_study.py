@@ -1,6 +1,7 @@
 """The bench as a whole, with runs that take no time: what runs, what not again, what fails."""
 
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,8 @@ from mvsplit.reproduce.depth import study as module
 from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import get_run
 from mvsplit.reproduce.depth.run import read_rows, write_row
-from mvsplit.reproduce.depth.study import DepthStudy
+from mvsplit.reproduce.depth.study import DepthStudy, stopped_with_rows
+from mvsplit.reproduce.workers import Stopped
 from tests.reproduce.depth.tiny import TINY, entry, row
 
 ENTRIES = [entry("plain"), entry("mvsplit-root")]
@@ -107,6 +109,30 @@ def test_named_runs_are_run_and_no_others(tmp_path, runs):
     rows = study(tmp_path, only=only).run()
     assert sorted(runs.names) == sorted(names) == sorted(r["run"] for r in rows)
     assert len(study(tmp_path, only=only).run()) == len(runs.names) == 2  # nor any of them twice
+
+
+def test_what_is_left_is_what_runs_next(tmp_path, runs):
+    one = study(tmp_path)
+    assert [run.name for run in one.left()] == [r.name for r in in_order(TINY, ENTRIES, [])]
+    one.run()
+    assert one.left() == []
+    names = ["plain-3x16-lr1.0e-02-seed7", "plain-2x16-lr1.0e-03-seed0"]  # the latter is there
+    only = study(tmp_path, only=[get_run(name) for name in names]).left()
+    assert [run.name for run in only] == names[:1]
+
+
+def test_a_signal_has_it_said_what_is_kept_and_what_had_not_begun(tmp_path):
+    said: list[str] = []
+    write_row(row(1e-3, 0.5), tmp_path)
+    runs = tmp_path / "runs"
+    for name, lines in (("new", ""), ("saved", "{}\n"), ("lost", "{}\n"), ("half", "{")):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "metrics.jsonl").write_text(lines)
+    (runs / "saved" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with pytest.raises(Stopped), stopped_with_rows(tmp_path, said.append):
+        signal.raise_signal(signal.SIGTERM)
+    kept = f"1 runs finished and 1 begun are kept in {tmp_path}, 2 more had taken no step yet"
+    assert said == [f"stopped by SIGTERM: {kept}; give the same command again to go on"]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path, runs):

@@ -22,6 +22,7 @@ from mvsplit.reproduce.depth.together import (
     room_for,
     run_together,
 )
+from mvsplit.reproduce.workers import Stopped
 from tests.reproduce.depth.tiny import TINY, entry
 
 SAME = (
@@ -200,6 +201,19 @@ def test_the_gate_refuses_what_differs(tmp_path, monkeypatch, factor):
     with pytest.raises(RuntimeError, match="differ from those alone"):
         check_together(size, get_entries(["plain"]), tmp_path / "gate.json")
     assert json.loads((tmp_path / "gate.json").read_text("utf-8"))["passed"] is False
+
+
+def test_the_gate_stops_where_a_training_heard_a_signal(monkeypatch):
+    """Which is a stop after a step, as that of the clock."""
+
+    def stopped(run, size, out):
+        return run_bench(run, size, out, end=0.0)
+
+    monkeypatch.setattr(gate, "DEPTH", 2)
+    monkeypatch.setattr(gate, "STEPS", 10)
+    monkeypatch.setattr(gate, "run_bench", stopped)
+    with pytest.raises(Stopped):
+        check_together(TINY, get_entries(["plain"]))
 
 
 def test_entries_of_one_name_are_one_network():
