@@ -12,6 +12,7 @@ from mvsplit.reproduce.rule import Condition, Figure, at_least
 from mvsplit.reproduce.runlog import Array, RunLog, Runs
 from mvsplit.reproduce.sizes import Size
 from mvsplit.reproduce.trial import Trial
+from mvsplit.reproduce.understood import Passage
 from mvsplit.residuals import RuleConfig
 
 POINTS = 160  # of a line of a plot, at most
@@ -59,7 +60,7 @@ class Claim:
         trials: the runs, at a size.
         measure: the figures, from the runs.
         rule: the bounds that give the verdict.
-        afterwards: what was understood only from the runs; it changes no verdict.
+        passages: what was understood only from the runs; it changes no verdict.
         remarks: sentences that stand beside the figures of a size, from their values by seed.
         panels: the plots.
     """
@@ -74,7 +75,7 @@ class Claim:
     trials: Callable[[Size], list[Trial]]
     measure: Callable[[Runs], list[Figure]]
     rule: tuple[Condition, ...]
-    afterwards: str = ""
+    passages: tuple[Passage, ...] = ()
     remarks: Callable[[Values], list[str]] = field(default=lambda values: [])
     panels: Callable[[Runs], list[Panel]] = field(default=lambda runs: [])
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from mvsplit.reproduce import understood
 from mvsplit.reproduce.claim import (
     HEALTHY,
     Claim,
@@ -21,8 +22,6 @@ from mvsplit.reproduce.claim import (
 from mvsplit.reproduce.claims_gradients import (
     COLLAPSED,
     COST,
-    HOW_OFTEN,
-    LOOKS,
     ON_DEMAND,
     WRITERS,
     plain_trials,
@@ -113,21 +112,7 @@ ALIGNMENT = Claim(
     expect="Points under the envelope up to what unequal magnitudes allow, close to it where "
     "tokens are alike. Eq. 6 itself is an identity; what is tested is its reading.",
     limits=ON_DEMAND + " Two samples a look.",
-    afterwards="The rule counts every look with tokens alike, also those long after the entry. At "
-    "the small size the network stands there at the least loss that it can still have, so that "
-    "the mean adjoint is noise about zero, and A − 1 with it, while the envelope, of absolute "
-    "values, stays high. At the GPU size the median over such looks is far below the envelope, "
-    "too, in all runs, and hides what they show, with " + LOOKS + ": at the spike of seed 2, the "
-    "only one that is as the paper has it (`modes`), A − 1 is 66.4 in the layers with tokens "
-    "alike, and so is the envelope. Of the four looks of the last fifth, in W_O, seed 0 has −1.0 "
-    "to −0.99 there, an A of almost nothing, though its loss stands above that least; seed 1 has "
-    "26 to 49, of envelopes of 53 to 58; seed 2 has 0.93 to 2.3, of 22 to 28. Why the three "
-    "differ is not known. The rule took more than the paper says; `alignment-entry` looks at the "
-    "entry alone, on seeds that had not been run when its rule was written. The first record of "
-    "the small size is of the version before c1797ed, with which the envelope of a dead network's "
-    "shallow layers underflowed in fp32. That version, run where the runs below were, gives its "
-    "figures of seed 2 again, with the losses of the runs below bit for bit: there the rank "
-    "correlation moved by what was mended, and not by rounding. " + HOW_OFTEN,
+    passages=understood.ALIGNMENT,
     cost=COST,
     trials=plain_trials,
     remarks=_alignment_remarks,
@@ -246,17 +231,7 @@ ENTRY = Claim(
     "quarter of it before. This rule was written after the runs of `alignment` had been seen, and "
     "is tested on other seeds.",
     limits=ON_DEMAND + " Two samples a look; one look and one layer a run.",
-    afterwards="The small runs were taken twice: at first the envelope of dead shallow layers, "
-    "long after the peak, had underflowed in fp32. With that mended the figures that are judged "
-    "are the same. In the seed that leaves the verdict open the mean gradient of W_O is largest "
-    "in another layer than the last. At the GPU size A − 1 of W_O is at 0.87 to 0.93 of the "
-    "envelope at the peak, as claimed; what fails is that it was far below it: before the rise it "
-    "is at 0.66 to 0.69, where the small size has 0.07 to 0.08. There the gradient of W_O is "
-    "coherent long before anything happens: in the runs of `modes`, of other seeds, G_mean is 7.3 "
-    "to 9.3 times G_ctr before the rise, where it is 0.8 to 0.9 times at the small size, and A − "
-    "1 is 9.2 to 14, of an envelope of 17 to 19 (" + LOOKS + "). At the spike of seed 2 both are "
-    "66: what comes up is the envelope, and A − 1 with it. Why the gradient is so before is not "
-    "known.",
+    passages=understood.ENTRY,
     cost={
         "small": "3 runs of 4 to 5 minutes on a core",
         "gpu": "3 runs of 3.6 to 3.7 minutes, six at a time",

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from mvsplit.reproduce import understood
 from mvsplit.reproduce.claim import (
     ATTENTION_ONLY,
     HEALTHY,
@@ -31,22 +32,6 @@ COST = {
     "small": "3 runs of 7 minutes on a core, shared with `delayed`",
     "gpu": "3 runs of 3.6 to 3.7 minutes, six at a time, shared with `delayed`",
 }
-LOOKS = "[the looks, by depth](../../benchmarks/results/jump_looks_h200_2026-11-30.json)"
-TAKEN_AGAIN = (
-    "At the GPU size the runs were taken three times on 2026-11-30: with few looks, with looks at "
-    "every second step around the rise, both for 240 steps (below), and then for 320. Tokens are "
-    "alike for good from step 200, 180 and 176 on in the first, by seed, from 202, 204 and 170 in "
-    "the second, from 202, 204 and 166 in the third. In the second that was too late in two seeds "
-    "for the mean over the last fifth, which left open what needs a collapse; hence the 80 steps "
-    "more. How much of it is rounding: of the last two, on two machines, seeds 0 and 1 have the "
-    "same loss to the bit in all 240 steps that they share, seed 2 in the first five. The first "
-    "two, of two versions, agree in losses to four digits for 143 steps in seeds 0 and 1 and for "
-    "50 in seed 2."
-)
-HOW_OFTEN = (
-    "How often these runs were taken at the GPU size, and how much of where they end is rounding, "
-    "stands at [modes](modes.md)."
-)
 ON_DEMAND = (
     "The collapse is called up by a rise of the learning rate, and the baseline is the "
     "steps before it; the paper's came by itself."
@@ -157,26 +142,7 @@ MODES = Claim(
     expect="G_mean up by one to two orders of magnitude. At the small size, of width 32 and 17 "
     "tokens, the ratio of T to √T is smaller than at the paper's width and 256 tokens.",
     limits=ON_DEMAND + " Norms over all layers together, at the looks that were taken.",
-    afterwards="The row on looks came after the first GPU runs, which looked at every 20th step "
-    "and did not see the steps in which tokens became alike; of them the rule before it said: "
-    "does not hold. Since then a run at that size looks at every second step around the rise, as "
-    "the small size did from the first. "
-    + TAKEN_AGAIN
-    + " What the third shows, with "
-    + LOOKS
-    + ": in seeds 0 and 1 the loss is at 0.9 of its floor 5 and 4 steps after the rise, and the "
-    "tokens are not alike until 42 and 44 steps after it. For so long both parts of the gradient "
-    "go up and down together, in layers whose tokens are apart: in the step in which G_ctr is "
-    "largest, 31 and 37 times its median in W_O, 0.91 of its square is in the first quarter of "
-    "the layers, at a similarity of 0.21 and 0.14. On entry both fall, G_ctr by some four orders "
-    "of magnitude and G_mean by one; there is no spike, and none after the 40 steps in which the "
-    "rule looks for one. In seed 2 the tokens of the deepest quarter are alike for good from six "
-    "steps after the rise on, and five steps later, in a single step, G_mean is 98 and 114 times "
-    "its median in W_O and W_2, G_ctr less than a third of its own, and 285 of the 400 layers "
-    "have their tokens alike: the paper's spike, in one seed of three, and after the entry. So "
-    "G_mean rises without G_ctr where tokens are alike already, and a network that goes in by way "
-    "of forty steps of tokens apart has both. It is large to begin with, too: before the rise "
-    "G_mean of W_O is 7.3 to 9.3 times G_ctr, where it is 0.8 to 0.9 times at the small size.",
+    passages=understood.MODES,
     cost=COST,
     trials=plain_trials,
     measure=lambda runs: [
@@ -243,12 +209,7 @@ EXTINCTION = Claim(
     "four orders of magnitude, that of W_O does not.",
     expect="Three to four orders of magnitude; it is what locks the collapse in.",
     limits=ON_DEMAND + " Norms of the deepest quarter of the layers.",
-    afterwards="At the GPU size the gradients of queries and keys fall 312 to 705 times within "
-    "240 steps, in two runs of three seeds, and 1535 to 2538 times within 320, of which the first "
-    "240 are the same to the bit in two seeds. What met the bound are the steps that were added: "
-    "the fall goes on after the entry, and that of W_O with it. At the small size, in fp32, it is "
-    "by eight orders of magnitude. That rounding makes the difference between the sizes, for the "
-    "exact value is zero where all tokens are one, is likely, and was not tested. " + HOW_OFTEN,
+    passages=understood.EXTINCTION,
     cost=COST,
     trials=plain_trials,
     remarks=_extinction_remarks,
@@ -331,19 +292,7 @@ ATTENTION = Claim(
     "W_2 instead of W_O.",
     expect="G_mean of W_2 rises as before or more, that of W_O stays small.",
     limits=ON_DEMAND,
-    afterwards="At the small size seed 1 leaves the verdict open each time, by another row: in "
-    "the record its peak of W_2 over W_O does, in the same run by a later version (below) the "
-    "rise of G_mean in W_2. That peak moves by as much between the two as it spreads over seeds. "
-    "At the GPU size seed 0 leaves it open, whose W_O rises 9.2 times without protection, where a "
-    "spike is from 10 on. With protection of attention alone no seed has a spike in W_2 to be "
-    "moved: the network lives through the rise of the rate, at 0.303 to 0.332 of the floor in the "
-    "end, where MV-Split on both has 0.310 to 0.319 (`delayed`), and G_mean of W_2 rises 2.9 to "
-    "6.2 times. That it is 178 to 242 times that of W_O at the peak says nothing of a spike, and "
-    "the row that compares this with the plain network (259 to 393) as little: at α = 0 the mean "
-    "of the adjoint does not reach W_O (Eq. 10), and before the rise, when all is well, G_mean of "
-    "W_2 is 460 to 513 times that of W_O; at the small size 77 to 93 times, and 3.9 to 27 at the "
-    "peak. The two rows are met by how the rule is made. They stay as they were written; what "
-    "tells is the rise in W_2.",
+    passages=understood.ATTENTION,
     cost={
         "small": "6 runs of 0.5 to 1.2 minutes on a core, 3 of them shared with `delayed`",
         "gpu": "6 runs of 3.6 to 3.7 minutes, six at a time; 3 of them shared with `delayed`",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mvsplit.reproduce import understood
 from mvsplit.reproduce.claim import (
     ATTENTION_ONLY,
     HEALTHY,
@@ -72,17 +73,7 @@ COLLAPSE = Claim(
     limits="The rate is far higher in proportion than the paper's, and the horizon short: MV-Split "
     "may die later. β = 1 is the paper's start at 400 layers; 1/√L, its start at 1000, is beside "
     "it and not judged.",
-    afterwards="At the small size MV-Split with β = 1 does not enter the paper's state, its "
-    "tokens stay apart, but it learns too little to count as alive; with β = 1/√L it learns well "
-    "at the same rate. So the plain network's collapse is as claimed, and what fails is β = 1 at "
-    "a rate as high as this. After the rise of the rate in `delayed` it fails at the small size, "
-    "too; at the GPU size it lives there. From the start it lives at the GPU size as well, at "
-    "1.29 to 1.30 times the loss of β = 1/√L. There two of the three plain networks have all "
-    "tokens alike by the first look, at step 50, and to the last. The third has not: its tokens "
-    "stay apart, its loss is below 0.8 of the floor by step 60, hardly better 140 steps later, "
-    "and near 0.55 in the last twenty, so that it lives, at more than twice the loss of MV-Split. "
-    "A rate ten times the low one kills there, but not in every seed, and the rule asks for every "
-    "one.",
+    passages=understood.COLLAPSE,
     cost={
         "small": "8 runs of 0.6 to 1.5 minutes on a core",
         "gpu": "12 runs of 0.17 minutes, trained as one",
@@ -154,11 +145,7 @@ DELAYED = Claim(
     "loss reaches the floor of a network with all tokens alike within tens of steps.",
     limits="The rate is raised: that a constant low rate ends so by itself after 26,000 steps is "
     "not tested here. What MV-Split does under the same rise is shown and not judged.",
-    afterwards="At the GPU size MV-Split with β = 1 learns on through the rise that kills the "
-    "plain network, to 0.42 to 0.43 of the floor in 240 steps and to 0.31 to 0.32 in 320; at the "
-    "small size, where the rate rises 40 times instead of 10, it does not. The steps after which "
-    "tokens stay alike move with rounding (`modes`): 16 to 40 in the first runs at the GPU size, "
-    "6 to 44 in these.",
+    passages=understood.DELAYED,
     cost={
         "small": "6 runs of 1.2 to 1.8 minutes on a core",
         "gpu": "6 runs of 3.5 to 3.7 minutes, six at a time",
@@ -238,15 +225,7 @@ ORDER = Claim(
     "LayerScale has caught up in our first runs, so a sweep may change the order.",
     limits="One rate for all rules, as in the paper; a sweep of the rate for each rule may change "
     "the order, and that is another experiment. Training loss instead of FID; γ of two sizes.",
-    afterwards="At the small size the rate that kills the plain network is one at which MV-Split "
-    "with β = 1, the paper's start, learns little, so that the comparison says as much about β "
-    "and the rate as about the rules. With β = 1/√L (`collapse`) it ends where LayerScale does "
-    "here. At the GPU size MV-Split with β = 1 lives, and two rows say the reverse of Table 1 in "
-    "every seed: the best LayerScale ends at 0.81 to 0.82 of its loss, and half way plain at the "
-    "low rate, a tenth of the other and not half of it, has 1.12 to 1.15 times its loss. That the "
-    "verdict is open and not that the claim does not hold is for the plain network that survives "
-    "in one seed. With β = 1/√L MV-Split is ahead of the best LayerScale, at 0.93 to 0.95 of its "
-    "loss: again it is β that decides.",
+    passages=understood.ORDER,
     cost={
         "small": "10 runs of 0.4 to 1.5 minutes on a core",
         "gpu": "15 runs of 0.17 to 0.18 minutes, 12 or 6 trained as one; 9 of them shared with "
@@ -319,14 +298,7 @@ CONTROL = Claim(
     expect="Each of them dead, or clearly behind MV-Split at the same rate.",
     limits="Of App. J the output gates, A − I, I − A, (1 − λ)I + λA and Muon are not among the "
     "rules of this package and not tested. The reference is MV-Split with β = 1/√L.",
-    afterwards="Attention alone is protected with β = 1, the reference has 1/√L. Beside MV-Split "
-    "with β = 1 at the same rate (`collapse`) it is behind at neither size: 0.95 to 0.97 times "
-    "its loss at the small size, 0.92 to 1.07 times at the GPU size. So its row says as much of β "
-    "as of what is protected; what it does where the rate rises at once is asked by "
-    "`attention-only`. At the GPU size it learns in every seed and is a quarter behind in one of "
-    "three, which leaves the verdict open. The clip dies there as the plain network does, all "
-    "tokens alike; hard centering keeps its tokens apart, is at 0.7 of the floor by step 80 and "
-    "above 1.2 of it in the end: no remedy, but another death.",
+    passages=understood.CONTROL,
     cost={
         "small": "8 runs of 0.4 to 1.2 minutes on a core",
         "gpu": "12 runs of 0.16 to 0.17 minutes, 9 or 12 trained as one; 3 of them shared with "
@@ -378,22 +350,7 @@ THOUSAND = Claim(
     expect="Loss well below the floor and tokens apart, from the first steps on.",
     limits="A thin network, and tens or hundreds of steps instead of 100,000: what comes late is "
     "not seen.",
-    afterwards="At the small size the run is too short to tell: after 60 steps MV-Split has "
-    "learned no more than the floor, and in the plain network all tokens are alike. At the GPU "
-    "size MV-Split, with the paper's β = 0.03 and α = 0, does not lose what it had learned: it "
-    "learns nothing. Its loss comes down to the floor from above and stays, no ten steps of 200 "
-    "have a mean below 1.05 of it, and the tokens of its deepest quarter are at a similarity of "
-    "0.95 to 0.97 in the first look, at step 100, where the warm-up ends. In seed 1 the loss goes "
-    "up once more, from 1.08 to 1.24 within twenty steps, and they are at 1.00 after it. [The "
-    "depth bench](depth-bench.md) agrees: at 1000 layers of width 64 β = 1/√L with α = 0 learns "
-    "nothing at this rate, with writers of zeros, as they are here, nor at a third or a tenth of "
-    "it; with writers of standard size it learns at a third of it. α = β = 1/√L learns at this "
-    "rate and at 3.2 times it, in every seed, with such writers, the library's start, and with "
-    "zeros, at this rate to losses of 0.34 and 0.38, of a floor of 1.07. Width and warm-up are "
-    "other ones there; at 400 layers, with writers of zeros and all else alike, it is α that "
-    "decides. So for 1000 layers at rates like these α = β is the start to take. Of the paper's "
-    "own run nothing is said: a sixth of this rate, reached after "
-    "1,000 steps of warm-up, width 1024, 100,000 steps.",
+    passages=understood.THOUSAND,
     cost={
         "small": "2 runs of 0.7 to 0.9 minutes on a core, no repeat",
         "gpu": "6 runs of 0.4 minutes, trained as one",

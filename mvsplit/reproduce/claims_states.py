@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from mvsplit.reproduce import understood
 from mvsplit.reproduce.claim import (
     PLAIN,
     Claim,
@@ -80,19 +81,7 @@ FRONT = Claim(
     "writers learns; a front that crosses a good part of the depth.",
     limits="The writers' spread is 1/√(3·fan-in), which is 0.018 at width 1024 and larger at ours. "
     "Which way the front moves is shown and not judged.",
-    afterwards="At the small size the share of the run before the deep tokens are alike is met by "
-    "the start itself: 0.0125 is step 1 of 80, into which is looked before any update, and there "
-    "all tokens are alike from layer 80 of 128 on in seed 0, from layer 65 in seed 1. So what is "
-    "shown is that writers of this size begin in that state and training does not leave it, and "
-    "not that the first steps bring it about. After some tens of looks rounding decides where the "
-    "front stands. In seed 1 the two records of the small size, made on two processors, go "
-    "together for so long and then apart. The version of the earlier one, run on the processor of "
-    "the later one, gives every loss of the later one in that seed, bit for bit: no change of the "
-    "program moved the figure. A spread over two seeds says less of it than the runs taken again. "
-    "At the GPU size the first look is at step 5 of 100, so that the start was not seen: all "
-    "tokens are alike there from layer 66, 60 and 58 on, by seed, and in the last look from 15, "
-    "14 and 16 on. So the front moves towards the first layers, as at the small size, over little "
-    "more than the quarter of the depth that the rule asks for, in one seed over exactly that.",
+    passages=understood.FRONT,
     cost={
         "small": "4 runs of 1 to 1.5 minutes on a core",
         "gpu": "6 runs of 0.05 minutes, trained as one",
@@ -237,14 +226,7 @@ TIMESTEP = Claim(
     "of 128 channels, so that the bound on R² is itself lower.",
     limits="A pixel network after hundreds of steps. Which scalar statistics the paper used is not "
     "known to us; ours are mean, spread and mean square.",
-    afterwards="At the GPU size no layer has it: over the 100 layers R² is 0.732 to 0.815, 0.75 "
-    "to 0.79 in the first, and least in the 39th, 25th and 33rd, by seed. The network lives all "
-    "the same, at 0.17 of the floor. Mean, spread and mean square of the noisy picture alone give "
-    "0.94 on these pictures, 0.72 on the digits, 0.41 in the paper: here the spread of the input "
-    "is nearly the time. Tokens are normed before the first layer, which takes the input's size "
-    "out of them; that this is why their mean knows less is likely, and was not tested. A probe "
-    "of 128 features from 1024 samples fits some noise, as the shuffled times show, −0.10 to "
-    "−0.13 where 32 features give −0.02: without it the worst layer would have some 0.03 more.",
+    passages=understood.TIMESTEP,
     cost={"small": "2 runs of 3.5 minutes on a core", "gpu": "3 runs of 0.7 minutes"},
     trials=_time_trials,
     measure=_time_figures,

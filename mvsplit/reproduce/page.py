@@ -7,9 +7,10 @@ from nothing else, so that a page can be written again without a run.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,11 @@ from mvsplit.reproduce.reruns import (
 )
 from mvsplit.reproduce.rule import FAILS, HOLDS, OPEN
 from mvsplit.reproduce.sizes import SIZES
+from mvsplit.reproduce.understood import joined
 
 RESULTS = "results"
+BENCH = "depth-bench"
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)]+)\)")  # not of a picture: words, target
 # Of `collapse`: at the rate that kills the plain network, β = 1 and 1/√L.
 _ENDS = ("MV-Split: end loss", "MV-Split, small beta: end loss")
 _COUNTED = (HOLDS, FAILS, OPEN)
@@ -47,13 +51,10 @@ them; the verdict is what the rule says of the logs, welcome or not. Where a rul
 its page keeps what it said before, and where other runs were made, what the earlier ones came to.
 The sizes:
 {"".join(chr(10) + f"- `{size.name}`: {size.hardware}" for size in SIZES.values())}
-
-[The depth bench](depth-bench.md) compares the rules beyond the paper, each at its own learning
-rate.
-
+{{bench}}
 All data are toys, the networks narrow and the runs short: a verdict is about these runs and no
 others. Some of them make much of rounding: the same runs on another processor end elsewhere; on two
-machines of one kind some are the same to the bit and some are not ([modes](modes.md)). What was
+machines of one kind some are the same to the bit and some are not{{modes}}. What was
 recorded earlier stays beside a result, and `--again "on another processor"` keeps a rerun there; a
 page says by how much its figures move.
 
@@ -61,6 +62,10 @@ page says by how much its figures move.
 
 | claim | source | {" | ".join(SIZES)} |
 |---|---|{"---|" * len(SIZES)}
+"""
+_INDEX_OF_BENCH = f"""
+[The depth bench]({BENCH}.md) compares the rules beyond the paper, each at its own learning
+rate.
 """
 
 
@@ -91,8 +96,19 @@ def stored_results(claim: Claim, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
 
 
-def write_page(claim: Claim, folder: Path | str) -> Path:
-    """Writes the page and the plots of a claim.
+def write_pages(claims: Sequence[Claim], folder: Path | str) -> list[Path]:
+    """Writes the pages of some claims, the index last.
+
+    Raises:
+        UserError: there is no result to write one of them from.
+    """
+    names = [f"{claim.name}.md" for claim in claims]  # of which one may link to a later one
+    pages = [write_page(claim, folder, coming=names) for claim in claims]
+    return [*pages, write_index(folder)]
+
+
+def write_page(claim: Claim, folder: Path | str, *, coming: Collection[str] = ()) -> Path:
+    """Writes the page and the plots of a claim, with links to pages that are there or `coming`.
 
     Raises:
         UserError: there is no result to write it from.
@@ -108,8 +124,24 @@ def write_page(claim: Claim, folder: Path | str) -> Path:
         if result["panels"]:
             save_plot(result["panels"], folder / f"{claim.name}-{result['size']}.png")
     page = folder / f"{claim.name}.md"
-    page.write_text(page_text(claim, results), encoding="utf-8")
+    text = page_text(claim, results, _kept(folder))
+    page.write_text(_with_links(text, folder, coming), encoding="utf-8")
     return page
+
+
+def _kept(folder: Path) -> set[str]:
+    """The results there, by the names that `Passage.of` has."""
+    return {path.stem for path in (folder / RESULTS).glob("*")}
+
+
+def _with_links(text: str, folder: Path, coming: Collection[str] = ()) -> str:
+    """Links to what is not there become their words."""
+
+    def checked(link: re.Match[str]) -> str:
+        words, target = link.groups()
+        return link[0] if target in coming or (folder / target).exists() else words
+
+    return _LINK.sub(checked, text)
 
 
 def write_index(folder: Path | str) -> Path:
@@ -122,15 +154,20 @@ def write_index(folder: Path | str) -> Path:
         verdicts = " | ".join(found.get(size, "not run") for size in SIZES)
         rows.append(f"| {name} | {claim.source} | {verdicts} |")
     results = [result for claim in CLAIMS.values() for result in stored_results(claim, folder)]
-    path = folder / "README.md"
-    head = INDEX.format(summary=summary(results))
-    path.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    path, bench = folder / "README.md", (folder / f"{BENCH}.md").exists()
+    head = INDEX.format(
+        bench=_INDEX_OF_BENCH if bench else "",
+        modes=" ([modes](modes.md))" if "modes-gpu" in _kept(folder) else "",
+        summary=summary(results, bench=bench),
+    )
+    text = head + "\n".join(rows) + "\n"
+    path.write_text(_with_links(text, folder), encoding="utf-8")
     return path
 
 
-def summary(results: Sequence[Mapping[str, Any]]) -> str:
+def summary(results: Sequence[Mapping[str, Any]], *, bench: bool = True) -> str:
     """How many claims hold at each size, why the paper's order does not show where it does not, and
-    what is to be known of 1000 layers."""
+    what is to be known of 1000 layers, with what the depth bench says of it."""
     lines = ["**In short.**", ""]
     for size in SIZES:
         here = [result for result in results if result["size"] == size]
@@ -139,7 +176,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> str:
         counts += [f"not run: {len(CLAIMS) - len(here)}"] if len(here) < len(CLAIMS) else []
         lines.append(f"- `{size}`, of {len(CLAIMS)} claims: {'; '.join(counts)}.")
     for result in results:
-        lines += [*_order(result, results), *_thousand(result)]
+        lines += [*_order(result, results), *_thousand(result, bench)]
     return "\n".join(lines)
 
 
@@ -163,7 +200,7 @@ def _order(result: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _thousand(result: Mapping[str, Any]) -> list[str]:
+def _thousand(result: Mapping[str, Any], bench: bool) -> list[str]:
     """A line on the paper's start at 1000 layers where it does not train."""
     if (result["claim"], result["verdict"]) != ("thousand", FAILS):
         return []
@@ -172,12 +209,16 @@ def _thousand(result: Mapping[str, Any]) -> list[str]:
         return []
     loss, alike = (figures[f"MV-Split: end {name}"]["values"] for name in ("loss", "similarity"))
     size, rate = result["size"], result["runs"][0]["lr"]
-    return [
+    line = (
         f"- The paper's start at 1000 layers (β = 0.03, α = 0) does not learn at `{size}`, at a "
         f"rate of {rate:g}: end loss {spelled(loss)} of the floor, deep tokens at a similarity of "
-        f"{spelled(alike)}. [With α = β and writers of standard size, as the library starts, "
-        "such networks learn in the depth bench](depth-bench.md)."
-    ]
+        f"{spelled(alike)}."
+    )
+    learning = (
+        " [With α = β and writers of standard size, as the library starts, such networks learn in "
+        f"the depth bench]({BENCH}.md)."
+    )
+    return [line + learning * bench]
 
 
 def _short(result: Mapping[str, Any]) -> str:
@@ -188,8 +229,12 @@ def _short(result: Mapping[str, Any]) -> str:
     return f"{result['verdict']} ({seeds} seed{'s' if seeds > 1 else ', no spread'}{others})"
 
 
-def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
-    """The page of a claim, as Markdown."""
+def page_text(
+    claim: Claim, results: Sequence[Mapping[str, Any]], kept: Collection[str] | None = None
+) -> str:
+    """The page of a claim, as Markdown, with what was understood of the results that are `kept`, or
+    of all that there are if None."""
+    afterwards = joined(claim.passages, kept)
     head = [
         f"# {claim.title}",
         f"    mvsplit reproduce {claim.name} --size {results[0]['size']}",
@@ -197,7 +242,7 @@ def page_text(claim: Claim, results: Sequence[Mapping[str, Any]]) -> str:
         f"**The paper** (arXiv 2605.06169, {claim.source}). {claim.says}",
         f"**Expected here.** {claim.expect}",
         f"**Not covered.** {claim.limits}",
-        *([f"**Understood afterwards.** {claim.afterwards}"] if claim.afterwards else []),
+        *([f"**Understood afterwards.** {afterwards}"] if afterwards else []),
         _rule(results[-1]),
     ]
     body = [part for result in results for part in _of_size(claim, result)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,31 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.claims import CLAIMS
 from mvsplit.reproduce.measured_by import measure_fingerprint
+from mvsplit.reproduce.progress import (
+    PATIENCE,
+    Progress,
+    duration,
+    read_progress,
+    say_at_once,
+    time_left,
+)
 from mvsplit.reproduce.rule import fingerprint, judge
 from mvsplit.reproduce.runlog import Runs, read_run
 from mvsplit.reproduce.sizes import Size
 from mvsplit.reproduce.together import groups, run_trials
-from mvsplit.reproduce.trial import Trial, run_trial
+from mvsplit.reproduce.trial import Trial, run_trial, wait_for_trial
 from mvsplit.reproduce.workers import Stopped, stoppable, worker_pool
 from mvsplit.training.checkpoint import list_checkpoints
+from mvsplit.training.run_folder import FolderInUse, holder_of
 
 RULES = "rules.json"
 
 
 class Study:
     """Claims at one size in one folder.
+
+    Several processes may work in it at a time: each run is trained by one of them, whose lock is on
+    the run's folder, and the others take what is left and wait for what they need.
 
     `OUT/SIZE/runs/` holds a run folder for each trial, which claims share; `OUT/SIZE/rules.json`
     the fingerprints of all rules, and of what measures their figures, as they were before the first
@@ -44,7 +57,7 @@ class Study:
         members: of them at a time, at most; all of a kind if None.
         recompute: whether their blocks compute again what they would keep for backward; None where
             memory is too short for that.
-        say: is told of each run that has ended.
+        say: is told of each run that has ended, and meanwhile how far runs are.
 
     Raises:
         UserError: `workers` < 1.
@@ -59,7 +72,7 @@ class Study:
         together: Sequence[str] = (),
         members: int | None = None,
         recompute: bool | None = None,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say_at_once,
     ) -> None:
         self.size, self.workers, self.say = size, workers or size.workers, say
         self.together, self.members, self.recompute = together, members, recompute
@@ -67,6 +80,7 @@ class Study:
             raise UserError(f"workers={workers}: must be at least 1")
         self.folder = Path(out) / size.name
         self.runs = self.folder / "runs"
+        self.patience = PATIENCE
 
     def run(self, claims: Sequence[Claim], *, minutes: float | None = None) -> list[dict[str, Any]]:
         """Trains what is missing and gives the results, which are also written.
@@ -157,24 +171,72 @@ class Study:
             if time.time() < end and run_trials(group, self.runs, end, recompute=self.recompute):
                 self.say(f"{len(group)} runs as one ({time.monotonic() - began:.0f} s)")
         todo = [trial for trial in todo if not trial.finished(self.runs)]
-        if time.time() > end:  # no worker need start
+        if not todo or time.time() > end:  # no worker need start
             return
+        self._tell_begin(todo)
         with worker_pool(self.workers) as pool:
             jobs: dict[Future[bool], Trial] = {
                 pool.submit(run_trial, t, self.runs, end): t for t in todo
             }
-            for job in as_completed(jobs):
-                name = jobs[job].name
-                try:
-                    whole = job.result()
-                except UserError as error:
-                    raise UserError(f"run {name}: {error}") from error
-                if not whole and time.time() > end:
-                    continue
-                if not whole:
-                    raise Stopped(signal.SIGTERM)  # only a worker has had one
-                done += 1
-                self.say(f"{name} ({done} of {len(todo)}, {time.monotonic() - began:.0f} s)")
+            while jobs:
+                ended = wait(jobs, timeout=self.patience, return_when=FIRST_COMPLETED).done
+                for job in ended:
+                    trial = jobs.pop(job)
+                    if _is_elsewhere(job):  # behind all that nobody trains
+                        self.say(f"{trial.name}: another process trains it; waiting for that")
+                        jobs[pool.submit(wait_for_trial, trial, self.runs, end)] = trial
+                    elif _is_whole(job, trial, end):
+                        done += 1
+                        took = f"{time.monotonic() - began:.0f} s"
+                        self.say(f"{trial.name} ({done} of {len(todo)}, {took})")
+                if not ended:
+                    self._tell_progress(jobs)
+
+    def _tell_begin(self, todo: Sequence[Trial]) -> None:
+        held = {path.name: holder_of(path) for path in sorted(self.runs.glob("*"))}
+        others = [f"{name} by {holder}" for name, holder in held.items() if holder]
+        if others:
+            self.say(
+                f"other processes work in {self.folder}, too ({', '.join(others)}): each run is "
+                "trained by one of them, and this one waits for those that it needs"
+            )
+        at_a_time = f", {self.workers} at a time" if len(todo) > self.workers else ""
+        self.say(f"{len(todo)} runs to train{at_a_time}; how far they are is told as they go")
+
+    def _tell_progress(self, jobs: Mapping[Future[bool], Trial]) -> None:
+        runs = [self._progress(trial) for trial in jobs.values()]
+        for job, run in zip(jobs, runs, strict=True):
+            if job.running():
+                self.say(run.line())
+        left = time_left(runs, self.workers)
+        if left is not None and len(runs) > 1:
+            self.say(f"{len(runs)} runs are left, about {duration(left)} in all")
+
+    def _progress(self, trial: Trial) -> Progress:
+        experiment = trial.experiment
+        steps, layers = experiment.train.steps, experiment.model.depth
+        return read_progress(self.runs / trial.name, steps=steps, layers=layers)
+
+
+def _is_elsewhere(job: Future[bool]) -> bool:
+    """Whether another process trains the run."""
+    return isinstance(job.exception(), FolderInUse)
+
+
+def _is_whole(job: Future[bool], trial: Trial, end: float) -> bool:
+    """Whether a run came to its end, and not to that of the time.
+
+    Raises:
+        UserError: it failed.
+        Stopped: its worker had a signal.
+    """
+    try:
+        whole = job.result()
+    except UserError as error:
+        raise UserError(f"run {trial.name}: {error}") from error
+    if not whole and time.time() <= end:
+        raise Stopped(signal.SIGTERM)  # only a worker has had one
+    return whole
 
 
 def _fingerprints(claim: Claim) -> dict[str, str]:
@@ -224,4 +286,5 @@ def _environment(run: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, tree: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(tree, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, text, writer=f".{os.getpid()}")  # others may write the same

@@ -26,9 +26,11 @@ from mvsplit.training import (
 from mvsplit.training.builders import build_data
 from mvsplit.training.config import differences
 from mvsplit.training.files import read_lines, write_atomically
+from mvsplit.training.run_folder import FolderInUse
 
 RECORD = "trial.json"
 SAMPLES = 256  # of the data, for the floor of the loss
+LOOK = 1.0  # seconds between looks at a run that another process trains
 LOOKS_BEFORE, LOOKS_AFTER = 20, 40  # steps around the rise of the rate in which looks are asked for
 
 
@@ -115,6 +117,7 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
     the clock.
 
     Raises:
+        FolderInUse: another process trains it.
         UserError: the folder holds another run.
     """
     if trial.experiment.train.device == "cpu":
@@ -142,6 +145,19 @@ def run_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
         record["times"] = read_times(path, trial.experiment)
     write_atomically(path / RECORD, json.dumps(record) + "\n")
     return True
+
+
+def wait_for_trial(trial: Trial, folder: Path, end: float = math.inf) -> bool:
+    """`run_trial` as soon as no other process trains it; what that has made of it is kept.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    while True:
+        try:
+            return run_trial(trial, folder, end)
+        except FolderInUse:
+            time.sleep(LOOK)
 
 
 def stepped_seconds(path: Path) -> float:

@@ -40,6 +40,10 @@ from mvsplit.training.traces import LOCK, Traces
 _RATES = tuple(f"train.{name}" for name in ("lr", "lr_factor", "gain_lr", "warmup"))
 
 
+class FolderInUse(UserError):
+    """Another process holds a run folder."""
+
+
 class RunFolder:
     """An experiment's folder, held by this process until it is closed.
 
@@ -56,8 +60,8 @@ class RunFolder:
         metrics, layers, events: the logs, from `begin` on.
 
     Raises:
-        UserError: the path is no folder of ours, another process holds it, or it belongs to
-            another experiment.
+        FolderInUse: another process holds it.
+        UserError: the path is no folder of ours, or it belongs to another experiment.
     """
 
     def __init__(self, path: Path | str, experiment: Experiment) -> None:
@@ -228,10 +232,9 @@ def _lock(path: Path) -> IO[str]:
     with _writing_to(path), ExitStack() as stack:
         file = stack.enter_context(open(path / LOCK, "a+", encoding="utf-8"))
         if not _try_lock(file):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{path} is in use by {holder}; wait for it, stop it, or choose another --run-dir"
+            raise FolderInUse(
+                f"{path} is in use by {_named_in(file)}; wait for it, stop it, or choose another "
+                f"--run-dir"
             )
         if os.fstat(file.fileno()).st_nlink == 0:  # its holder was refused, and took it away
             return _lock(path)
@@ -242,7 +245,25 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _try_lock(file: IO[str]) -> bool:
+def holder_of(path: Path) -> str | None:
+    """Which process holds the run folder at `path`, in words; None where nobody does.
+
+    Raises:
+        UserError: the system has no such lock.
+    """
+    try:
+        with open(path / LOCK, encoding="utf-8") as file:
+            return None if _try_lock(file, shared=True) else _named_in(file)
+    except FileNotFoundError:
+        return None
+
+
+def _named_in(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read().strip() or "another process"
+
+
+def _try_lock(file: IO[str], *, shared: bool = False) -> bool:
     """Whether the lock is ours now.
 
     Raises:
@@ -255,7 +276,7 @@ def _try_lock(file: IO[str]) -> bool:
             "training needs the file locks of Linux or macOS; on Windows use WSL"
         ) from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

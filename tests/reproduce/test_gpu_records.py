@@ -13,6 +13,7 @@ from mvsplit.reproduce import get_claim
 from mvsplit.reproduce.claims_runs import SETTLED
 from mvsplit.reproduce.page import summary
 from mvsplit.reproduce.reruns import OTHERS
+from mvsplit.reproduce.understood import joined
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "experiments"
@@ -33,7 +34,7 @@ def by_seed(claim: str, figure: str, size: str = "gpu") -> list[float]:
 
 
 def words_of(claim: str) -> str:
-    return get_claim(claim).afterwards
+    return joined(get_claim(claim).passages)
 
 
 def span(values: list[float], form: str = ".3g") -> str:

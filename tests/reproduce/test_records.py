@@ -15,6 +15,7 @@ from mvsplit.reproduce import CLAIMS, get_claim
 from mvsplit.reproduce.claim import POINTS
 from mvsplit.reproduce.claims_gradients import ENTRY_GAP
 from mvsplit.reproduce.claims_runs import FINELY, SETTLED
+from mvsplit.reproduce.understood import joined
 
 RESULTS = Path(__file__).parents[2] / "docs" / "experiments" / "results"
 
@@ -78,7 +79,7 @@ def test_a_stated_cost_is_that_of_the_kept_runs_or_says_that_there_is_none(name)
 def test_what_is_said_of_the_front_is_in_its_plot():
     """All tokens are alike from some layer on before the first update."""
     result = stored("front", "small")
-    words = get_claim("front").afterwards
+    words = joined(get_claim("front").passages)
     lines = result["panels"][0]["lines"]
     first = [line["y"][0] for line in lines if line["label"] == "standard writers"]
     assert f"from layer {first[0]:.0f} of 128 on in seed 0, from layer {first[1]:.0f} in" in words
@@ -100,15 +101,15 @@ def test_what_is_said_of_beta_at_the_gpu_size_is_in_the_results():
         by_seed("collapse", "gpu", f"{n}: end loss") for n in ("MV-Split", "plain, low rate")
     )
     deep = by_seed("collapse", "gpu", "MV-Split, small beta: end loss")
-    assert f"{span(one, deep)} the loss of β = 1/√L" in get_claim("collapse").afterwards
-    words = get_claim("order").afterwards
+    assert f"{span(one, deep)} the loss of β = 1/√L" in joined(get_claim("collapse").passages)
+    words = joined(get_claim("order").passages)
     best = by_seed("order", "gpu", "best LayerScale over MV-Split")
     assert f"{span(best)[:-6]} of its loss, and half way" in words
     half = by_seed("order", "gpu", "plain at the low rate over MV-Split, half way")
     assert f"has {span(half)} its loss" in words
     rivals = [a * b for a, b in zip(best, one, strict=True)]
     assert f"at {span(deep, rivals)[:-6]} of its loss: again" in words
-    words = get_claim("controls").afterwards
+    words = joined(get_claim("controls").passages)
     for size in ("small", "gpu"):
         alone = by_seed("controls", size, "attention only: end loss")
         with_both = by_seed("collapse", size, "MV-Split: end loss")
@@ -122,7 +123,7 @@ def test_what_is_said_of_the_plain_network_that_survives_is_in_its_plot():
     lines = [line for line in result["panels"][0]["lines"] if line["label"] == "plain"]
     steps, loss = (np.array(lines[2][axis], float) for axis in "xy")
     found = [loss[(steps > end - 20) & (steps <= end)].mean() for end in (60, 200, 300)]
-    words = get_claim("collapse").afterwards
+    words = joined(get_claim("collapse").passages)
     assert "below 0.8 of the floor by step 60, hardly better 140 steps later" in words
     assert found[0] < 0.8
     assert found[1] == pytest.approx(found[0], rel=0.05)
@@ -131,7 +132,7 @@ def test_what_is_said_of_the_plain_network_that_survives_is_in_its_plot():
 
 
 def test_what_is_said_of_the_front_at_the_gpu_size_is_in_its_plot():
-    words = get_claim("front").afterwards
+    words = joined(get_claim("front").passages)
     lines = stored("front", "gpu")["panels"][0]["lines"]
     ends = [
         [line["y"][i] for line in lines if line["label"] == "standard writers"] for i in (0, -1)

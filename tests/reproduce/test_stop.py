@@ -89,10 +89,14 @@ def stopped(it: Begun, number: int) -> str:
     return said
 
 
-def line(number: int, finished: int, saved: int, out: Path) -> str:
+BEGUN = "4 runs to train, 1 at a time; how far they are is told as they go\n"
+
+
+def lines(number: int, finished: int, saved: int, out: Path) -> str:
     return (
-        f"stopped by {signal.Signals(number).name}: of 4 runs {finished} finished and {saved} "
-        f"begun are kept in {out / 'small' / 'runs'}; give the same command again to go on\n"
+        f"{BEGUN}stopped by {signal.Signals(number).name}: of 4 runs {finished} finished and "
+        f"{saved} begun are kept in {out / 'small' / 'runs'}; give the same command "
+        "again to go on\n"
     )
 
 
@@ -101,22 +105,22 @@ def test_the_run_that_trains_is_saved_and_goes_on(tmp_path, start):
     out, runs = tmp_path / "out", tmp_path / "out" / "small" / "runs"
     with start("waits") as it:
         it.wait_until(lambda: began(tmp_path) == 1)
-        assert stopped(it, signal.SIGTERM) == line(signal.SIGTERM, 0, 1, out)
+        assert stopped(it, signal.SIGTERM) == lines(signal.SIGTERM, 0, 1, out)
     (stopped_run,) = runs.iterdir()  # what waited was not begun
     assert not (stopped_run / RECORD).exists()
     (saved,) = list_checkpoints(stopped_run / "checkpoints")
     assert saved.name == "step_00000004"
     (begun,) = [t for t in TRIALS if t.name == stopped_run.name]
     assert run_trial(begun, runs)
-    lines = (stopped_run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(each)["step"] for each in lines] == [*range(1, 9)]
+    log = (stopped_run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(each)["step"] for each in log] == [*range(1, 9)]
     assert "resumed" in (stopped_run / "events.jsonl").read_text()
 
 
 def test_a_signal_while_workers_start_ends_it(tmp_path, start):
     with start("waits") as it:
         it.wait_until(lambda: len(it.left()) >= 3)  # it, a tracker of resources, a worker
-        assert stopped(it, signal.SIGINT) == line(signal.SIGINT, 0, 0, tmp_path / "out")
+        assert stopped(it, signal.SIGINT) == lines(signal.SIGINT, 0, 0, tmp_path / "out")
     assert began(tmp_path) == 0
     assert not (tmp_path / "out" / "small" / "runs").exists()
 
@@ -125,7 +129,7 @@ def test_a_second_signal_ends_it_at_once_and_half_a_run_counts_as_none(tmp_path,
     with start("deaf") as it:
         it.wait_until(lambda: began(tmp_path) == 1)
         it.insist(signal.SIGTERM)
-        assert it.end() == (143, "", "")
+        assert it.end() == (143, BEGUN, "")
         wait_until(lambda: not it.left())
     (run,) = (tmp_path / "out" / "small" / "runs").iterdir()
     assert not (run / RECORD).exists()

@@ -202,6 +202,8 @@ def test_the_index_is_written_from_the_results(tmp_path):
     assert text.count("not run | not run") == len(CLAIMS)
     for path in PAGES.glob("results/*.json"):
         keep_result(json.loads(path.read_text(encoding="utf-8")), folder)
+    for page in PAGES.glob("*.md"):  # those that the index links to
+        (folder / page.name).touch()
     written = write_index(folder).read_text(encoding="utf-8")
     assert written == (PAGES / "README.md").read_text(encoding="utf-8")
 
@@ -260,14 +262,22 @@ def test_what_is_kept_is_judged_by_todays_rule(path):
 
 
 def test_the_command_lists_and_refuses(capsys):
-    assert main(["reproduce", "--list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in CLAIMS)
+    for named in ([], ["all"], ["thousand", "front"]):
+        assert main(["reproduce", "--list", *named]) == 0
+        listed = capsys.readouterr().out
+        heads = [line.partition(":")[0] for line in listed.splitlines() if line[0] != " "]
+        assert heads == (named if len(named) == 2 else [*CLAIMS])
     for arguments, words in (
         ([], "name at least one"),
+        (["--list", "fornt"], "did you mean front"),
+        (["all", "fornt"], "did you mean front"),
         (["colapse"], "did you mean collapse"),
         (["collapse", "--draw"], "--pages FOLDER"),
         (["collapse", "--workers", "0"], "workers=0"),
+        (["--again", "foo", "--draw", "front", "--pages", "x"], "--again has no effect with --dr"),
+        (["--draw", "front", "--pages", "x", "--minutes", "5"], "--minutes has no effect"),
+        (["--draw", "front", "--pages", "x", "--size", "gpu"], "--size has no effect"),
+        (["--list", "--draw", "--pages", "x"], "with --list, which only lists; leave one of them"),
     ):
         assert main(["reproduce", *arguments]) == 2
         assert words in capsys.readouterr().err
@@ -281,3 +291,23 @@ def test_no_time_is_refused(
     assert main(["reproduce", "front", "--minutes", minutes, "--out", str(out)]) == 2
     assert f"minutes={float(minutes):g}: nothing can be run" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--pages"])
+@pytest.mark.parametrize("below", ["", "in/it", "small"])
+def test_a_folder_that_is_a_file_is_refused_before_anything_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, below: str
+) -> None:
+    file = tmp_path / "a" if below != "small" else tmp_path / "small"
+    file.touch()
+    given = tmp_path if below == "small" else file / below
+    if option == "--pages" and below == "small":
+        file.rename(tmp_path / "results")
+        file = tmp_path / "results"
+    out = [] if option == "--out" else ["--out", str(tmp_path / "out")]
+    assert main(["reproduce", "front", option, str(given), *out]) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines() == [
+        f"mvsplit: {option} {given}: {file} is a file; name a folder, there or to be made"
+    ]
+    assert not (tmp_path / "out").exists()

@@ -18,15 +18,9 @@ import torch
 from mvsplit.errors import UserError
 from mvsplit.reproduce.depth.order import in_order
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, Entry, get_entries
-from mvsplit.reproduce.depth.run import (
-    ROWS,
-    RUNS,
-    WINDOW,
-    check_row,
-    read_rows,
-    run_bench,
-)
+from mvsplit.reproduce.depth.run import ROWS, RUNS, check_row, read_rows, run_bench
 from mvsplit.reproduce.depth.verdict import note_rule
+from mvsplit.reproduce.progress import PATIENCE, read_progress, say_at_once
 from mvsplit.reproduce.workers import Stopped, stoppable, worker_pool
 from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.files import read_lines
@@ -60,14 +54,14 @@ class DepthStudy:
         workers: int | None = None,
         scratch: Path | None = None,
         only: Sequence[BenchRun] | None = None,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say_at_once,
     ) -> None:
         if workers is not None and workers < 1:
             raise UserError(f"workers={workers}: must be at least 1")
         self.out, self.size, self.entries = Path(out), size, entries
         self.workers, self.say = workers or size.workers, say
         self.scratch, self.only = scratch, only
-        self.patience = 20.0  # seconds without a row after which the progress of the runs is told
+        self.patience = PATIENCE
         self._rows: list[dict[str, Any]] = []  # as far as this process knows them
         self.failed: dict[str, str] = {}  # runs that gave an error, by name
 
@@ -140,12 +134,9 @@ class DepthStudy:
     def _tell_progress(self, busy: Iterable[BenchRun]) -> None:
         """How far the runs are, which is all that is known of them if the machine is taken away."""
         for run in busy:
-            path = (self.scratch or self.out / RUNS) / run.name / "metrics.jsonl"
-            lines = list(read_lines(path))[-WINDOW:]
-            if lines:
-                seconds = sum(line["seconds"] for line in lines) / len(lines)
-                step = f"step {lines[-1]['step']} of {self.size.steps}"
-                self.say(f"{run.name}: {step}, {seconds:.3f} s a step")
+            path = (self.scratch or self.out / RUNS) / run.name
+            progress = read_progress(path, steps=self.size.steps, layers=run.depth)
+            self.say(progress.line())
 
     def _next(self, busy: Sequence[BenchRun], end: float) -> BenchRun | None:
         """What may begin: nothing that is running or has failed, nothing that would not come to its
