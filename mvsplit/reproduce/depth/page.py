@@ -193,7 +193,7 @@ def _of_size(size: BenchSize, result: Mapping[str, Any], folder: Path) -> list[s
         f"## {size.name}: {size.hardware}\n",
         f"{len(result['rows'])} runs, {seeds} seed{'s' if seeds > 1 else ''} at most, "
         f"{size.steps} steps of {size.batch_size} samples, {size.warmup} of them warm-up, width "
-        f"{size.width}; {'; '.join(device)}.{_together(result['rows'])} The rule was noted "
+        f"{size.width}; {'; '.join(device)}.{_together(result['rows'], size)} The rule was noted "
         f"{result['rule']['written']}, before the first of the runs{_changed(result)}.\n",
         *verdict_words(size, [*main, *other]),
         f"![Best losses with their spread]({NAME}-{size.name}-best.png)\n",
@@ -220,7 +220,7 @@ def _found(folder: Path, name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 
-def _together(rows: Sequence[Mapping[str, Any]]) -> str:
+def _together(rows: Sequence[Mapping[str, Any]], size: BenchSize) -> str:
     """How many rows come from ensembles."""
     sizes = [row["together"] for row in rows if row.get("together", 1) > 1]
     if not sizes:
@@ -228,8 +228,27 @@ def _together(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f" {len(sizes)} of them were trained as one network with others, up to {max(sizes)} at a "
         "time: the same data, starts and updates as alone (`mvsplit/reproduce/depth/ensemble.py`), "
-        f"without looks and memory of their own.{_unscored(rows)}"
+        f"without looks.{_shares(rows, size)}{_unscored(rows)}"
     )
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], size: BenchSize) -> str:
+    """What the largest ensembles took of the device for each network. Rows without a date are of
+    before, when blocks were computed again."""
+    words = []
+    for depth in size.depths:
+        here = [
+            row
+            for row in rows
+            if (row["depth"], row["width"]) == (depth, size.width)
+            and row.get("peak_gib_together")
+            and "date" in row
+        ]
+        if here:
+            largest = max(here, key=lambda row: row["together"])
+            share = largest["peak_gib_together"] / largest["together"]
+            words.append(f"{share:.2g} GiB at {depth} layers, {largest['together']} at a time")
+    return f" A network's share of the device's memory: {'; '.join(words)}." if words else ""
 
 
 def _unscored(rows: Sequence[Mapping[str, Any]]) -> str:

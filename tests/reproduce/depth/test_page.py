@@ -428,3 +428,30 @@ def test_depths_of_two_sizes_are_told_apart_by_their_steps():
     assert "at 2 and 2 after 70 steps one is ahead of all others with 3 seeds." in text
     assert "ahead at 2 and 2 after 70 steps, behind it nowhere" in text
     assert "| 2 (longer) |" in text
+
+
+def test_it_is_said_what_of_ensembles_a_row_has(tmp_path):
+    """Memory of the largest at the width of the size, of those that kept all that backward needs,
+    which have dates."""
+
+    def one(depth: int, count: int, peak: float | None, **fields):
+        dated = {"date": "2026-01-03"} | fields
+        return row(1e-3, 0.5, depth=depth, together=count, peak_gib_together=peak, **dated)
+
+    rows = [
+        one(2, 4, 8.0, seed=0, tasks={"geneval_mean": 0.1}),
+        one(2, 2, 5.0, seed=1),
+        one(2, 9, None, seed=2),
+        one(3, 3, 12.0, seed=0),
+        one(3, 8, 99.0, seed=1, width=32),
+        row(1e-3, None, depth=3, seed=2, together=7, peak_gib_together=1.0),
+        row(1e-3, 0.5, depth=4),
+    ]
+    keep_rows(replace(TINY, name="gpu"), RULE, rows, tmp_path)
+    path = tmp_path / module.RESULTS / "gpu.json"
+    words = module._together(json.loads(path.read_text())["rows"], TINY)
+    assert words.startswith(" 6 of them were trained as one network with others, up to 9 at a time")
+    memory = "memory: 2 GiB at 2 layers, 4 at a time; 4 GiB at 3 layers, 3 at a time."
+    assert memory in words
+    assert words.endswith(" 4 of these that live have no task scores.")
+    assert module._together([row(1e-3, 0.5)], TINY) == ""
