@@ -92,23 +92,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
+    """The exit status."""
     options = parse()
     size = get_size(options.size)
     check_options(options, size)
     have = [read_result(path, size) for path in options.have]
     if options.depths:
-        size = replace(size, depths=tuple(options.depths))
+        size = replace(size, depths=tuple(options.depths), shapes=())  # and no others
     if options.draw:
         draw(size, have, options.pages, options.readme)
     elif options.time:
         keep(time_sharing(size), options.json)
     else:
-        run(options, size, have)
+        return run(options, size, have)
+    return 0
 
 
-def run(options: argparse.Namespace, size: BenchSize, have: list[dict[str, Any]]) -> None:
-    """The gate and then what is left to run, or one of them."""
+def run(options: argparse.Namespace, size: BenchSize, have: list[dict[str, Any]]) -> int:
+    """The gate and then what is left to run, or one of them; 1 where a run has failed."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -122,7 +124,7 @@ def run(options: argparse.Namespace, size: BenchSize, have: list[dict[str, Any]]
     if options.gate == "only":
         with gate:
             check_together(size, entries, options.json) if entries else say(NOTHING)
-        return
+        return 0
     for row in (row for result in have for row in result["rows"]):
         write_row(row, options.out)
     rule = note_rule(options.out / RULE_FILE)
@@ -162,7 +164,10 @@ def run(options: argparse.Namespace, size: BenchSize, have: list[dict[str, Any]]
         keep({"size": size.name, "rule": rule, "rows": rows}, options.json)
     if options.pages is not None:
         draw(size, [{"rule": rule, "rows": rows}], options.pages)
-    print(f"{len(rows)} runs, {len(study.failed)} failed: {options.out}")
+    left = len(missing(size, entries, rows, only) if options.together else study.left())
+    words = f"; {left} are left, and the same command goes on" if left else ""
+    print(f"{len(rows)} runs, {len(study.failed)} failed{words}: {options.out}")
+    return int(bool(study.failed))
 
 
 def draw(

@@ -23,7 +23,9 @@ _PAIRED = (
     "and ± its standard error; what is more than two of them is hardly chance"
 )
 _OF_NETWORKS = "It is of these two networks: another training seed may differ by more"
-_NOT_ALONE = "between those that differ so, no difference of scores is one of the networks alone"
+_NOT_ALONE = (
+    "between those that differ so, no difference of what was drawn is one of the networks alone"
+)
 _NONE = (
     "± 0: of a share, all trials went the same way; of few trials that says little, for of n that "
     "all failed the true share may be as high as about 3/n"

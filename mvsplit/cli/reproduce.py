@@ -23,7 +23,7 @@ from mvsplit.errors import UserError
 from mvsplit.reproduce import CLAIMS, Study, get_claim
 from mvsplit.reproduce.check import check_minutes
 from mvsplit.reproduce.claim import Claim
-from mvsplit.reproduce.page import RESULTS, keep_result, write_pages
+from mvsplit.reproduce.page import RESULTS, keep_result, require_earlier, write_pages
 from mvsplit.reproduce.sizes import get_size
 from mvsplit.reproduce.workers import Stopped
 
@@ -74,6 +74,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.draw:
         _draw(claims, options.pages)
         return 0
+    if options.pages is not None and options.again is not None:
+        for claim in claims:
+            require_earlier(claim.name, options.size, options.pages)
     study = Study(options.out, get_size(options.size), workers=options.workers)
     _require_folder("out", options.out, study.runs)
     try:

@@ -77,17 +77,25 @@ def keep_result(result: Mapping[str, Any], folder: Path, again: str | None = Non
     Raises:
         UserError: there is no result that it could be a rerun of, or its runs are other ones.
     """
-    path = folder / RESULTS / f"{result['claim']}-{result['size']}.json"
+    name, size = result["claim"], result["size"]
+    path = folder / RESULTS / f"{name}-{size}.json"
+    if again is not None:
+        require_earlier(name, size, folder)
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if again is not None and there is None:
-        raise UserError(
-            f"{path} is not there, so that nothing could be run again; keep a result without "
-            "--again first"
-        )
     whole = succeed(result, there) if again is None else beside(result, there or {}, again)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(whole, indent=1) + "\n")
     return path
+
+
+def require_earlier(claim: str, size: str, folder: Path) -> None:
+    """Raises UserError where there is no result of a claim that a rerun could be kept beside."""
+    path = folder / RESULTS / f"{claim}-{size}.json"
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there, so that nothing could be run again; keep a result without "
+            "--again first"
+        )
 
 
 def stored_results(claim: Claim, folder: Path) -> list[dict[str, Any]]:

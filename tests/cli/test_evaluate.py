@@ -185,7 +185,7 @@ def test_what_differs_in_more_is_refused_and_said(place, capsys):
     assert main([*compare, "--allow", "sampling.guidance", "validation"]) == 0
     out = capsys.readouterr().out
     assert "differs, and allowed: sampling.guidance 2.0 | 3.0\n" in out
-    assert "no difference of scores is one of the networks alone" in out
+    assert "no difference of what was drawn is one of the networks alone" in out
     assert "both were asked the same" not in out
     reason = "not the same samples and noise (sampling.guidance)"
     assert f"– in B − A: digit_accuracy: {reason}\n" in out

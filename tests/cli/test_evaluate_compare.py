@@ -94,7 +94,7 @@ def test_an_allowed_difference_is_said_above_and_why_cells_are_empty(capsys):
     out = capsys.readouterr().out
     head = out.split("score ")[0]
     assert "differs, and allowed: sampling.steps 6 | 35\n" in head
-    assert "no difference of scores is one of the networks alone" in head
+    assert "no difference of what was drawn is one of the networks alone" in head
     assert "of these two networks" not in out
     assert "B − A, paired (3 of validation_loss): both were asked the same samples" in out
     why = "not the same samples and noise (sampling.steps)"

@@ -13,7 +13,7 @@ import pytest
 
 from mvsplit.cli import main
 from mvsplit.errors import UserError
-from mvsplit.reproduce import get_claim
+from mvsplit.reproduce import Study, get_claim
 from mvsplit.reproduce.page import keep_result, page_text, stored_results, write_index
 from mvsplit.reproduce.reruns import AGAIN, CHANGED, OTHERS, RUNS
 from mvsplit.reproduce.rule import Figure, judge
@@ -359,3 +359,10 @@ def test_the_verdicts_of_kept_reruns_are_those_of_the_rule(path):
 def test_the_command_refuses_a_rerun_that_is_kept_nowhere(capsys):
     assert main(["reproduce", "front", "--again", "elsewhere"]) == 2
     assert "--pages FOLDER" in capsys.readouterr().err
+
+
+def test_a_rerun_of_nothing_is_refused_before_anything_is_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(Study, "run", lambda *given, **how: pytest.fail("it began"))
+    again = ["--again", "elsewhere", "--pages", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["reproduce", "front", *again]) == 2
+    assert "front-small.json is not there" in capsys.readouterr().err

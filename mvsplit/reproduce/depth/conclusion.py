@@ -96,6 +96,7 @@ def in_short(found: Found) -> list[str]:
         "on, so that the deeper of the two is the safer guide.\n",
         *table((*head, "the default against the best rival"), rows),
         *[f"- {sentence}" for sentence in joint(depths, labels)],
+        *(f"- `{size.name}` is {size.hardware}, {size.steps} steps." for size, _ in found),
         "",
     ]
 
@@ -120,15 +121,21 @@ def joint(depths: Sequence[Depth], labels: dict[str, str]) -> list[str]:
         f"{_PLACES[word]} at {_listed(places[word])}" for word in _PLACES if word in places
     )
     never = "" if "behind" in places else ", behind it nowhere that can be told"
-    sure = [at.name for at in depths if len(at.enough) > 1 and not at.level]
+    sure = [
+        f"{at.name} {labels[at.top]}"
+        for at in depths
+        if at.top and len(at.enough) > 1 and not at.level
+    ]
     tops = [at.top for at in depths if at.top]
     best_here = set(tops)
     none = "No rule is best at every depth" if len(best_here) > 1 else "One rule is best everywhere"
     if len(tops) < 2:
         none = "Too few depths were run to tell which rule is best at all of them"
-    where = f"at {_listed(sure)} one is" if sure else "at none is one"
+    where = f"ahead of all others with {SEEDS} seeds: at {_listed(sure)}"
+    if not sure:
+        where = f"at none is one ahead of all others with {SEEDS} seeds"
     return [
-        f"{none}, and {where} ahead of all others with {SEEDS} seeds.",
+        f"{none}, and {where}.",
         f"The default, {labels.get(TODAY, TODAY)}, against the best rival of each depth: "
         f"{default}{never}.",
         *_steady(depths, labels),

@@ -24,10 +24,12 @@ from mvsplit.reproduce.progress import PATIENCE, read_progress, say_at_once
 from mvsplit.reproduce.workers import Stopped, stoppable, worker_pool
 from mvsplit.training.checkpoint import list_checkpoints
 from mvsplit.training.files import read_lines
+from mvsplit.training.run_folder import FolderInUse
 
 RULE_FILE = "rule.json"
 RESTARTS = 3  # of the worker processes, after one of them has died
 SHAPE = ("depth", "width", "rate", "seed")
+MOMENT = 5.0  # seconds until it is seen again whether others have ended
 MARGIN = 1.15  # of the time a run like it took, which must be left for a run to begin
 
 
@@ -64,6 +66,8 @@ class DepthStudy:
         self.patience = PATIENCE
         self._rows: list[dict[str, Any]] = []  # as far as this process knows them
         self.failed: dict[str, str] = {}  # runs that gave an error, by name
+        self._elsewhere: set[str] = set()  # runs that another process was training a moment ago
+        self._told: set[str] = set()
 
     def rows(self) -> list[dict[str, Any]]:
         """Of the finished runs.
@@ -124,12 +128,24 @@ class DepthStudy:
                     job = pool.submit(work, run.entry.name, given, self.size, *where)
                     busy[job] = run
                 if not busy:
+                    if self._await_others(end):
+                        continue
                     return
                 done = wait(busy, timeout=self.patience, return_when=FIRST_COMPLETED).done
                 for job in done:
                     self._ended(busy.pop(job), job)
                 if not done:
                     self._tell_progress(busy.values())
+
+    def _await_others(self, end: float) -> bool:
+        """Whether other processes train runs of these, after a moment in which they may have come
+        to their end, or have been killed."""
+        if not self._elsewhere or time.time() >= end:
+            return False
+        time.sleep(min(self.patience, MOMENT))
+        self._elsewhere.clear()
+        self._rows = self.rows()
+        return True
 
     def _tell_progress(self, busy: Iterable[BenchRun]) -> None:
         """How far the runs are, which is all that is known of them if the machine is taken away."""
@@ -154,6 +170,7 @@ class DepthStudy:
             if run not in busy
             and run.name not in done
             and run.name not in self.failed
+            and run.name not in self._elsewhere
             and run.depth * run.width <= room
             and expected(run, took) * MARGIN < left
         )
@@ -167,6 +184,12 @@ class DepthStudy:
             whole = job.result()
         except BrokenProcessPool:
             raise
+        except FolderInUse:
+            if run.name not in self._told:
+                self.say(f"{run.name}: another process trains it; its row is waited for")
+            self._told.add(run.name)
+            self._elsewhere.add(run.name)
+            return
         except Exception as error:  # the others are worth having; this one is tried the next time
             self.failed[run.name] = f"{type(error).__name__}: {error}"
             self.say(f"{run.name}: FAILED, {self.failed[run.name][:200]}")

@@ -415,7 +415,7 @@ def test_the_conclusion_says_what_to_use_and_how_sure_that_is():
     assert f"| 3 (tiny) | Keel, 0.41 ± 0.01 | 3 | {ours} (3) | cannot tell |" in text
     lone = "nothing else has 3 seeds that live | cannot tell (0 seeds) |"
     assert f"| 4 (tiny) | Keel, 0.41 ± 0.01 | 3 | {lone}" in text
-    assert "best at every depth, and at 2 one is ahead of all others with 3 seeds." in text
+    assert f"best at every depth, and ahead of all others with 3 seeds: at 2 {ours}." in text
     assert "ahead at 2, cannot tell at 3 and 4, behind it nowhere that can be told." in text
     assert "3 seeds or more: Keel (none is ahead of it at 3 and 4)." in text
 
@@ -425,7 +425,9 @@ def test_depths_of_two_sizes_are_told_apart_by_their_steps():
     found = cells(TINY, [*ENTRIES, *CANDIDATES], rows)
     longer = replace(TINY, name="longer", steps=70)
     text = "\n".join(in_short([(TINY, found), (longer, found)]))
-    assert "at 2 and 2 after 70 steps one is ahead of all others with 3 seeds." in text
+    ours = "MV-Split α=β=1/√L, writers standard"
+    sure = f"at 2 {ours} and 2 after 70 steps {ours}"
+    assert f"ahead of all others with 3 seeds: {sure}." in text
     assert "ahead at 2 and 2 after 70 steps, behind it nowhere" in text
     assert "| 2 (longer) |" in text
 

@@ -17,6 +17,7 @@ from mvsplit.reproduce.depth.plan import get_run
 from mvsplit.reproduce.depth.run import read_rows, write_row
 from mvsplit.reproduce.depth.study import DepthStudy, stopped_with_rows
 from mvsplit.reproduce.workers import Stopped
+from mvsplit.training.run_folder import FolderInUse
 from tests.reproduce.depth.tiny import TINY, entry, row
 
 ENTRIES = [entry("plain"), entry("mvsplit-root")]
@@ -181,3 +182,44 @@ def test_what_runs_long_is_heard_of_before_it_ends(tmp_path, runs, monkeypatch):
     one.size = replace(TINY, depths=(2, 3), rates=(1e-3,))
     assert one.run() == []
     assert heard.is_set()
+
+
+def test_a_run_of_another_process_is_waited_for_and_taken_over_if_that_is_gone(
+    tmp_path, runs, monkeypatch
+):
+    """One is finished by the other, one is left by it."""
+    names = [f"plain-2x16-lr{rate}-seed0" for rate in ("1.0e-03", "3.2e-03", "1.0e-02")]
+    begin, asked, said = module.run_bench, [], []
+
+    def busy(run, size, out, end, scratch) -> bool:
+        asked.append(run.name)
+        if run.name != names[0] and asked.count(run.name) < 3:
+            raise FolderInUse("in use by another process")
+        return begin(run, size, out, end, scratch)
+
+    def moment(seconds: float) -> None:
+        if asked.count(names[1]) == 2:
+            write_row(row(3.2e-3, 0.4, name="plain"), tmp_path)
+
+    monkeypatch.setattr(module, "run_bench", busy)
+    monkeypatch.setattr(module.time, "sleep", moment)
+    only = [get_run(name) for name in names]
+    bench = DepthStudy(tmp_path, TINY, ENTRIES, workers=2, only=only, say=said.append)
+    rows = bench.run()
+    assert {each["run"] for each in rows} == set(names)
+    assert not bench.failed
+    assert [asked.count(name) for name in names] == [1, 2, 3]
+    waits = [line for line in said if line.endswith("its row is waited for")]
+    assert len(waits) == 2
+    monkeypatch.setattr(module, "run_bench", lambda *given: _in_use())
+    later = [get_run("plain-3x16-lr1.0e-03-seed0")]
+    left = DepthStudy(tmp_path, TINY, ENTRIES, only=later, say=said.append)
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: clock.append(1e12))
+    monkeypatch.setattr(module.time, "time", lambda: clock[-1])
+    assert len(left.run(minutes=1)) == len(rows)  # the time is up before the other ends
+    assert [run.name for run in left.left()] == [later[0].name]
+
+
+def _in_use() -> bool:
+    raise FolderInUse("in use by another process")

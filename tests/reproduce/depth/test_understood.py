@@ -196,10 +196,21 @@ def test_what_it_says_of_the_default_at_1e_2_holds_of_the_rows(gpu, depths):
         assert [all(lives(gpu, f"{name}-{s}-lr1.0e-02")) for s in shapes] == living
     for name in ("layerscale-0.01", "standard"):
         assert all(all(lives(gpu, f"{name}-{s}-lr1.0e-02")) for s in shapes[1:])
+    assert lives(gpu, "layerscale-0.01-1000x64-lr1.0e-02") == [False]  # "but for the latter"
     for name in (TODAY, "alpha"):
         wide = gpu[f"{name}-100x128-lr1.0e-02-seed0"]
         assert wide["similarity"] > 0.99
         assert wide["collapse_step"] >= 70
+
+
+def test_the_default_learned_in_every_run_at_the_rate_that_the_readme_recommends():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert "rate of 0.0032, at which it learned in every run, of 4 to 1000 layers" in readme
+    every = [row for name in SIZES for row in rows_of(name) if row["entry"] == TODAY]
+    there = [row for row in every if row["rate"] == 3.2e-3]
+    assert {row["depth"] for row in there} == {4, 16, 64, 100, 400, 1000, 25}
+    assert all(row["lives"] for row in there)
+    assert not all(row["lives"] for row in every)
 
 
 def test_what_it_says_of_shapes_holds_of_the_rows(gpu):
