@@ -21,7 +21,7 @@ from rich.console import Console
 from mvsplit.cli.listing import listing
 from mvsplit.errors import UserError
 from mvsplit.reproduce import CLAIMS, Study, get_claim
-from mvsplit.reproduce.check import check_minutes
+from mvsplit.reproduce.check import check_minutes, nearest_existing
 from mvsplit.reproduce.claim import Claim
 from mvsplit.reproduce.page import RESULTS, keep_result, require_earlier, write_pages
 from mvsplit.reproduce.sizes import get_size
@@ -103,7 +103,7 @@ def _refuse_without_effect(options: _Options) -> None:
 
 def _require_folder(option: str, given: Path, needed: Path) -> None:
     """Before hours of training: `needed`, in the folder that was given, is one or can be made."""
-    there = next(path for path in (needed, *needed.absolute().parents) if path.exists())
+    there = nearest_existing(needed.absolute())
     if not there.is_dir():
         raise UserError(
             f"--{option} {given}: {there} is a file; name a folder, there or to be made"

@@ -24,6 +24,12 @@ def check_minutes(minutes: float | None) -> None:
         )
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path itself if it is there, else the nearest above it that is: where it can be made a
+    folder, that is one."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def check_training(experiment: Experiment) -> str:
     """Trains twice and says in a sentence what came out.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mvsplit.errors import UserError
-from mvsplit.reproduce.check import check_minutes
+from mvsplit.reproduce.check import check_minutes, nearest_existing
 from mvsplit.reproduce.depth.plan import BenchRun, BenchSize, get_run
 
 _OF_A_ROW = {"run", "entry", "depth", "width", "rate", "seed", "fingerprint"}
@@ -55,7 +55,7 @@ def _check_places(options: argparse.Namespace) -> None:
 
 def _check_folder(name: str, given: Path, folder: Path) -> None:
     """Refuses what can be no folder, there or not, for it or one above it is a file."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = nearest_existing(folder)
     if not there.is_dir():
         raise UserError(f"{name}={given}: {there} is a file and no folder; give another place")
 
