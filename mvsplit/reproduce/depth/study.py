@@ -90,8 +90,7 @@ class DepthStudy:
             UserError: a row is of another experiment.
         """
         self._rows = self.rows()
-        done = {row["run"] for row in self._rows}
-        return [run for run in self._wanted() if run.name not in done]
+        return self._left()
 
     def run(self, *, minutes: float | None = None) -> list[dict[str, Any]]:
         """Trains what is missing and gives all rows. After `minutes` the runs under way are left;
@@ -162,13 +161,10 @@ class DepthStudy:
             return None
         took = [(row["depth"] * row["width"], row["seconds"]) for row in self._rows]
         room = self.size.room - sum(run.depth * run.width for run in busy) if busy else math.inf
-        wanted = self._wanted()
-        done = {row["run"] for row in self._rows}
         fits = (
             run
-            for run in wanted
+            for run in self._left()
             if run not in busy
-            and run.name not in done
             and run.name not in self.failed
             and run.name not in self._elsewhere
             and run.depth * run.width <= room
@@ -176,8 +172,12 @@ class DepthStudy:
         )
         return next(fits, None)
 
-    def _wanted(self) -> Sequence[BenchRun]:
-        return in_order(self.size, self.entries, self._rows) if self.only is None else self.only
+    def _left(self) -> list[BenchRun]:
+        """What is wanted by the rows that are known, in order, and has none."""
+        if self.only is None:
+            return in_order(self.size, self.entries, self._rows)
+        done = {row["run"] for row in self._rows}
+        return [run for run in self.only if run.name not in done]
 
     def _ended(self, run: BenchRun, job: Future[bool]) -> None:
         try:
